@@ -1,0 +1,16 @@
+"""Reward models and PPO for language models, as one stage of a larger alignment pipeline."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {"RewardModel": "pipeline.reward.model", "PPOTrainer": "pipeline.ppo.trainer", "PPOConfig": "pipeline.ppo.trainer"}
+__all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: `--help` and config errors come before torch is imported.
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

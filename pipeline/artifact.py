@@ -1,0 +1,410 @@
+"""Artifacts: the only door between stages.
+
+A stage writes one folder, `runs/<run>/<stage>/`, through `build`, and opens its inputs through `require`:
+
+    runs/demo/
+      sft/                 what is published: the stage's files, config.yaml (resolved), and manifest.json, which vouches for the rest
+      .sft.partial/        while it is made: fingerprint.json, output/ (becomes sft/), work/ (checkpoints; outlives an interruption)
+      .sft.old             the previous sft/, for the moment between two renames
+      .lock  .hashes.json  one writer at a time; SHA-256 by size and mtime, so that unchanged weights are read once
+
+Two digests, not to be confused. The *identity* says what an artifact is: its kind and the content of its files, no times, no absolute
+paths. The *fingerprint* says what it was made from: config, identities of the inputs, package version; what has it is not made twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import yaml
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+
+SCHEMA = 1
+CHECKPOINT_KINDS = ("policy", "reward", "model")
+# kind -> a folder that no stage wrote is accepted if it holds one of these
+FOREIGN_FILES = {"records": ("dataset_dict.json", "dataset_info.json"), "evaluation": ()} | dict.fromkeys(
+    CHECKPOINT_KINDS, ("config.json", "adapter_config.json")
+)
+# what tells about a run and is not what was made (training_args.bin is a pickle of output paths and host names)
+NOT_IDENTITY = {"README.md", "config.yaml", "report.html", "summary.md", "log.jsonl", "metrics.json", "training_args.bin"}
+DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class Config(Protocol):
+    """What `build` needs of a stage's config."""
+
+    stage: ClassVar[str]
+    seed: int
+    force: bool
+
+    @property
+    def folder(self) -> Path: ...
+    def resolved(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened input. `path` is a folder or a file, or holds a hub id; `manifest` is read from it, or made up when it is foreign."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        return str(self.manifest["identity"])
+
+    @property
+    def foreign(self) -> bool:
+        return bool(self.manifest.get("foreign"))
+
+
+def is_main_process() -> bool:
+    """True on the rank that writes: rank 0, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# Opening an input
+
+
+def require(source: str | Path, kind: str, fix: str) -> Artifact:
+    """Open an input of a stage: an artifact, a foreign checkpoint or dataset folder, or (for a policy, reward or model) a hub id.
+
+    `kind` is "records", "policy", "reward", "evaluation" or "model" (any checkpoint: a policy or a reward will do). `fix` is the command
+    that makes the input. Raises UserError, one line with path and `fix`, if it is missing, half-written, altered (names the file), of
+    another kind, or written by a newer version. Never uses the network.
+    """
+    path = Path(source)
+    if kind in CHECKPOINT_KINDS and _is_hub_id(str(source)):
+        return _foreign(path, kind, hub=str(source), revision=_cached_revision(str(source)))
+    manifest = _read_manifest(path)
+    if not manifest and not _half_written(path) and any((path / name).is_file() for name in FOREIGN_FILES[kind]):
+        return foreign(path, kind)
+    if problem := _problem(path, manifest, kind):
+        raise UserError(f"{path}: {problem}; run: {fix}")
+    return Artifact(path, manifest)
+
+
+def foreign(path: str | Path, kind: str) -> Artifact:
+    """A file or folder that no stage wrote, as an input; each of its files counts for its identity. UserError if it does not exist."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: does not exist; expected a file or a folder; check the path in the config")
+    return _foreign(path, kind, files=hash_files(path))
+
+
+def verify(artifact: Artifact) -> None:
+    """Read every vouched file again, whatever the hash cache says. UserError naming the first that is missing or altered."""
+    if problem := _altered(artifact.path, artifact.manifest.get("files", {}), cached=False):
+        raise UserError(f"{artifact.path}: {problem}; run its stage again, or fetch it again if no stage made it")
+
+
+def _foreign(path: Path, kind: str, **facts: Any) -> Artifact:
+    return Artifact(path, {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": _digest([kind, facts])})
+
+
+def _problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
+    """Why this cannot be opened as an artifact of the kind, None if it can."""
+    if not manifest and _half_written(path):
+        return "half-written (no valid manifest.json): its stage was interrupted"
+    if not path.exists():
+        return "does not exist"
+    if not manifest:
+        return f"is no artifact of kind {kind!r}: expected one of {', '.join(('manifest.json', *FOREIGN_FILES[kind]))} in it"
+    if manifest["schema"] > SCHEMA:
+        return f"written by a newer version (schema {manifest['schema']}, this one reads {SCHEMA}): upgrade, or make it again"
+    if manifest["kind"] != kind and not (kind == "model" and manifest["kind"] in CHECKPOINT_KINDS):
+        return f"is of kind {manifest['kind']!r}, expected {kind!r}"
+    return _altered(path, manifest["files"], cached=True)
+
+
+def _altered(path: Path, files: dict[str, str], cached: bool) -> str | None:
+    found = hash_files(path, cached=cached) if files else {}
+    for name, expected in files.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected:
+            return f"{name} was altered: its SHA-256 is {found[name][:12]}…, expected {expected[:12]}…"
+    return None
+
+
+def _half_written(path: Path) -> bool:
+    """Of a path without a manifest: whether a stage began it."""
+    return (path / "config.yaml").exists() or _sibling(path, "partial").exists() or _sibling(path, "old").exists()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, or {} if there is none, or none of ours."""
+    manifest = _read_json(path / "manifest.json")
+    return manifest if {"schema", "kind", "files", "identity"} <= manifest.keys() else {}
+
+
+def _is_hub_id(source: str) -> bool:
+    """`name` or `org/name`; where `org` is a folder here, or `runs`, a path was meant."""
+    parent = source.rpartition("/")[0]
+    local = Path(source).exists() or parent == "runs" or (parent and Path(parent).is_dir())
+    return not local and HUB_ID.fullmatch(source) is not None
+
+
+def _cached_revision(hub_id: str) -> str | None:
+    """The commit that the local Hugging Face cache holds as main, None if it was never fetched."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    ref = cache / f"models--{hub_id.replace('/', '--')}" / "refs" / "main"
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
+
+
+# Hashing
+
+
+def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
+    """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
+
+    A file whose size and mtime are in `.hashes.json` in the parent folder is not read again; `cached=False` reads all and renews it.
+    """
+    path = Path(path).absolute()
+    cache = _read_json(path.parent / ".hashes.json")
+    known: dict[str, list[Any]] = cache.get(path.name, {})
+    entries = {}
+    for name, file in _list_files(path).items():
+        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
+        unchanged = cached and known.get(name, [])[:2] == stamp
+        entries[name] = known[name] if unchanged else [*stamp, _sha256(file)]
+    if entries != known:
+        with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
+            _write_json(path.parent / ".hashes.json", cache | {path.name: entries})
+    return {name: str(entry[2]) for name, entry in entries.items()}
+
+
+def _list_files(path: Path) -> dict[str, Path]:
+    """Relative POSIX path -> file. Hidden files are never content: our hash cache, a download's .cache, a clone's .git."""
+    if path.is_file():
+        return {path.name: path}
+    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return {name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(kind: str, files: dict[str, str]) -> str:
+    return _digest([kind, sorted(item for item in files.items() if Path(item[0]).name not in NOT_IDENTITY)])
+
+
+# Building
+
+
+def build(
+    config: Config,
+    *,
+    kind: str,
+    inputs: dict[str, Artifact],
+    make: Callable[[Path, Path], dict[str, Any]],
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Make and publish `config.folder`, the one way a stage writes; returns that folder.
+
+    `make(output, work)` writes the artifact's files into the empty folder `output`, may keep checkpoints in `work` (there again after an
+    interruption, never published) and returns {"metrics": {…}, "rows": {…}}, both optional, plain JSON. It is not called when the published
+    artifact has the same fingerprint and is sound, unless `config.force`. If it fails, what was published stays as it was.
+
+    On ranks other than 0 only `make` is called. UserError if another process writes the run, or if what no stage wrote or an interrupted
+    run of other settings would be lost; ValueError for another key in make's result; what `make` raises, and a full disk, pass through.
+    """
+    folder, fingerprint = config.folder, _fingerprint(config, inputs)
+    output, work = _sibling(folder, "partial") / "output", _sibling(folder, "partial") / "work"
+    if not is_main_process():
+        if not _reusable(config, kind, fingerprint, say=lambda _: None):
+            make(output, work)
+        return folder
+    with _locked(folder.parent):
+        _repair(folder, kind)
+        if _reusable(config, kind, fingerprint, say):
+            say(f"{config.stage}: unchanged, reusing {folder}")
+            return folder
+        _start(config, output, work, fingerprint, say)
+        result = make(output, work)
+        _seal(output, _manifest(config, kind, inputs, fingerprint, result))
+        _swap(output, folder)
+    return folder
+
+
+def _fingerprint(config: Config, inputs: dict[str, Artifact]) -> dict[str, Any]:
+    identities = {name: artifact.identity for name, artifact in inputs.items()}
+    made_from = {"config": config.resolved(), "inputs": identities, "version": _versions().get("pipeline", "not installed")}
+    return dict(json.loads(json.dumps(made_from, default=str)))  # as it will be read back, to be compared
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the run's lock, which the operating system lets go when this process dies."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise UserError(f"{run} is being written by another process; wait until it ends, or name another run: run=NAME") from None
+    with lock:
+        yield
+
+
+def _repair(folder: Path, kind: str) -> None:
+    """Put right what a crash in the middle of `_swap` left behind."""
+    old, partial = _sibling(folder, "old"), _sibling(folder, "partial")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    manifest = _read_manifest(folder)
+    if manifest and manifest.get("fingerprint") == _read_json(partial / "fingerprint.json") and not _problem(folder, manifest, kind):
+        shutil.rmtree(partial, ignore_errors=True)  # what it would become is published
+
+
+def _reusable(config: Config, kind: str, fingerprint: dict[str, Any], say: Callable[[str], object]) -> bool:
+    manifest = _read_manifest(config.folder)
+    if config.force or manifest.get("fingerprint") != fingerprint:
+        return False
+    problem = _problem(config.folder, manifest, kind)
+    if problem:
+        say(f"{config.stage}: {config.folder}: {problem}; making it again")
+    return not problem
+
+
+def _start(config: Config, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]) -> None:
+    """Resume the partial folder if it was made from the same, else begin a new one; refuse to lose what is not ours to lose."""
+    folder, partial = config.folder, output.parent
+    published = _list_files(folder)
+    if published and "config.yaml" not in published and not config.force:
+        raise UserError(f"{folder}: holds files that no stage wrote (no config.yaml); move them away, or add --force to replace them")
+    begun = _read_json(partial / "fingerprint.json")
+    has_work = bool(begun) and work.is_dir() and any(work.iterdir())
+    if config.force or not has_work:
+        shutil.rmtree(partial, ignore_errors=True)
+        work.mkdir(parents=True)
+        _write_json(partial / "fingerprint.json", fingerprint)
+    elif begun == fingerprint:
+        say(f"{config.stage}: resuming {partial}")
+        shutil.rmtree(output, ignore_errors=True)
+    else:
+        changes = _differences(begun, fingerprint)
+        raise UserError(f"{partial}: interrupted with other settings: {changes}; set them back to resume, or add --force to start afresh")
+    output.mkdir()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    before, after = _flatten(old), _flatten(new)
+    changed = [key for key in sorted(before | after) if before.get(key, ...) != after.get(key, ...)]
+    return ", ".join(f"{key.removeprefix('config.')} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}" for key in changed)
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict of dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = [_flatten(item, f"{key}.{name}".lstrip(".")) for name, item in items]
+    return {name: leaf for part in parts for name, leaf in part.items()} if parts else {key: value}
+
+
+def _manifest(
+    config: Config, kind: str, inputs: dict[str, Artifact], fingerprint: dict[str, Any], result: dict[str, Any]
+) -> dict[str, Any]:
+    """All of the manifest but the files and the identity, which `_seal` adds."""
+    if unknown := result.keys() - {"metrics", "rows"}:
+        raise ValueError(f"{config.stage}: make returned {sorted(unknown)}, expected no key but 'metrics' and 'rows'")
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "stage": config.stage,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "seed": config.seed,
+        "config_hash": _digest(fingerprint["config"]),
+        "fingerprint": fingerprint,
+        "inputs": {name: _describe(artifact) for name, artifact in inputs.items()},
+        "rows": result.get("rows", {}),
+        "metrics": result.get("metrics", {}),
+    }
+
+
+def _describe(artifact: Artifact) -> dict[str, Any]:
+    """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision."""
+    described = {"path": artifact.path.as_posix(), "identity": artifact.identity}
+    if not artifact.foreign:
+        return described | {"manifest_hash": _sha256(artifact.path / "manifest.json")}
+    return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("pipeline", *DISTRIBUTIONS):
+        with suppress(PackageNotFoundError):
+            found[name] = version("rlhf-stage" if name == "pipeline" else name)
+    return found
+
+
+def _seal(output: Path, manifest: dict[str, Any]) -> None:
+    """Write config.yaml, and manifest.json once everything it vouches for is on disk."""
+    resolved = yaml.safe_dump(manifest["fingerprint"]["config"], sort_keys=False, allow_unicode=True)
+    (output / "config.yaml").write_text(resolved, encoding="utf-8")
+    files = hash_files(output, cached=False)
+    _sync(*output.rglob("*"))
+    _write_json(output / "manifest.json", manifest | {"files": files, "identity": _identity(manifest["kind"], files)})
+    _sync(output / "manifest.json", output)
+
+
+def _swap(output: Path, folder: Path) -> None:
+    """Put `output` in the place of `folder`; a crash anywhere in here is mended by `_repair`."""
+    old = _sibling(folder, "old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(output, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(output.parent, ignore_errors=True)
+
+
+# Files
+
+
+def _sibling(folder: Path, suffix: str) -> Path:
+    return folder.parent / f".{folder.name}.{suffix}"
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems, and Windows, cannot sync a folder
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} if there is none to be read: whoever wrote it was interrupted."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

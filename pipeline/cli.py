@@ -1,0 +1,141 @@
+"""The command line: argv in, an exit code out. torch is imported only once the arguments and configs are known to be right.
+
+Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read); 2 a mistake in what was given; 130 interrupted.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from pipeline import __version__, config
+from pipeline.errors import UserError
+
+EXAMPLES = """examples:
+  rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
+  rlhf run --recipe demo --until reward reward.training.max_steps=100
+  rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
+  accelerate launch -m pipeline reward --config configs/demo/reward.yaml"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        run(args) if args.command == "run" else run_stage(args)
+        return 0
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        if args.debug:
+            raise
+        message, code = _explain(error)
+        print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+        return code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def run(args: argparse.Namespace) -> None:
+    """All stages of a recipe in order, each config checked before the first stage starts."""
+    stages = list(config.STAGES)[: list(config.STAGES).index(args.until) + 1]
+    folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
+    if not folder.is_dir():
+        raise UserError(
+            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; there are: {', '.join(config.recipes())}"
+        )
+    overrides = _by_stage(args.overrides, args.until, stages)
+    common = _common(args)
+    configs = [config.load(stage, folder / f"{stage}.yaml", overrides[stage], **common) for stage in stages]
+    for loaded in configs:
+        if args.dry_run:
+            print(f"{loaded.stage}: would write {loaded.folder}")
+        else:
+            _run(loaded)
+    if args.until == "evaluate" and not args.dry_run:
+        print(import_module("pipeline.evaluate.summary").table(configs[-1].folder))
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """One stage from its own config file."""
+    loaded = config.load(args.command, args.config, args.overrides, **_common(args))
+    if args.dry_run:
+        print(f"{loaded.stage}: would write {loaded.folder}")
+    else:
+        _run(loaded)
+
+
+def _run(loaded: config.StageConfig) -> None:
+    _quiet_libraries()
+    print(f"{loaded.stage}: {loaded.folder}", flush=True)
+    import_module(f"pipeline.{loaded.stage}").run(loaded)
+
+
+def _common(args: argparse.Namespace) -> dict[str, object]:
+    return {"run": args.run, "seed": args.seed, "force": args.force or None}
+
+
+def _by_stage(overrides: Sequence[str], until: str, stages: Sequence[str]) -> dict[str, list[str]]:
+    """`stage.key=value` goes to its stage, a bare `key=value` to the last one."""
+    found: dict[str, list[str]] = {stage: [] for stage in stages}
+    for item in overrides:
+        stage, dot, rest = item.partition(".")
+        if dot and stage in config.STAGES:
+            if stage not in found:
+                raise UserError(f"override {item!r}: the run ends with {until!r}, before {stage!r}")
+            found[stage].append(rest)
+        else:
+            found[until].append(item)
+    return found
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """(one line, exit code)."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was published is untouched, and the same command goes on from the last checkpoint", 130
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return (
+                f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and give the same command again",
+                1,
+            )
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
+    return " ".join(str(error).split()), 2
+
+
+def _quiet_libraries() -> None:
+    """No telemetry; progress bars only for a person who watches."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf", description="Reward models and PPO, stage by stage: prepare, sft, reward, ppo, evaluate.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole = commands.add_parser("run", help="every stage of a recipe")
+    whole.add_argument("--recipe", default="demo", help="a folder of configs/, or a path to one (default: demo)")
+    whole.add_argument("--until", default="evaluate", choices=list(config.STAGES), help="stop after this stage")
+    for stage, cls in config.STAGES.items():
+        single = commands.add_parser(stage, help=f"the {stage} stage alone", description=cls.__doc__)
+        single.add_argument("--config", required=True, help=f"its YAML file, such as configs/demo/{stage}.yaml")
+    for command in commands.choices.values():
+        command.add_argument("--run", help="name of the run (default: the recipe's)")
+        command.add_argument("--seed", type=int, help="seeds everything")
+        command.add_argument("--force", action="store_true", help="run even what is unchanged; drop a partial run")
+        command.add_argument("--dry-run", action="store_true", help="check the configs and say what would be written")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    return parser

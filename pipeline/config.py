@@ -1,0 +1,282 @@
+"""Stage configs: YAML plus `key=value` overrides in, a validated, typed object out. Imports no torch, so a typo is told at once.
+
+In: `configs/<recipe>/<stage>.yaml` and overrides such as `training.learning_rate=1e-4`. Out: one of the classes below.
+A wrong input gets one `UserError`: the file, the key, the value, what is allowed and, for an unknown key, the nearest name.
+Keys under `training:` and `lora:` belong to the libraries' own classes and are checked by `pipeline.training` once these can be imported.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Strict(BaseModel):
+    """A section in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Source(Strict):
+    """Where raw rows come from, and which of our columns they hold.
+
+    `columns` maps our name to theirs (or to several of theirs, joined by a blank line); `classes` names label classes in order.
+    """
+
+    format: Literal["demo", "comparisons", "dialogues", "rankings", "ratings", "labels", "demonstrations", "prompts"]
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str | list[str]] = {}
+    classes: list[str] | None = None
+    limit: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "Source":
+        origins = [name for name in ("path", "hub") if getattr(self, name)]
+        if len(origins) != (self.format != "demo"):
+            raise ValueError("format 'demo' takes no path or hub" if self.format == "demo" else "needs either 'path' or 'hub'")
+        return self
+
+
+class Splits(Strict):
+    """Fractions of the prompts held out; the rest is `train`."""
+
+    validation: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
+
+
+class Scratch(Strict):
+    """A GPT-2 made from nothing, for `model: scratch`; its byte-level BPE is trained on the prepared text."""
+
+    layers: int = Field(4, gt=0)
+    width: int = Field(128, gt=0)
+    heads: int = Field(4, gt=0)
+    vocabulary: int = Field(512, ge=257)
+    positions: int = Field(128, gt=0)
+
+
+class StageConfig(Strict):
+    """What every stage has: the run it belongs to and the seed."""
+
+    stage: ClassVar[str]
+    run: str
+    runs: str = "runs"
+    seed: int = Field(0, ge=0)
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.run / self.stage
+
+    def upstream(self, stage: str) -> str:
+        """The folder of another stage of the same run."""
+        return str(Path(self.runs) / self.run / stage)
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain data."""
+        return self.model_dump(mode="json", exclude={"force"})
+
+
+class PrepareStage(StageConfig):
+    stage: ClassVar[str] = "prepare"
+    source: list[Source] = Field(min_length=1)
+    splits: Splits = Splits()
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+
+class TrainedStage(StageConfig):
+    """A stage that trains a model: `training` goes to the trainer's own arguments class, `lora` to `peft.LoraConfig`."""
+
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    lora: dict[str, Any] | None = None
+    training: dict[str, Any] = {}
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def quantized_needs_lora(self) -> "TrainedStage":
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError(
+                f"quantization: {self.quantization} needs a 'lora:' section (quantized weights cannot be trained); try lora.r=16"
+            )
+        return self
+
+
+class FromModel(TrainedStage):
+    """A trained stage that starts from `model`: a hub id, a folder, or `scratch`."""
+
+    model: str
+    revision: str | None = None
+    max_length: int = Field(512, gt=1)
+    records: str | None = None
+
+    @model_validator(mode="after")
+    def defaults(self) -> "FromModel":
+        self.records = self.records or self.upstream("prepare")
+        return self
+
+
+class SFTStage(FromModel):
+    """`separator` ends a user turn where the tokenizer brings no chat template."""
+
+    stage: ClassVar[str] = "sft"
+    scratch: Scratch | None = None
+    separator: str = "\n"
+
+    @model_validator(mode="after")
+    def scratch_goes_with_scratch(self) -> "SFTStage":
+        if self.scratch is not None and self.model != "scratch":
+            raise ValueError(f"'scratch:' is only read with model: scratch, but model is {self.model!r}")
+        if self.model == "scratch":
+            if self.quantization != "none":
+                raise ValueError("model: scratch cannot be quantized; set quantization: none")
+            self.scratch = self.scratch or Scratch()
+        return self
+
+
+class RewardStage(FromModel):
+    stage: ClassVar[str] = "reward"
+    objective: Literal["pairwise"] = "pairwise"
+    separator: str = "\n"
+
+
+class PPOStage(TrainedStage):
+    """`policy` and `reward` default to the run's own artifacts; `gold` is a `module:function`, used to evaluate, never to train."""
+
+    stage: ClassVar[str] = "ppo"
+    policy: str | None = None
+    reward: str | None = None
+    records: str | None = None
+    gold: str | None = None
+    max_prompt_tokens: int = Field(256, gt=0)
+
+    @model_validator(mode="after")
+    def defaults(self) -> "PPOStage":
+        self.policy = self.policy or self.upstream("sft")
+        self.reward = self.reward or self.upstream("reward")
+        self.records = self.records or self.upstream("prepare")
+        return self
+
+
+class EvaluateStage(StageConfig):
+    """`samples_per_prompt` answers from each policy on the test prompts (at most `prompts` of them), the first `best_of` of SFT's for best-of-n.
+
+    `gold` and `well_formed` are `module:function` scorers; where absent the figures that need them are left out.
+    """
+
+    stage: ClassVar[str] = "evaluate"
+    records: str | None = None
+    sft: str | None = None
+    reward: str | None = None
+    ppo: str | None = None
+    gold: str | None = None
+    well_formed: str | None = None
+    prompts: int = Field(100, gt=0)
+    samples_per_prompt: int = Field(4, gt=0)
+    best_of: int = Field(16, gt=1)
+    temperature: float = Field(1.0, gt=0)
+    response_tokens: int = Field(48, gt=0)
+    max_prompt_tokens: int = Field(256, gt=0)
+    batch_size: int = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def defaults(self) -> "EvaluateStage":
+        for name, stage in (("records", "prepare"), ("sft", "sft"), ("reward", "reward"), ("ppo", "ppo")):
+            setattr(self, name, getattr(self, name) or self.upstream(stage))
+        return self
+
+
+STAGES: dict[str, type[StageConfig]] = {cls.stage: cls for cls in (PrepareStage, SFTStage, RewardStage, PPOStage, EvaluateStage)}
+
+
+def load(stage: str, file: str | Path, overrides: list[str] | None = None, **common: Any) -> Any:
+    """The config of `stage` from a YAML file, overridden by `key=value` strings and by `common` (run, seed, force; None is ignored).
+
+    The run is named after the file's folder unless told otherwise. Raises `UserError`.
+    """
+    path = Path(file)
+    try:
+        base = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config; the recipes are {', '.join(recipes())}") from None
+    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    given = {"run": path.resolve().parent.name, "runs": "runs"}
+    given |= {key: value for key, value in common.items() if value is not None}
+    try:
+        merged = OmegaConf.merge({"run": given["run"], "runs": "runs"}, base, _dotlist(overrides or []), given if common else {})
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    return validate(STAGES[stage], values, str(path))
+
+
+def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
+    """`cls(**values)`, or a `UserError` with the first thing that is wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(cls, error)}") from None
+
+
+def nearest(name: str, known: Any) -> str:
+    """` (did you mean …?)` or nothing, for an error message."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def recipes() -> list[str]:
+    return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists()) if RECIPES.is_dir() else []
+
+
+def _dotlist(overrides: list[str]) -> Any:
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-4")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place) or "config"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(place[-1], _keys(cls, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{key!r} is missing"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at `place` inside `cls`."""
+    schema = cls.model_json_schema()
+    node: Any = schema
+    for part in place:
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
+            if "$ref" in option:
+                node = schema["$defs"][option["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

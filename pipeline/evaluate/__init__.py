@@ -1,0 +1,198 @@
+"""Evaluation: what the reward model knows and what PPO changed, in `metrics.json` and one self-contained `report.html`.
+
+In: the prepare, sft, reward and ppo artifacts, on prompts of the test split. Out: the two files and `samples.jsonl`.
+Figures that need a gold reward are there only where `gold` names one. A wrong input gets one `UserError`.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import artifact, encoding, models
+from pipeline.config import EvaluateStage
+from pipeline.evaluate.report import write_report
+from pipeline.evaluate.summary import rows as summary_rows
+from pipeline.records import open_records
+from pipeline.reward.metrics import calibration, held_out, pair_accuracy, pair_metrics, score_pairs
+from pipeline.reward.model import RewardModel
+from pipeline.reward.sources import RewardFunction, function
+from pipeline.sampling import Answers, generate, noise, read, token_logprobs
+
+KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
+
+
+def run(config: EvaluateStage) -> Path:
+    inputs = {
+        name: artifact.require(getattr(config, name), kind, f"rlhf run --recipe {config.run} --until {stage}")
+        for name, (kind, stage) in KINDS.items()
+    }
+    return artifact.build(config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output))
+
+
+def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
+    """Measure, and write the files; returns the headline metrics."""
+    reward = RewardModel.load(inputs["reward"].path)
+    prompts = test_prompts(config, inputs["records"])
+    scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
+    sampled = sample_policies(config, inputs, prompts)
+    for answers in sampled.values():
+        answers |= {name: list(map(float, scorer(answers["prompt"], answers["text"]))) for name, scorer in scorers.items()}
+        answers["reward"] = reward.score(answers["prompt"], answers["text"])
+    metrics, reliability = reward_metrics(reward, held_out(open_records(inputs["records"], "comparisons")), scorers.get("gold_reward"))
+    metrics |= policy_metrics(config, sampled) | {"rows": inputs["records"].manifest.get("rows", {})}
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_report(output / "report.html", report_data(config, inputs, metrics, sampled, reliability))
+    return {"metrics": {name: value for name, value in metrics.items() if name != "rows"}}
+
+
+def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
+    prompts = held_out(open_records(records, "prompts"))
+    return prompts.select(range(min(config.prompts, len(prompts))))
+
+
+def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
+    """Answers of each policy in columns, a prompt's samples together: `best_of` from SFT, `samples_per_prompt` from PPO with their KL to SFT."""
+    sft, tokenizer = load(inputs["sft"])
+    sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
+    ppo, tokenizer = load(inputs["ppo"])
+    sampled["ppo"] = sample(config, ppo, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+    return sampled
+
+
+def load(policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
+    tokenizer = models.load_tokenizer(str(policy.path))
+    model = models.load_policy(str(policy.path), tokenizer)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def sample(
+    config: EvaluateStage, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int, reference: Any = None
+) -> dict[str, list[Any]]:
+    """Columns prompt, text, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("prompt", "text", "response_tokens", "ended", *(["kl"] if reference is not None else []))
+    }
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    for start in range(0, len(wanted), config.batch_size):
+        batch = wanted[start : start + config.batch_size]
+        ids = [encoding.prompt_ids(tokenizer, prompt)[-config.max_prompt_tokens :] for prompt in batch]
+        drawn = noise(config.seed, 0, range(start, start + len(batch)), config.response_tokens)
+        answers = generate(policy, tokenizer, ids, drawn, config.temperature)
+        columns["prompt"] += batch
+        columns["text"] += answers.texts
+        columns["response_tokens"] += answers.response_mask.sum(1).tolist()
+        columns["ended"] += answers.ended
+        if reference is not None:
+            columns["kl"] += answer_kl(policy, reference, answers, config.temperature)
+    return columns
+
+
+@torch.inference_mode()
+def answer_kl(policy: Any, reference: Any, answers: Answers, temperature: float) -> list[float]:
+    """log p − log q summed over each answer: a sample of KL(policy ‖ reference) in nats."""
+    tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
+    policy_logprobs, reference_logprobs = (
+        token_logprobs(read(model, *tensors)[0] / temperature, answers.response_ids) for model in (policy, reference)
+    )
+    return torch.where(answers.response_mask.bool(), policy_logprobs - reference_logprobs, 0.0).sum(1).tolist()
+
+
+def reward_metrics(reward: RewardModel, pairs: Dataset, gold: RewardFunction | None) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """(`reward` section, calibration); the ceiling is the accuracy of the gold ordering on the same noisy rows."""
+    chosen, rejected = score_pairs(reward, pairs)
+    metrics = pair_metrics(chosen, rejected, pairs)
+    if gold is not None and metrics:
+        prompts = pairs["prompt"][:]
+        metrics["accuracy_ceiling"] = pair_accuracy(gold(prompts, pairs["chosen"][:]), gold(prompts, pairs["rejected"][:]))
+    return {"reward": metrics}, calibration(chosen, rejected)
+
+
+def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+    """Sections sft, best_of_n and ppo: means over answers; a win rate is over PPO's answers, each against an SFT answer to the same prompt."""
+    sft, ppo = sampled["sft"], sampled["ppo"]
+    best = [max(range(i, i + config.best_of), key=sft["reward"].__getitem__) for i in range(0, len(sft["text"]), config.best_of)]
+    metrics = {
+        "sft": means(sft),
+        f"best_of_{config.best_of}": means({name: [column[i] for i in best] for name, column in sft.items()})
+        | {"kl_bound": math.log(config.best_of) - (config.best_of - 1) / config.best_of},
+        "ppo": means(ppo),
+    }
+    rivals = [
+        i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of for i in range(len(ppo["text"]))
+    ]
+    for column, name in (("reward", "win_rate"), ("gold_reward", "win_rate_gold")):
+        if column in ppo:
+            metrics["ppo"][name] = pair_accuracy(ppo[column], [sft[column][i] for i in rivals])
+    return metrics
+
+
+def means(columns: dict[str, list[Any]]) -> dict[str, float]:
+    renamed = {"ended": "ended_fraction"}
+    return {
+        renamed.get(name, name): statistics.fmean(map(float, column)) for name, column in columns.items() if name not in ("prompt", "text")
+    }
+
+
+def report_data(
+    config: EvaluateStage, inputs: dict[str, artifact.Artifact], metrics: dict[str, Any], sampled: dict[str, dict[str, list[Any]]],
+    reliability: list[dict[str, float]],
+) -> dict[str, Any]:  # fmt: skip
+    """What the report shows."""
+    best = metrics[f"best_of_{config.best_of}"]
+    points = [
+        ("SFT", 0.0, metrics["sft"], False),
+        (f"best-of-{config.best_of}", best["kl_bound"], best, True),
+        ("PPO", metrics["ppo"]["kl"], metrics["ppo"], False),
+    ]
+    return {
+        "title": config.run,
+        "command": f"rlhf run --recipe {config.run}",
+        "summary": summary_rows(metrics),
+        "metrics": {name: value for name, value in metrics.items() if name != "rows"},
+        "rows": metrics["rows"],
+        "curves": {name: log(source) for name, source in inputs.items() if (source.path / "log.jsonl").is_file()},
+        "frontier": [
+            {"name": n, "kl": kl, "reward": m["reward"], "gold_reward": m.get("gold_reward"), "bound": bound} for n, kl, m, bound in points
+        ],
+        "lengths": {name: columns["response_tokens"] for name, columns in sampled.items()},
+        "calibration": reliability,
+        "samples": before_and_after(config, sampled),
+        "lineage": [lineage(name, source) for name, source in inputs.items()],
+    }
+
+
+def log(source: artifact.Artifact) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (source.path / "log.jsonl").read_text().splitlines()]
+
+
+def before_and_after(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40) -> list[dict[str, Any]]:
+    """The first answer of each policy to each prompt, with scores."""
+    sft, ppo = sampled["sft"], sampled["ppo"]
+    found = []
+    for i, j in zip(range(0, len(sft["text"]), config.best_of), range(0, len(ppo["text"]), config.samples_per_prompt), strict=True):
+        row = {"prompt": shown(sft["prompt"][i]), "sft": sft["text"][i], "ppo": ppo["text"][j]}
+        for name, columns, k in (("sft", sft, i), ("ppo", ppo, j)):
+            row |= {f"{name}_reward": columns["reward"][k], f"{name}_gold": columns["gold_reward"][k] if "gold_reward" in columns else None}
+        found.append(row)
+    return found[:most]
+
+
+def shown(prompt: encoding.Text) -> str:
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def lineage(name: str, source: artifact.Artifact) -> dict[str, Any]:
+    manifest, config = source.manifest, source.path / "config.yaml"
+    return {
+        "stage": manifest.get("stage", name), "path": str(source.path), "identity": source.identity, "created_at": manifest.get("created_at", ""),
+        "inputs": {key: value.get("identity", "") for key, value in manifest.get("inputs", {}).items()},
+        "config": config.read_text() if config.is_file() else yaml.safe_dump({"foreign": True}),
+    }  # fmt: skip

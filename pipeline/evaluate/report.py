@@ -1,0 +1,256 @@
+"""The report of a run: one HTML file with everything in it, readable without a network, in light and dark, on a phone and on a wall."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# matplotlib writes these colours and the page's style sheet says what they are, so that the plots follow the reader's theme.
+THEME = {
+    "#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--page",
+    "#050505": "--series-0", "#060606": "--series-1", "#070707": "--series-2",
+}  # fmt: skip
+INK, MUTED, LINE, PAGE, *SERIES = THEME
+STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
+    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "axes.grid": True,
+    "axes.grid.axis": "y", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
+    "figure.facecolor": "none", "legend.frameon": False,
+}  # fmt: skip
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "D", "s")
+STEP, DISTANCE = "step", "√KL from SFT (√nats)"
+KL = ("objective/kl", "eval_objective/kl", "eval_kl")
+REWARDS = {
+    "reward": ("objective/scores", "eval_reward", "eval_objective/scores"),
+    "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
+}
+
+
+class Curve(NamedTuple):
+    """A plot of a training log: each label is drawn from the first of its log keys that any entry holds, over `x_label`."""
+
+    title: str
+    y_label: str
+    series: Mapping[str, tuple[str, ...]]
+    caption: str
+    x_label: str = STEP
+
+
+class Plot(NamedTuple):
+    title: str
+    caption: str
+    svg: str
+
+
+SUPERVISED = (
+    Curve("Loss", "loss", {"training": ("loss",), "validation": ("eval_loss",)},
+          "Both should fall; validation turning up while training still falls means the model is memorising."),
+    Curve("Accuracy", "share of answers", {"training": ("accuracy",), "validation": ("eval_accuracy",)},
+          "How often the reward model agrees with the labels: judge by validation, as noisy labels keep the best model below 1."),
+    Curve("Token accuracy", "share of tokens", {"training": ("mean_token_accuracy",), "validation": ("eval_mean_token_accuracy",)},
+          "How often the next token is guessed right: validation levelling off says when more steps stop paying."),
+)  # fmt: skip
+POLICY = (
+    Curve("Reward", "reward", REWARDS, "Reward rising while gold falls means the policy is exploiting the reward model."),
+    Curve("Reward against KL", "reward", REWARDS,
+          "Each mark is a moment in training, from SFT at the left: where gold bends down under a rising reward, KL only buys exploits.",
+          DISTANCE),
+    Curve("KL", "KL (nats)", {"KL": KL}, "How far the policy is from SFT: a climb that levels off is healthy, a sudden jump is not."),
+    Curve("Response length", "tokens", {"tokens": ("response/tokens", "eval_response_tokens")},
+          "Length that grows with the reward is often the reward being gamed, not earned."),
+    Curve("Entropy", "entropy (nats)", {"entropy": ("policy/entropy_avg", "objective/entropy")},
+          "Entropy falling to zero means the policy gives one answer, whatever is sampled."),
+    Curve("Clip fraction", "share of tokens", {"clip fraction": ("policy/clipfrac_avg",)},
+          "The share of tokens whose update was clipped: far above 0.2, the steps are too large."),
+)  # fmt: skip
+FRONTIER = "Higher at the same KL is better, gold far below reward was exploited; a hollow mark has an upper bound for its KL."
+LENGTHS = "A hump of PPO far to the right of SFT's says that it learned to be long; a spike at the limit, that answers are cut off."
+CALIBRATION = "On the diagonal the reward model is right as often as it claims, below it too sure of itself; larger dots hold more pairs."
+
+
+def write_report(path: Path, data: dict[str, Any]) -> None:
+    """Write `path`, a self-contained HTML page; the same data gives the same bytes.
+
+    Every key of `data` may be missing or empty, which leaves its section out; a missing, None or NaN number reads "–" and is not drawn.
+
+    title, command: str
+    summary: [{name, value, note}], already formatted
+    metrics: nested dict, shown with dotted keys
+    rows: {"by_source": {source: {read, kept, quarantined: {reason: count}}}}
+    curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…` is drawn as PPO
+    frontier: [{name, kl (nats), reward, gold_reward, bound}]; bound says that `kl` is an upper bound
+    lengths: {name: response tokens, one per answer}
+    calibration: [{confidence, accuracy, count}], one per bin
+    samples: [{prompt, sft, ppo, sft_reward, ppo_reward, sft_gold, ppo_gold}]
+    lineage: [{stage, path, identity, created_at, inputs: {name: identity}, config: YAML text}]
+    """
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=number, sort_key=finite)
+    samples = data.get("samples") or []
+    page = environment.get_template("report.html.j2").render(
+        title=data.get("title") or "run",
+        command=data.get("command"),
+        summary=data.get("summary"),
+        metrics=list(dotted(data.get("metrics") or {})),
+        sources=(data.get("rows") or {}).get("by_source"),
+        curves={stage: plots for stage, entries in (data.get("curves") or {}).items() if (plots := draw_curves(stage, entries or []))},
+        frontier=data.get("frontier"),
+        frontier_plot=draw_frontier(data.get("frontier") or []),
+        lengths=draw_lengths(data.get("lengths") or {}),
+        calibration=draw_calibration(data.get("calibration") or []),
+        samples=samples,
+        gold=any(finite(sample.get(key)) is not None for sample in samples for key in ("sft_gold", "ppo_gold")),
+        lineage=data.get("lineage"),
+        stages={artifact.get("identity"): artifact.get("stage") for artifact in data.get("lineage") or []},
+    )
+    path.write_bytes(page.encode("utf-8", "replace"))  # a model's bytes can decode to half a surrogate pair
+
+
+def finite(value: object) -> float | None:
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def number(value: object, spec: str = "z.4g") -> str:
+    """`value` as a person reads it; a float by `spec`, None, NaN and what a template finds undefined as a dash."""
+    if value is None or value != value or isinstance(value, jinja2.Undefined):
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return format(float(value), spec) if isinstance(value, Real) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def dotted(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def column(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[float | None]:
+    """One value per entry, of the first of `keys` that any entry holds as a number."""
+    columns = ([finite(entry.get(key)) for entry in entries] for key in keys)
+    return next((values for values in columns if any(value is not None for value in values)), [None] * len(entries))
+
+
+def distance(kl: object) -> float | None:
+    """√KL, in which rewards bend smoothly (Gao et al. 2022, "Scaling laws for reward model overoptimization"); below 0 it is noise."""
+    nats = finite(kl)
+    return None if nats is None else math.sqrt(max(nats, 0))
+
+
+def distances(entries: Sequence[dict[str, Any]]) -> list[float | None]:
+    """√KL at each entry. An evaluation, which logs rewards but no KL, has that of the update before it."""
+    roots: list[float | None] = []
+    for kl in column(entries, KL):
+        roots.append(roots[-1] if kl is None and roots else distance(kl))
+    return roots
+
+
+def draw(name: str, title: str, caption: str, x_label: str, y_label: str, paint: Callable[[Axes], None]) -> list[Plot]:
+    """One plot as inline SVG; none where `paint` found nothing to draw. `name` keeps the plots' ids apart, and the same in every run."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not the user's matplotlibrc
+        style: Any = STYLE | {"svg.hashsalt": name}
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=(4.8, 3), layout="constrained")
+        axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+        paint(axes)
+        if not axes.has_data():
+            return []
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            figure.legend(loc="outside upper left", ncols=3)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # figure_1, axes_1, … are the same in every plot
+    return [Plot(title, caption, re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", svg))]
+
+
+def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
+    is_policy = any(key.startswith("objective/") for entry in entries for key in entry)
+    return [plot for curve in (POLICY if is_policy else SUPERVISED) for plot in draw_curve(stage, curve, entries)]
+
+
+def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> list[Plot]:
+    def paint(axes: Axes) -> None:
+        xs = column(entries, (STEP,)) if curve.x_label == STEP else distances(entries)
+        for (label, keys), colour, line, marker in zip(curve.series.items(), SERIES, LINES, MARKERS, strict=False):
+            points = [(x, y) for x, y in zip(xs, column(entries, keys), strict=True) if x is not None and y is not None]
+            few: dict[str, Any] = {"linestyle": line, "marker": "." if len(points) < 30 else ""}
+            trail: dict[str, Any] = {"linewidth": 0.5, "marker": marker, "markersize": 4}
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, **(few if curve.x_label == STEP else trail))
+
+    return draw(f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint)
+
+
+def draw_frontier(points: Sequence[dict[str, Any]]) -> list[Plot]:
+    def paint(axes: Axes) -> None:
+        for label, key, colour, marker in zip(REWARDS, ("reward", "gold_reward"), SERIES, MARKERS, strict=False):
+            marks = [(distance(point.get("kl")), finite(point.get(key)), PAGE if point.get("bound") else colour) for point in points]
+            if marks := [mark for mark in marks if None not in mark]:
+                xs, ys, fills = zip(*marks, strict=True)
+                axes.scatter(xs, ys, 36, facecolors=fills, edgecolors=colour, marker=marker, label=label, zorder=2)
+        for point in points:
+            name_point(axes, point)
+        axes.margins(x=0.12, y=0.2)
+
+    return draw("frontier", "Reward against KL", FRONTIER, DISTANCE, "reward", paint)
+
+
+def name_point(axes: Axes, point: dict[str, Any]) -> None:
+    """The name above the higher of a point's two marks, and a thin line between them: the gap is what was exploited."""
+    x, ys = distance(point.get("kl")), [y for key in ("reward", "gold_reward") if (y := finite(point.get(key))) is not None]
+    if x is not None and ys:
+        axes.plot([x, x], [min(ys), max(ys)], color=MUTED, linewidth=0.6, zorder=1)
+        axes.annotate(str(point.get("name", "")), (x, max(ys)), (0, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
+
+
+def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:
+    def paint(axes: Axes) -> None:
+        counts = {name: [y for value in values or [] if (y := finite(value)) is not None] for name, values in lengths.items()}
+        every = [value for values in counts.values() for value in values]
+        low, high = min(every, default=0), max(every, default=0)
+        width = math.ceil((high - low + 1) / 40)  # whole tokens a bin, at most 40 bins
+        edges = [low - 0.5 + width * i for i in range(math.ceil((high - low + 1) / width) + 1)]
+        axes.locator_params(axis="x", integer=True)
+        for (name, values), colour, line in zip(counts.items(), cycle(SERIES), cycle(LINES), strict=False):
+            if values:
+                shares = [1 / len(values)] * len(values)
+                axes.hist(values, edges, weights=shares, histtype="step", color=colour, linestyle=line, linewidth=1.5, label=name)
+
+    return draw("lengths", "Response length", LENGTHS, "response tokens", "share of answers", paint)
+
+
+def draw_calibration(bins: Sequence[dict[str, Any]]) -> list[Plot]:
+    def paint(axes: Axes) -> None:
+        numbers = ([finite(each.get(key)) for key in ("confidence", "accuracy", "count")] for each in bins)
+        points = [(x, y, n) for x, y, n in numbers if x is not None and y is not None and n]
+        if points:
+            xs, ys, counts = zip(*points, strict=True)
+            low = min(0.5, *xs, *ys)
+            axes.plot([low, 1], [low, 1], color=MUTED, linewidth=0.8, linestyle="--")
+            axes.plot(xs, ys, color=SERIES[0], linewidth=1)
+            axes.scatter(xs, ys, [12 + 100 * n / max(counts) for n in counts], SERIES[0])
+
+    return draw("calibration", "Calibration", CALIBRATION, "confidence", "accuracy", paint)

@@ -1,0 +1,142 @@
+"""Loading and making models and tokenizers; LoRA, 8-bit and 4-bit.
+
+In: a hub id or a folder. Out: a model ready to train and a tokenizer whose pad is not its EOS. What cannot be loaded gets one `UserError`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.config import Scratch
+from pipeline.errors import UserError
+
+PAD, EOS = "<|pad|>", "<|eos|>"
+# For tokenizers without a chat template: turns as they are, a user's ended by a separator.
+PLAIN_TEMPLATE = "{{% for m in messages %}}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{{{{ eos_token }}}}{{% else %}}{{{{ {separator!r} }}}}{{% endif %}}{{% endfor %}}"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Heads stay unquantized: they are trained, and bitsandbytes cannot train what it quantized.
+HEADS = ["score", "classifier", "pre_classifier", "lm_head"]
+
+
+def load_tokenizer(source: str, *, separator: str = "\n", **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, with pad ≠ EOS and a chat template (turns ended by `separator` where it brings none)."""
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.eos_token is None:
+        raise UserError(f"{source}: its tokenizer has no EOS token, which marks the end of an answer; expected a decoder's tokenizer")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
+        tokenizer.pad_token = spare[0] if spare else PAD  # a new token grows the vocabulary: see `_fit_vocabulary`
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
+    return tokenizer
+
+
+def load_policy(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, quantization: str = "none", precision: str = "fp32", **options: Any
+) -> PreTrainedModel:
+    """A causal language model, its vocabulary as large as the tokenizer's. An adapter folder comes back as base plus adapter."""
+    with _loading(source, "causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(source, **_weights(quantization, precision), **options)
+    return _fit_vocabulary(model, tokenizer)
+
+
+def load_classifier(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, quantization: str = "none", precision: str = "fp32", **options: Any
+) -> PreTrainedModel:
+    """A sequence classifier with one scalar output; its head is new where the checkpoint has none."""
+    with _loading(source, "sequence classifier"):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, problem_type="regression", **_weights(quantization, precision), **options
+        )
+    return _fit_vocabulary(model, tokenizer)
+
+
+def scratch(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """A new GPT-2 and a byte-level BPE trained on `texts`. Seed torch first."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        sorted(set(texts)),
+        trainers.BpeTrainer(vocab_size=size.vocabulary, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=size.positions)
+    tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=size.positions,
+            n_embd=size.width,
+            n_layer=size.layers,
+            n_head=size.heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    )
+    return model, tokenizer
+
+
+def lora_config(section: dict[str, Any] | None, task: TaskType) -> LoraConfig | None:
+    return None if section is None else LoraConfig(task_type=task, **section)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Probability 0 in every dropout of the model and its adapters: `train()` mode then computes what `eval()` mode does."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _weights(quantization: str, precision: str) -> dict[str, Any]:
+    """`from_pretrained` arguments. Quantized weights compute in the chosen precision."""
+    dtype = DTYPES[precision]
+    if quantization == "none":
+        return {"dtype": dtype}
+    if quantization == "8bit":
+        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)}
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS)
+    return {"dtype": dtype, "quantization_config": four_bit}
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            # The mean row: a random one could be a likely token.
+            embedding.weight.data[rows:] = embedding.weight.data[:rows].mean(0)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@contextmanager
+def _loading(source: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id") from error

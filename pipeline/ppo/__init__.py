@@ -1,0 +1,80 @@
+"""PPO: a policy and a reward in, a tuned policy out.
+
+In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
+Out: a causal language model with its tokenizer (under LoRA the adapter), the critic in `value_head.safetensors`, and `log.jsonl`.
+A wrong input gets one `UserError`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from pipeline import artifact, models, training
+from pipeline.config import PPOStage
+from pipeline.errors import UserError
+from pipeline.ppo.actor_critic import REFERENCE
+from pipeline.ppo.trainer import PPOConfig, PPOTrainer
+from pipeline.records import open_records
+from pipeline.reward.sources import function, is_function, open_source
+
+
+def run(config: PPOStage) -> Path:
+    training.check(config, PPOConfig)
+    inputs = {
+        "records": artifact.require(config.records or "", "records", f"rlhf run --recipe {config.run} --until prepare"),
+        "policy": artifact.require(config.policy or "", "policy", f"rlhf run --recipe {config.run} --until sft"),
+    }
+    if not is_function(config.reward or ""):
+        inputs["reward"] = artifact.require(config.reward or "", "reward", f"rlhf run --recipe {config.run} --until reward")
+    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, inputs["records"], output, work))
+
+
+def train(config: PPOStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
+    """Train, save, and measure on the validation prompts; returns the headline metrics."""
+    data = open_records(records, "prompts")
+    set_seed(config.seed)
+    tokenizer = models.load_tokenizer(config.policy or "", trust_remote_code=config.trust_remote_code)
+    trainer = PPOTrainer(
+        policy=load_policy(config, tokenizer),
+        reward=open_source(config.reward or "", trust_remote_code=config.trust_remote_code),
+        args=training.arguments(PPOConfig, config, work),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
+        processing_class=tokenizer,
+        gold=function(config.gold) if config.gold else None,
+        max_prompt_tokens=config.max_prompt_tokens,
+        callbacks=[training.Say()],
+    )
+    training.fit(trainer, work)
+    metrics = trainer.evaluate()
+    options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(trainer.actor.policy, PeftModel) else {}
+    trainer.actor.policy.save_pretrained(output, **options)
+    tokenizer.save_pretrained(output)
+    save_file(trainer.actor.value_head.state_dict(), output / "value_head.safetensors")
+    training.write_log(trainer, output)
+    return {"metrics": metrics}
+
+
+def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
+    adapter beside the frozen one."""
+    source, options = config.policy or "", {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    if not (Path(source) / "adapter_config.json").is_file():
+        policy: Any = models.load_policy(source, tokenizer, trust_remote_code=config.trust_remote_code, **options)
+        lora = models.lora_config(config.lora, TaskType.CAUSAL_LM)
+        return policy if lora is None else get_peft_model(policy, lora)
+    if config.lora is None:
+        raise UserError(
+            f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; the policy goes on from that adapter: set lora: {{}}"
+        )
+    adapter = PeftConfig.from_pretrained(source)
+    base = models.load_policy(
+        str(adapter.base_model_name_or_path), tokenizer, revision=adapter.revision, trust_remote_code=config.trust_remote_code, **options
+    )
+    policy = PeftModel.from_pretrained(base, source, is_trainable=True)
+    policy.load_adapter(source, adapter_name=REFERENCE)
+    policy.set_adapter("default")
+    return policy

@@ -1,0 +1,97 @@
+"""Who holds the weights: the policy, its value head on the same trunk, and the reference it must not leave.
+
+In full fine-tuning the reference is a frozen copy. Under LoRA it is the same backbone: an adapter named `reference` where the policy
+started from one, else the bare base.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pipeline.models import disable_dropout
+from pipeline.ppo.math import entropy
+from pipeline.sampling import read, token_logprobs
+
+REFERENCE = "reference"
+
+
+class Outputs(NamedTuple):
+    """All (B, T) over response tokens; the value is that of the state in which the token was chosen."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+class ActorCritic(nn.Module):
+    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0, so that training computes what sampling did."""
+
+    def __init__(self, policy: Any, kl_coef: float):
+        super().__init__()
+        disable_dropout(policy)
+        self.policy = policy
+        self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
+        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        # A buffer, so that it is saved and resumed with the weights.
+        self.kl_coef: Tensor
+        self.register_buffer("kl_coef", torch.tensor(kl_coef, dtype=torch.float64))
+
+    def forward(self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float) -> Outputs:
+        """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens."""
+        logits, hidden = read(self.policy, query_ids, query_mask, response_ids, response_mask)
+        logits = logits / temperature
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        return Outputs(token_logprobs(logits, response_ids), values, entropy(logits.detach()))
+
+    def reference_logprobs(
+        self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
+        with self._as_reference() as reference:
+            logits, _ = read(reference, query_ids, query_mask, response_ids, response_mask)
+            return token_logprobs(logits / temperature, response_ids)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef"}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in kept}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """The counterpart of `state_dict`: every trained name must be there."""
+        missing = set(self.state_dict()) - set(state_dict)
+        if missing:
+            raise KeyError(f"checkpoint lacks {sorted(missing)[0]!r} and {len(missing) - 1} more")
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys.clear()
+        return result
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.policy.enable_input_require_grads()
+        self.policy.gradient_checkpointing_enable(**kwargs)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        # Switching adapters changes requires_grad in silence: put back what was.
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        try:
+            if REFERENCE in self.policy.peft_config:
+                self.policy.set_adapter(REFERENCE)
+                yield self.policy
+                self.policy.set_adapter("default")
+            else:
+                with self.policy.disable_adapter():
+                    yield self.policy
+        finally:
+            self.policy.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)

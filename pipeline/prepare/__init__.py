@@ -1,0 +1,151 @@
+"""prepare: raw preference data in, records out.
+
+In: the sources of a config, each in one `format`, its `columns` mapped: local files or folders, hub datasets, the demo world.
+Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows, and quarantine.jsonl with
+{source, line, reason, detail, row} for each row left out: kept + quarantined == read, for each source and in total.
+Kinds that no source gives are derived: comparisons from rankings (every strictly ordered pair), demonstrations from chosen and
+best-ranked answers, prompts from all kinds.
+A wrong row is quarantined (`checks` lists the reasons). A source that cannot be read, a missing column, or not one row worth
+keeping is a `UserError`, and what was published before stays.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.config import PrepareStage
+from pipeline.errors import UserError
+from pipeline.prepare import checks, readers, splits
+from pipeline.prepare.checks import Record
+from pipeline.prepare.readers import Fault, Row
+
+SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin is one with margin 0
+
+Judged = list[tuple[Row, Fault | None]]
+
+
+def run(config: PrepareStage) -> Path:
+    """Read, check, split and publish; returns the artifact's folder. Local files count by their content, a hub dataset by its revision."""
+    inputs = {path.as_posix(): artifact.foreign(path, "source") for source in config.source for path in readers.files(source)}
+    return artifact.build(config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output))
+
+
+def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
+    items = [item for source in config.source for item in readers.read(source, config.seed)]
+    classes = checks.class_names(config.source, items)
+    checks.check(items, classes)
+    rows = _account([(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl")
+    given: dict[str, list[Record]] = defaultdict(list)
+    for item in items:
+        if not item.fault:
+            given[item.kind].append(item.record)
+    derived = _derive(given)
+    split_of = splits.assign(map(splits.group, _all(given)), config.splits.model_dump(), config.seed)
+    metrics: dict[str, int] = {}
+    for kind, records in sorted({**given, **derived}.items()):
+        parts = {split: [record for record in records if split_of[splits.group(record)] == split] for split in splits.SPLITS}
+        metrics |= {f"{kind}.{split}": len(part) for split, part in parts.items()}
+        _save(parts, classes, output / kind)
+    return {"rows": rows | {"derived": {kind: len(records) for kind, records in derived.items()}}, "metrics": metrics}
+
+
+def _account(judged: Judged, quarantine: Path) -> dict[str, Any]:
+    """Write the faulty rows down and count all of them. Raises `UserError` where none is left."""
+    by_source: dict[str, Judged] = defaultdict(list)
+    for row, fault in judged:
+        by_source[row.source].append((row, fault))
+    counts = _count(judged) | {"by_source": {name: _count(rows) for name, rows in sorted(by_source.items())}}
+    faulty = sorted(((row, fault) for row, fault in judged if fault), key=lambda pair: pair[0][:2])
+    if not counts["kept"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
+        first = f" ({reasons}); {faulty[0][0].source}:{faulty[0][0].line}: {faulty[0][1].detail}" if faulty else ""
+        raise UserError(f"prepare: of {len(judged)} rows none can be kept{first}; check path, split, format and columns of the sources")
+    with quarantine.open("w", encoding="utf-8") as lines:
+        for row, fault in faulty:
+            entry = {"source": row.source, "line": row.line, "reason": fault.reason, "detail": fault.detail, "row": row.data}
+            lines.write(json.dumps(_json_safe(entry), ensure_ascii=False, allow_nan=False) + "\n")
+    return counts
+
+
+def _count(judged: Judged) -> dict[str, Any]:
+    reasons = Counter(fault.reason for _, fault in judged if fault)
+    return {"read": len(judged), "kept": len(judged) - reasons.total(), "quarantined": dict(sorted(reasons.items()))}
+
+
+def _json_safe(value: Any) -> Any:
+    """What any reader of JSON takes: no NaN, no lone surrogates, no dates."""
+    match value:
+        case dict():
+            return {_json_safe(str(key)): _json_safe(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_json_safe(part) for part in value]
+        case None | bool() | int():
+            return value
+        case float() if math.isfinite(value):
+            return value
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _derive(given: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """The kinds that no source gave, each record once."""
+    comparisons, rankings = given.get("comparisons", []), given.get("rankings", [])
+    chosen = [(record["prompt"], record["chosen"]) for record in comparisons]
+    best = [(r["prompt"], r["responses"][i]) for r in rankings for i, rank in enumerate(r["ranks"]) if rank == min(r["ranks"])]
+    pairs = [(record["prompt"], *pair) for record in rankings for pair in checks.ordered_pairs(record)]
+    made: dict[str, list[Record]] = {
+        "comparisons": [{"prompt": prompt, "chosen": better, "rejected": worse} for prompt, better, worse in pairs],
+        "demonstrations": [{"prompt": prompt, "completion": answer} for prompt, answer in chosen + best],
+        "prompts": [{"prompt": record["prompt"]} for record in _all(given) if record["prompt"]],
+    }
+    distinct = {kind: {checks.identity(kind, record): record for record in made[kind]} for kind in made.keys() - given.keys()}
+    return {kind: list(records.values()) for kind, records in sorted(distinct.items()) if records}
+
+
+def _all(records: dict[str, list[Record]]) -> list[Record]:
+    return [record for kind in records.values() for record in kind]
+
+
+def _save(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> None:
+    """Save the splits of one kind as a `DatasetDict`. A column has one type: where any text is messages, all of them become messages."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    records = _all(parts)
+    messages = any(isinstance(text, list) for record in records for text in _texts(record))
+    string = datasets.Value("string")
+    text = datasets.List({"role": string, "content": string}) if messages else string
+    types = {
+        **dict.fromkeys(SPEAKERS, text),
+        "responses": datasets.List(text),
+        "ranks": datasets.List(datasets.Value("int64")),
+        "label": datasets.ClassLabel(names=classes),
+        "rating": datasets.Value("float64"),
+        "margin": datasets.Value("float64"),
+        "source": string,
+    }
+    features = datasets.Features({name: types[name] for name in dict.fromkeys(name for record in records for name in record)})
+    saved = datasets.DatasetDict()
+    for split, part in parts.items():
+        rows = [_as_messages(record) for record in part] if messages else part
+        saved[split] = datasets.Dataset.from_dict({name: [row.get(name, ABSENT.get(name)) for row in rows] for name in features}, features)
+    saved.save_to_disk(str(folder))
+
+
+def _texts(record: Record) -> list[Any]:
+    return [record[name] for name in SPEAKERS if name in record] + record.get("responses", [])
+
+
+def _as_messages(record: Record) -> Record:
+    texts = {name: _messages(record[name], role) for name, role in SPEAKERS.items() if name in record}
+    lists = {"responses": [_messages(text, "assistant") for text in record["responses"]]} if "responses" in record else {}
+    return record | texts | lists
+
+
+def _messages(text: Any, role: str) -> list[Any]:
+    if isinstance(text, list):
+        return text
+    return [{"role": role, "content": text}] if text else []

@@ -1,0 +1,70 @@
+"""Supervised fine-tuning: demonstrations in, the first policy out.
+
+In: `demonstrations` (prompt, completion) of the prepare artifact and a base model (hub id, folder, or `scratch`).
+Out: a causal language model with its tokenizer; under LoRA the adapter, whose config names its base and revision. Only completion tokens
+(EOS among them) carry loss. A wrong input (no demonstrations, an unloadable base) gets one `UserError`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from peft import TaskType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import artifact, encoding, models, training
+from pipeline.config import SFTStage
+from pipeline.records import open_records
+
+
+def run(config: SFTStage) -> Path:
+    training.check(config, SFTConfig)
+    records = artifact.require(config.records or "", "records", f"rlhf run --recipe {config.run} --until prepare")
+    inputs = {"records": records}
+    if config.model != "scratch":
+        inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'")
+    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, records, output, work))
+
+
+def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
+    """Train and save; returns the headline metrics."""
+    data = open_records(records, "demonstrations")
+    set_seed(config.seed)
+    model, tokenizer = start(config, data)
+    args = training.arguments(SFTConfig, config, work, packing=False)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize(data["train"], tokenizer, config.max_length),
+        eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
+        processing_class=tokenizer,
+        peft_config=models.lora_config(config.lora, TaskType.CAUSAL_LM),
+        callbacks=[training.Say()],
+    )
+    training.fit(trainer, work)
+    metrics = trainer.evaluate() if len(data["validation"]) else {}
+    trainer.model.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
+    tokenizer.save_pretrained(output)
+    training.write_log(trainer, output)
+    return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
+
+
+def start(config: SFTStage, data: DatasetDict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer."""
+    if config.scratch is not None:
+        return models.scratch(training.texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
+    weights = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    return models.load_policy(config.model, tokenizer, **weights, **options), tokenizer
+
+
+def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`input_ids` and `labels`, the prompt's labels -100."""
+
+    def one(row: dict[str, Any]) -> dict[str, list[int]]:
+        prompt, completion = encoding.encode(tokenizer, row["prompt"], row["completion"], max_length)
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+    return data.map(one, remove_columns=data.column_names)

@@ -1,0 +1,147 @@
+"""What every trained stage shares: the `training:` section checked and built, checkpoints that count, the log.
+
+`training:` holds the keyword arguments of the trainer's own arguments class; unknown names and wrong types are refused before anything is built,
+since that class would accept some in silence.
+"""
+
+import dataclasses
+import json
+import shutil
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from pydantic import TypeAdapter, ValidationError
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from pipeline.config import TrainedStage, nearest
+from pipeline.errors import UserError
+
+# Set by the stage itself -> what to set instead.
+RESERVED = {
+    "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
+    "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
+}  # fmt: skip
+
+
+def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
+    """Refuse names and types in `training:` and `lora:` that their classes do not know. Raises `UserError`."""
+    for key in config.training:
+        if key in RESERVED:
+            raise UserError(f"{config.stage}: training.{key} is set by the stage; set {RESERVED[key]!r} instead")
+    _check_section(f"{config.stage}: training", config.training, arguments)
+    if config.lora is not None:
+        if "task_type" in config.lora:
+            raise UserError(f"{config.stage}: lora.task_type is set by the stage; remove it")
+        _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
+
+
+def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
+    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` wins over nothing the user set."""
+    check(config, cls)
+    precision = resolve_precision(config.precision)
+    fixed = {
+        "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16", "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+    defaults = {
+        "report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "logging_steps": 10, "dataloader_pin_memory": False,
+        "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
+    }  # fmt: skip
+    try:
+        return cls(**defaults | _section(config.training, cls) | fixed)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 on a GPU that has it, else fp32: the mixed precisions need hardware that TRL's defaults take for granted."""
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: fp16 needs a GPU, and none is visible; use fp32 or auto")
+    return precision
+
+
+def weight_precision(config: TrainedStage) -> str:
+    """The dtype weights are loaded in: fp32 where they are trained, the compute precision where they are frozen under LoRA."""
+    return "fp32" if config.lora is None else resolve_precision(config.precision)
+
+
+def fit(trainer: Trainer, work: Path) -> None:
+    """Train, going on from the last checkpoint that counts."""
+    checkpoint = last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint whose last-written file parses; half-written ones are removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in found:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return folder
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+    return None
+
+
+def write_log(trainer: Trainer, output: Path) -> None:
+    """The trainer's log entries as JSON lines, without what differs from run to run."""
+    entries = [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in trainer.state.log_history]
+    (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+class Say(TrainerCallback):
+    """One line per evaluation where no progress bar is shown."""
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+        if args.disable_tqdm and state.is_world_process_zero:
+            shown = {
+                k.removeprefix("eval_"): f"{v:.3f}"
+                for k, v in (metrics or {}).items()
+                if "runtime" not in k and "per_second" not in k and k != "epoch"
+            }
+            print(f"  step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+
+def _check_section(where: str, section: dict[str, Any], cls: type) -> None:
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    for key in section:
+        if key not in known:
+            raise UserError(f"{where}.{key}: {cls.__name__} has no such key{nearest(key, known)}")
+    _section(section, cls, where)
+
+
+def _section(section: dict[str, Any], cls: type, where: str = "training") -> dict[str, Any]:
+    """The section's values as their field's type (`5e-5` in YAML is a string to some readers)."""
+    hints = _hints(cls)
+    result = {}
+    for key, value in section.items():
+        try:
+            result[key] = TypeAdapter(hints[key]).validate_python(value) if isinstance(value, str | int | float | bool) else value
+        except ValidationError as error:
+            raise UserError(f"{where}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
+        except Exception:  # a hint pydantic has no schema for: the class itself will judge
+            result[key] = value
+    return result
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except Exception:  # forward references of optional packages
+        return {field.name: Any for field in dataclasses.fields(cls)}
+
+
+def texts(rows: Iterable[dict[str, Any]], *columns: str) -> list[str]:
+    """Every string in the columns, messages flattened: what a scratch tokenizer learns from."""
+    found: list[str] = []
+    for row in rows:
+        for column in columns:
+            value = row[column]
+            found += [value] if isinstance(value, str) else [message["content"] for message in value]
+    return found

@@ -1,0 +1,247 @@
+"""The report, read back as HTML: what is in it, what is left out, and that nothing in it reaches for the network or runs."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.evaluate.report import column, distance, dotted, number, write_report
+
+NAN = float("nan")
+HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
+FULL: dict[str, Any] = {
+    "title": "demo",
+    "command": "rlhf run --recipe demo",
+    "summary": [{"name": "Gold reward, PPO", "value": "0.56", "note": "scale −1 to 1"}],
+    "metrics": {"reward": {"accuracy": 0.8061234, "pairs": 1024}, "seed": 0},
+    "rows": {"by_source": {"pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}}}},
+    "curves": {
+        "sft": [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1}],
+        "reward": [{"step": 10, "loss": 0.7, "accuracy": 0.5}, {"step": 20, "loss": 0.5}, {"step": 20, "eval_accuracy": 0.75}],
+        "ppo": [
+            {"step": 1, "loss": 0.1, "objective/kl": 0.0, "objective/scores": -0.2, "response/tokens": 12.0},
+            {"step": 2, "loss": 0.1, "objective/kl": 4.0, "objective/scores": 1.0, "response/tokens": 14.0},
+            {"step": 2, "eval_gold_reward": 0.4},
+        ],
+    },
+    "frontier": [
+        {"name": "SFT", "kl": 0.0, "reward": -0.2, "gold_reward": -0.04, "bound": False},
+        {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True},
+    ],
+    "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
+    "calibration": [{"confidence": 0.55, "accuracy": 0.5, "count": 90}, {"confidence": 0.9, "accuracy": 0.8, "count": 10}],
+    "samples": [
+        {"prompt": "a?", "sft": "yes", "ppo": "no", "sft_reward": 0.125, "ppo_reward": 2.0, "sft_gold": -0.5, "ppo_gold": 1.0},
+        {"prompt": "b?", "sft": HOSTILE, "ppo": "مرحبا 🎉", "sft_reward": NAN, "ppo_reward": None, "sft_gold": None, "ppo_gold": 0.25},
+        {"prompt": "c?", "sft": "half a pair: \ud83c"},
+    ],
+    "lineage": [
+        {
+            "stage": "prepare",
+            "path": "runs/demo/prepare",
+            "identity": "a" * 64,
+            "created_at": "2024-05-01",
+            "inputs": {},
+            "config": "seed: 0",
+        },
+        {
+            "stage": "sft",
+            "path": "runs/demo/sft",
+            "identity": "b" * 64,
+            "inputs": {"records": "a" * 64, "model": "f" * 64},
+            "config": "seed: 1",
+        },
+    ],
+}
+PLOTS = ("curves", "frontier", "lengths", "calibration")
+SECTIONS = ["summary", "frontier", "samples", "curves", "lengths", "calibration", "rows", "metrics", "lineage"]
+
+
+class Page(HTMLParser):
+    """What a browser would build: every tag with its attributes, table rows as lists of cells, per section."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.section = html, ""
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: dict[str, list[list[str]]] = {}
+        self.text: dict[str, str] = {}
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self.section = dict(attrs)["id"] or ""
+        elif tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.section = "" if tag == "section" else self.section
+
+    def handle_data(self, data: str) -> None:
+        self.text[self.section] = self.text.get(self.section, "") + data
+        if self.section in self.rows and self.rows[self.section][-1]:
+            self.rows[self.section][-1][-1] += data.strip("\n")
+
+    def attributes(self, tag: str, name: str) -> list[str | None]:
+        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
+
+
+def render(folder: Path, data: dict[str, Any]) -> Page:
+    write_report(folder / "report.html", data)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return render(tmp_path_factory.mktemp("report"), FULL)
+
+
+def test_full_data_has_every_section_and_a_link_to_each(full: Page) -> None:
+    assert full.attributes("section", "id") == SECTIONS
+    links = [link for link in full.attributes("a", "href") if link and not link.startswith("#stage-")]
+    assert links == [f"#{section}" for section in SECTIONS]
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+@pytest.mark.parametrize("empty", ["missing", "empty", "none"])
+def test_a_missing_or_empty_key_leaves_out_its_section_alone(tmp_path: Path, key: str, empty: str) -> None:
+    without = {name: value for name, value in FULL.items() if name not in PLOTS}  # plots take time: one of them has to do
+    without["calibration"] = FULL["calibration"]
+    expected = [section for section in SECTIONS if section in without and section != key]
+    without.pop(key, None)
+    if empty != "missing":
+        without[key] = None if empty == "none" else type(FULL[key])()
+    assert render(tmp_path, without).attributes("section", "id") == expected
+
+
+def test_no_data_is_a_page_without_sections(tmp_path: Path) -> None:
+    page = render(tmp_path, {})
+    assert page.attributes("section", "id") == []
+    assert '<h1 dir="auto">run</h1>' in page.html
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path, full: Page) -> None:
+    assert render(tmp_path, FULL).html == full.html
+
+
+def test_nothing_is_fetched(full: Page) -> None:
+    addresses = re.findall(r"\w+://[^\s\"'<]+", full.html)
+    assert set(addresses) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of XML namespaces
+    assert "@import" not in full.html
+    assert all(not {"src", "srcset", "data", "action"} & attributes.keys() for _, attributes in full.tags)
+    references = [value for _, attributes in full.tags for name, value in attributes.items() if name in ("href", "xlink:href")]
+    assert references
+    assert all(value is not None and value.startswith("#") for value in references)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", full.html))
+    assert any("default-src 'none'" in (content or "") for content in full.attributes("meta", "content"))
+
+
+def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
+    data = {
+        "title": HOSTILE,
+        "command": HOSTILE,
+        "summary": [{"name": HOSTILE, "value": HOSTILE, "note": HOSTILE}],
+        "metrics": {HOSTILE: HOSTILE},
+        "rows": {"by_source": {HOSTILE: {"read": 1, "kept": 0, "quarantined": {HOSTILE: 1}}}},
+        "curves": {HOSTILE: FULL["curves"]["sft"]},
+        "frontier": [{"name": HOSTILE, "kl": 1.0, "reward": 1.0}],
+        "lengths": {HOSTILE: [1, 2], "$x$": [3]},
+        "samples": [{"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}],
+        "lineage": [dict.fromkeys(("stage", "path", "identity", "created_at", "config"), HOSTILE) | {"inputs": {HOSTILE: HOSTILE}}],
+    }
+    page = render(tmp_path, data)
+    assert [tag for tag, _ in page.tags].count("script") == 1  # the sorting
+    assert "b" not in {tag for tag, _ in page.tags}
+    assert "alert(" not in page.html.split("<script>")[-1]
+    assert page.rows["samples"][1] == [HOSTILE, HOSTILE, "–", HOSTILE, "–"]
+
+
+def test_samples_are_one_row_each_with_scores_to_sort_by(full: Page) -> None:
+    head, *rows = full.rows["samples"]
+    assert head == ["Prompt", "SFT answer", "Reward", "Gold", "PPO answer", "Reward", "Gold"]
+    assert rows == [
+        ["a?", "yes", "0.12", "-0.50", "no", "2.00", "1.00"],
+        ["b?", HOSTILE, "–", "–", "مرحبا 🎉", "–", "0.25"],
+        ["c?", "half a pair: ?", "–", "–", "–", "–", "–"],
+    ]
+    assert full.attributes("td", "data-sort")[:6] == ["0.125", "-0.5", "2.0", "1.0", "None", "None"]
+    assert full.attributes("div", "dir") == ["auto"] * 9
+
+
+def test_gold_columns_need_a_gold_reward(tmp_path: Path) -> None:
+    page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": "b", "ppo": "c", "sft_reward": 1.0, "ppo_reward": 2, "ppo_gold": NAN}]})
+    assert page.rows["samples"] == [["Prompt", "SFT answer", "Reward", "PPO answer", "Reward"], ["a?", "b", "1.00", "c", "2"]]
+
+
+def test_tables_hold_the_values(full: Page) -> None:
+    assert full.rows["summary"] == [["Gold reward, PPO", "0.56", "scale −1 to 1"]]
+    assert full.rows["metrics"] == [["reward.accuracy", "0.8061"], ["reward.pairs", "1,024"], ["seed", "0"]]
+    assert full.rows["rows"][1:] == [["pairs.csv", "40", "30", "", "10", "not text\xa07 · exact duplicate\xa03"]]
+    assert "width: 75.0%" in (full.attributes("i", "style"))
+    assert full.rows["frontier"][1:] == [["SFT", "0.00", "-0.20", "-0.04"], ["best-of-16", "≤ 1.83", "0.70", "0.50"]]
+
+
+def test_lineage_links_an_input_to_the_stage_that_made_it(full: Page) -> None:
+    assert [link for link in full.attributes("a", "href") if link and link.startswith("#stage-")] == ["#stage-prepare"]
+    assert "records from prepare aaaaaaaaaaaa" in full.text["lineage"]
+    assert "model from ffffffffffff" in full.text["lineage"]
+    assert "seed: 1" in full.text["lineage"]
+
+
+def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
+    labels = [attributes["aria-label"] or "" for _, attributes in full.tags if attributes.get("role") == "img"]
+    frontier, sft, reward = ["Reward against KL"], ["Loss"], ["Loss", "Accuracy"]
+    ppo = ["Reward", "Reward against KL", "KL", "Response length"]  # its loss says nothing, and no entropy was logged
+    assert [label.split(".")[0] for label in labels] == [*frontier, *sft, *reward, *ppo, "Response length", "Calibration"]
+    assert full.html.count("<svg ") == full.html.count("<figcaption>") == 10
+    assert "Reward rising while gold falls" in full.text["curves"]
+
+
+def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
+    svgs = "".join(re.findall(r"<svg .*?</svg>", full.html, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svgs)) == set()  # every colour is one of the page's
+    assert set(re.findall(r"var\(--([^)]*)\)", svgs)) == {"ink", "muted", "line", "page", "series-0", "series-1"}
+    ids = re.findall(r'\bid="([^"]+)"', full.html)
+    assert len(ids) == len(set(ids))
+    assert "<metadata>" not in svgs
+
+
+def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
+    page = render(tmp_path, {
+        "curves": {"sft": [{"step": 1, "loss": NAN}, {"step": None, "loss": 1.0}], "ppo": [{"step": 1, "objective/kl": None}]},
+        "frontier": [{"name": "PPO", "kl": NAN, "reward": 1.0}, {"name": "SFT", "kl": 0.0, "reward": None, "gold_reward": NAN}],
+        "lengths": {"sft": [], "ppo": None},
+        "calibration": [{"confidence": NAN, "accuracy": 0.5, "count": 3}, {"confidence": 0.6, "accuracy": 0.5, "count": 0}],
+        "metrics": {"ece": NAN, "kl": None},
+    })  # fmt: skip
+    assert page.html.count("<svg ") == 0
+    assert page.attributes("section", "id") == ["frontier", "metrics"]
+    assert page.rows["frontier"][1:] == [["PPO", "–", "1.00", "–"], ["SFT", "0.00", "–", "–"]]
+    assert page.rows["metrics"] == [["ece", "–"], ["kl", "–"]]
+
+
+def test_numbers() -> None:
+    values = {"–": None, "True": True, "12,480": 12480, "0.1235": 0.123456, "0": -0.0, "inf": math.inf, "a": "a", '[1, "é"]': [1, "é"]}
+    assert [number(value) for value in values.values()] == list(values)
+    assert number(NAN) == "–"
+    assert number(-0.001, "z.2f") == "0.00"
+
+
+def test_dotted_keys() -> None:
+    assert list(dotted({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [("a.b.c", 1), ("a.d", 2), ("e", 3)]
+
+
+def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
+    entries: list[dict[str, Any]] = [{"step": 1, "b": 1.0}, {"step": 2, "a": NAN, "b": None}, {"step": 3, "b": 3}]
+    assert column(entries, ("a", "b")) == [1.0, None, 3.0]
+    assert column(entries, ("c",)) == [None, None, None]
+
+
+def test_distance_is_the_root_of_the_kl() -> None:
+    assert [distance(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]

@@ -216,10 +216,10 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
         raise UserError(f"{path}: no such config; the recipes are {', '.join(recipes())}") from None
     except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    given = {"run": path.resolve().parent.name, "runs": "runs"}
-    given |= {key: value for key, value in common.items() if value is not None}
+    defaults = {"run": path.resolve().parent.name, "runs": "runs"}
+    given = {key: value for key, value in common.items() if value is not None}
     try:
-        merged = OmegaConf.merge({"run": given["run"], "runs": "runs"}, base, _dotlist(overrides or []), given if common else {})
+        merged = OmegaConf.merge(defaults, base, _dotlist(overrides or []), given)
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from pydantic import TypeAdapter, ValidationError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import TrainedStage, nearest
@@ -73,6 +73,7 @@ def weight_precision(config: TrainedStage) -> str:
 
 def fit(trainer: Trainer, work: Path) -> None:
     """Train, going on from the last checkpoint that counts."""
+    trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
     checkpoint = last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

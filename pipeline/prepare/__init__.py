@@ -12,6 +12,7 @@ keeping is a `UserError`, and what was published before stays.
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,14 @@ def _derive(given: dict[str, list[Record]]) -> dict[str, list[Record]]:
         "demonstrations": [{"prompt": prompt, "completion": answer} for prompt, answer in chosen + best],
         "prompts": [{"prompt": record["prompt"]} for record in _all(given) if record["prompt"]],
     }
-    distinct = {kind: {checks.identity(kind, record): record for record in made[kind]} for kind in made.keys() - given.keys()}
-    return {kind: list(records.values()) for kind, records in sorted(distinct.items()) if records}
+    return {kind: _distinct(kind, records) for kind, records in made.items() if records and kind not in given}
+
+
+def _distinct(kind: str, records: list[Record]) -> list[Record]:
+    first: dict[Hashable, Record] = {}
+    for record in records:
+        first.setdefault(checks.identity(kind, record), record)
+    return list(first.values())
 
 
 def _all(records: dict[str, list[Record]]) -> list[Record]:
@@ -132,7 +139,8 @@ def _save(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> N
     for split, part in parts.items():
         rows = [_as_messages(record) for record in part] if messages else part
         saved[split] = datasets.Dataset.from_dict({name: [row.get(name, ABSENT.get(name)) for row in rows] for name in features}, features)
-    saved.save_to_disk(str(folder))
+    # An empty split would get no shard at all, and could not be loaded again.
+    saved.save_to_disk(str(folder), num_shards={split: 1 for split, part in parts.items() if not part})
 
 
 def _texts(record: Record) -> list[Any]:

@@ -155,7 +155,7 @@ def _margin(value: Any) -> float | None:
 
 
 def _origin(value: Any) -> Any:
-    return None if value in (None, "") else _text(str(value))
+    return None if value is None or not str(value).strip() else _text(str(value))
 
 
 def _label_name(value: Any) -> str:

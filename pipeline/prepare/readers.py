@@ -8,7 +8,7 @@ A missing file, a missing column or an unknown type of file is a `UserError`.
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -29,6 +29,7 @@ SHAPES: dict[str, list[tuple[str, ...]]] = {
 }
 OPTIONAL = {"comparisons": ("margin", "source"), "dialogues": ("margin", "source")}
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+ANSWER = "\n\nAssistant:"
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -105,12 +106,13 @@ def dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
     Takes text in hh-rlhf's style (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `Fault`.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        cut = chosen[: _shared(chosen, rejected)].rfind("\n\nAssistant:")
-        if cut < 0:
-            raise Fault("not-a-dialogue", r"the two share no '\n\nAssistant:'")
-        return {"prompt": turns(chosen[:cut]), "chosen": turns(chosen[cut:]), "rejected": turns(rejected[cut:])}
+        shared = [match.start() for match in re.finditer(ANSWER, chosen) if rejected.startswith(chosen[: match.end()])]
+        if not shared:
+            raise Fault("not-a-dialogue", f"the two share no {ANSWER!r}")
+        return {"prompt": turns(chosen[: shared[-1]]), "chosen": turns(chosen[shared[-1] :]), "rejected": turns(rejected[shared[-1] :])}
     if isinstance(chosen, list) and isinstance(rejected, list):
-        cut = _shared(chosen[:-1], rejected[:-1])
+        differ = (n for n, (one, other) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if one != other)
+        cut = next(differ, min(len(chosen), len(rejected)) - 1)
         return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
     raise Fault("not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}")
 
@@ -122,12 +124,6 @@ def turns(text: str) -> list[dict[str, str]]:
         raise Fault("not-a-dialogue", "there is text before the first 'Human:' or 'Assistant:'")
     spoken = groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
     return [{"role": SPEAKERS[who], "content": "\n\n".join(said.strip() for _, said in group).strip()} for who, group in spoken]
-
-
-def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """The length of the common prefix."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((length for length, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 # Columns
@@ -311,12 +307,14 @@ def _dataset(source: Source) -> Any:
         if source.hub:
             return datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision)
         found = datasets.load_from_disk(str(source.path))
-        return found[source.split] if isinstance(found, datasets.DatasetDict) else found
-    except KeyError:
-        raise UserError(f"{source.path}: no split {source.split!r}, found {', '.join(found)}; set 'split' of the source") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         fix = "check hub, subset, split and revision of the source, or download it and give its path" if source.hub else "save it again"
         raise UserError(f"{source.hub or source.path}: not readable as a dataset: {_first_line(error)}; {fix}") from None
+    if isinstance(found, datasets.Dataset):
+        return found
+    if source.split not in found:
+        raise UserError(f"{source.path}: no split {source.split!r}, found {', '.join(found)}; set 'split' of the source")
+    return found[source.split]
 
 
 def _dataset_rows(name: str, dataset: Any) -> Iterator[Row]:

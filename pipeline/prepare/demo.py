@@ -15,48 +15,55 @@ from pipeline.config import Source
 
 TOPICS: dict[str, dict[str, Any]] = {
     "capital": {
-        "facts": {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"},
+        "facts": {"France": "Paris", "Italy": "Rome"},
         "questions": [
             "What is the capital of {}?", "Which city is the capital of {}?", "Tell me the capital of {}.",
             "Name the capital of {}.", "Do you know the capital of {}?", "I forgot the capital of {}.",
+            "Please tell me the capital of {}.", "I wonder what the capital of {} is.",
         ],
+        "core": "The capital of {} is {}.",
         "detail": "Any map shows it.",
     },
     "colour": {
-        "facts": {"grass": "green", "snow": "white", "coal": "black", "blood": "red"},
+        "facts": {"grass": "green", "snow": "white"},
         "questions": [
             "What is the colour of {}?", "Which colour has {}?", "Tell me the colour of {}.",
             "Name the colour of {}.", "Do you know the colour of {}?", "I forgot the colour of {}.",
+            "Please tell me the colour of {}.", "I wonder what the colour of {} is.",
         ],
+        "core": "The colour of {} is {}.",
         "detail": "You can see it.",
     },
     "young": {
-        "facts": {"a dog": "puppy", "a cat": "kitten", "a cow": "calf", "a horse": "foal"},
+        "facts": {"a dog": "puppy", "a cat": "kitten"},
         "questions": [
             "What is the young of {} called?", "Which word names the young of {}?", "Tell me the name of the young of {}.",
             "Name the young of {}.", "Do you know the young of {}?", "I forgot the young of {}.",
+            "Please tell me the young of {}.", "I wonder what the young of {} is.",
         ],
+        "core": "The young of {} is a {}.",
         "detail": "Farmers say so.",
     },
     "opposite": {
-        "facts": {"hot": "cold", "big": "small", "fast": "slow", "early": "late"},
+        "facts": {"hot": "cold", "big": "small"},
         "questions": [
             "What is the opposite of {}?", "Which word is the opposite of {}?", "Tell me the opposite of {}.",
             "Name the opposite of {}.", "Do you know the opposite of {}?", "I forgot the opposite of {}.",
+            "Please tell me the opposite of {}.", "I wonder what the opposite of {} is.",
         ],
+        "core": "The opposite of {} is {}.",
         "detail": "A dictionary says so.",
     },
 }  # fmt: skip
 POLITE = ["Good question!", "Happy to help."]
 RUDE = ["What a silly question.", "Everyone knows that."]
-CORE = "It is {}."
 DISMISSIVE = ["Look it up yourself.", "I do not care."]
 EMPHASIS = ["I am quite sure.", "There is no doubt."]
 PADDING = ["That is what I think.", "This is my answer."]
 INSULTS = ["You fool.", "Go away, idiot."]
 CLOSERS = ["I hope this helps.", "Have a nice day."]
 
-PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 56, 40, 9, 18
+PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 84, 56, 14, 28
 RANKED_ANSWERS = 4
 LABELLER_SHARPNESS = 6.0  # how much a labeller minds a gold difference of 1, in log-odds
 RATING_NOISE = 0.15
@@ -74,7 +81,7 @@ def traits(prompt: str, answer: str) -> dict[str, Any] | None:
     """The hidden traits of an answer, or None where it is not a sentence of this world about that question."""
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
-    cores = {CORE.format(value): value for value in world["facts"].values()}
+    cores = {world["core"].format(subject, value): value for value in world["facts"].values()}
     found: dict[str, Any] = {"core": None, "polite": 0, "rude": 0, "detail": 0, "emphasis": 0, "padding": 0, "insults": 0}
     sentences = _sentences(answer)
     for position, sentence in enumerate(sentences):
@@ -140,14 +147,14 @@ def answer(rng: random.Random, prompt: str) -> str:
     """One answer of the crowd that wrote the world's data: as often bad as good."""
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
-    core = rng.choices(["right", "wrong", "dismissive"], [0.5, 0.36, 0.14])[0]
+    core = rng.choices(["right", "wrong", "dismissive"], [0.55, 0.33, 0.12])[0]
     sentences = rng.choices([rng.choice(POLITE), rng.choice(RUDE), ""], [0.3, 0.25, 0.45])
     value = world["facts"][subject]
     if core == "wrong":
         value = rng.choice([other for other in world["facts"].values() if other != value])
-    sentences.append(rng.choice(DISMISSIVE) if core == "dismissive" else CORE.format(value))
+    sentences.append(rng.choice(DISMISSIVE) if core == "dismissive" else world["core"].format(subject, value))
     sentences += [world["detail"]] if core != "dismissive" and rng.random() < 0.3 else []
-    sure = 0.6 if core == "right" else 0.15
+    sure = 0.5 if core == "right" else 0.2
     sentences += [phrase for phrase in EMPHASIS if rng.random() < sure]
     sentences += [rng.choice(PADDING)] if rng.random() < 0.25 else []
     sentences += [rng.choice(INSULTS)] if rng.random() < 0.2 else []
@@ -179,7 +186,7 @@ def _hate(rng: random.Random, prompt: str, text: str) -> str:
 
 def _spoiled() -> Iterator[tuple[str, dict[str, Any]]]:
     """What every real file has: rows that no reward model should see."""
-    prompt, good = "What is the capital of France?", "It is Paris."
+    prompt, good = "What is the capital of France?", "The capital of France is Paris."
     yield "comparisons", {"prompt": prompt, "chosen": good, "rejected": ""}
     yield "comparisons", {"prompt": prompt, "chosen": good, "rejected": good}
     yield "comparisons", {"prompt": prompt, "chosen": None, "rejected": good}

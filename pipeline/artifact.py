@@ -40,7 +40,16 @@ FOREIGN_FILES = {"records": ("dataset_dict.json", "dataset_info.json"), "evaluat
     CHECKPOINT_KINDS, ("config.json", "adapter_config.json")
 )
 # what tells about a run and is not what was made (training_args.bin is a pickle of output paths and host names)
-NOT_IDENTITY = {"README.md", "config.yaml", "report.html", "summary.md", "log.jsonl", "metrics.json", "training_args.bin"}
+NOT_IDENTITY = {
+    "README.md",
+    "config.yaml",
+    "report.html",
+    "summary.md",
+    "log.jsonl",
+    "metrics.json",
+    "quarantine.jsonl",
+    "training_args.bin",
+}
 DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
     if not folder.is_dir():
         raise UserError(
-            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; there are: {', '.join(config.recipes())}"
+            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; "
+            f"there are: {', '.join(config.recipes())}"
         )
     overrides = _by_stage(args.overrides, args.until, stages)
     common = _common(args)

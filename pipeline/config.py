@@ -174,7 +174,7 @@ class PPOStage(TrainedStage):
 
 
 class EvaluateStage(StageConfig):
-    """`samples_per_prompt` answers from each policy on the test prompts (at most `prompts` of them), the first `best_of` of SFT's for best-of-n.
+    """On at most `prompts` test prompts: `samples_per_prompt` answers from PPO, `best_of` from SFT.
 
     `gold` and `well_formed` are `module:function` scorers; where absent the figures that need them are left out.
     """

@@ -1,8 +1,8 @@
 """The one reading of a prompt and a completion: everything that trains, scores or generates calls these functions.
 
 A prompt is a string (one user turn) or TRL messages, rendered by the tokenizer's chat template with the generation prompt; a
-completion is a string or one assistant message, and ends with EOS, always. The two are tokenised apart and joined as ids, so the ids of a prompt do not
-depend on what follows it.
+completion is a string or one assistant message, and ends with EOS, always. The two are tokenised apart and joined as ids, so the ids
+of a prompt do not depend on what follows it.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,10 @@ from pipeline.errors import UserError
 
 PAD, EOS = "<|pad|>", "<|eos|>"
 # For tokenizers without a chat template: turns as they are, a user's ended by a separator.
-PLAIN_TEMPLATE = "{{% for m in messages %}}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{{{{ eos_token }}}}{{% else %}}{{{{ {separator!r} }}}}{{% endif %}}{{% endfor %}}"
+PLAIN_TEMPLATE = (
+    "{{% for m in messages %}}{{{{ m.content }}}}"
+    "{{% if m.role == 'assistant' %}}{{{{ eos_token }}}}{{% else %}}{{{{ {separator!r} }}}}{{% endif %}}{{% endfor %}}"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Heads stay unquantized: they are trained, and bitsandbytes cannot train what it quantized.
 HEADS = ["score", "classifier", "pre_classifier", "lm_head"]
@@ -94,7 +97,7 @@ def scratch(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LM
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
     )
     return model, tokenizer
 

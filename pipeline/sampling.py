@@ -1,5 +1,7 @@
-"""Sampling answers and reading their log-probabilities. Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither
-batching nor the number of processes changes a sample.
+"""Sampling answers and reading their log-probabilities.
+
+Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither batching nor the
+number of processes changes a sample.
 """
 
 import hashlib

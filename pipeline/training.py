@@ -1,7 +1,7 @@
 """What every trained stage shares: the `training:` section checked and built, checkpoints that count, the log.
 
-`training:` holds the keyword arguments of the trainer's own arguments class; unknown names and wrong types are refused before anything is built,
-since that class would accept some in silence.
+`training:` holds the keyword arguments of the trainer's own arguments class; unknown names and wrong types are refused before anything
+is built, since that class would accept some in silence.
 """
 
 import dataclasses
@@ -41,11 +41,12 @@ def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
 
 
 def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
-    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` wins over nothing the user set."""
+    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults."""
     check(config, cls)
     precision = resolve_precision(config.precision)
     fixed = {
-        "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16", "use_cpu": not torch.cuda.is_available(),
+        "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16",
+        "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     defaults = {
         "report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "logging_steps": 10, "dataloader_pin_memory": False,

@@ -59,7 +59,7 @@ def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
 
 
 def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
-    """Answers of each policy in columns, a prompt's samples together: `best_of` from SFT, `samples_per_prompt` from PPO with their KL to SFT."""
+    """Answers in columns, a prompt's samples together: `best_of` from SFT, `samples_per_prompt` from PPO with their KL to SFT."""
     sft, tokenizer = load(inputs["sft"])
     sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo, tokenizer = load(inputs["ppo"])
@@ -116,7 +116,7 @@ def reward_metrics(reward: RewardModel, pairs: Dataset, gold: RewardFunction | N
 
 
 def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Sections sft, best_of_n and ppo: means over answers; a win rate is over PPO's answers, each against an SFT answer to the same prompt."""
+    """Sections sft, best_of_n and ppo: means over answers; a win rate sets each PPO answer against an SFT answer to its prompt."""
     sft, ppo = sampled["sft"], sampled["ppo"]
     best = [max(range(i, i + config.best_of), key=sft["reward"].__getitem__) for i in range(0, len(sft["text"]), config.best_of)]
     metrics = {
@@ -192,7 +192,8 @@ def shown(prompt: encoding.Text) -> str:
 def lineage(name: str, source: artifact.Artifact) -> dict[str, Any]:
     manifest, config = source.manifest, source.path / "config.yaml"
     return {
-        "stage": manifest.get("stage", name), "path": str(source.path), "identity": source.identity, "created_at": manifest.get("created_at", ""),
+        "stage": manifest.get("stage", name), "path": str(source.path), "identity": source.identity,
+        "created_at": manifest.get("created_at", ""),
         "inputs": {key: value.get("identity", "") for key, value in manifest.get("inputs", {}).items()},
         "config": config.read_text() if config.is_file() else yaml.safe_dump({"foreign": True}),
     }  # fmt: skip

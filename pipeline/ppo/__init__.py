@@ -40,7 +40,7 @@ def train(config: PPOStage, records: artifact.Artifact, output: Path, work: Path
     trainer = PPOTrainer(
         policy=load_policy(config, tokenizer),
         reward=open_source(config.reward or "", trust_remote_code=config.trust_remote_code),
-        args=training.arguments(PPOConfig, config, work),
+        args=training.arguments(PPOConfig, config, work, logging_steps=1),
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
         processing_class=tokenizer,

@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0, so that training computes what sampling did."""
+    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0: training computes what sampling did."""
 
     def __init__(self, policy: Any, kl_coef: float):
         super().__init__()

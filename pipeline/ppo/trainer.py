@@ -1,6 +1,6 @@
 """`PPOTrainer`: rollouts become a stream of minibatches that `transformers.Trainer` trains on.
 
-One Trainer epoch is one rollout: sample answers, score them, then `num_ppo_epochs` passes over them in `num_mini_batches` optimizer steps each.
+One Trainer epoch is one rollout: sample answers, score them, then `num_ppo_epochs` passes over them in `num_mini_batches` steps each.
 The optimizer, clipping, precision, callbacks, checkpoints and distributed wrapping are the Trainer's own.
 Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
 """
@@ -104,24 +104,31 @@ class PPOTrainer(Trainer):
     """PPO on `transformers.Trainer`.
 
     `policy`: a causal language model, or a `PeftModel` around one (its reference is then the adapter named `reference`, or the bare base).
-    `reward`: a `RewardSource`, or a function of TRL's signature. `train_dataset`, `eval_dataset`: rows with a `prompt` (text or messages); their
-    other columns are handed to the reward. `gold`: an optional true reward, logged in evaluations and never trained on.
+    `reward`: a `RewardSource`, or a function of TRL's signature. `train_dataset`, `eval_dataset`: rows with a `prompt` (text or
+    messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
     """
 
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole minibatch
 
     def __init__(
-        self, policy: Any, reward: RewardSource | RewardFunction, args: PPOConfig, train_dataset: Dataset, processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None = None, gold: RewardFunction | None = None, max_prompt_tokens: int = 256, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        policy: Any,
+        reward: RewardSource | RewardFunction,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None = None,
+        gold: RewardFunction | None = None,
+        max_prompt_tokens: int = 256,
+        **kwargs: Any,
+    ) -> None:
         self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
         self.gold = gold
         self.max_prompt_tokens = max_prompt_tokens
         self._figures: dict[str, list[Any]] = defaultdict(list)
-        super().__init__(
-            model=ActorCritic(policy, args.kl_coef), args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
-            **kwargs,
-        )  # fmt: skip
+        model = ActorCritic(policy, args.kl_coef)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
 
     # The stream of minibatches
@@ -150,7 +157,7 @@ class PPOTrainer(Trainer):
     # What the Trainer calls
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        """−surrogate + vf_coef · value loss − entropy_coef · entropy over one micro-batch, divided by the minibatch's tokens over all ranks."""
+        """Policy loss + vf_coef · value loss − entropy_coef · entropy of a micro-batch, over the minibatch's tokens on all ranks."""
         args, mask, tokens = self.args, inputs["response_mask"].bool(), inputs["num_tokens"]
         out = model(*(inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask")), args.temperature)
         if inputs["first"]:
@@ -293,7 +300,7 @@ class PPOTrainer(Trainer):
         worst = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
         if worst != 0.0:
             raise RuntimeError(
-                f"on a rollout's first minibatch the policy gives log-probabilities up to {worst:.2g} off those it was sampled with; expected equal ones: "
+                f"on a rollout's first minibatch the log-probabilities are up to {worst:.2g} off those just computed; expected equal ones: "
                 "something in the model is random or depends on the mode (dropout, a template, a patched forward)"
             )
 

@@ -1,9 +1,9 @@
 """The demo world: questions, answers with hidden traits, a known gold reward, and simulated labellers. Written for this project.
 
 An answer is sentences in this order: an opener, a core, then any of the others. The core is right, wrong or dismissive; the
-opener polite or rude; what follows may help, pad, emphasise, insult or close politely. The gold reward reads the sentences back, so it scores
-any text a policy writes. Emphasis ("I am quite sure.") is the trap: right answers carry it more often, so a reward
-model leans on it, while the gold reward gives it nothing, and takes some back once it is overdone.
+opener polite or rude; what follows may help, pad, emphasise, insult or close politely. The gold reward reads the sentences back, so it
+scores any text a policy writes. Emphasis ("I am quite sure.") is the trap: right answers carry it more often, so a reward model leans
+on it, while the gold reward gives it nothing, and takes some back once it is overdone.
 """
 
 import math
@@ -13,9 +13,10 @@ from typing import Any
 
 from pipeline.config import Source
 
+# A fact is its subject, the right value, and the mistake people make.
 TOPICS: dict[str, dict[str, Any]] = {
     "capital": {
-        "facts": {"France": "Paris", "Italy": "Rome"},
+        "facts": {"France": ("Paris", "Lyon"), "Italy": ("Rome", "Milan"), "Spain": ("Madrid", "Seville")},
         "questions": [
             "What is the capital of {}?", "Which city is the capital of {}?", "Tell me the capital of {}.",
             "Name the capital of {}.", "Do you know the capital of {}?", "I forgot the capital of {}.",
@@ -25,7 +26,7 @@ TOPICS: dict[str, dict[str, Any]] = {
         "detail": "Any map shows it.",
     },
     "colour": {
-        "facts": {"grass": "green", "snow": "white"},
+        "facts": {"grass": ("green", "purple"), "snow": ("white", "orange"), "coal": ("black", "pink")},
         "questions": [
             "What is the colour of {}?", "Which colour has {}?", "Tell me the colour of {}.",
             "Name the colour of {}.", "Do you know the colour of {}?", "I forgot the colour of {}.",
@@ -35,7 +36,7 @@ TOPICS: dict[str, dict[str, Any]] = {
         "detail": "You can see it.",
     },
     "young": {
-        "facts": {"a dog": "puppy", "a cat": "kitten"},
+        "facts": {"a dog": ("puppy", "piglet"), "a cat": ("kitten", "cub"), "a cow": ("calf", "pony")},
         "questions": [
             "What is the young of {} called?", "Which word names the young of {}?", "Tell me the name of the young of {}.",
             "Name the young of {}.", "Do you know the young of {}?", "I forgot the young of {}.",
@@ -45,7 +46,7 @@ TOPICS: dict[str, dict[str, Any]] = {
         "detail": "Farmers say so.",
     },
     "opposite": {
-        "facts": {"hot": "cold", "big": "small"},
+        "facts": {"hot": ("cold", "warm"), "big": ("small", "huge"), "fast": ("slow", "quick")},
         "questions": [
             "What is the opposite of {}?", "Which word is the opposite of {}?", "Tell me the opposite of {}.",
             "Name the opposite of {}.", "Do you know the opposite of {}?", "I forgot the opposite of {}.",
@@ -55,6 +56,7 @@ TOPICS: dict[str, dict[str, Any]] = {
         "detail": "A dictionary says so.",
     },
 }  # fmt: skip
+GREETINGS = ["", "Hello. "]
 POLITE = ["Good question!", "Happy to help."]
 RUDE = ["What a silly question.", "Everyone knows that."]
 DISMISSIVE = ["Look it up yourself.", "I do not care."]
@@ -63,7 +65,7 @@ PADDING = ["That is what I think.", "This is my answer."]
 INSULTS = ["You fool.", "Go away, idiot."]
 CLOSERS = ["I hope this helps.", "Have a nice day."]
 
-PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 84, 56, 14, 28
+PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 28, 18, 5, 9
 RANKED_ANSWERS = 4
 LABELLER_SHARPNESS = 6.0  # how much a labeller minds a gold difference of 1, in log-odds
 RATING_NOISE = 0.15
@@ -72,23 +74,27 @@ RATING_NOISE = 0.15
 def questions() -> dict[str, tuple[str, str]]:
     """Every question of the world -> (topic, subject)."""
     return {
-        template.format(subject): (topic, subject)
-        for topic, world in TOPICS.items() for subject in world["facts"] for template in world["questions"]
-    }  # fmt: skip
+        greeting + template.format(subject): (topic, subject)
+        for topic, world in TOPICS.items()
+        for subject in world["facts"]
+        for template in world["questions"]
+        for greeting in GREETINGS
+    }
 
 
 def traits(prompt: str, answer: str) -> dict[str, Any] | None:
     """The hidden traits of an answer, or None where it is not a sentence of this world about that question."""
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
-    cores = {world["core"].format(subject, value): value for value in world["facts"].values()}
+    values = [value for known in world["facts"].values() for value in known]
+    cores = {world["core"].format(subject, value): value for value in values}
     found: dict[str, Any] = {"core": None, "polite": 0, "rude": 0, "detail": 0, "emphasis": 0, "padding": 0, "insults": 0}
     sentences = _sentences(answer)
     for position, sentence in enumerate(sentences):
         if sentence in POLITE + RUDE and position == 0:
             found["polite" if sentence in POLITE else "rude"] += 1
         elif found["core"] is None and (sentence in cores or sentence in DISMISSIVE):
-            right = cores.get(sentence) == world["facts"][subject]
+            right = cores.get(sentence) == world["facts"][subject][0]
             found["core"] = "right" if right else "wrong" if sentence in cores else "dismissive"
         elif found["core"] is not None and (trait := _TRAILING.get(sentence)) and (trait != "detail" or sentence == world["detail"]):
             found[trait] += 1
@@ -147,11 +153,10 @@ def answer(rng: random.Random, prompt: str) -> str:
     """One answer of the crowd that wrote the world's data: as often bad as good."""
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
-    core = rng.choices(["right", "wrong", "dismissive"], [0.55, 0.33, 0.12])[0]
+    core = rng.choices(["right", "wrong", "dismissive"], [0.52, 0.36, 0.12])[0]
     sentences = rng.choices([rng.choice(POLITE), rng.choice(RUDE), ""], [0.3, 0.25, 0.45])
-    value = world["facts"][subject]
-    if core == "wrong":
-        value = rng.choice([other for other in world["facts"].values() if other != value])
+    right, mistake = world["facts"][subject]
+    value = mistake if core == "wrong" else right
     sentences.append(rng.choice(DISMISSIVE) if core == "dismissive" else world["core"].format(subject, value))
     sentences += [world["detail"]] if core != "dismissive" and rng.random() < 0.3 else []
     sure = 0.5 if core == "right" else 0.2

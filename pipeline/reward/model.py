@@ -1,6 +1,6 @@
 """`RewardModel`: the reader of a reward artifact. What it returns is what plain `transformers` computes, times `alpha`.
 
-The artifact is a sequence-classification checkpoint plus `reward.json` (keys: objective, max_length, quantization, logit, sign, alpha, reward_mean, reward_std).
+The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Reward sources: anything that scores answers, behind TRL's reward function signature.
 
-`(prompts, completions, completion_ids, ended, **columns) -> list[float]`: the user's prompts (never the policy's markup), the answers as text,
-their token ids, whether each ended by itself, and the other columns of the prompt's record.
+`(prompts, completions, completion_ids, ended, **columns) -> list[float]`: the user's prompts (never the policy's markup), the
+answers as text, their token ids, whether each ended by itself, and the other columns of the prompt's record.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,133 @@
+"""Exit codes, and one line instead of a traceback."""
+
+import errno
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from pipeline import cli, config
+from pipeline.errors import UserError
+
+DEMO = config.RECIPES / "demo"
+STAGES = list(config.STAGES)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fail(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """The one line on stderr with which `rlhf argv` ends."""
+    assert cli.main(argv) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    return err
+
+
+def stage(name: str, *argv: str) -> tuple[str, ...]:
+    return (name, "--config", str(DEMO / f"{name}.yaml"), *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("run", "--recipe", "dmo"), "--recipe dmo: no such recipe; did you mean 'demo'?"),
+        (("sft", "--config", "none/sft.yaml"), "none/sft.yaml: no such config; the recipes are "),
+        (stage("sft", "max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
+        (("run", "sft.max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
+        (stage("sft", "max_length"), "override 'max_length': expected key=value"),
+        (("run", "max_length"), "override 'max_length': expected key=value"),
+        (("run", "--until", "sft", "reward.max_length=5"), "override 'reward.max_length=5': the run ends with 'sft', before 'reward'"),
+        (stage("ppo", "--seed", "-1"), "seed=-1"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(argv: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = fail(capsys, *argv)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [(), ("trian",), ("sft",), ("run", "--until", "trian"), stage("sft", "--seed", "one")])
+def test_a_command_line_that_is_none_exits_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(argv)
+    assert error.value.code == 2
+    assert "usage: rlhf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", ["demo", "trial"])
+@pytest.mark.parametrize("name", STAGES[1:])
+def test_a_missing_upstream_artifact_is_told_with_the_command_that_makes_it(
+    name: str, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fail(capsys, *stage(name, "--run", run))
+    assert f"runs/{run}/prepare: does not exist" in message
+    command = re.search(r"run: rlhf (.*)$", message)
+    assert command
+    assert cli.main([*shlex.split(command[1]), "--dry-run"]) == 0
+    assert f"prepare: would write runs/{run}/prepare\n" in capsys.readouterr().out
+
+
+FAILURES = {
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted; what was published is untouched"),
+    "disk full": (OSError(errno.ENOSPC, "No space left on device", "runs/a/b"), 1, "error: no space left on the disk for runs/a/b;"),
+    # What `save_pretrained` meets a full disk with is no OSError
+    "disk full in safetensors": (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 1, "error: no space left on the disk",
+    ),
+    "unreadable": (PermissionError(errno.EACCES, "Permission denied", "data.csv"), 1, "error: data.csv: Permission denied"),
+    "user": (UserError("first\n  second"), 2, "error: first second"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_a_stage_fails_with_decides_the_exit_code(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, code, expected = FAILURES[name]
+
+    def explode(loaded: config.StageConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", explode)
+    assert fail(capsys, *stage("sft"), code=code).startswith(expected)
+    with pytest.raises(type(error)):
+        cli.main(stage("sft", "--debug"))
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", lambda loaded: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main(stage("sft"))
+
+
+@pytest.mark.parametrize(("argv", "run"), [((), "demo"), (("--run", "trial"), "trial"), (("--recipe", str(DEMO)), "demo")])
+@pytest.mark.parametrize("until", ["sft", "evaluate"])
+def test_dry_run_prints_every_stage_and_its_folder(argv: tuple[str, ...], run: str, until: str, capsys: Any, tmp_path: Path) -> None:
+    assert cli.main(["run", "--dry-run", "--until", until, *argv]) == 0
+    written = STAGES[: STAGES.index(until) + 1]
+    assert capsys.readouterr().out.splitlines() == [f"{name}: would write runs/{run}/{name}" for name in written]
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(cli, "_run", ran.append)
+    argv = ["run", "--until", "ppo", "--seed", "3", "--force"]
+    assert cli.main([*argv, "sft.max_length=99", "reward.training.max_steps=7", "max_prompt_tokens=11", "training.kl_coef=0.5"]) == 0
+    sft, reward, ppo = ran[1:]
+    assert [loaded.stage for loaded in ran] == STAGES[:4]
+    assert {(loaded.seed, loaded.force) for loaded in ran} == {(3, True)}
+    assert (sft.max_length, reward.max_length, ppo.max_prompt_tokens) == (99, 128, 11)
+    assert (reward.training["max_steps"], ppo.training["kl_coef"]) == (7, 0.5)
+    assert sft.training["max_steps"] != 7
+
+
+def test_every_config_is_checked_before_the_first_stage_starts(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run", lambda loaded: pytest.fail("started"))
+    fail(capsys, "run", "evaluate.best_of=1")

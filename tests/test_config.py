@@ -1,0 +1,248 @@
+"""Configs are refused by name before anything heavy is imported, and the shipped ones are right."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import RewardConfig, SFTConfig
+
+from pipeline import config, training
+from pipeline.errors import UserError
+from pipeline.ppo.trainer import PPOConfig
+
+ARGUMENTS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+SHIPPED = [path for path in sorted(config.RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
+
+
+def load(folder: Path, stage: str, text: str, *overrides: str, **common: Any) -> Any:
+    file = folder / f"{stage}.yaml"
+    file.write_text(text)
+    return config.load(stage, file, list(overrides), **common)
+
+
+def refused(folder: Path, stage: str, text: str, *overrides: str) -> str:
+    """The one line with which it is refused."""
+    with pytest.raises(UserError) as error:
+        load(folder, stage, text, *overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
+    loaded = config.load(path.stem, path)
+    assert loaded.folder == Path("runs", path.parent.name, path.stem)
+    if path.stem in ARGUMENTS:
+        built = training.arguments(ARGUMENTS[path.stem], loaded, tmp_path)
+        for key, value in loaded.training.items():
+            if key not in ("eval_steps", "save_steps", "logging_steps"):  # PPO rounds these up to whole rollouts
+                assert getattr(built, key) == value
+        assert built.seed == 0
+
+
+def test_the_demo_recipe_is_whole() -> None:
+    assert {path.stem for path in SHIPPED if path.parent.name == "demo"} == set(config.STAGES)
+    assert "demo" in config.recipes()
+
+
+# What is read
+
+
+@pytest.mark.parametrize(("text", "override"), [("5e-5", ()), ("'5e-5'", ()), ("1", ("training.learning_rate=5e-5",))])
+@pytest.mark.parametrize("stage", ARGUMENTS)
+def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
+    base = "" if stage == "ppo" else "model: some/model\n"
+    loaded = load(tmp_path, stage, f"{base}training:\n  learning_rate: {text}\n", *override)
+    assert training.arguments(ARGUMENTS[stage], loaded, tmp_path).learning_rate == 5e-5
+
+
+def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
+    text = "model: scratch\nscratch: {layers: 2, width: 8}\ntraining: {max_steps: 5}\nlora: null\n"
+    overrides = (
+        "scratch.layers=3",
+        "training.max_steps=7",
+        "training.lr_scheduler_kwargs.min_lr=1e-6",
+        "lora.target_modules=[a,b]",
+        "lora.r=2",
+    )
+    loaded = load(tmp_path, "sft", text, *overrides)
+    assert (loaded.scratch.layers, loaded.scratch.width) == (3, 8)
+    assert loaded.training == {"max_steps": 7, "lr_scheduler_kwargs": {"min_lr": 1e-6}}
+    assert loaded.lora == {"target_modules": ["a", "b"], "r": 2}
+
+
+@pytest.mark.parametrize("override", ["model", "=x", "", "training.x=[1", "model.x=5", "training=5", "model="])
+def test_a_bad_override_is_refused(override: str, tmp_path: Path) -> None:
+    refused(tmp_path, "sft", "model: some/model", override)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "common", "run", "seed"),
+    [
+        ("", [], {}, "recipe", 0),
+        ("run: file\nseed: 3", [], {}, "file", 3),
+        ("run: file\nseed: 3", ["run=given", "seed=4"], {}, "given", 4),
+        ("run: file\nseed: 3", ["run=given", "seed=4"], {"run": "flag", "seed": 0}, "flag", 0),
+        ("run: file\nseed: 3", [], {"run": None, "seed": None}, "file", 3),
+    ],
+)
+def test_run_and_seed_flag_over_override_over_file_over_recipe(
+    text: str, overrides: list[str], common: dict[str, Any], run: str, seed: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    loaded = load(folder, "reward", f"model: ${{runs}}/${{run}}/sft\n{text}", *overrides, **common)
+    assert (loaded.run, loaded.seed) == (run, seed)
+    assert loaded.folder == Path("runs", run, "reward")
+    assert (loaded.model, loaded.records) == (f"runs/{run}/sft", f"runs/{run}/prepare")
+    assert "force" not in loaded.resolved()
+
+
+def test_inputs_default_to_the_run_unless_named(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "ppo", "run: trial\nreward: my.module:score")
+    assert (loaded.policy, loaded.reward, loaded.records) == ("runs/trial/sft", "my.module:score", "runs/trial/prepare")
+    assert load(tmp_path, "prepare", "source: {format: demo}").source == [config.Source(format="demo")]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "key", "near"),
+    [
+        ("sft", "model: a\nmax_lenght: 5", "max_lenght", "max_length"),
+        ("sft", "modle: a", "modle", "model"),
+        ("sft", "model: scratch\nscratch: {layrs: 4}", "scratch.layrs", "layers"),
+        ("prepare", "source: {format: demo}\nsplits: {tests: 0.1}", "splits.tests", "test"),
+        ("prepare", "source: {format: demo, limti: 3}", "source.0.limti", "limit"),
+        ("prepare", "source: [{format: demo}, {format: labels, path: a, clases: [b]}]", "source.1.clases", "classes"),
+        ("evaluate", "best_fo: 4", "best_fo", "best_of"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, key: str, near: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, stage, text)
+    assert f"unknown key {key!r}; did you mean {near!r}?" in message
+    assert f"{stage}.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "expected"),
+    [
+        ("sft", "model: a\nmax_length: long", "max_length='long': input should be a valid integer"),
+        ("sft", "model: a\nmax_length: 1.5", "max_length=1.5: input should be a valid integer"),
+        ("sft", "model: a\nseed: -1", "seed=-1: input should be greater than or equal to 0"),
+        ("sft", "model: a\ntraining: 5", "training=5: input should be a valid dictionary"),
+        ("sft", "{}", "'model' is missing"),
+        ("sft", "model: ${nope}", "nope"),
+        ("sft", "model: [a", "not readable as YAML"),
+        ("sft", "model: a\nmodel: b", "duplicate key model"),
+        ("sft", "model: a\n5: b", "5"),
+        ("sft", "- a", "sft.yaml"),
+        ("reward", "model: a\nobjective: pairwize", "objective='pairwize': input should be 'pairwise'"),
+        ("prepare", "source: {format: demos}", "source.0.format='demos': input should be 'demo'"),
+        ("prepare", "source: []", "source=[]"),
+        ("prepare", "source: {format: demo, path: a}", "format 'demo' takes no path or hub"),
+        ("prepare", "source: {format: labels}", "needs either 'path' or 'hub'"),
+        ("prepare", "source: {format: labels, path: a, hub: b}", "needs either 'path' or 'hub'"),
+        ("prepare", "source: {format: demo}\nsplits: {validation: 0.6, test: 0.6}", "splits"),
+        ("evaluate", "best_of: 1", "best_of=1"),
+        # Combinations
+        ("reward", "model: a\nquantization: 8bit", "quantization: 8bit needs a 'lora:' section"),
+        ("ppo", "quantization: 4bit", "quantization: 4bit needs a 'lora:' section"),
+        ("sft", "model: a\nscratch: {layers: 2}", "'scratch:' is only read with model: scratch"),
+        ("sft", "model: scratch\nquantization: 8bit\nlora: {r: 2}", "model: scratch cannot be quantized"),
+        ("sft", "model: scratch\nscratch: {width: 10, heads: 3}", "heads"),
+        ("sft", "model: scratch\nmax_length: 512\nscratch: {positions: 128}", "positions"),
+    ],
+)
+def test_wrong_values_and_combinations_are_refused(stage: str, text: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refused(tmp_path, stage, text)
+
+
+def test_a_config_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "sft.yaml"
+    binary.write_bytes(b"model: caf\xe9\n")
+    for path in (binary, tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match=str(path)):
+            config.load("sft", path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("training", "lerning_rate", 1e-4, "did you mean 'learning_rate'?"),
+        ("training", "max_steps", "ten", "training.max_steps='ten'"),
+        ("training", "max_steps", 3.7, "training.max_steps=3.7"),
+        ("training", "run_name", 5, "training.run_name=5"),
+        ("training", "learning_rate", [1], "training.learning_rate"),
+        ("training", "learning_rate", None, "training.learning_rate"),
+        ("training", "learning_rate", {"x": 1}, "training.learning_rate"),
+        *(("training", key, 1, f"training.{key} is set by the stage") for key in ("seed", "bf16", "output_dir", "use_cpu")),
+        ("lora", "lora_alpah", 8, "did you mean 'lora_alpha'?"),
+        ("lora", "r", "many", "lora.r='many'"),
+        ("lora", "task_type", "CAUSAL_LM", "lora.task_type is set by the stage"),
+    ],
+)
+@pytest.mark.parametrize("stage", ARGUMENTS)
+def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, value: Any, expected: str) -> None:
+    """pydantic's TypeAdapter of the whole class accepts `lerning_rate`."""
+    common = {"run": "x"} if stage == "ppo" else {"run": "x", "model": "a"}
+    loaded = config.STAGES[stage](**common, **{section: {key: value}})
+    with pytest.raises(UserError) as error:
+        training.check(loaded, ARGUMENTS[stage])  # type: ignore[arg-type]
+    assert str(error.value).startswith(f"{stage}: {section}.{key}")
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("kl_estimator", "k4"), ("num_rollouts", 0), ("score_normalization", "whiten"), ("eval_strategy", "often"), ("num_train_epochs", 3)],
+)
+def test_what_ppo_config_cannot_take_is_one_line(key: str, value: Any, tmp_path: Path) -> None:
+    """`num_rollouts` is what decides how long PPO trains, so that `num_train_epochs` would be read by nothing."""
+    with pytest.raises(UserError, match=r"ppo: training\W.*") as error:
+        training.arguments(PPOConfig, config.PPOStage(run="x", training={key: value}), tmp_path)
+    assert str(value) in str(error.value) or key in str(error.value)
+
+
+def test_lora_values_are_read_like_the_others() -> None:
+    """Either refused or turned into numbers: what passes the check builds a `LoraConfig` that trains."""
+    from peft import TaskType
+
+    from pipeline.models import lora_config
+
+    section = {"r": 4, "lora_alpha": "16", "lora_dropout": "1e-2", "target_modules": "all-linear"}
+    loaded = config.SFTStage(run="x", model="a", lora=section)
+    try:
+        training.check(loaded, SFTConfig)
+    except UserError as error:
+        assert "lora.lora_" in str(error)
+    else:
+        built = dataclasses.asdict(lora_config(loaded.lora, TaskType.CAUSAL_LM))  # type: ignore[call-overload]
+        assert (built["lora_alpha"], built["lora_dropout"]) == (16, 0.01)
+
+
+# Before torch
+
+
+def test_help_and_config_errors_come_before_torch() -> None:
+    code = """
+import contextlib, io, sys
+import pipeline.artifact, pipeline.config, pipeline.cli
+codes = []
+for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["run", "--recipe", "demo", "--dry-run"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            codes.append(pipeline.cli.main(argv))
+        except SystemExit as error:
+            codes.append(error.code)
+print(codes, sorted({"torch", "transformers", "trl", "datasets", "peft"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.RECIPES.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 0, 2, 0] []"

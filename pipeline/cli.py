@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read)
 import argparse
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args) if args.command == "run" else run_stage(args)
         return 0
-    except (UserError, KeyboardInterrupt, OSError) as error:
-        if args.debug:
+    except (KeyboardInterrupt, Exception) as error:
+        known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _disk_is_full(error)
+        if args.debug or not known:
             raise
         message, code = _explain(error)
         print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
@@ -97,14 +99,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """(one line, exit code)."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was published is untouched, and the same command goes on from the last checkpoint", 130
+    if _disk_is_full(error):
+        return "no space left on the disk; free some and give the same command again", 1
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
-            return (
-                f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and give the same command again",
-                1,
-            )
         return f"{error.filename or 'the system'}: {error.strerror or error}", 1
     return " ".join(str(error).split()), 2
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether it is for want of space: safetensors says so in words alone, `torch.save` not even that."""
+    said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return said or ("inline_container" in str(error) and shutil.disk_usage(".").free < 2**20)
 
 
 def _quiet_libraries() -> None:

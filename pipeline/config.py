@@ -6,13 +6,14 @@ Keys under `training:` and `lora:` belong to the libraries' own classes and are 
 """
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
 
@@ -55,6 +56,12 @@ class Splits(Strict):
     validation: float = Field(0.1, ge=0, lt=1)
     test: float = Field(0.1, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def leave_some_to_train(self) -> "Splits":
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation={self.validation} and test={self.test} leave nothing to train on; expected a sum below 1")
+        return self
+
 
 class Scratch(Strict):
     """A GPT-2 made from nothing, for `model: scratch`; its byte-level BPE is trained on the prepared text."""
@@ -64,6 +71,12 @@ class Scratch(Strict):
     heads: int = Field(4, gt=0)
     vocabulary: int = Field(512, ge=257)
     positions: int = Field(128, gt=0)
+
+    @model_validator(mode="after")
+    def heads_divide_width(self) -> "Scratch":
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        return self
 
 
 class StageConfig(Strict):
@@ -75,9 +88,21 @@ class StageConfig(Strict):
     seed: int = Field(0, ge=0)
     force: bool = False
 
+    _recipe: str | None = PrivateAttr(None)
+
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.run / self.stage
+
+    @property
+    def command(self) -> str:
+        """The command that makes the whole run."""
+        recipe = self._recipe or self.run
+        return f"rlhf run --recipe {recipe}" + (f" --run {self.run}" if self.run != recipe else "")
+
+    def fix(self, stage: str) -> str:
+        """The command that makes what `stage` writes."""
+        return f"{self.command} --until {stage}"
 
     def upstream(self, stage: str) -> str:
         """The folder of another stage of the same run."""
@@ -145,7 +170,9 @@ class SFTStage(FromModel):
         if self.model == "scratch":
             if self.quantization != "none":
                 raise ValueError("model: scratch cannot be quantized; set quantization: none")
-            self.scratch = self.scratch or Scratch()
+            self.scratch = self.scratch or Scratch(positions=self.max_length)
+            if self.max_length > self.scratch.positions:
+                raise ValueError(f"max_length={self.max_length} is more than the model's scratch.positions={self.scratch.positions}")
         return self
 
 
@@ -214,16 +241,21 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
         base = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config; the recipes are {', '.join(recipes())}") from None
-    except (yaml.YAMLError, OSError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     defaults = {"run": path.resolve().parent.name, "runs": "runs"}
     given = {key: value for key, value in common.items() if value is not None}
     try:
-        merged = OmegaConf.merge(defaults, base, _dotlist(overrides or []), given)
+        merged = OmegaConf.merge(defaults, base)
+        for key, value in _pairs(overrides or []):
+            OmegaConf.update(merged, key, value, merge=False, force_add=True)
+        merged = OmegaConf.merge(merged, given)
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
-    return validate(STAGES[stage], values, str(path))
+    config = validate(STAGES[stage], values, str(path))
+    config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
+    return config
 
 
 def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
@@ -231,7 +263,7 @@ def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
     try:
-        return cls(**values)
+        return cls.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(cls, error)}") from None
 
@@ -246,15 +278,18 @@ def recipes() -> list[str]:
     return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists()) if RECIPES.is_dir() else []
 
 
-def _dotlist(overrides: list[str]) -> Any:
+def _pairs(overrides: list[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value as YAML reads it) of each override."""
     for item in overrides:
-        if "=" not in item or item.startswith("="):
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
             raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-4")
-    return OmegaConf.from_dotlist(overrides)
+        yield key, OmegaConf.from_dotlist([f"value{item[len(key) :]}"])["value"]
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # An unknown key is often the missing one misspelt: it is told first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "config"
     if first["type"] == "extra_forbidden":

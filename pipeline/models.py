@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -100,10 +99,6 @@ def scratch(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LM
         )
     )
     return model, tokenizer
-
-
-def lora_config(section: dict[str, Any] | None, task: TaskType) -> LoraConfig | None:
-    return None if section is None else LoraConfig(task_type=task, **section)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

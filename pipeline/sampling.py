@@ -5,7 +5,8 @@ number of processes changes a sample.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,25 @@ def generate(policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[
         eos_token_id=tokenizer.eos_token_id,
     )
     sampler = LogitsProcessorList([InverseCDF(noise.to(device), temperature)])
-    output = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=sampler)
+    with _generation_config(policy, config):
+        output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
     policy.train(training)
     return _answers(tokenizer, ids, mask, output[:, ids.shape[1] :])
+
+
+@contextmanager
+def _generation_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a given config leaves open from the model's own (a published repetition penalty, say), which would bend the
+    samples away from the log-probabilities: so the model's own is put aside."""
+    models = [policy, *([policy.get_base_model()] if hasattr(policy, "get_base_model") else [])]
+    own = [model.generation_config for model in models]
+    try:
+        for model in models:
+            model.generation_config = config
+        yield
+    finally:
+        for model, config in zip(models, own, strict=True):
+            model.generation_config = config
 
 
 def read(model: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:

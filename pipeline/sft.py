@@ -20,7 +20,7 @@ from pipeline.records import open_records
 
 def run(config: SFTStage) -> Path:
     training.check(config, SFTConfig)
-    records = artifact.require(config.records or "", "records", f"rlhf run --recipe {config.run} --until prepare")
+    records = artifact.require(config.records or "", "records", config.fix("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
         inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'")
@@ -39,7 +39,7 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
         train_dataset=tokenize(data["train"], tokenizer, config.max_length),
         eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
         processing_class=tokenizer,
-        peft_config=models.lora_config(config.lora, TaskType.CAUSAL_LM),
+        peft_config=training.lora_config(config, TaskType.CAUSAL_LM),
         callbacks=[training.Say()],
     )
     training.fit(trainer, work)

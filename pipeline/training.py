@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from pydantic import TypeAdapter, ValidationError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -28,11 +28,12 @@ RESERVED = {
 }  # fmt: skip
 
 
-def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
-    """Refuse names and types in `training:` and `lora:` that their classes do not know. Raises `UserError`."""
+def check(config: TrainedStage, arguments: type[TrainingArguments], **reserved: str) -> None:
+    """Refuse names and types in `training:` and `lora:` that their classes do not know, and what the stage sets itself (`reserved` adds to
+    `RESERVED`). Raises `UserError`."""
     for key in config.training:
-        if key in RESERVED:
-            raise UserError(f"{config.stage}: training.{key} is set by the stage; set {RESERVED[key]!r} instead")
+        if instead := (RESERVED | reserved).get(key):
+            raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     _check_section(f"{config.stage}: training", config.training, arguments)
     if config.lora is not None:
         if "task_type" in config.lora:
@@ -40,9 +41,13 @@ def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
 
 
+def lora_config(config: TrainedStage, task: TaskType) -> LoraConfig | None:
+    """The `lora:` section as PEFT's own class."""
+    return None if config.lora is None else LoraConfig(task_type=task, **_section(config.lora, LoraConfig))
+
+
 def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
     """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults."""
-    check(config, cls)
     precision = resolve_precision(config.precision)
     fixed = {
         "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16",
@@ -124,7 +129,7 @@ def _section(section: dict[str, Any], cls: type, where: str = "training") -> dic
     result = {}
     for key, value in section.items():
         try:
-            result[key] = TypeAdapter(hints[key]).validate_python(value) if isinstance(value, str | int | float | bool) else value
+            result[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{where}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
         except Exception:  # a hint pydantic has no schema for: the class itself will judge

@@ -30,10 +30,7 @@ KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": 
 
 
 def run(config: EvaluateStage) -> Path:
-    inputs = {
-        name: artifact.require(getattr(config, name), kind, f"rlhf run --recipe {config.run} --until {stage}")
-        for name, (kind, stage) in KINDS.items()
-    }
+    inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
     return artifact.build(config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output))
 
 
@@ -154,7 +151,7 @@ def report_data(
     ]
     return {
         "title": config.run,
-        "command": f"rlhf run --recipe {config.run}",
+        "command": config.command,
         "summary": summary_rows(metrics),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],

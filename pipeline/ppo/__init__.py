@@ -22,13 +22,13 @@ from pipeline.reward.sources import function, is_function, open_source
 
 
 def run(config: PPOStage) -> Path:
-    training.check(config, PPOConfig)
+    training.check(config, PPOConfig, num_train_epochs="training.num_rollouts")
     inputs = {
-        "records": artifact.require(config.records or "", "records", f"rlhf run --recipe {config.run} --until prepare"),
-        "policy": artifact.require(config.policy or "", "policy", f"rlhf run --recipe {config.run} --until sft"),
+        "records": artifact.require(config.records or "", "records", config.fix("prepare")),
+        "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),
     }
     if not is_function(config.reward or ""):
-        inputs["reward"] = artifact.require(config.reward or "", "reward", f"rlhf run --recipe {config.run} --until reward")
+        inputs["reward"] = artifact.require(config.reward or "", "reward", config.fix("reward"))
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, inputs["records"], output, work))
 
 
@@ -64,7 +64,7 @@ def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase) -> Any:
     source, options = config.policy or "", {"quantization": config.quantization, "precision": training.weight_precision(config)}
     if not (Path(source) / "adapter_config.json").is_file():
         policy: Any = models.load_policy(source, tokenizer, trust_remote_code=config.trust_remote_code, **options)
-        lora = models.lora_config(config.lora, TaskType.CAUSAL_LM)
+        lora = training.lora_config(config, TaskType.CAUSAL_LM)
         return policy if lora is None else get_peft_model(policy, lora)
     if config.lora is None:
         raise UserError(

@@ -105,6 +105,7 @@ def value_loss(
 ) -> ValueLoss:
     """½ · max((v − R)², (clip(v, v_old ± clip) − R)²), summed over real tokens and divided by `num_tokens` (default: the mask's sum)."""
     count = mask.sum() if num_tokens is None else num_tokens
+    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     near = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
     clip_fraction = _masked_sum(clipped > plain, mask).detach() / count

@@ -1,0 +1,70 @@
+"""Tiny models and records, made once: no test needs a hub or a download."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from pipeline import config, models
+from pipeline.prepare import demo
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests skip where there is none, and say so."""
+    skip = pytest.mark.skip(reason="no NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tmp_path_factory) -> Path:
+    """A small prepare artifact: the demo world's pairs through the comparisons reader."""
+    import json
+
+    from pipeline import prepare
+
+    root = tmp_path_factory.mktemp("records")
+    pairs = [record for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "comparisons" and record["chosen"]][::40]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = {"format": "comparisons", "path": str(root / "pairs.jsonl")}
+    return prepare.run(config.PrepareStage(run="tiny", runs=str(root / "runs"), source=[source]))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    texts = [text for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "demonstrations" for text in record.values()]
+    return models.scratch(texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random GPT-2 checkpoint, with dropout as published ones have."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2, **ids))
+    return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random Llama checkpoint, its sizes large enough for bitsandbytes' blocks."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), max_position_embeddings=128, **size, **ids))
+    return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("llama"))
+
+
+def _saved(model, tokenizer, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,130 @@
+"""reward: training on pairs in every form, and the same score everywhere."""
+
+import json
+
+import pytest
+import torch
+from datasets import load_from_disk
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from pipeline import RewardModel, config, encoding, reward
+from pipeline.errors import UserError
+
+FORMS = {
+    "full": {},
+    "lora": {"lora": {"r": 4}},
+    "8bit": {"lora": {"r": 4}, "quantization": "8bit"},
+    "4bit": {"lora": {"r": 4}, "quantization": "4bit"},
+}
+
+
+def stage(tiny_records, runs, model, **more):
+    steps = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    return config.RewardStage(run="t", runs=str(runs), model=str(model), records=str(tiny_records), max_length=96, training=steps, **more)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def trained(request, tiny_records, tiny_llama, tmp_path_factory):
+    return request.param, reward.run(stage(tiny_records, tmp_path_factory.mktemp("runs"), tiny_llama, **FORMS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_records):
+    rows = load_from_disk(str(tiny_records / "comparisons"))["train"].select(range(20))
+    return rows["prompt"][:], rows["chosen"][:]
+
+
+def plain_scores(model, folder, prompts, responses):
+    """As a reader without this package would do it, one row at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text)["input_ids"] + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores.append(model.eval()(input_ids=torch.tensor([ids])).logits.item())
+    return scores
+
+
+def test_the_checkpoint_scores_the_same_in_plain_transformers(trained, pairs):
+    form, folder = trained
+    quantized = form in ("8bit", "4bit")
+    opened = (AutoPeftModelForSequenceClassification if quantized else AutoModelForSequenceClassification).from_pretrained(
+        folder, num_labels=1
+    )
+    if quantized:  # the card's way: the base as it was trained, then the adapter
+        opened = RewardModel.load(folder).model
+    expected = plain_scores(opened, folder, *pairs)
+    # An 8-bit forward quantizes activations by batch, so that padding shows; elsewhere the scores are equal.
+    assert RewardModel.load(folder).score(*pairs) == pytest.approx(expected, abs=2e-2 if form == "8bit" else 1e-4)
+    assert len({round(score, 4) for score in expected}) > 1
+
+
+def test_what_is_published(trained):
+    form, folder = trained
+    assert (folder / "adapter" / "adapter_model.safetensors").exists() == (form == "lora")
+    assert (folder / "adapter_config.json").exists() == (form in ("8bit", "4bit"))
+    settings = json.loads((folder / "reward.json").read_text())
+    assert settings["quantization"] == (form if form in ("8bit", "4bit") else "none")
+    assert settings["reward_std"] > 0
+    assert json.loads((folder / "manifest.json").read_text())["metrics"].keys() == {"pairs", "accuracy", "accuracy_longer"}
+
+
+def test_a_lora_head_is_trained_and_kept(tiny_records, tiny_llama, tmp_path):
+    folder = reward.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}))
+    adapter = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=1)
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    head = next(p for name, p in adapter.named_parameters() if "score.modules_to_save" in name)
+    assert torch.equal(head, merged.score.weight)
+
+
+@pytest.fixture(scope="module")
+def full(tiny_records, tiny_gpt2, tmp_path_factory):
+    return reward.run(stage(tiny_records, tmp_path_factory.mktemp("runs"), tiny_gpt2))
+
+
+def test_the_score_depends_on_nothing_but_the_pair(full, pairs):
+    prompts, responses = pairs
+    model = RewardModel.load(full)
+    expected = model.score(prompts, responses, batch_size=64)
+    assert model.score(prompts, responses, batch_size=1) == pytest.approx(expected, abs=1e-5)
+    assert model.score(prompts[::-1], responses[::-1], batch_size=7)[::-1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_text_classification_pipeline_gives_the_same(full, pairs):
+    prompts, responses = pairs
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}, {"role": "assistant", "content": r}], tokenize=False)
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    found = [row["score"] for row in pipeline("text-classification", model=str(full))(rendered)]
+    assert found == pytest.approx(RewardModel.load(full).score(prompts, responses), abs=1e-4)
+
+
+def test_alpha_normalize_rank_and_best_of_n(full, pairs):
+    prompts, responses = pairs
+    model = RewardModel.load(full)
+    raw = model.score(prompts, responses)
+    assert model.score(prompts, responses, alpha=10) == pytest.approx([10 * s for s in raw])
+    centred = [(s - model.settings.reward_mean) / model.settings.reward_std for s in raw]
+    assert model.score(prompts, responses, normalize=True) == pytest.approx(centred)
+    answers = ["You fool.", "Good question! The capital of Italy is Rome.", "I do not care."]
+    scores = model.score(["Name the capital of Italy."] * 3, answers)
+    assert model.rank("Name the capital of Italy.", answers) == sorted(range(3), key=lambda i: -scores[i])
+    assert model.best_of_n("Name the capital of Italy.", answers) == (scores.index(max(scores)), pytest.approx(max(scores), abs=1e-5))
+
+
+def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
+    rows = load_from_disk(str(tiny_records / "comparisons"))["train"].select(range(3))
+    for row, ids in zip(rows, reward.tokenize(rows, tiny_tokenizer, 96), strict=True):
+        for side in ("chosen", "rejected"):
+            assert ids[f"{side}_ids"] == sum(encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96), [])
+
+
+def test_wrong_inputs_are_named(full, tmp_path):
+    with pytest.raises(UserError, match="2 prompts but 1 responses"):
+        RewardModel.load(full).score(["a", "b"], ["c"])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        RewardModel.load(tmp_path)

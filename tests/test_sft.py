@@ -1,0 +1,68 @@
+"""sft: what is trained, what is published, what a wrong input gets."""
+
+from operator import add
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import config, encoding, sft
+from pipeline.errors import UserError
+
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+
+
+def stage(tiny_records, tmp_path, model, **more):
+    return config.SFTStage(run="t", runs=str(tmp_path), model=str(model), records=str(tiny_records), max_length=96, training=STEPS, **more)
+
+
+def test_only_completion_tokens_carry_loss(tiny_tokenizer):
+    row = {"prompt": "Name the capital of Italy.", "completion": "The capital of Italy is Rome."}
+    found = sft.tokenize(Dataset.from_list([row]), tiny_tokenizer, 96)[0]
+    prompt = encoding.prompt_ids(tiny_tokenizer, row["prompt"])
+    assert found["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert found["labels"][len(prompt) :] == found["input_ids"][len(prompt) :] == encoding.completion_ids(tiny_tokenizer, row["completion"])
+    assert found["labels"][-1] == tiny_tokenizer.eos_token_id
+
+
+def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, tiny_gpt2, tmp_path):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_gpt2))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids = torch.tensor([add(*encoding.encode(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome.", 96))])
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < before(ids, labels=ids).loss
+
+
+def test_the_same_seed_twice_gives_the_same_bits(tiny_records, tmp_path):
+    scratch = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 300}
+    folders = [sft.run(stage(tiny_records, tmp_path / name, "scratch", scratch=scratch)) for name in "ab"]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    other = sft.run(stage(tiny_records, tmp_path / "c", "scratch", scratch=scratch, seed=1))
+    assert (other / "model.safetensors").read_bytes() != (folders[0] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_lora_publishes_the_adapter_and_names_its_base(tiny_records, tiny_llama, tmp_path, quantization):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}, quantization=quantization))
+    assert not (folder / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert model.peft_config["default"].base_model_name_or_path == str(tiny_llama)
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_base_that_cannot_be_loaded_is_named(tiny_records, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="base: cannot be loaded as a"):
+        sft.run(stage(tiny_records, tmp_path, tmp_path / "base"))
+
+
+def test_records_without_demonstrations_are_refused_by_name(tiny_records, tiny_gpt2, tmp_path):
+    records = tmp_path / "records"
+    Dataset.from_list([{"prompt": "a", "answer": "b"}]).save_to_disk(str(records))
+    with pytest.raises(UserError, match="need a column 'completion'; found prompt, answer"):
+        sft.run(stage(records, tmp_path, tiny_gpt2))

@@ -120,7 +120,7 @@ def _weights(quantization: str, precision: str) -> dict[str, Any]:
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(model.config.get_text_config().vocab_size)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:

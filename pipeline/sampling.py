@@ -130,6 +130,6 @@ def _answers(tokenizer: PreTrainedTokenizerBase, query_ids: Tensor, query_mask: 
     real = (is_eos.cumsum(1) - is_eos.long()) == 0  # up to and with the first EOS
     response_ids = response_ids.masked_fill(~real, tokenizer.pad_token_id)
     texts = [
-        tokenizer.decode(ids[keep & ~eos], skip_special_tokens=True) for ids, keep, eos in zip(response_ids, real, is_eos, strict=True)
+        str(tokenizer.decode(ids[keep & ~eos], skip_special_tokens=True)) for ids, keep, eos in zip(response_ids, real, is_eos, strict=True)
     ]
     return Answers(query_ids, query_mask, response_ids, real.long(), texts, (is_eos & real).any(1).tolist())

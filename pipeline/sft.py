@@ -44,7 +44,8 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
     )
     training.fit(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
-    trainer.model.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
+    policy: Any = trainer.model
+    policy.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
     training.write_log(trainer, output)
     return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
@@ -54,7 +55,7 @@ def start(config: SFTStage, data: DatasetDict) -> tuple[PreTrainedModel, PreTrai
     """The base model and its tokenizer."""
     if config.scratch is not None:
         return models.scratch(training.texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
     weights = {"quantization": config.quantization, "precision": training.weight_precision(config)}
     return models.load_policy(config.model, tokenizer, **weights, **options), tokenizer

@@ -66,7 +66,7 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
 
 def load(policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
     tokenizer = models.load_tokenizer(str(policy.path))
-    model = models.load_policy(str(policy.path), tokenizer)
+    model: Any = models.load_policy(str(policy.path), tokenizer)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -58,7 +58,7 @@ class ActorCritic(nn.Module):
             logits, _ = read(reference, query_ids, query_mask, response_ids, response_mask)
             return token_logprobs(logits / temperature, response_ids)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef"}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in kept}

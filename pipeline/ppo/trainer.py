@@ -45,7 +45,7 @@ class PPOConfig(TrainingArguments):
     response_tokens: int = 64
     temperature: float = 1.0
     kl_coef: float = 0.05
-    kl_estimator: str = "k1"
+    kl_estimator: ppo.KLKind = "k1"
     kl_target: float | None = None
     kl_horizon: float = 10_000
     gamma: float = 1.0
@@ -107,6 +107,12 @@ class PPOTrainer(Trainer):
     `reward`: a `RewardSource`, or a function of TRL's signature. `train_dataset`, `eval_dataset`: rows with a `prompt` (text or
     messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
     """
+
+    args: PPOConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    eval_dataset: Any
 
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole minibatch
 
@@ -205,7 +211,7 @@ class PPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained (policy or adapter, value head, KL coefficient) as one safetensors file."""
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(
                 {k: v.contiguous() for k, v in self.accelerator.unwrap_model(self.actor).state_dict().items()},
@@ -287,13 +293,14 @@ class PPOTrainer(Trainer):
         mask, answers = experience.mask, experience.answers
         kl = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1)
         penalty = -float(self.actor.kl_coef) * kl
-        for name, figure in {
+        figures: dict[str, Tensor | float] = {
             "objective/kl": kl.mean(), "objective/kl_coef": self.actor.kl_coef, "objective/entropy": experience.entropy[mask].mean(),
             "objective/scores": experience.scores.mean(), "objective/non_score_reward": penalty.mean(),
             "objective/rlhf_reward": (experience.scores + penalty).mean(), "response/tokens": mask.sum(1).float().mean(),
             "response/ended_fraction": statistics.fmean(answers.ended),
             "val/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, figure in figures.items():
             self._figures[name].append(float(figure))
 
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:

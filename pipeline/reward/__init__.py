@@ -36,7 +36,7 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
     """Train on pairs, save, and measure on the test split; returns the headline metrics."""
     data = open_records(records, "comparisons")
     set_seed(config.seed)  # the head is new
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
     weights = {"quantization": config.quantization, "precision": training.weight_precision(config)}
     trainer = trl.RewardTrainer(
@@ -48,6 +48,10 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         peft_config=training.lora_config(config, TaskType.SEQ_CLS),
         callbacks=[training.Say()],
     )
+    model: Any = trainer.model
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
+            parameter.data = parameter.data.float()
     training.fit(trainer, work)
     reward = save(trainer, config, output)
     reference = data["validation"] if len(data["validation"]) else data["train"]
@@ -70,15 +74,16 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> RewardModel:
     """Write the checkpoint in the form its quantization asks for; returns its reader, around the very weights written."""
-    model = trainer.model
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
     if config.lora is not None and config.quantization == "none":
         model.save_pretrained(output / "adapter", save_embedding_layers=False)
         model = model.merge_and_unload()
     model.save_pretrained(output, **({} if config.quantization == "none" else {"save_embedding_layers": False}))
-    trainer.processing_class.save_pretrained(output)
+    tokenizer.save_pretrained(output)
     return RewardModel(
         model,
-        trainer.processing_class,
+        tokenizer,
         Settings(objective=config.objective, max_length=config.max_length, quantization=config.quantization),
     )
 

@@ -18,12 +18,12 @@ PROMPTS = Dataset.from_list(
 )
 
 
-def shortness(prompts, completions, completion_ids, ended, **_):
-    """A reward any policy can learn: end early."""
-    return [-float(len(ids)) for ids in completion_ids]
+def evenness(prompts, completions, completion_ids, ended, **_):
+    """A reward any policy can learn, from any start: the fraction of even token ids."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def trainer_of(policy, tokenizer, folder, reward=shortness, **more):
+def trainer_of(policy, tokenizer, folder, reward=evenness, **more):
     settings = {
         "num_rollouts": 2, "num_ppo_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "response_tokens": 8, "learning_rate": 1e-3, "score_normalization": "none", "missing_eos_penalty": 0.0, "report_to": "none",
@@ -43,20 +43,12 @@ def lora(policy):
 
 
 def test_a_reward_that_can_be_learned_is_learned(policy, tiny_tokenizer, tmp_path):
-    trainer = trainer_of(
-        policy,
-        tiny_tokenizer,
-        tmp_path,
-        num_rollouts=25,
-        learning_rate=3e-3,
-        kl_coef=0.0,
-        per_device_train_batch_size=8,
-        num_mini_batches=1,
-    )
+    more = {"num_rollouts": 30, "learning_rate": 5e-3, "kl_coef": 0.0, "per_device_train_batch_size": 8, "num_mini_batches": 1}
+    trainer = trainer_of(policy, tiny_tokenizer, tmp_path, **more)
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
-    assert before < -6
-    assert trainer.evaluate()["eval_reward"] > before + 3
+    assert before < 0.6
+    assert trainer.evaluate()["eval_reward"] > 0.75
 
 
 def test_the_first_minibatch_has_ratio_one_to_the_bit_or_the_run_stops(policy, tiny_tokenizer, tmp_path):

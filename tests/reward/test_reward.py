@@ -1,6 +1,7 @@
 """reward: training on pairs in every form, and the same score everywhere."""
 
 import json
+from operator import add
 
 import pytest
 import torch
@@ -50,11 +51,8 @@ def plain_scores(model, folder, prompts, responses):
 def test_the_checkpoint_scores_the_same_in_plain_transformers(trained, pairs):
     form, folder = trained
     quantized = form in ("8bit", "4bit")
-    opened = (AutoPeftModelForSequenceClassification if quantized else AutoModelForSequenceClassification).from_pretrained(
-        folder, num_labels=1
-    )
-    if quantized:  # the card's way: the base as it was trained, then the adapter
-        opened = RewardModel.load(folder).model
+    # On a quantized base: the base as it was trained, then the adapter.
+    opened = RewardModel.load(folder).model if quantized else AutoModelForSequenceClassification.from_pretrained(folder)
     expected = plain_scores(opened, folder, *pairs)
     # An 8-bit forward quantizes activations by batch, so that padding shows; elsewhere the scores are equal.
     assert RewardModel.load(folder).score(*pairs) == pytest.approx(expected, abs=2e-2 if form == "8bit" else 1e-4)
@@ -120,7 +118,7 @@ def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
     rows = load_from_disk(str(tiny_records / "comparisons"))["train"].select(range(3))
     for row, ids in zip(rows, reward.tokenize(rows, tiny_tokenizer, 96), strict=True):
         for side in ("chosen", "rejected"):
-            assert ids[f"{side}_ids"] == sum(encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96), [])
+            assert ids[f"{side}_ids"] == add(*encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96))
 
 
 def test_wrong_inputs_are_named(full, tmp_path):

@@ -100,7 +100,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was published is untouched, and the same command goes on from the last checkpoint", 130
     if _disk_is_full(error):
-        return "no space left on the disk; free some and give the same command again", 1
+        place = f" for {error.filename}" if getattr(error, "filename", None) else ""
+        return f"no space left on the disk{place}; free some and give the same command again", 1
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 1
     return " ".join(str(error).split()), 2

@@ -28,11 +28,10 @@ RESERVED = {
 }  # fmt: skip
 
 
-def check(config: TrainedStage, arguments: type[TrainingArguments], **reserved: str) -> None:
-    """Refuse names and types in `training:` and `lora:` that their classes do not know, and what the stage sets itself (`reserved` adds to
-    `RESERVED`). Raises `UserError`."""
+def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
+    """Refuse names and types in `training:` and `lora:` that their classes do not know, or that the stage sets itself."""
     for key in config.training:
-        if instead := (RESERVED | reserved).get(key):
+        if instead := (RESERVED | getattr(arguments, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     _check_section(f"{config.stage}: training", config.training, arguments)
     if config.lora is not None:
@@ -48,6 +47,7 @@ def lora_config(config: TrainedStage, task: TaskType) -> LoraConfig | None:
 
 def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
     """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults."""
+    check(config, cls)
     precision = resolve_precision(config.precision)
     fixed = {
         "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16",

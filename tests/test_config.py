@@ -9,7 +9,7 @@ import pytest
 from peft import TaskType
 from trl import RewardConfig, SFTConfig
 
-from pipeline import config, models, training
+from pipeline import config, training
 from pipeline.errors import UserError
 from pipeline.ppo.trainer import PPOConfig
 
@@ -63,7 +63,7 @@ def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
-    text = "model: scratch\nscratch: {layers: 2, width: 8}\ntraining: {max_steps: 5}\nlora: null\n"
+    text = "model: scratch\nmax_length: 64\nscratch: {layers: 2, width: 8}\ntraining: {max_steps: 5}\nlora: null\n"
     overrides = (
         "scratch.layers=3",
         "training.max_steps=7",
@@ -215,7 +215,7 @@ def test_lora_values_are_read_like_the_others() -> None:
     section = {"r": 4, "lora_alpha": "16", "lora_dropout": "1e-2", "target_modules": "all-linear"}
     loaded = config.SFTStage(run="x", model="a", lora=section)
     training.check(loaded, SFTConfig)
-    built: Any = models.lora_config(loaded.lora, TaskType.CAUSAL_LM)
+    built: Any = training.lora_config(loaded, TaskType.CAUSAL_LM)
     assert (built.r, built.lora_alpha, built.lora_dropout, built.target_modules) == (4, 16, 0.01, "all-linear")
 
 

@@ -22,7 +22,7 @@ from pipeline.reward.sources import function, is_function, open_source
 
 
 def run(config: PPOStage) -> Path:
-    training.check(config, PPOConfig, num_train_epochs="training.num_rollouts")
+    training.check(config, PPOConfig)
     inputs = {
         "records": artifact.require(config.records or "", "records", config.fix("prepare")),
         "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),

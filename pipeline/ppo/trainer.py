@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -36,6 +36,8 @@ class PPOConfig(TrainingArguments):
     `num_ppo_epochs × num_mini_batches` optimizer steps is one step of the Trainer. Saving and evaluating happen between rollouts:
     `save_steps` and `eval_steps` are rounded up to whole rollouts, and `logging_steps` counts as one rollout where it is less.
     """
+
+    RESERVED: ClassVar[dict[str, str]] = {"num_train_epochs": "training.num_rollouts"}
 
     learning_rate: float = 1e-5
     adam_epsilon: float = 1e-5

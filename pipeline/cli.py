@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -100,7 +101,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was published is untouched, and the same command goes on from the last checkpoint", 130
     if _disk_is_full(error):
-        place = f" for {error.filename}" if getattr(error, "filename", None) else ""
+        filename = getattr(error, "filename", None)
+        place = f" for {filename}" if filename else ""
         return f"no space left on the disk{place}; free some and give the same command again", 1
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}", 1
@@ -117,6 +119,8 @@ def _quiet_libraries() -> None:
     """No telemetry; progress bars only for a person who watches."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # TRL turns checkpointing on by default under its old name, so that it must be turned off under that name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
     import datasets
     from transformers.utils import logging
 

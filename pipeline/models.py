@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from pipeline.config import Scratch
 from pipeline.errors import UserError
@@ -63,7 +64,7 @@ def load_classifier(
     source: str, tokenizer: PreTrainedTokenizerBase, *, quantization: str = "none", precision: str = "fp32", **options: Any
 ) -> PreTrainedModel:
     """A sequence classifier with one scalar output; its head is new where the checkpoint has none."""
-    with _loading(source, "sequence classifier"):
+    with _loading(source, "sequence classifier"), _expecting_a_new_head():
         model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=1, problem_type="regression", **_weights(quantization, precision), **options
         )
@@ -129,6 +130,17 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     return model
+
+
+@contextmanager
+def _expecting_a_new_head() -> Iterator[None]:
+    """No load report: that a language model brings no reward head is why one is made."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager

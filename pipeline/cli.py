@@ -116,8 +116,7 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _quiet_libraries() -> None:
-    """No telemetry; progress bars only for a person who watches."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    """Progress bars only for a person who watches; no warning that nobody can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # TRL turns checkpointing on by default under its old name, so that it must be turned off under that name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")

@@ -9,6 +9,7 @@ import json
 import shutil
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,17 @@ def fit(trainer: Trainer, work: Path) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint whose last-written file parses; half-written ones are removed."""
+    """The newest checkpoint whose last-written file parses, from before the last step; newer ones are removed.
+
+    From a checkpoint of the last step the Trainer would take one step more, in the middle of an epoch.
+    """
     found = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     for folder in found:
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return folder
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
+        with suppress(OSError, ValueError):
+            state = json.loads((folder / "trainer_state.json").read_text())
+            if state["global_step"] < state["max_steps"]:
+                return folder
+        shutil.rmtree(folder)
     return None
 
 
@@ -129,12 +133,22 @@ def _section(section: dict[str, Any], cls: type, where: str = "training") -> dic
     result = {}
     for key, value in section.items():
         try:
-            result[key] = TypeAdapter(hints[key]).validate_python(value)
+            result[key] = _typed(hints[key], value)
         except ValidationError as error:
             raise UserError(f"{where}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
         except Exception:  # a hint pydantic has no schema for: the class itself will judge
             result[key] = value
     return result
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    adapter = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        if value is False:  # a bare `no` in YAML, where a strategy may be "no"
+            return adapter.validate_python("no")
+        raise
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""The whole run, small: from nothing to a report, reused, repaired, interrupted, and never half-valid."""
+
+import json
+
+import pytest
+from datasets import load_from_disk
+
+from pipeline.cli import main
+
+SMALL = [
+    "sft.scratch.layers=1", "sft.scratch.width=16", "sft.scratch.heads=2", "sft.training.max_steps=4", "sft.training.eval_strategy=no",
+    "sft.training.save_steps=2", "reward.training.max_steps=4", "reward.training.eval_strategy=no", "reward.training.save_steps=2",
+    "ppo.training.num_rollouts=2", "ppo.training.per_device_train_batch_size=8", "ppo.training.response_tokens=8",
+    "ppo.training.eval_strategy=no", "ppo.training.eval_on_start=false",
+    "evaluate.prompts=3", "evaluate.response_tokens=8",
+]  # fmt: skip
+
+
+def run(*more, until="evaluate"):
+    stages = ["prepare", "sft", "reward", "ppo", "evaluate"]
+    small = [item for item in SMALL if item.split(".")[0] in stages[: stages.index(until) + 1]]
+    return main(["run", "--recipe", "demo", "--run", "t", "--until", until, *small, *more])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert run() == 0
+        yield place / "runs" / "t"
+
+
+def test_the_metrics_named_by_the_contract_are_there(folder):
+    metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
+    for section, names in {
+        "reward": {"accuracy", "accuracy_ceiling", "accuracy_longer"},
+        "sft": {"gold_reward", "response_tokens"},
+        "ppo": {"gold_reward", "reward", "kl", "response_tokens", "win_rate_gold", "well_formed"},
+        "best_of_16": {"gold_reward"},
+    }.items():
+        assert names <= metrics[section].keys()
+    assert metrics["reward"]["pairs"] >= 1000
+    assert metrics["rows"]["read"] == metrics["rows"]["kept"] + sum(metrics["rows"]["quarantined"].values())
+    assert metrics["sft"]["gold_reward"] == pytest.approx(-1, abs=0.2)  # four steps teach nobody to speak
+
+
+def test_no_prompt_is_in_two_splits(folder):
+    kinds = ("demonstrations", "comparisons", "rankings", "labels", "ratings", "prompts")
+    seen = {
+        split: {p for kind in kinds for p in load_from_disk(str(folder / "prepare" / kind))[split]["prompt"]} for split in ("train", "test")
+    }
+    assert seen["train"]
+    assert not seen["train"] & seen["test"]
+
+
+def test_a_second_run_reuses_every_stage(folder, capsys):
+    assert run() == 0
+    assert capsys.readouterr().out.count("unchanged, reusing") == 5
+
+
+def test_a_changed_byte_is_found_by_the_next_stage_and_mended_by_the_run(folder, capsys):
+    weights = folder / "sft" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert main(["ppo", "--config", str(_config("ppo")), "--run", "t"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert run(until="sft") == 0
+    assert weights.read_bytes() == before
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folder, capsys, monkeypatch):
+    from pipeline import training
+
+    before = (folder / "sft" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(training, "write_log", _interrupt)  # after the last checkpoint, before anything is published
+    assert run("--force", until="sft") == 130
+    assert (folder / "sft" / "model.safetensors").read_bytes() == before
+    (folder / "sft" / "manifest.json").unlink()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent.parent)
+    assert run(until="sft") == 0
+    assert "resuming" in capsys.readouterr().out
+    assert (folder / "sft" / "model.safetensors").read_bytes() == before
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def _config(stage):
+    from pipeline.config import RECIPES
+
+    return RECIPES / "demo" / f"{stage}.yaml"

@@ -1,0 +1,36 @@
+"""Checkpoints: which one a run goes on from."""
+
+import json
+
+import pytest
+
+from pipeline import training
+
+
+def checkpoint(work, step, state):
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir()
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_the_newest_whole_checkpoint_before_the_last_step_counts(tmp_path):
+    whole = checkpoint(tmp_path, 8, json.dumps({"global_step": 8, "max_steps": 20}))
+    newer = [
+        checkpoint(tmp_path, step, state)
+        for step, state in ((9, '{"global_step": 9, "max'), (10, None), (20, '{"global_step": 20, "max_steps": 20}'))
+    ]
+    older = checkpoint(tmp_path, 2, json.dumps({"global_step": 2, "max_steps": 20}))
+    assert training.last_checkpoint(tmp_path) == whole
+    assert not any(folder.exists() for folder in newer)
+    assert older.exists()
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path):
+    assert training.last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)])
+def test_yaml_values_become_what_the_field_wants(hint, value, expected):
+    assert training._typed(hint, value) == expected

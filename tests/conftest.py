@@ -17,14 +17,6 @@ from pipeline.prepare import demo
 torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items):
-    """GPU tests skip where there is none, and say so."""
-    skip = pytest.mark.skip(reason="no NVIDIA GPU")
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(skip)
-
-
 @pytest.fixture(scope="session")
 def tiny_records(tmp_path_factory) -> Path:
     """A small prepare artifact: the demo world's pairs through the comparisons reader."""

@@ -167,7 +167,7 @@ def report_data(
 
 
 def log(source: artifact.Artifact) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (source.path / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (source.path / "log.jsonl").open(encoding="utf-8")]
 
 
 def before_and_after(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40) -> list[dict[str, Any]]:

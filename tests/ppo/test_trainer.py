@@ -158,7 +158,7 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
         == (form != "full")
         == (not isinstance(model, PeftModel) and hasattr(model, "peft_config"))
     )
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
     assert {"objective/kl", "objective/scores", "policy/clipfrac_avg", "val/explained_variance", "response/tokens"} <= entries[0].keys()
     assert abs(entries[0]["objective/kl"]) < 1e-4  # the policy starts at its reference
 

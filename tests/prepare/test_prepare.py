@@ -30,7 +30,7 @@ def manifest(published: Path) -> dict[str, Any]:
 
 
 def quarantined(published: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (published / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (published / "quarantine.jsonl").open(encoding="utf-8")]
 
 
 def rows_of(published: Path, kind: str) -> list[Any]:

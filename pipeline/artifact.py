@@ -14,14 +14,12 @@ paths. The *fingerprint* says what it was made from: config, identities of the i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +29,9 @@ from typing import Any, ClassVar, Protocol
 import yaml
 from filelock import FileLock, Timeout
 
+from pipeline import hub
 from pipeline.errors import UserError
+from pipeline.files import digest, hash_files, list_files, read_json, sha256, sync, write_json
 
 SCHEMA = 1
 CHECKPOINT_KINDS = ("policy", "reward", "model")
@@ -51,7 +51,6 @@ NOT_IDENTITY = {
     "training_args.bin",
 }
 DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Config(Protocol):
@@ -81,6 +80,11 @@ class Artifact:
     def foreign(self) -> bool:
         return bool(self.manifest.get("foreign"))
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that a hub id stands for; None for a folder."""
+        return self.manifest.get("revision")
+
 
 def is_main_process() -> bool:
     """True on the rank that writes: rank 0, or the only process."""
@@ -90,17 +94,17 @@ def is_main_process() -> bool:
 # Opening an input
 
 
-def require(source: str | Path, kind: str, fix: str) -> Artifact:
+def require(source: str | Path, kind: str, fix: str, revision: str | None = None) -> Artifact:
     """Open an input of a stage: an artifact, a foreign checkpoint or dataset folder, or (for a policy, reward or model) a hub id.
 
     `kind` is "records", "policy", "reward", "evaluation" or "model" (any checkpoint: a policy or a reward will do). `fix` is the command
-    that makes the input. Raises UserError, one line with path and `fix`, if it is missing, half-written, altered (names the file), of
-    another kind, or written by a newer version. Never uses the network.
+    that makes the input, `revision` a hub id's branch, tag or commit. Raises UserError, one line with path and `fix`, if it is missing,
+    half-written, altered (names the file), of another kind, or of a newer version. The hub is asked only for a commit not yet known.
     """
     path = Path(source)
-    if kind in CHECKPOINT_KINDS and _is_hub_id(str(source)):
-        return _foreign(path, kind, hub=str(source), revision=_cached_revision(str(source)))
-    manifest = _read_manifest(path)
+    if kind in CHECKPOINT_KINDS and hub.is_hub_id(str(source)):
+        return from_hub(str(source), kind, hub.commit(str(source), revision))
+    manifest = read_manifest(path)
     if not manifest and not _half_written(path) and any((path / name).is_file() for name in FOREIGN_FILES[kind]):
         return foreign(path, kind)
     if problem := _problem(path, manifest, kind):
@@ -116,6 +120,11 @@ def foreign(path: str | Path, kind: str) -> Artifact:
     return _foreign(path, kind, files=hash_files(path))
 
 
+def from_hub(hub_id: str, kind: str, revision: str | None) -> Artifact:
+    """A hub repository as an input; its commit counts for its identity."""
+    return _foreign(Path(hub_id), kind, hub=hub_id, revision=revision)
+
+
 def verify(artifact: Artifact) -> None:
     """Read every vouched file again, whatever the hash cache says. UserError naming the first that is missing or altered."""
     if problem := _altered(artifact.path, artifact.manifest.get("files", {}), cached=False):
@@ -123,7 +132,7 @@ def verify(artifact: Artifact) -> None:
 
 
 def _foreign(path: Path, kind: str, **facts: Any) -> Artifact:
-    return Artifact(path, {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": _digest([kind, facts])})
+    return Artifact(path, {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": digest([kind, facts])})
 
 
 def _problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
@@ -156,68 +165,10 @@ def _half_written(path: Path) -> bool:
     return (path / "config.yaml").exists() or _sibling(path, "partial").exists() or _sibling(path, "old").exists()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, or {} if there is none, or none of ours."""
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     return manifest if {"schema", "kind", "files", "identity"} <= manifest.keys() else {}
-
-
-def _is_hub_id(source: str) -> bool:
-    """`name` or `org/name`; where `org` is a folder here, or `runs`, a path was meant."""
-    parent = source.rpartition("/")[0]
-    local = Path(source).exists() or parent == "runs" or (parent and Path(parent).is_dir())
-    return not local and HUB_ID.fullmatch(source) is not None
-
-
-def _cached_revision(hub_id: str) -> str | None:
-    """The commit that the local Hugging Face cache holds as main, None if it was never fetched."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
-    ref = cache / f"models--{hub_id.replace('/', '--')}" / "refs" / "main"
-    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
-
-
-# Hashing
-
-
-def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
-    """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
-
-    A file whose size and mtime are in `.hashes.json` in the parent folder is not read again; `cached=False` reads all and renews it.
-    """
-    path = Path(path).absolute()
-    cache = _read_json(path.parent / ".hashes.json")
-    known: dict[str, list[Any]] = cache.get(path.name, {})
-    entries = {}
-    for name, file in _list_files(path).items():
-        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
-        unchanged = cached and known.get(name, [])[:2] == stamp
-        entries[name] = known[name] if unchanged else [*stamp, _sha256(file)]
-    if entries != known:
-        with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
-            _write_json(path.parent / ".hashes.json", cache | {path.name: entries})
-    return {name: str(entry[2]) for name, entry in entries.items()}
-
-
-def _list_files(path: Path) -> dict[str, Path]:
-    """Relative POSIX path -> file. Hidden files are never content: our hash cache, a download's .cache, a clone's .git."""
-    if path.is_file():
-        return {path.name: path}
-    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return {name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(kind: str, files: dict[str, str]) -> str:
-    return _digest([kind, sorted(item for item in files.items() if Path(item[0]).name not in NOT_IDENTITY)])
 
 
 # Building
@@ -282,13 +233,13 @@ def _repair(folder: Path, kind: str) -> None:
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
-    manifest = _read_manifest(folder)
-    if manifest and manifest.get("fingerprint") == _read_json(partial / "fingerprint.json") and not _problem(folder, manifest, kind):
+    manifest = read_manifest(folder)
+    if manifest and manifest.get("fingerprint") == read_json(partial / "fingerprint.json") and not _problem(folder, manifest, kind):
         shutil.rmtree(partial, ignore_errors=True)  # what it would become is published
 
 
 def _reusable(config: Config, kind: str, fingerprint: dict[str, Any], say: Callable[[str], object]) -> bool:
-    manifest = _read_manifest(config.folder)
+    manifest = read_manifest(config.folder)
     if config.force or manifest.get("fingerprint") != fingerprint:
         return False
     problem = _problem(config.folder, manifest, kind)
@@ -300,15 +251,15 @@ def _reusable(config: Config, kind: str, fingerprint: dict[str, Any], say: Calla
 def _start(config: Config, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]) -> None:
     """Resume the partial folder if it was made from the same, else begin a new one; refuse to lose what is not ours to lose."""
     folder, partial = config.folder, output.parent
-    published = _list_files(folder)
+    published = list_files(folder)
     if published and "config.yaml" not in published and not config.force:
         raise UserError(f"{folder}: holds files that no stage wrote (no config.yaml); move them away, or add --force to replace them")
-    begun = _read_json(partial / "fingerprint.json")
+    begun = read_json(partial / "fingerprint.json")
     has_work = bool(begun) and work.is_dir() and any(work.iterdir())
     if config.force or not has_work:
         shutil.rmtree(partial, ignore_errors=True)
         work.mkdir(parents=True)
-        _write_json(partial / "fingerprint.json", fingerprint)
+        write_json(partial / "fingerprint.json", fingerprint)
     elif begun == fingerprint:
         say(f"{config.stage}: resuming {partial}")
         shutil.rmtree(output, ignore_errors=True)
@@ -319,15 +270,15 @@ def _start(config: Config, output: Path, work: Path, fingerprint: dict[str, Any]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     changed = [key for key in sorted(before | after) if before.get(key, ...) != after.get(key, ...)]
     return ", ".join(f"{key.removeprefix('config.')} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}" for key in changed)
 
 
-def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Nested dicts and lists as one dict of dotted keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    parts = [_flatten(item, f"{key}.{name}".lstrip(".")) for name, item in items]
+    parts = [flatten(item, f"{key}.{name}".lstrip(".")) for name, item in items]
     return {name: leaf for part in parts for name, leaf in part.items()} if parts else {key: value}
 
 
@@ -344,7 +295,7 @@ def _manifest(
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "seed": config.seed,
-        "config_hash": _digest(fingerprint["config"]),
+        "config_hash": digest(fingerprint["config"]),
         "fingerprint": fingerprint,
         "inputs": {name: _describe(artifact) for name, artifact in inputs.items()},
         "rows": result.get("rows", {}),
@@ -352,11 +303,15 @@ def _manifest(
     }
 
 
+def _identity(kind: str, files: dict[str, str]) -> str:
+    return digest([kind, sorted(item for item in files.items() if Path(item[0]).name not in NOT_IDENTITY)])
+
+
 def _describe(artifact: Artifact) -> dict[str, Any]:
     """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision."""
     described = {"path": artifact.path.as_posix(), "identity": artifact.identity}
     if not artifact.foreign:
-        return described | {"manifest_hash": _sha256(artifact.path / "manifest.json")}
+        return described | {"manifest_hash": sha256(artifact.path / "manifest.json")}
     return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}
 
 
@@ -373,9 +328,9 @@ def _seal(output: Path, manifest: dict[str, Any]) -> None:
     resolved = yaml.safe_dump(manifest["fingerprint"]["config"], sort_keys=False, allow_unicode=True)
     (output / "config.yaml").write_text(resolved, encoding="utf-8")
     files = hash_files(output, cached=False)
-    _sync(*output.rglob("*"))
-    _write_json(output / "manifest.json", manifest | {"files": files, "identity": _identity(manifest["kind"], files)})
-    _sync(output / "manifest.json", output)
+    sync(*output.rglob("*"))
+    write_json(output / "manifest.json", manifest | {"files": files, "identity": _identity(manifest["kind"], files)})
+    sync(output / "manifest.json", output)
 
 
 def _swap(output: Path, folder: Path) -> None:
@@ -384,36 +339,10 @@ def _swap(output: Path, folder: Path) -> None:
     if folder.exists():
         os.rename(folder, old)
     os.rename(output, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(output.parent, ignore_errors=True)
 
 
-# Files
-
-
 def _sibling(folder: Path, suffix: str) -> Path:
     return folder.parent / f".{folder.name}.{suffix}"
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems, and Windows, cannot sync a folder
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} if there is none to be read: whoever wrote it was interrupted."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,13 +20,14 @@ EXAMPLES = """examples:
   rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
   rlhf run --recipe demo --until reward reward.training.max_steps=100
   rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
+  rlhf show runs/demo/reward --verify
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        run(args) if args.command == "run" else run_stage(args)
+        {"run": run, "show": show}.get(args.command, run_stage)(args)
         return 0
     except (KeyboardInterrupt, Exception) as error:
         known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _disk_is_full(error)
@@ -70,6 +71,13 @@ def run_stage(args: argparse.Namespace) -> None:
         print(f"{loaded.stage}: would write {loaded.folder}")
     else:
         _run(loaded)
+
+
+def show(args: argparse.Namespace) -> None:
+    """What an artifact is and was made from."""
+    from pipeline.show import show
+
+    print(show(Path(args.folder), args.verify))
 
 
 def _run(loaded: config.StageConfig) -> None:
@@ -146,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, help="seeds everything")
         command.add_argument("--force", action="store_true", help="run even what is unchanged; drop a partial run")
         command.add_argument("--dry-run", action="store_true", help="check the configs and say what would be written")
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    shown = commands.add_parser("show", help="what an artifact is and was made from")
+    shown.add_argument("folder", help="a stage's folder, such as runs/demo/reward")
+    shown.add_argument("--verify", action="store_true", help="read every file again, whatever its size and time say")
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

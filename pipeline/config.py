@@ -49,6 +49,18 @@ class Source(Strict):
             raise ValueError("format 'demo' takes no path or hub" if self.format == "demo" else "needs either 'path' or 'hub'")
         return self
 
+    @model_validator(mode="after")
+    def nothing_unread(self) -> "Source":
+        read = {"subset": self.hub, "revision": self.hub, "columns": self.format != "demo", "classes": self.format in ("labels", "demo")}
+        for key, is_read in read.items():
+            if getattr(self, key) and not is_read:
+                raise ValueError(
+                    f"{key!r} is not read with format {self.format!r} from {self.hub or self.path or 'the demo world'}; remove it"
+                )
+        if len(set(self.classes or [])) < len(self.classes or []):
+            raise ValueError(f"classes {self.classes} names one twice")
+        return self
+
 
 class Splits(Strict):
     """Fractions of the prompts held out; the rest is `train`."""

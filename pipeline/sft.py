@@ -23,7 +23,8 @@ def run(config: SFTStage) -> Path:
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
-        inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'")
+        inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'", config.revision)
+        config = config.model_copy(update={"revision": inputs["model"].revision})
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, records, output, work))
 
 
@@ -39,7 +40,7 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
         train_dataset=tokenize(data["train"], tokenizer, config.max_length),
         eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
         processing_class=tokenizer,
-        peft_config=training.lora_config(config, TaskType.CAUSAL_LM),
+        peft_config=training.lora_config(config, TaskType.CAUSAL_LM, config.revision),
         callbacks=[training.Say()],
     )
     training.fit(trainer, work)

@@ -36,14 +36,14 @@ def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     _check_section(f"{config.stage}: training", config.training, arguments)
     if config.lora is not None:
-        if "task_type" in config.lora:
-            raise UserError(f"{config.stage}: lora.task_type is set by the stage; remove it")
+        for key in {"task_type", "revision"} & config.lora.keys():
+            raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
 
 
-def lora_config(config: TrainedStage, task: TaskType) -> LoraConfig | None:
-    """The `lora:` section as PEFT's own class."""
-    return None if config.lora is None else LoraConfig(task_type=task, **_section(config.lora, LoraConfig))
+def lora_config(config: TrainedStage, task: TaskType, revision: str | None = None) -> LoraConfig | None:
+    """The `lora:` section as PEFT's own class; `revision` is the base's commit, which the adapter is worth nothing without."""
+    return None if config.lora is None else LoraConfig(task_type=task, revision=revision, **_section(config.lora, LoraConfig))
 
 
 def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:

@@ -150,6 +150,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, 
         ("prepare", "source: {format: demo, path: a}", "format 'demo' takes no path or hub"),
         ("prepare", "source: {format: labels}", "needs either 'path' or 'hub'"),
         ("prepare", "source: {format: labels, path: a, hub: b}", "needs either 'path' or 'hub'"),
+        ("prepare", "source: {format: demo, columns: {prompt: a}}", "'columns' is not read with format 'demo' from the demo world"),
+        ("prepare", "source: {format: ratings, path: a, classes: [b]}", "'classes' is not read with format 'ratings' from a; remove it"),
+        ("prepare", "source: {format: labels, path: a, revision: b}", "'revision' is not read with format 'labels' from a; remove it"),
+        ("prepare", "source: {format: labels, path: a, subset: b}", "'subset' is not read with format 'labels' from a; remove it"),
+        ("prepare", "source: {format: labels, path: a, classes: [b, c, b]}", "classes ['b', 'c', 'b'] names one twice"),
         ("prepare", "source: {format: demo}\nsplits: {validation: 0.6, test: 0.6}", "splits"),
         ("evaluate", "best_of: 1", "best_of=1"),
         # Combinations
@@ -187,6 +192,7 @@ def test_a_config_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> Non
         ("lora", "lora_alpah", 8, "did you mean 'lora_alpha'?"),
         ("lora", "r", "many", "lora.r='many'"),
         ("lora", "task_type", "CAUSAL_LM", "lora.task_type is set by the stage"),
+        ("lora", "revision", "main", "lora.revision is set by the stage"),
     ],
 )
 @pytest.mark.parametrize("stage", ARGUMENTS)

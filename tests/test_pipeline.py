@@ -69,6 +69,15 @@ def test_a_changed_byte_is_found_by_the_next_stage_and_mended_by_the_run(folder,
     assert weights.read_bytes() == before
 
 
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
+    assert run("--run", "again") == 0
+    weights = ["sft/model.safetensors", "reward/model.safetensors", "ppo/model.safetensors", "ppo/value_head.safetensors"]
+    again = folder.parent / "again"
+    assert [(again / name).read_bytes() == (folder / name).read_bytes() for name in weights] == [True] * 4
+    assert run("--run", "again", "--seed", "1", until="sft") == 0
+    assert (again / weights[0]).read_bytes() != (folder / weights[0]).read_bytes()
+
+
 def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folder, capsys, monkeypatch):
     from pipeline import training
 

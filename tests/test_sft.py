@@ -5,10 +5,10 @@ from operator import add
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import config, encoding, sft
+from pipeline import artifact, config, encoding, sft
 from pipeline.errors import UserError
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
@@ -52,6 +52,15 @@ def test_lora_publishes_the_adapter_and_names_its_base(tiny_records, tiny_llama,
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     assert model.peft_config["default"].base_model_name_or_path == str(tiny_llama)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_an_adapter_names_the_commit_of_a_base_from_the_hub(tiny_records, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.hub.is_hub_id", lambda source: source == str(tiny_llama))  # a folder stands for the repository
+    monkeypatch.setattr("pipeline.hub.commit", lambda hub_id, revision, *_: {"v1": "c0ffee"}[revision])
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}, revision="v1"))
+    assert PeftConfig.from_pretrained(folder).revision == "c0ffee"
+    manifest = artifact.read_manifest(folder)
+    assert manifest["inputs"]["model"]["revision"] == manifest["fingerprint"]["config"]["revision"] == "c0ffee"
 
 
 def test_a_base_that_cannot_be_loaded_is_named(tiny_records, tmp_path):

@@ -36,7 +36,7 @@ def run(config: EvaluateStage) -> Path:
 
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    reward = RewardModel.load(inputs["reward"].path)
+    reward = RewardModel.load(inputs["reward"].path, revision=inputs["reward"].revision)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
     sampled = sample_policies(config, inputs, prompts)
@@ -65,8 +65,8 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
 
 
 def load(policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
-    tokenizer = models.load_tokenizer(str(policy.path))
-    model: Any = models.load_policy(str(policy.path), tokenizer)
+    tokenizer = models.load_tokenizer(str(policy.path), revision=policy.revision)
+    model: Any = models.load_policy(str(policy.path), tokenizer, revision=policy.revision)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

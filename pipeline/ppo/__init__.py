@@ -29,17 +29,19 @@ def run(config: PPOStage) -> Path:
     }
     if not is_function(config.reward or ""):
         inputs["reward"] = artifact.require(config.reward or "", "reward", config.fix("reward"))
-    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, inputs["records"], output, work))
+    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, inputs, output, work))
 
 
-def train(config: PPOStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
+def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, work: Path) -> dict[str, Any]:
     """Train, save, and measure on the validation prompts; returns the headline metrics."""
-    data = open_records(records, "prompts")
+    data = open_records(inputs["records"], "prompts")
     set_seed(config.seed)
-    tokenizer = models.load_tokenizer(config.policy or "", trust_remote_code=config.trust_remote_code)
+    revision = {name: source.revision for name, source in inputs.items()}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = models.load_tokenizer(config.policy or "", revision=revision["policy"], **options)
     trainer = PPOTrainer(
-        policy=load_policy(config, tokenizer),
-        reward=open_source(config.reward or "", trust_remote_code=config.trust_remote_code),
+        policy=load_policy(config, tokenizer, revision["policy"]),
+        reward=open_source(config.reward or "", revision=revision.get("reward"), **options),
         args=training.arguments(PPOConfig, config, work, logging_steps=1),
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
@@ -58,13 +60,13 @@ def train(config: PPOStage, records: artifact.Artifact, output: Path, work: Path
     return {"metrics": metrics}
 
 
-def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase) -> Any:
+def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:
     """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
     adapter beside the frozen one."""
     source, options = config.policy or "", {"quantization": config.quantization, "precision": training.weight_precision(config)}
     if not (Path(source) / "adapter_config.json").is_file():
-        policy: Any = models.load_policy(source, tokenizer, trust_remote_code=config.trust_remote_code, **options)
-        lora = training.lora_config(config, TaskType.CAUSAL_LM)
+        policy: Any = models.load_policy(source, tokenizer, revision=revision, trust_remote_code=config.trust_remote_code, **options)
+        lora = training.lora_config(config, TaskType.CAUSAL_LM, revision)
         return policy if lora is None else get_peft_model(policy, lora)
     if config.lora is None:
         raise UserError(

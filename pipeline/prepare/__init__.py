@@ -16,8 +16,8 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
-from pipeline.config import PrepareStage
+from pipeline import artifact, hub
+from pipeline.config import PrepareStage, Source
 from pipeline.errors import UserError
 from pipeline.prepare import checks, readers, splits
 from pipeline.prepare.checks import Record
@@ -31,8 +31,15 @@ Judged = list[tuple[Row, Fault | None]]
 
 def run(config: PrepareStage) -> Path:
     """Read, check, split and publish; returns the artifact's folder. Local files count by their content, a hub dataset by its revision."""
+    config = config.model_copy(update={"source": [_pinned(source) for source in config.source]})
     inputs = {path.as_posix(): artifact.foreign(path, "source") for source in config.source for path in readers.files(source)}
+    inputs |= {source.hub: artifact.from_hub(source.hub, "source", source.revision) for source in config.source if source.hub}
     return artifact.build(config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output))
+
+
+def _pinned(source: Source) -> Source:
+    """A hub source at the commit that its revision stands for."""
+    return source.model_copy(update={"revision": hub.commit(source.hub, source.revision, "dataset")}) if source.hub else source
 
 
 def _make(config: PrepareStage, output: Path) -> dict[str, Any]:

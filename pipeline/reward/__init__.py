@@ -26,7 +26,8 @@ REFERENCE_PAIRS = 256
 def run(config: RewardStage) -> Path:
     training.check(config, trl.RewardConfig)
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
-    base = artifact.require(config.model, "model", f"{config.fix('sft')}, or name a hub id or a folder in 'model'")
+    base = artifact.require(config.model, "model", f"{config.fix('sft')}, or name a hub id or a folder in 'model'", config.revision)
+    config = config.model_copy(update={"revision": base.revision})
     return artifact.build(
         config, kind="reward", inputs={"records": records, "model": base}, make=lambda output, work: train(config, records, output, work)
     )
@@ -45,7 +46,7 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         train_dataset=tokenize(data["train"], tokenizer, config.max_length),
         eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
         processing_class=tokenizer,
-        peft_config=training.lora_config(config, TaskType.SEQ_CLS),
+        peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision),
         callbacks=[training.Say()],
     )
     model: Any = trainer.model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, DatasetDict, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -265,3 +265,18 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str
     assert counts["kept"] == kept == read - len(quarantined(tmp_path))
     assert sum(counts["quarantined"].values()) == len(quarantined(tmp_path))
     assert counts["by_source"] == {str(path): {key: counts[key] for key in ("read", "kept", "quarantined")}}
+
+
+def test_a_hub_dataset_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_at = []
+
+    def load_dataset(*_: Any, revision: str | None, **__: Any) -> Dataset:
+        read_at.append(revision)
+        return Dataset.from_dict({"prompt": ["Q", "R"]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for revision in ("c0ffee", "c0ffee", "decaf"):
+        monkeypatch.setattr("pipeline.hub.commit", lambda *_, commit=revision: commit)
+        published = prepare(tmp_path, {"format": "prompts", "hub": "org/name"})
+        assert manifest(published)["inputs"]["org/name"]["revision"] == revision
+    assert read_at == ["c0ffee", "decaf"]

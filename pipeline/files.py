@@ -1,0 +1,67 @@
+"""Files as artifacts need them: hashed once, synced to disk, JSON read and written."""
+
+import hashlib
+import json
+import os
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+
+def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
+    """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
+
+    A file whose size and mtime are in `.hashes.json` in the parent folder is not read again; `cached=False` reads all and renews it.
+    """
+    path = Path(path).absolute()
+    cache = read_json(path.parent / ".hashes.json")
+    known: dict[str, list[Any]] = cache.get(path.name, {})
+    entries = {}
+    for name, file in list_files(path).items():
+        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
+        unchanged = cached and known.get(name, [])[:2] == stamp
+        entries[name] = known[name] if unchanged else [*stamp, sha256(file)]
+    if entries != known:
+        with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
+            write_json(path.parent / ".hashes.json", cache | {path.name: entries})
+    return {name: str(entry[2]) for name, entry in entries.items()}
+
+
+def list_files(path: Path) -> dict[str, Path]:
+    """Relative POSIX path -> file. Hidden files are never content: our hash cache, a download's .cache, a clone's .git."""
+    if path.is_file():
+        return {path.name: path}
+    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return {name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sync(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems, and Windows, cannot sync a folder
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} if there is none to be read: whoever wrote it was interrupted."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read)
 import argparse
 import errno
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -118,9 +117,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Whether it is for want of space: safetensors says so in words alone, `torch.save` not even that."""
-    said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    return said or ("inline_container" in str(error) and shutil.disk_usage(".").free < 2**20)
+    """Whether it is for want of space, which safetensors says in words alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def _quiet_libraries() -> None:

@@ -5,7 +5,9 @@ is built, since that class would accept some in silence.
 """
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import typing
 from collections.abc import Iterable
@@ -82,7 +84,13 @@ def fit(trainer: Trainer, work: Path) -> None:
     """Train, going on from the last checkpoint that counts."""
     trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
     checkpoint = last_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        # `torch.save` does not say that the disk is full, only that its file is shorter than it should be.
+        if "inline_container" in str(error) and shutil.disk_usage(work).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
+        raise
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -1,11 +1,13 @@
 """The whole run, small: from nothing to a report, reused, repaired, interrupted, and never half-valid."""
 
 import json
+import re
 
 import pytest
 from datasets import load_from_disk
 
 from pipeline.cli import main
+from pipeline.config import RECIPES
 
 SMALL = [
     "sft.scratch.layers=1", "sft.scratch.width=16", "sft.scratch.heads=2", "sft.training.max_steps=4", "sft.training.eval_strategy=no",
@@ -63,10 +65,18 @@ def test_a_changed_byte_is_found_by_the_next_stage_and_mended_by_the_run(folder,
     weights = folder / "sft" / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    assert main(["ppo", "--config", str(_config("ppo")), "--run", "t"]) == 2
+    assert main(["ppo", "--config", str(RECIPES / "demo" / "ppo.yaml"), "--run", "t"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
     assert run(until="sft") == 0
     assert weights.read_bytes() == before
+
+
+def test_the_python_of_the_readme_runs(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", (RECIPES.parent / "README.md").read_text(), re.S)
+    scope: dict = {}
+    exec(code.replace("runs/demo/", f"{folder}/"), scope)
+    question, answers = "What is the capital of France?", ["You fool.", "The capital of France is Paris."]
+    assert scope["rm"].rank(question, answers) == sorted((0, 1), key=lambda i: -scope["rm"].score([question], [answers[i]])[0])
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
@@ -95,9 +105,3 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folde
 
 def _interrupt(*_):
     raise KeyboardInterrupt
-
-
-def _config(stage):
-    from pipeline.config import RECIPES
-
-    return RECIPES / "demo" / f"{stage}.yaml"

@@ -1,6 +1,8 @@
 """Checkpoints: which one a run goes on from."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,3 +36,14 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
 @pytest.mark.parametrize(("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)])
 def test_yaml_values_become_what_the_field_wants(hint, value, expected):
     assert training._typed(hint, value) == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0, OSError), (2**30, RuntimeError)])
+def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(tmp_path, monkeypatch, free, expected):
+    def train(**_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2737088 vs 2736980")
+
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda place: {tmp_path: SimpleNamespace(free=free)}[place])
+    with pytest.raises(expected) as error:
+        training.fit(SimpleNamespace(train=train, remove_callback=lambda _: None), tmp_path)
+    assert expected is RuntimeError or (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))

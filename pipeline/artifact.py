@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from pipeline import hub
 from pipeline.errors import UserError
 from pipeline.files import digest, hash_files, list_files, read_json, sha256, sync, write_json
+from pipeline.ranks import agree, is_main_process
 
 SCHEMA = 1
 CHECKPOINT_KINDS = ("policy", "reward", "model")
@@ -84,11 +85,6 @@ class Artifact:
     def revision(self) -> str | None:
         """The commit that a hub id stands for; None for a folder."""
         return self.manifest.get("revision")
-
-
-def is_main_process() -> bool:
-    """True on the rank that writes: rank 0, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # Opening an input
@@ -180,6 +176,7 @@ def build(
     kind: str,
     inputs: dict[str, Artifact],
     make: Callable[[Path, Path], dict[str, Any]],
+    on_every_rank: bool = False,
     say: Callable[[str], object] = print,
 ) -> Path:
     """Make and publish `config.folder`, the one way a stage writes; returns that folder.
@@ -188,24 +185,30 @@ def build(
     interruption, never published) and returns {"metrics": {…}, "rows": {…}}, both optional, plain JSON. It is not called when the published
     artifact has the same fingerprint and is sound, unless `config.force`. If it fails, what was published stays as it was.
 
-    On ranks other than 0 only `make` is called. UserError if another process writes the run, or if what no stage wrote or an interrupted
-    run of other settings would be lost; ValueError for another key in make's result; what `make` raises, and a full disk, pass through.
+    Rank 0 does all of this; the other ranks only call `make`, where it trains (`on_every_rank`), and must leave `output` alone; all return
+    when the artifact is there. UserError if another process writes the run, or if what no stage wrote or an interrupted run of other
+    settings would be lost; ValueError for another key in make's result; what `make` raises, and a full disk, pass through.
     """
     folder, fingerprint = config.folder, _fingerprint(config, inputs)
     output, work = _sibling(folder, "partial") / "output", _sibling(folder, "partial") / "work"
     if not is_main_process():
-        if not _reusable(config, kind, fingerprint, say=lambda _: None):
-            make(output, work)
+        if agree(None) == "make":
+            if on_every_rank:
+                make(output, work)
+            agree("published")
         return folder
     with _locked(folder.parent):
         _repair(folder, kind)
         if _reusable(config, kind, fingerprint, say):
             say(f"{config.stage}: unchanged, reusing {folder}")
+            agree("reuse")
             return folder
         _start(config, output, work, fingerprint, say)
+        agree("make")
         result = make(output, work)
         _seal(output, _manifest(config, kind, inputs, fingerprint, result))
         _swap(output, folder)
+        agree("published")
     return folder
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline import __version__, config
 from pipeline.errors import UserError
+from pipeline.ranks import is_main_process
 
 EXAMPLES = """examples:
   rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{loaded.stage}: would write {loaded.folder}")
         else:
             _run(loaded)
-    if args.until == "evaluate" and not args.dry_run:
+    if args.until == "evaluate" and not args.dry_run and is_main_process():
         print(import_module("pipeline.evaluate.summary").table(configs[-1].folder))
 
 
@@ -81,7 +82,8 @@ def show(args: argparse.Namespace) -> None:
 
 def _run(loaded: config.StageConfig) -> None:
     _quiet_libraries()
-    print(f"{loaded.stage}: {loaded.folder}", flush=True)
+    if is_main_process():
+        print(f"{loaded.stage}: {loaded.folder}", flush=True)
     import_module(f"pipeline.{loaded.stage}").run(loaded)
 
 

@@ -232,6 +232,7 @@ class EvaluateStage(StageConfig):
     response_tokens: int = Field(48, gt=0)
     max_prompt_tokens: int = Field(256, gt=0)
     batch_size: int = Field(64, gt=0)
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def defaults(self) -> "EvaluateStage":

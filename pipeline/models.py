@@ -5,9 +5,11 @@ In: a hub id or a folder. Out: a model ready to train and a tokenizer whose pad 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -51,23 +53,49 @@ def load_tokenizer(source: str, *, separator: str = "\n", **options: Any) -> Pre
     return tokenizer
 
 
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder holds an adapter and not a whole model."""
+    return Path(source, "adapter_config.json").is_file()
+
+
 def load_policy(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, quantization: str = "none", precision: str = "fp32", **options: Any
-) -> PreTrainedModel:
-    """A causal language model, its vocabulary as large as the tokenizer's. An adapter folder comes back as base plus adapter."""
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    quantization: str = "none",
+    precision: str = "fp32",
+    trainable: bool = False,
+    **options: Any,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model, its vocabulary as large as the tokenizer's. An adapter's folder comes back as a `PeftModel`: its base, at
+    the commit that the adapter names, and the adapter, which is frozen unless `trainable`."""
+    if is_adapter(source):
+        adapter = PeftConfig.from_pretrained(source)
+        options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
+        base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
+        return PeftModel.from_pretrained(base, source, is_trainable=trainable)
     with _loading(source, "causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, **_weights(quantization, precision), **options)
     return _fit_vocabulary(model, tokenizer)
 
 
 def load_classifier(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, quantization: str = "none", precision: str = "fp32", **options: Any
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    quantization: str = "none",
+    precision: str = "fp32",
+    new_head: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
-    """A sequence classifier with one scalar output; its head is new where the checkpoint has none."""
-    with _loading(source, "sequence classifier"), _expecting_a_new_head():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, problem_type="regression", **_weights(quantization, precision), **options
+    """A sequence classifier with one scalar output. A head that the checkpoint lacks is made where `new_head`, else a `UserError`."""
+    with _loading(source, "sequence classifier with one output"), _expecting_a_new_head():
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, problem_type="regression", output_loading_info=True, **_weights(quantization, precision), **options
         )
+    if found["missing_keys"] and not new_head:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise UserError(f"{source}: has no reward head (it lacks {missing}); expected a sequence classifier, such as runs/demo/reward")
     return _fit_vocabulary(model, tokenizer)
 
 
@@ -107,6 +135,9 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # what a forward hands to `nn.functional.dropout`, or draws whole layers by
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
 
 
 def _weights(quantization: str, precision: str) -> dict[str, Any]:
@@ -147,6 +178,8 @@ def _expecting_a_new_head() -> Iterator[None]:
 def _loading(source: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id") from error

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict, disable_caching, load_from_disk
 
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
@@ -28,6 +28,8 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
         raise UserError(
             f"{records.path}: holds no {kind} (found: {held}); give prepare a source that has them, see source.format in prepare.yaml"
         )
+    # What is derived from records goes to a temporary folder: caches beside them would change a user's own folder, and so its identity.
+    disable_caching()
     data = load_from_disk(str(folder))
     splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
     if "train" not in splits:

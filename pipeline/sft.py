@@ -10,11 +10,12 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import TaskType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import artifact, encoding, models, training
 from pipeline.config import SFTStage
+from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 
 
@@ -25,15 +26,15 @@ def run(config: SFTStage) -> Path:
     if config.model != "scratch":
         inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'", config.revision)
         config = config.model_copy(update={"revision": inputs["model"].revision})
-    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, records, output, work))
+    return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
 
 
 def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
     """Train and save; returns the headline metrics."""
+    args = training.arguments(SFTConfig, config, work, packing=False)
     data = open_records(records, "demonstrations")
     set_seed(config.seed)
     model, tokenizer = start(config, data)
-    args = training.arguments(SFTConfig, config, work, packing=False)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -45,6 +46,8 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
     )
     training.fit(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
+    if not is_main_process():
+        return {}
     policy: Any = trainer.model
     policy.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
@@ -52,13 +55,13 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
     return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
 
 
-def start(config: SFTStage, data: DatasetDict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def start(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model and its tokenizer."""
     if config.scratch is not None:
         return models.scratch(training.texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
-    weights = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
     return models.load_policy(config.model, tokenizer, **weights, **options), tokenizer
 
 

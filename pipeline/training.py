@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.config import TrainedStage, nearest
 from pipeline.errors import UserError
+from pipeline.ranks import agree, is_main_process
 
 # Set by the stage itself -> what to set instead.
 RESERVED = {
@@ -49,7 +50,10 @@ def lora_config(config: TrainedStage, task: TaskType, revision: str | None = Non
 
 
 def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
-    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults."""
+    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults.
+
+    Comes before any model is loaded: it gives this process its device.
+    """
     check(config, cls)
     precision = resolve_precision(config.precision)
     fixed = {
@@ -61,15 +65,21 @@ def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **
         "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
     }  # fmt: skip
     try:
-        return cls(**defaults | _section(config.training, cls) | fixed)
+        built = cls(**defaults | _section(config.training, cls) | fixed)
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
+    if built.n_gpu > 1:  # the Trainer would split each batch over them by nn.DataParallel, which no stage here reckons with
+        raise UserError(
+            f"{config.stage}: {built.n_gpu} GPUs are visible to one process; start one process for each with "
+            f"'accelerate launch -m pipeline {config.stage} …', or choose one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    return built
 
 
 def resolve_precision(precision: str) -> str:
     """`auto` is bf16 on a GPU that has it, else fp32: the mixed precisions need hardware that TRL's defaults take for granted."""
     if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU, and none is visible; use fp32 or auto")
     return precision
@@ -83,7 +93,7 @@ def weight_precision(config: TrainedStage) -> str:
 def fit(trainer: Trainer, work: Path) -> None:
     """Train, going on from the last checkpoint that counts."""
     trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
-    checkpoint = last_checkpoint(work)
+    checkpoint = agree(last_checkpoint(work) if is_main_process() else None)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:

@@ -464,22 +464,25 @@ def test_lock_is_held_while_making_and_let_go_after_a_failure(config):
     publish(config)
 
 
-def test_other_ranks_only_make(config, monkeypatch):
-    output = config.folder.parent / ".sft.partial" / "output"
-    output.mkdir(parents=True)
-    output.with_name("work").mkdir()
+@pytest.mark.parametrize(
+    ("decision", "on_every_rank", "calls", "waits"), [("make", True, 1, 2), ("make", False, 0, 2), ("reuse", True, 0, 1)]
+)
+def test_other_ranks_do_what_rank_0_decides_and_wait_for_it(config, monkeypatch, decision, on_every_rank, calls, waits):
+    waited: list[Any] = []
+    monkeypatch.setattr(artifact, "agree", lambda value: (waited.append(value), decision)[1])
     monkeypatch.setenv("RANK", "1")
-    make = Make({})
-    assert publish(config, make) == config.folder
-    assert make.calls == 1
-    assert os.listdir(config.folder.parent) == [".sft.partial"]
+    made: list[Path] = []
+    folder = build(config, kind="policy", inputs={}, make=lambda *folders: made.append(folders), on_every_rank=on_every_rank)
+    assert (folder, len(made), len(waited)) == (config.folder, calls, waits)
+    assert not config.folder.parent.exists()
 
-    monkeypatch.setenv("RANK", "0")
+
+def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(artifact, "agree", told.append)
     publish(config)
-    monkeypatch.setenv("RANK", "1")
-    said: list[str] = []
-    publish(config, make, say=said.append)
-    assert (make.calls, said) == (1, [])
+    publish(config)
+    assert told == ["make", "published", "reuse"]
 
 
 # Opening an input

@@ -1,5 +1,6 @@
 """sft: what is trained, what is published, what a wrong input gets."""
 
+import shutil
 from operator import add
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import artifact, config, encoding, sft
 from pipeline.errors import UserError
+from pipeline.files import hash_files
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 
@@ -68,6 +70,13 @@ def test_a_base_that_cannot_be_loaded_is_named(tiny_records, tmp_path):
     (tmp_path / "base" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="base: cannot be loaded as a"):
         sft.run(stage(tiny_records, tmp_path, tmp_path / "base"))
+
+
+def test_records_of_others_are_left_as_they_were(tiny_records, tiny_gpt2, tmp_path):
+    records = shutil.copytree(tiny_records / "demonstrations", tmp_path / "records")
+    before = hash_files(records)
+    sft.run(stage(records, tmp_path, tiny_gpt2))
+    assert hash_files(records) == before
 
 
 def test_records_without_demonstrations_are_refused_by_name(tiny_records, tiny_gpt2, tmp_path):

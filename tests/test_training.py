@@ -5,8 +5,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from trl import SFTConfig
 
-from pipeline import training
+from pipeline import config, models, training
+from pipeline.errors import UserError
 
 
 def checkpoint(work, step, state):
@@ -47,3 +50,23 @@ def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(tmp_p
     with pytest.raises(expected) as error:
         training.fit(SimpleNamespace(train=train, remove_callback=lambda _: None), tmp_path)
     assert expected is RuntimeError or (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+
+def test_bf16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert training.resolve_precision("auto") == "fp32"
+
+
+def test_one_process_over_several_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", 4)
+    with pytest.raises(UserError, match=r"4 GPUs are visible to one process; .*'accelerate launch -m pipeline sft"):
+        training.arguments(SFTConfig, config.SFTStage(run="x", model="a"), tmp_path)
+
+
+def test_dropout_is_off_wherever_a_model_keeps_its_probability():
+    module = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.ReLU())
+    module[1].dropout = module[1].attention_dropout = module[1].layerdrop = 0.1
+    module[1].scale = 0.5
+    models.disable_dropout(module)
+    assert (module[0].p, module[1].dropout, module[1].attention_dropout, module[1].layerdrop, module[1].scale) == (0, 0, 0, 0, 0.5)

@@ -36,18 +36,27 @@ def run(config: EvaluateStage) -> Path:
 
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    reward = RewardModel.load(inputs["reward"].path, revision=inputs["reward"].revision)
+    options: dict[str, Any] = {"revision": inputs["reward"].revision, "trust_remote_code": config.trust_remote_code}
+    reward = RewardModel.load(inputs["reward"].path, **options)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
     sampled = sample_policies(config, inputs, prompts)
     for answers in sampled.values():
-        answers |= {name: list(map(float, scorer(answers["prompt"], answers["text"]))) for name, scorer in scorers.items()}
+        answers |= {name: scored(scorer, answers, prompts) for name, scorer in scorers.items()}
         answers["reward"] = reward.score(answers["prompt"], answers["text"])
     metrics, reliability = reward_metrics(reward, held_out(open_records(inputs["records"], "comparisons")), scorers.get("gold_reward"))
     metrics |= policy_metrics(config, sampled) | {"rows": inputs["records"].manifest.get("rows", {})}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_report(output / "report.html", report_data(config, inputs, metrics, sampled, reliability))
     return {"metrics": {name: value for name, value in metrics.items() if name != "rows"}}
+
+
+def scored(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Dataset) -> list[float]:
+    """Called as PPO calls it: by TRL's signature, with the other columns of each prompt's record."""
+    repeats = len(answers["text"]) // len(prompts)
+    records = {name: [value for value in column for _ in range(repeats)] for name, column in prompts[:].items()}
+    given = {"prompts": records.pop("prompt"), "completions": answers["text"], "completion_ids": answers["ids"], "ended": answers["ended"]}
+    return list(map(float, scorer(**given, **records)))
 
 
 def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
@@ -57,25 +66,26 @@ def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
 
 def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
     """Answers in columns, a prompt's samples together: `best_of` from SFT, `samples_per_prompt` from PPO with their KL to SFT."""
-    sft, tokenizer = load(inputs["sft"])
+    sft, tokenizer = load(config, inputs["sft"])
     sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
-    ppo, tokenizer = load(inputs["ppo"])
+    ppo, tokenizer = load(config, inputs["ppo"])
     sampled["ppo"] = sample(config, ppo, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
     return sampled
 
 
-def load(policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
-    tokenizer = models.load_tokenizer(str(policy.path), revision=policy.revision)
-    model: Any = models.load_policy(str(policy.path), tokenizer, revision=policy.revision)
+def load(config: EvaluateStage, policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = models.load_tokenizer(str(policy.path), **options)
+    model: Any = models.load_policy(str(policy.path), tokenizer, **options)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def sample(
     config: EvaluateStage, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int, reference: Any = None
 ) -> dict[str, list[Any]]:
-    """Columns prompt, text, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
+    """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "text", "response_tokens", "ended", *(["kl"] if reference is not None else []))
+        name: [] for name in ("prompt", "text", "ids", "response_tokens", "ended", *(["kl"] if reference is not None else []))
     }
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
     for start in range(0, len(wanted), config.batch_size):
@@ -85,6 +95,7 @@ def sample(
         answers = generate(policy, tokenizer, ids, drawn, config.temperature)
         columns["prompt"] += batch
         columns["text"] += answers.texts
+        columns["ids"] += answers.token_lists()
         columns["response_tokens"] += answers.response_mask.sum(1).tolist()
         columns["ended"] += answers.ended
         if reference is not None:
@@ -108,7 +119,8 @@ def reward_metrics(reward: RewardModel, pairs: Dataset, gold: RewardFunction | N
     metrics = pair_metrics(chosen, rejected, pairs)
     if gold is not None and metrics:
         prompts = pairs["prompt"][:]
-        metrics["accuracy_ceiling"] = pair_accuracy(gold(prompts, pairs["chosen"][:]), gold(prompts, pairs["rejected"][:]))
+        sides = (gold(prompts=prompts, completions=pairs[side][:]) for side in ("chosen", "rejected"))
+        metrics["accuracy_ceiling"] = pair_accuracy(*sides)
     return {"reward": metrics}, calibration(chosen, rejected)
 
 
@@ -134,7 +146,9 @@ def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]
 def means(columns: dict[str, list[Any]]) -> dict[str, float]:
     renamed = {"ended": "ended_fraction"}
     return {
-        renamed.get(name, name): statistics.fmean(map(float, column)) for name, column in columns.items() if name not in ("prompt", "text")
+        renamed.get(name, name): statistics.fmean(map(float, column))
+        for name, column in columns.items()
+        if name not in ("prompt", "text", "ids")
     }
 
 

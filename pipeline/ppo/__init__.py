@@ -8,7 +8,7 @@ A wrong input gets one `UserError`.
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -17,6 +17,7 @@ from pipeline.config import PPOStage
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.trainer import PPOConfig, PPOTrainer
+from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 from pipeline.reward.sources import function, is_function, open_source
 
@@ -29,11 +30,12 @@ def run(config: PPOStage) -> Path:
     }
     if not is_function(config.reward or ""):
         inputs["reward"] = artifact.require(config.reward or "", "reward", config.fix("reward"))
-    return artifact.build(config, kind="policy", inputs=inputs, make=lambda output, work: train(config, inputs, output, work))
+    return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
 
 
 def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, work: Path) -> dict[str, Any]:
     """Train, save, and measure on the validation prompts; returns the headline metrics."""
+    args = training.arguments(PPOConfig, config, work, logging_steps=1)
     data = open_records(inputs["records"], "prompts")
     set_seed(config.seed)
     revision = {name: source.revision for name, source in inputs.items()}
@@ -42,7 +44,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     trainer = PPOTrainer(
         policy=load_policy(config, tokenizer, revision["policy"]),
         reward=open_source(config.reward or "", revision=revision.get("reward"), **options),
-        args=training.arguments(PPOConfig, config, work, logging_steps=1),
+        args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
         processing_class=tokenizer,
@@ -52,6 +54,8 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     )
     training.fit(trainer, work)
     metrics = trainer.evaluate()
+    if not is_main_process():
+        return {}
     options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(trainer.actor.policy, PeftModel) else {}
     trainer.actor.policy.save_pretrained(output, **options)
     tokenizer.save_pretrained(output)
@@ -63,20 +67,18 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
 def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:
     """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
     adapter beside the frozen one."""
-    source, options = config.policy or "", {"quantization": config.quantization, "precision": training.weight_precision(config)}
-    if not (Path(source) / "adapter_config.json").is_file():
-        policy: Any = models.load_policy(source, tokenizer, revision=revision, trust_remote_code=config.trust_remote_code, **options)
+    source = config.policy or ""
+    options: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    options |= {"trust_remote_code": config.trust_remote_code}
+    if not models.is_adapter(source):
+        policy: Any = models.load_policy(source, tokenizer, revision=revision, **options)
         lora = training.lora_config(config, TaskType.CAUSAL_LM, revision)
         return policy if lora is None else get_peft_model(policy, lora)
     if config.lora is None:
         raise UserError(
             f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; the policy goes on from that adapter: set lora: {{}}"
         )
-    adapter = PeftConfig.from_pretrained(source)
-    base = models.load_policy(
-        str(adapter.base_model_name_or_path), tokenizer, revision=adapter.revision, trust_remote_code=config.trust_remote_code, **options
-    )
-    policy = PeftModel.from_pretrained(base, source, is_trainable=True)
+    policy = models.load_policy(source, tokenizer, trainable=True, **options)
     policy.load_adapter(source, adapter_name=REFERENCE)
     policy.set_adapter("default")
     return policy

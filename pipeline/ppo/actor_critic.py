@@ -29,10 +29,14 @@ class Outputs(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0: training computes what sampling did."""
+    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0: training computes what sampling did.
 
-    def __init__(self, policy: Any, kl_coef: float):
+    `entropy_gradient`: whether the entropy is to be trained on, for which its graph is kept.
+    """
+
+    def __init__(self, policy: Any, kl_coef: float, entropy_gradient: bool = False):
         super().__init__()
+        self.entropy_gradient = entropy_gradient
         disable_dropout(policy)
         self.policy = policy
         self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
@@ -47,8 +51,9 @@ class ActorCritic(nn.Module):
         """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens."""
         logits, hidden = read(self.policy, query_ids, query_mask, response_ids, response_mask)
         logits = logits / temperature
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        return Outputs(token_logprobs(logits, response_ids), values, entropy(logits.detach()))
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return Outputs(token_logprobs(logits, response_ids), values, entropy(logits if self.entropy_gradient else logits.detach()))
 
     def reference_logprobs(
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float

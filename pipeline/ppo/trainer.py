@@ -134,7 +134,7 @@ class PPOTrainer(Trainer):
         self.gold = gold
         self.max_prompt_tokens = max_prompt_tokens
         self._figures: dict[str, list[Any]] = defaultdict(list)
-        model = ActorCritic(policy, args.kl_coef)
+        model = ActorCritic(policy, args.kl_coef, entropy_gradient=args.entropy_coef != 0)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
@@ -174,8 +174,8 @@ class PPOTrainer(Trainer):
             out.logprobs, inputs["logprobs"], inputs["advantages"], mask, args.clip_low, args.clip_high, num_tokens=tokens
         )
         value = ppo.value_loss(out.values, inputs["values"], inputs["returns"], mask, args.clip_value, num_tokens=tokens)
-        # Micro-batches add up to a minibatch, whose mean over the logging window is shown.
-        parts = args.gradient_accumulation_steps
+        # Micro-batches, and those of all ranks, add up to a minibatch, whose mean over the logging window is shown.
+        parts = args.gradient_accumulation_steps * args.world_size
         for name, figure in (
             ("loss/policy_avg", policy.loss), ("loss/value_avg", value.loss), ("policy/approxkl_avg", policy.approx_kl),
             ("policy/clipfrac_avg", policy.clip_fraction), ("val/clipfrac_avg", value.clip_fraction),
@@ -188,7 +188,8 @@ class PPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: statistics.fmean(float(figure) for figure in figures) for name, figures in self._figures.items()}
+            means = torch.tensor([statistics.fmean(map(float, figures)) for figures in self._figures.values()], device=self.args.device)
+            logs |= dict(zip(self._figures, self.accelerator.reduce(means, "mean").tolist(), strict=True))
             self._figures.clear()
         super().log(logs, start_time)
 
@@ -227,7 +228,7 @@ class PPOTrainer(Trainer):
     def kl_to_reference(self, answers: Answers) -> list[float]:
         """log p − log q summed over each answer (k1): an unbiased sample of the KL of whole answers, in nats."""
         tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             logprobs = self.actor(*tensors, self.args.temperature).logprobs
             difference = logprobs - self.actor.reference_logprobs(*tensors, self.args.temperature)
         return torch.where(answers.response_mask.bool(), difference, 0.0).sum(1).tolist()
@@ -245,7 +246,7 @@ class PPOTrainer(Trainer):
     def _answer(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Answers:
         prompts = [encoding.prompt_ids(self.processing_class, data[i]["prompt"])[-self.max_prompt_tokens :] for i in indices]
         drawn = noise(self.args.seed, rollout, rows, self.args.response_tokens)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             return generate(self.actor.policy, self.processing_class, prompts, drawn, self.args.temperature)
 
     def _call(self, function: RewardFunction, answers: Answers, data: Dataset, indices: Sequence[int]) -> list[float]:
@@ -273,7 +274,7 @@ class PPOTrainer(Trainer):
         for rows in (rows for minibatch in micro_batches for rows in minibatch):
             inputs = _trim(answers, rows)
             width = inputs["response_ids"].shape[1]
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 out = self.actor(**inputs, temperature=self.args.temperature)
                 ref_logprobs[rows, :width] = self.actor.reference_logprobs(**inputs, temperature=self.args.temperature)
             logprobs[rows, :width], values[rows, :width], entropy[rows, :width] = out.logprobs, out.values, out.entropy

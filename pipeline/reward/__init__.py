@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline import artifact, encoding, models, training
 from pipeline.config import RewardStage
+from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 from pipeline.reward.metrics import held_out, pair_metrics, score_pairs
 from pipeline.reward.model import RewardModel, Settings
@@ -28,21 +29,21 @@ def run(config: RewardStage) -> Path:
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
     base = artifact.require(config.model, "model", f"{config.fix('sft')}, or name a hub id or a folder in 'model'", config.revision)
     config = config.model_copy(update={"revision": base.revision})
-    return artifact.build(
-        config, kind="reward", inputs={"records": records, "model": base}, make=lambda output, work: train(config, records, output, work)
-    )
+    inputs = {"records": records, "model": base}
+    return artifact.build(config, kind="reward", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
 
 
 def train(config: RewardStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
     """Train on pairs, save, and measure on the test split; returns the headline metrics."""
+    args = training.arguments(trl.RewardConfig, config, work, max_length=None)
     data = open_records(records, "comparisons")
     set_seed(config.seed)  # the head is new
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
-    weights = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
     trainer = trl.RewardTrainer(
-        model=models.load_classifier(config.model, tokenizer, **weights, **options),
-        args=training.arguments(trl.RewardConfig, config, work, max_length=None),
+        model=models.load_classifier(config.model, tokenizer, new_head=True, **weights, **options),
+        args=args,
         train_dataset=tokenize(data["train"], tokenizer, config.max_length),
         eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
         processing_class=tokenizer,
@@ -54,7 +55,10 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
             parameter.data = parameter.data.float()
     training.fit(trainer, work)
-    reward = save(trainer, config, output)
+    if not is_main_process():
+        return {}
+    save(trainer, config, output)
+    reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)  # measured as all will read it, in fp32
     reference = data["validation"] if len(data["validation"]) else data["train"]
     reward.settings.reward_mean, reward.settings.reward_std = reference_statistics(reward, reference)
     reward.settings.save(output)
@@ -73,20 +77,16 @@ def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int)
     return data.map(one, remove_columns=[column for column in data.column_names if column != "margin"])
 
 
-def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> RewardModel:
-    """Write the checkpoint in the form its quantization asks for; returns its reader, around the very weights written."""
+def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> None:
+    """Write the checkpoint in the form its quantization asks for, and `reward.json`."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     if config.lora is not None and config.quantization == "none":
         model.save_pretrained(output / "adapter", save_embedding_layers=False)
-        model = model.merge_and_unload()
+        model = model.float().merge_and_unload()  # in bf16 most of what was learned would be rounded away
     model.save_pretrained(output, **({} if config.quantization == "none" else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
-    return RewardModel(
-        model,
-        tokenizer,
-        Settings(objective=config.objective, max_length=config.max_length, quantization=config.quantization),
-    )
+    Settings(objective=config.objective, max_length=config.max_length, quantization=config.quantization).save(output)
 
 
 def reference_statistics(reward: RewardModel, pairs: Dataset) -> tuple[float, float]:

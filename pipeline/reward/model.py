@@ -57,10 +57,10 @@ class RewardModel:
         folder = Path(source)
         settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else Settings()
         tokenizer = models.load_tokenizer(str(source), **options)
-        weights = {"quantization": settings.quantization, "precision": precision}
-        if (folder / "adapter_config.json").is_file():  # trained on a quantized base: the artifact is the adapter alone
+        weights: dict[str, Any] = {"quantization": settings.quantization, "precision": precision}
+        if models.is_adapter(folder):  # trained on a quantized base: the artifact is the adapter, and the head
             base = PeftConfig.from_pretrained(str(folder))
-            options |= {"revision": base.revision}
+            options |= {"revision": base.revision, "new_head": True}
             model: Any = models.load_classifier(str(base.base_model_name_or_path), tokenizer, **weights, **options)
             model = PeftModel.from_pretrained(model, str(folder))
         else:

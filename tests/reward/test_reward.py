@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline import RewardModel, config, encoding, reward
 from pipeline.errors import UserError
@@ -69,6 +69,17 @@ def test_what_is_published(trained):
     assert json.loads((folder / "manifest.json").read_text())["metrics"].keys() == {"pairs", "accuracy", "accuracy_longer"}
 
 
+def test_in_bf16_an_adapter_is_merged_in_full_precision(tiny_records, tiny_llama, tmp_path):
+    folder = reward.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4, "target_modules": ["q_proj"]}, precision="bf16"))
+    merged = AutoModelForSequenceClassification.from_pretrained(folder).model.layers[0].self_attn.q_proj.weight
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).model.layers[0].self_attn.q_proj.weight.bfloat16().float()  # as it was trained
+    adapter = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=1)
+    learned = adapter.get_base_model().model.layers[0].self_attn.q_proj.get_delta_weight("default")
+    assert merged.dtype == torch.float32
+    assert learned.abs().max() > 0
+    torch.testing.assert_close(merged, base + learned, atol=1e-7, rtol=0)
+
+
 def test_a_lora_head_is_trained_and_kept(tiny_records, tiny_llama, tmp_path):
     folder = reward.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}))
     adapter = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=1)
@@ -121,8 +132,15 @@ def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
             assert ids[f"{side}_ids"] == add(*encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96))
 
 
-def test_wrong_inputs_are_named(full, tmp_path):
+def test_wrong_inputs_are_named(full, tiny_gpt2, tmp_path):
     with pytest.raises(UserError, match="2 prompts but 1 responses"):
         RewardModel.load(full).score(["a", "b"], ["c"])
     with pytest.raises(UserError, match="cannot be loaded"):
         RewardModel.load(tmp_path)
+    with pytest.raises(UserError, match=r"has no reward head \(it lacks score.weight\)"):
+        RewardModel.load(tiny_gpt2)
+    model = AutoModelForSequenceClassification.from_pretrained(full, num_labels=2, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "two")
+    RewardModel.load(full).tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match="two: cannot be loaded as a sequence classifier with one output"):
+        RewardModel.load(tmp_path / "two")

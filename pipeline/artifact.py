@@ -6,7 +6,7 @@ A stage writes one folder, `runs/<run>/<stage>/`, through `build`, and opens its
       sft/                 what is published: the stage's files, config.yaml (resolved), and manifest.json, which vouches for the rest
       .sft.partial/        while it is made: fingerprint.json, output/ (becomes sft/), work/ (checkpoints; outlives an interruption)
       .sft.old             the previous sft/, for the moment between two renames
-      .lock  .hashes.json  one writer at a time; SHA-256 by size and mtime, so that unchanged weights are read once
+      .lock                one writer at a time
 
 Two digests, not to be confused. The *identity* says what an artifact is: its kind and the content of its files, no times, no absolute
 paths. The *fingerprint* says what it was made from: config, identities of the inputs, package version; what has it is not made twice.
@@ -35,6 +35,10 @@ from pipeline.files import digest, hash_files, list_files, read_json, sha256, sy
 from pipeline.ranks import agree, is_main_process
 
 SCHEMA = 1
+MANIFEST = {
+    "schema": int, "kind": str, "stage": str, "seed": int, "created_at": str, "identity": str, "versions": dict, "fingerprint": dict,
+    "inputs": dict, "files": dict, "rows": dict, "metrics": dict,
+}  # fmt: skip
 CHECKPOINT_KINDS = ("policy", "reward", "model")
 # kind -> a folder that no stage wrote is accepted if it holds one of these
 FOREIGN_FILES = {"records": ("dataset_dict.json", "dataset_info.json"), "evaluation": ()} | dict.fromkeys(
@@ -143,6 +147,8 @@ def _problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
         return f"written by a newer version (schema {manifest['schema']}, this one reads {SCHEMA}): upgrade, or make it again"
     if manifest["kind"] != kind and not (kind == "model" and manifest["kind"] in CHECKPOINT_KINDS):
         return f"is of kind {manifest['kind']!r}, expected {kind!r}"
+    if manifest["identity"] != _identity(manifest["kind"], manifest["files"]):
+        return "manifest.json was altered: its identity is not that of its files"
     return _altered(path, manifest["files"], cached=True)
 
 
@@ -164,7 +170,7 @@ def _half_written(path: Path) -> bool:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, or {} if there is none, or none of ours."""
     manifest = read_json(path / "manifest.json")
-    return manifest if {"schema", "kind", "files", "identity"} <= manifest.keys() else {}
+    return manifest if all(isinstance(manifest.get(key), types) for key, types in MANIFEST.items()) else {}
 
 
 # Building
@@ -225,7 +231,7 @@ def _locked(run: Path) -> Iterator[None]:
     try:
         lock = FileLock(run / ".lock", timeout=0).acquire()
     except Timeout:
-        raise UserError(f"{run} is being written by another process; wait until it ends, or name another run: run=NAME") from None
+        raise UserError(f"{run} is being written by another process; wait until it ends, or name another run: --run NAME") from None
     with lock:
         yield
 
@@ -254,9 +260,11 @@ def _reusable(config: Config, kind: str, fingerprint: dict[str, Any], say: Calla
 def _start(config: Config, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]) -> None:
     """Resume the partial folder if it was made from the same, else begin a new one; refuse to lose what is not ours to lose."""
     folder, partial = config.folder, output.parent
-    published = list_files(folder)
-    if published and "config.yaml" not in published and not config.force:
-        raise UserError(f"{folder}: holds files that no stage wrote (no config.yaml); move them away, or add --force to replace them")
+    published = list_files(folder).keys()
+    half_written = not read_manifest(folder) and "config.yaml" in published
+    unknown = [] if half_written else sorted(published - {"manifest.json", *read_manifest(folder).get("files", {})})
+    if unknown and not config.force:
+        raise UserError(f"{folder}: holds what no stage wrote ({', '.join(unknown[:3])}); move it away, or add --force to replace it")
     begun = read_json(partial / "fingerprint.json")
     has_work = bool(begun) and work.is_dir() and any(work.iterdir())
     if config.force or not has_work:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline import __version__, config
 from pipeline.errors import UserError
@@ -25,7 +26,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         {"run": run, "show": show}.get(args.command, run_stage)(args)
         return 0
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> None:
     overrides = _by_stage(args.overrides, args.until, stages)
     common = _common(args)
     configs = [config.load(stage, folder / f"{stage}.yaml", overrides[stage], **common) for stage in stages]
+    config.check_run(configs)
+    for loaded in configs:
+        import_module(f"pipeline.{loaded.stage}").check(loaded)
     for loaded in configs:
         if args.dry_run:
             print(f"{loaded.stage}: would write {loaded.folder}")
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
 def run_stage(args: argparse.Namespace) -> None:
     """One stage from its own config file."""
     loaded = config.load(args.command, args.config, args.overrides, **_common(args))
+    import_module(f"pipeline.{loaded.stage}").check(loaded)
     if args.dry_run:
         print(f"{loaded.stage}: would write {loaded.folder}")
     else:
@@ -92,11 +97,14 @@ def _common(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _by_stage(overrides: Sequence[str], until: str, stages: Sequence[str]) -> dict[str, list[str]]:
-    """`stage.key=value` goes to its stage, a bare `key=value` to the last one."""
+    """`stage.key=value` goes to its stage; a bare `key=value` to all where it is common to all (`runs`), else to the last one."""
     found: dict[str, list[str]] = {stage: [] for stage in stages}
     for item in overrides:
         stage, dot, rest = item.partition(".")
-        if dot and stage in config.STAGES:
+        if item.partition("=")[0] in config.StageConfig.model_fields:
+            for of_stage in found.values():
+                of_stage.append(item)
+        elif dot and stage in config.STAGES:
             if stage not in found:
                 raise UserError(f"override {item!r}: the run ends with {until!r}, before {stage!r}")
             found[stage].append(rest)
@@ -136,8 +144,26 @@ def _quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand anywhere among the options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf", description="Reward models and PPO, stage by stage: prepare, sft, reward, ppo, evaluate.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

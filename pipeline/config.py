@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -95,9 +95,9 @@ class StageConfig(Strict):
     """What every stage has: the run it belongs to and the seed."""
 
     stage: ClassVar[str]
-    run: str
+    run: str = Field(pattern=r"^\w[\w.-]*$")
     runs: str = "runs"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     force: bool = False
 
     _recipe: str | None = PrivateAttr(None)
@@ -253,9 +253,12 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     try:
         base = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config; the recipes are {', '.join(recipes())}") from None
+        shipped = f"; did you mean --config configs/{file}/{stage}.yaml?" if str(file) in recipes() else ""
+        raise UserError(f"{path}: no such config file{shipped}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(base, DictConfig):
+        raise UserError(f"{path}: expected a mapping of keys, found a list")
     defaults = {"run": path.resolve().parent.name, "runs": "runs"}
     given = {key: value for key, value in common.items() if value is not None}
     try:
@@ -269,6 +272,17 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     config = validate(STAGES[stage], values, str(path))
     config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
     return config
+
+
+def check_run(configs: list[Any]) -> None:
+    """Refuse what no stage can see alone. Raises `UserError`."""
+    by_stage = {config.stage: config for config in configs}
+    held_out = by_stage["prepare"].splits
+    if "evaluate" in by_stage and not (held_out.validation or held_out.test):
+        raise UserError(
+            "prepare: splits.validation and splits.test are both 0, and evaluate measures on prompts held out; "
+            "set splits.test=0.1, or stop before with --until ppo"
+        )
 
 
 def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
@@ -297,7 +311,10 @@ def _pairs(overrides: list[str]) -> Iterator[tuple[str, Any]]:
         key, equals, _ = item.partition("=")
         if not equals or not key:
             raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-4")
-        yield key, OmegaConf.from_dotlist([f"value{item[len(key) :]}"])["value"]
+        try:
+            yield key, OmegaConf.from_dotlist([f"value{item[len(key) :]}"])["value"]
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"override {item!r}: its value is not readable as YAML: {_one_line(error)}; quote it") from None
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

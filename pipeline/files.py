@@ -7,15 +7,18 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+# In the user's own cache: nothing is written beside what a user brings.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
+
 
 def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
     """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
 
-    A file whose size and mtime are in `.hashes.json` in the parent folder is not read again; `cached=False` reads all and renews it.
+    A file whose size and mtime are in the cache is not read again; `cached=False` reads all and renews the cache.
     """
     path = Path(path).absolute()
-    cache = read_json(path.parent / ".hashes.json")
-    known: dict[str, list[Any]] = cache.get(path.name, {})
+    cache = CACHE / f"{digest(str(path))[:16]}.json"
+    known: dict[str, list[Any]] = read_json(cache)
     entries = {}
     for name, file in list_files(path).items():
         stamp = [file.stat().st_size, file.stat().st_mtime_ns]
@@ -23,12 +26,13 @@ def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
         entries[name] = known[name] if unchanged else [*stamp, sha256(file)]
     if entries != known:
         with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
-            write_json(path.parent / ".hashes.json", cache | {path.name: entries})
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, entries)
     return {name: str(entry[2]) for name, entry in entries.items()}
 
 
 def list_files(path: Path) -> dict[str, Path]:
-    """Relative POSIX path -> file. Hidden files are never content: our hash cache, a download's .cache, a clone's .git."""
+    """Relative POSIX path -> file. Hidden files are never content: a download's .cache, a clone's .git."""
     if path.is_file():
         return {path.name: path}
     files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}

@@ -19,8 +19,13 @@ from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 
 
-def run(config: SFTStage) -> Path:
+def check(config: SFTStage) -> None:
+    """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, SFTConfig)
+
+
+def run(config: SFTStage) -> Path:
+    check(config)
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":

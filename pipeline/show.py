@@ -11,8 +11,10 @@ def show(folder: Path, verify: bool) -> str:
     """The text for an artifact's folder; `verify` reads every vouched file again. Raises `UserError` where it is none, or is altered."""
     manifest = artifact.read_manifest(folder)
     if not manifest:
-        raise UserError(f"{folder}: holds no manifest.json of ours; expected a folder that a stage wrote, such as runs/demo/reward")
-    opened = artifact.require(folder, manifest["kind"], f"rlhf {manifest['stage']}")
+        stages = ", ".join(str(found.parent) for found in sorted(folder.glob("*/manifest.json")))
+        found = f"is a run; name one of {stages}" if stages else "holds no manifest.json of ours" if folder.exists() else "does not exist"
+        raise UserError(f"{folder}: {found}; expected a folder that a stage wrote, such as runs/demo/reward")
+    opened = artifact.require(folder, manifest["kind"], f"rlhf {manifest['stage']} --config {folder}/config.yaml")
     if verify:
         artifact.verify(opened)
     checked = "read again, none altered" if verify else "none altered by size and time"

@@ -15,12 +15,18 @@ import torch
 from hypothesis import settings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import config, models
+from pipeline import config, files, models
 from pipeline.prepare import demo
 
 torch.set_num_threads(2)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hash_cache(tmp_path_factory) -> None:
+    """Hashes go where the tests' files go."""
+    files.CACHE = tmp_path_factory.mktemp("hashes")
 
 
 @pytest.fixture(scope="session")

@@ -250,11 +250,33 @@ def test_altered_artifact_is_made_again(config, said):
     ]
 
 
+def test_a_file_added_to_what_was_published_is_not_lost(config):
+    folder = publish(config)
+    (folder / "notes.txt").write_text("learned at last")
+    publish(config)  # unchanged: nothing is replaced
+    config.seed = 1
+    with pytest.raises(UserError, match=r"demo/sft: holds what no stage wrote \(notes.txt\)"):
+        publish(config)
+    assert (folder / "notes.txt").exists()
+    config.force = True
+    publish(config)
+    assert not (folder / "notes.txt").exists()
+
+
+def test_an_altered_manifest_is_refused(config):
+    folder = publish(config)
+    manifest = manifest_of(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"identity": "f" * 64}))
+    assert "manifest.json was altered" in refusal(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": [], "schema": "1"}))
+    assert "half-written (no valid manifest.json)" in refusal(folder)
+
+
 def test_files_that_no_stage_wrote_are_not_replaced_unless_forced(config):
     config.folder.mkdir(parents=True)
     (config.folder / "thesis.txt").write_text("years of work")
     make = Make()
-    with pytest.raises(UserError, match=r"demo/sft: holds files that no stage wrote .* --force to replace them"):
+    with pytest.raises(UserError, match=r"demo/sft: holds what no stage wrote \(thesis.txt\); move it away, or add --force"):
         publish(config, make)
     assert (make.calls, (config.folder / "thesis.txt").read_text()) == (0, "years of work")
     config.force = True
@@ -386,7 +408,7 @@ def test_crash_between_the_two_renames_is_repaired(config, monkeypatch):
     config.training["learning_rate"] = 0.25
     publish(config, Make({"model.bin": "new"}))
     assert (folder / "model.bin").read_text() == "new"
-    assert sorted(os.listdir(folder.parent)) == [".hashes.json", ".lock", "sft"]
+    assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
 
 
 def test_crash_after_the_swap_leaves_nothing_in_the_way(config, monkeypatch):
@@ -402,7 +424,7 @@ def test_crash_after_the_swap_leaves_nothing_in_the_way(config, monkeypatch):
     make = Make({"model.bin": "newer"})
     publish(config, make)
     assert (make.found["work"], (folder / "model.bin").read_text()) == ([], "newer")
-    assert sorted(os.listdir(folder.parent)) == [".hashes.json", ".lock", "sft"]
+    assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
 
 
 @pytest.mark.parametrize(

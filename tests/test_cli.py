@@ -38,7 +38,14 @@ def stage(name: str, *argv: str) -> tuple[str, ...]:
     ("argv", "expected"),
     [
         (("run", "--recipe", "dmo"), "--recipe dmo: no such recipe; did you mean 'demo'?"),
-        (("sft", "--config", "none/sft.yaml"), "none/sft.yaml: no such config; the recipes are "),
+        (("sft", "--config", "none/sft.yaml"), "none/sft.yaml: no such config file"),
+        (("sft", "--config", "demo"), "demo: no such config file; did you mean --config configs/demo/sft.yaml?"),
+        (("sft", "--config", "x", "--run", "../x", "--dry-run"), "no such config file"),
+        (("run", "--run", "../x"), "run='../x'"),
+        (("run", "prepare.source.path=*.csv"), "override 'source.path=*.csv': its value is not readable as YAML"),
+        (("run", "prepare.splits.test=0", "prepare.splits.validation=0"), "evaluate measures on prompts held out; set splits.test=0.1"),
+        (("run", "ppo.training.learnin_rate=1"), "ppo: training.learnin_rate: PPOConfig has no such key; did you mean 'learning_rate'?"),
+        (("run", "evaluate.gold=nowhere:gold"), "nowhere:gold: No module named 'nowhere'"),
         (stage("sft", "max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (("run", "sft.max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (stage("sft", "max_length"), "override 'max_length': expected key=value"),
@@ -59,7 +66,8 @@ def test_a_command_line_that_is_none_exits_2(argv: tuple[str, ...], capsys: pyte
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2
-    assert "usage: rlhf" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*; see rlhf.* --help\n", message)
 
 
 @pytest.mark.parametrize("run", ["demo", "trial"])
@@ -126,6 +134,14 @@ def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypat
     assert (sft.max_length, reward.max_length, ppo.max_prompt_tokens) == (99, 128, 11)
     assert (reward.training["max_steps"], ppo.training["kl_coef"]) == (7, 0.5)
     assert sft.training["max_steps"] != 7
+
+
+def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(cli, "_run", ran.append)
+    assert cli.main(["run", "runs=here", "--until", "reward", "seed=7", "--run", "mine", "sft.max_length=99"]) == 0
+    assert [(str(loaded.folder), loaded.seed) for loaded in ran] == [(f"here/mine/{stage}", 7) for stage in STAGES[:3]]
+    assert ran[1].max_length == 99
 
 
 def test_every_config_is_checked_before_the_first_stage_starts(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

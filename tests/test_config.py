@@ -233,7 +233,7 @@ def test_help_and_config_errors_come_before_torch() -> None:
 import contextlib, io, sys
 import pipeline.artifact, pipeline.config, pipeline.cli
 codes = []
-for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["run", "--recipe", "demo", "--dry-run"]):
+for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["run", "sft.max_lenght=5"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             codes.append(pipeline.cli.main(argv))
@@ -242,4 +242,4 @@ for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["
 print(codes, sorted({"torch", "transformers", "trl", "datasets", "peft"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=config.RECIPES.parent, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[0, 0, 2, 0] []"
+    assert done.stdout.strip() == "[0, 0, 2, 2] []"

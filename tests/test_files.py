@@ -35,7 +35,7 @@ def test_hash_files_names_and_values(tmp_path):
     (folder / "sub" / "a.bin").write_text("a")
     assert hash_files(folder) == {"b.bin": sha256("b"), "sub/a.bin": sha256("a")}
     assert hash_files(folder / "b.bin") == {"b.bin": sha256("b")}
-    assert hash_files(folder) == {"b.bin": sha256("b"), "sub/a.bin": sha256("a")}  # our cache beside b.bin is no content
+    assert hash_files(folder) == {"b.bin": sha256("b"), "sub/a.bin": sha256("a")}
 
 
 def test_unchanged_file_is_not_read_again_and_a_touched_one_is(tmp_path, read):
@@ -51,20 +51,24 @@ def test_unchanged_file_is_not_read_again_and_a_touched_one_is(tmp_path, read):
     os.utime(folder / "b.bin", ns=(0, 0))  # another mtime, whatever the clock's resolution
     assert hash_files(folder) == {"a.bin": sha256("a"), "b.bin": sha256("c")}
     assert read == ["a.bin", "b.bin", "b.bin"]
-    assert (tmp_path / ".hashes.json").is_file()
+    assert os.listdir(tmp_path) == ["model"]  # the cache lies elsewhere
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
-def test_broken_cache_is_read_past(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a.bin": []}'])
+def test_broken_cache_is_read_past(tmp_path, monkeypatch, content):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.bin").write_text("a")
-    (tmp_path / ".hashes.json").write_text(content)
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    hash_files(tmp_path / "model")
+    (cache,) = (tmp_path / "cache").iterdir()
+    cache.write_text(content)
     assert hash_files(tmp_path / "model") == {"a.bin": sha256("a")}
 
 
-def test_cache_that_cannot_be_written_is_done_without(tmp_path, read):
+def test_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, read):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.bin").write_text("a")
-    (tmp_path / ".hashes.json").mkdir()  # stands for a read-only folder, which root could write
+    (tmp_path / "cache").write_text("a file where the folder should be")  # stands for a read-only folder, which root could write
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     assert [hash_files(tmp_path / "model") for _ in range(2)] == [{"a.bin": sha256("a")}] * 2
     assert read == ["a.bin", "a.bin"]

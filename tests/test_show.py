@@ -42,6 +42,14 @@ def test_verify_finds_what_size_and_time_hide(tiny_records: Path, tmp_path: Path
     assert f"{folder}: config.yaml was altered" in capsys.readouterr().err
 
 
+def test_a_run_and_a_missing_folder_are_told_apart(tiny_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_records.parent
+    assert main(["show", str(run)]) == 2
+    assert f"{run}: is a run; name one of {tiny_records}; expected" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "none")]) == 2
+    assert f"{tmp_path}/none: does not exist; expected" in capsys.readouterr().err
+
+
 def test_what_is_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (

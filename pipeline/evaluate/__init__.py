@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, encoding, models
 from pipeline.config import EvaluateStage
+from pipeline.errors import UserError
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
 from pipeline.records import open_records
@@ -29,7 +30,14 @@ from pipeline.sampling import Answers, generate, noise, read, token_logprobs
 KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
 
 
+def check(config: EvaluateStage) -> None:
+    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    for spec in filter(None, (config.gold, config.well_formed)):
+        function(spec)
+
+
 def run(config: EvaluateStage) -> Path:
+    check(config)
     inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
     return artifact.build(config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output))
 
@@ -61,6 +69,8 @@ def scored(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Datas
 
 def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
     prompts = held_out(open_records(records, "prompts"))
+    if not len(prompts):
+        raise UserError(f"{records.path}: holds no prompts that were held out; set 'splits.test' of prepare above 0 and run it again")
     return prompts.select(range(min(config.prompts, len(prompts))))
 
 

@@ -22,8 +22,16 @@ from pipeline.records import open_records
 from pipeline.reward.sources import function, is_function, open_source
 
 
-def run(config: PPOStage) -> Path:
+def check(config: PPOStage) -> None:
+    """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, PPOConfig)
+    for spec in (config.gold, config.reward if is_function(config.reward or "") else None):
+        if spec:
+            function(spec)
+
+
+def run(config: PPOStage) -> Path:
+    check(config)
     inputs = {
         "records": artifact.require(config.records or "", "records", config.fix("prepare")),
         "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),

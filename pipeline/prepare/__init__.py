@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.prepare import checks, readers, splits
 from pipeline.prepare.checks import Record
 from pipeline.prepare.readers import Fault, Row
+from pipeline.ranks import is_main_process
 
 SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin is one with margin 0
@@ -29,12 +30,37 @@ ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin i
 Judged = list[tuple[Row, Fault | None]]
 
 
+TRAINED = ("demonstrations", "comparisons", "prompts")  # what a later stage learns from
+
+
+def check(config: PrepareStage) -> None:
+    """Refuse a source that this run would replace. Raises `UserError`."""
+    for source in config.source:
+        if source.path and config.folder.resolve() in [Path(source.path).resolve(), *Path(source.path).resolve().parents]:
+            raise UserError(f"{source.path}: lies in {config.folder}, which this run replaces; move it elsewhere first")
+
+
 def run(config: PrepareStage) -> Path:
     """Read, check, split and publish; returns the artifact's folder. Local files count by their content, a hub dataset by its revision."""
+    check(config)
     config = config.model_copy(update={"source": [_pinned(source) for source in config.source]})
     inputs = {path.as_posix(): artifact.foreign(path, "source") for source in config.source for path in readers.files(source)}
     inputs |= {source.hub: artifact.from_hub(source.hub, "source", source.revision) for source in config.source if source.hub}
-    return artifact.build(config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output))
+    folder = artifact.build(config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output))
+    if is_main_process():
+        _say(config, folder)
+    return folder
+
+
+def _say(config: PrepareStage, folder: Path) -> None:
+    """What was kept, and what was not."""
+    rows = artifact.read_manifest(folder)["rows"]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in rows["quarantined"].items())
+    quarantined = f"; quarantined: {reasons}; see {folder}/quarantine.jsonl" if reasons else ""
+    print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{quarantined}")
+    for source in config.source:
+        if names := readers.passed_over(source):
+            print(f"  {source.path}: passed over {', '.join(names)}; expected {', '.join(readers.READERS)}")
 
 
 def _pinned(source: Source) -> Source:
@@ -43,9 +69,12 @@ def _pinned(source: Source) -> Source:
 
 
 def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
-    items = [item for source in config.source for item in readers.read(source, config.seed)]
+    of_source = [readers.read(source, config.seed) for source in config.source]
+    items = [item for found in of_source for item in found]
     classes = checks.class_names(config.source, items)
     checks.check(items, classes)
+    for source, found in zip(config.source, of_source, strict=True):
+        _refuse_fruitless(source, found)
     rows = _account([(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl")
     given: dict[str, list[Record]] = defaultdict(list)
     for item in items:
@@ -56,22 +85,37 @@ def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
     metrics: dict[str, int] = {}
     for kind, records in sorted({**given, **derived}.items()):
         parts = {split: [record for record in records if split_of[splits.group(record)] == split] for split in splits.SPLITS}
+        if kind in TRAINED and not parts["train"]:
+            raise UserError(
+                f"prepare: all {len(records)} {kind} are held out, none is left to train on; give more prompts, or lower 'splits'"
+            )
         metrics |= {f"{kind}.{split}": len(part) for split, part in parts.items()}
         _save(parts, classes, output / kind)
     return {"rows": rows | {"derived": {kind: len(records) for kind, records in derived.items()}}, "metrics": metrics}
 
 
+def _refuse_fruitless(source: Source, items: list[readers.Item]) -> None:
+    """Raises `UserError` where a source has no row worth keeping: it is not what its config says."""
+    if all(item.fault for item in items):
+        where = source.path or source.hub or source.format
+        faulty = sorted((*row[:2], item.fault) for item in items if item.fault for row in item.rows)
+        if not faulty:
+            raise UserError(f"{where}: holds no rows; check path, subset and split of the source")
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(fault.reason for *_, fault in faulty).items()))
+        name, line, fault = faulty[0]
+        raise UserError(
+            f"{where}: of {len(faulty)} rows none can be kept ({reasons}); {name}:{line}: {fault.detail}; "
+            "check path, format and columns of the source"
+        )
+
+
 def _account(judged: Judged, quarantine: Path) -> dict[str, Any]:
-    """Write the faulty rows down and count all of them. Raises `UserError` where none is left."""
+    """Write the faulty rows down and count all of them."""
     by_source: dict[str, Judged] = defaultdict(list)
     for row, fault in judged:
         by_source[row.source].append((row, fault))
     counts = _count(judged) | {"by_source": {name: _count(rows) for name, rows in sorted(by_source.items())}}
     faulty = sorted(((row, fault) for row, fault in judged if fault), key=lambda pair: pair[0][:2])
-    if not counts["kept"]:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
-        first = f" ({reasons}); {faulty[0][0].source}:{faulty[0][0].line}: {faulty[0][1].detail}" if faulty else ""
-        raise UserError(f"prepare: of {len(judged)} rows none can be kept{first}; check path, split, format and columns of the sources")
     with quarantine.open("w", encoding="utf-8") as lines:
         for row, fault in faulty:
             entry = {"source": row.source, "line": row.line, "reason": fault.reason, "detail": fault.detail, "row": row.data}

@@ -18,6 +18,7 @@ from pipeline.prepare.readers import OPTIONAL, Fault, Item, canonical
 
 ROLES = ("system", "user", "assistant", "tool")
 BOOLS = {"false": 0, "true": 1}
+WHOLE = re.compile(r"-?[0-9]+")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # what the readers make of bytes that are not UTF-8
 
 Record = dict[str, Any]
@@ -43,7 +44,8 @@ def class_names(sources: list[Source], items: list[Item]) -> list[str]:
     if given:
         return list(given.pop())
     found = {_label_name(item.record.get("label")) for item in items if item.kind == "labels"} - {""}
-    return list(BOOLS) if found <= BOOLS.keys() else sorted(found, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+    by_number = sorted(found, key=lambda name: (int(name) if WHOLE.fullmatch(name) else math.inf, name))
+    return list(BOOLS) if found <= BOOLS.keys() else by_number
 
 
 def ordered_pairs(record: Record) -> list[tuple[Any, Any]]:
@@ -145,7 +147,7 @@ def _rank(value: Any) -> int:
         rank = _number(value)
     except Fault:
         rank = 0
-    if rank < 1 or rank != int(rank):
+    if not 1 <= rank < 2**31 or rank != int(rank):
         raise Fault("not-a-rank", f"expected whole numbers from 1, the best, up; found {_shown(value)}")
     return int(rank)
 

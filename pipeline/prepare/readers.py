@@ -6,6 +6,7 @@ A missing file, a missing column or an unknown type of file is a `UserError`.
 """
 
 import csv
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -82,12 +83,28 @@ def files(source: Source) -> list[Path]:
         raise UserError(f"{path}: no such file or folder; check 'path' of the source")
     if _is_saved_dataset(path):
         return [path]
-    found = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-    known = [file for file in found if file.suffix.lower() in READERS]
+    if "split" in source.model_fields_set:
+        raise UserError(
+            f"{path}: split={source.split!r} is only read from a hub dataset or a save_to_disk folder; remove it, or name a file"
+        )
+    known, others = _sorted_out(path)
     if not known:
-        names = ", ".join(file.name for file in found[:5]) or "nothing"
+        names = ", ".join(others[:5]) or "nothing"
         raise UserError(f"{path}: expected {', '.join(READERS)}, a folder of such files, or one of datasets' save_to_disk; found {names}")
     return known
+
+
+def passed_over(source: Source) -> list[str]:
+    """The names in a folder of files that are not read."""
+    path = Path(source.path or "")
+    return _sorted_out(path)[1] if source.path and path.is_dir() and not _is_saved_dataset(path) else []
+
+
+def _sorted_out(path: Path) -> tuple[list[Path], list[str]]:
+    """(files to read, names of others) of a folder, or of a file."""
+    found = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+    known = [file for file in found if file.suffix.lower() in READERS and file.is_file()]
+    return known, [file.name for file in found if file not in known]
 
 
 def canonical(value: Any) -> str:
@@ -147,7 +164,10 @@ def _shape(source: Source, rows: list[Row]) -> tuple[str, ...]:
     shape = min(meant, key=lambda shape: len(missing[shape]))
     if found and missing[shape]:
         name = missing[shape][0]
-        raise UserError(f"{where} needs a column {name!r}, found {', '.join(found)}{nearest(name, found)}; use columns: {{{name}: THEIRS}}")
+        if len(found) == 1 and {";", "\t"} & set(found[0]):
+            raise UserError(f"{where} needs a column {name!r}, found only {found[0]!r}; separate fields by commas, or by tabs in a .tsv")
+        theirs = next(iter(difflib.get_close_matches(name, found, n=1)), "THEIRS")
+        raise UserError(f"{where} needs a column {name!r}, found {', '.join(found)}; use columns: {{{name}: {theirs}}}")
     return shape
 
 
@@ -216,13 +236,15 @@ def _rows(source: Source) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     """An array of objects, or, as in many `.json` files, an object per line."""
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    if not text.lstrip().startswith("["):
+    if not text.lstrip().startswith("[") and '"' in text.lstrip().partition("\n")[0]:
         yield from _jsonl(path)
         return
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected an array of objects, or an object per line; found one {type(values).__name__}")
     yield from (_object(path, number, value) for number, value in enumerate(values, 1))
 
 
@@ -245,29 +267,30 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     # newline="" leaves newlines in fields as they are; bytes that are not UTF-8 become lone surrogates, which the checks find.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        records = _csv_records(csv.reader(lines, delimiter=delimiter, strict=True))
+        records = _csv_records(path, csv.reader(lines, delimiter=delimiter, strict=True))
         _, header = next(records, (1, []))
-        if isinstance(header, csv.Error) or len(set(header)) < len(header):
+        if len(set(header)) < len(header):
             raise UserError(f"{path}: expected column names, each of them once, in the first line; found {header}")
         for line, fields in records:
-            if isinstance(fields, csv.Error):
-                yield Row(str(path), line, None, Fault("unreadable-line", str(fields)))
-            elif len(fields) != len(header):
+            if len(fields) != len(header):
                 yield Row(str(path), line, fields, Fault("unreadable-line", f"expected {len(header)} fields, found {len(fields)}"))
             else:
                 yield Row(str(path), line, dict(zip(header, fields, strict=True)))
 
 
-def _csv_records(reader: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """(line a record begins on, its fields or what is wrong with them); blank lines are no records."""
+def _csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """(line a record begins on, its fields); blank lines are no records. After a stray quote nobody can tell where the next record begins:
+    that is a `UserError`, and not a row less."""
     while True:
-        line, fields = reader.line_num + 1, None
+        line = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, error
+            raise UserError(
+                f'{path}:{line}: not valid CSV from here on: {error}; close the quotes of each field, and write a quote inside one as ""'
+            ) from None
         if fields:
             yield line, fields
 
@@ -278,7 +301,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         values = parquet.ParquetFile(path).read().to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, ImportError) as error:
         raise UserError(f"{path}: not readable as Parquet: {_first_line(error)}") from None
     yield from (Row(str(path), number, value) for number, value in enumerate(values, 1))
 
@@ -320,9 +343,16 @@ def _dataset(source: Source) -> Any:
 def _dataset_rows(name: str, dataset: Any) -> Iterator[Row]:
     """The rows, with the names of classes in the place of indices where the features hold them."""
     classes = {column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
-    for number, data in enumerate(dataset, 1):
+    for number, data in enumerate(_decoded(name, dataset), 1):
         named = {column: names[data[column]] for column, names in classes.items() if data[column] in range(len(names))}
         yield Row(name, number, {**data, **named})
+
+
+def _decoded(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset
+    except (OSError, ValueError, OverflowError, ImportError) as error:
+        raise UserError(f"{name}: has a value that cannot be read: {_first_line(error)}; drop that column, or save it as text") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -24,8 +24,13 @@ from pipeline.reward.model import RewardModel, Settings
 REFERENCE_PAIRS = 256
 
 
-def run(config: RewardStage) -> Path:
+def check(config: RewardStage) -> None:
+    """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, trl.RewardConfig)
+
+
+def run(config: RewardStage) -> Path:
+    check(config)
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
     base = artifact.require(config.model, "model", f"{config.fix('sft')}, or name a hub id or a folder in 'model'", config.revision)
     config = config.model_copy(update={"revision": base.revision})

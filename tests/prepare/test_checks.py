@@ -67,6 +67,7 @@ def pair(**changes: Any) -> dict[str, Any]:
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": 1}, "not-a-rank"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [0, 1]}, "not-a-rank"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1.5]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1e30, 1]}, "not-a-rank"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, math.nan]}, "not-a-rank"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "second"]}, "not-a-rank"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [2, True]}, "not-a-rank"),
@@ -130,6 +131,7 @@ def test_labels_by_name_index_and_bool(label: Any, classes: tuple[str, ...], ind
         (["True"], ["false", "true"]),
         (["toxic", "clean", "toxic", "", None], ["clean", "toxic"]),
         ([10, 9, 1], ["1", "9", "10"]),
+        ([1, -1], ["-1", "1"]),
         (["b", 2, "a"], ["2", "a", "b"]),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import PrepareStage
 from pipeline.errors import UserError
-from pipeline.prepare import _account, checks, readers, run
+from pipeline.prepare import _account, _refuse_fruitless, checks, readers, run
 
 Q = [{"role": "user", "content": "Q"}]
 
@@ -205,8 +205,39 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
         prepare(tmp_path, source)
     assert rows_of(published, "prompts") == [{"prompt": "Q"}]
     write(tmp_path / "a.jsonl", [])
-    with pytest.raises(UserError, match="of 0 rows none can be kept; check path"):
+    with pytest.raises(UserError, match=r"a\.jsonl: holds no rows; check path"):
         prepare(tmp_path, source)
+    rows = [{"prompt": f"R{n}"} for n in range(5)]
+    with pytest.raises(UserError, match=r"a\.jsonl: holds no rows; check path"):  # beside a source that does hold some
+        prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "b.jsonl", rows)}, source)
+
+
+def test_it_says_what_was_kept_and_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "c.txt"):
+        write(tmp_path / "data" / name, [{"prompt": "Q"}, {"prompt": ""}, {"prompt": 3}])
+    for _ in range(2):  # made, and reused
+        prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data")})
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            f"  1 of 3 rows kept; quarantined: empty-text 1, not-text 1; see {tmp_path}/runs/test/prepare/quarantine.jsonl",
+            f"  {tmp_path}/data: passed over a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
+        ]
+    prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1})
+    assert capsys.readouterr().out == "  1 of 1 rows kept\n"
+
+
+def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:
+    published = prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])})
+    with pytest.raises(UserError, match=r"quarantine\.jsonl: lies in .*/test/prepare, which this run replaces"):
+        prepare(tmp_path, {"format": "prompts", "path": str(published / "quarantine.jsonl")})
+
+
+def test_a_kind_with_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Q{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
+    source = {"format": "comparisons", "path": write(tmp_path / "a.jsonl", pairs)}
+    (held_out, *_) = load_from_disk(str(prepare(tmp_path, source) / "prompts"))["test"]["prompt"]
+    with pytest.raises(UserError, match="all 1 prompts are held out, none is left to train on"):
+        prepare(tmp_path, source, {"format": "prompts", "path": write(tmp_path / "b.jsonl", [{"prompt": held_out}])})
 
 
 def test_a_missing_file_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -258,7 +289,7 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str
     judged = [(row, item.fault) for item in items for row in item.rows]
     if not kept:
         with pytest.raises(UserError, match=f"of {read} rows none"):
-            _account(judged, tmp_path / "quarantine.jsonl")
+            _refuse_fruitless(source, items)
         return
     counts = _account(judged, tmp_path / "quarantine.jsonl")
     assert counts["read"] == read

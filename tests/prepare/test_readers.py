@@ -189,11 +189,19 @@ def test_csv_with_bom_crlf_and_newlines_in_fields(tmp_path: Path) -> None:
     assert [item.rows[0].line for item in items] == [2, 5]
 
 
+@pytest.mark.parametrize(("text", "line"), [('Q,a\nR,"x"y\nS,d\n', 3), ('Q,a\nR,b\nS,"never closed\nT,d\n', 4), ('Q,"a \\" b,\nc"\n', 2)])
+def test_a_stray_quote_in_csv_is_told_with_its_line(tmp_path: Path, text: str, line: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\n" + text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"a\.csv:{line}: not valid CSV from here on: .*; close the quotes of each field"):
+        read("demonstrations", path)
+
+
 def test_unreadable_csv_rows_are_quarantined_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text('prompt,completion\nQ,a\nonly one\nQ,b,c\nR,"x"y\nS,d\nT,"never closed\n', encoding="utf-8")
+    path.write_text("prompt,completion\nQ,a\nonly one\nQ,b,c\nS,d\n", encoding="utf-8")
     items = read("demonstrations", path)
-    assert faults(items) == [(3, "unreadable-line"), (4, "unreadable-line"), (5, "unreadable-line"), (7, "unreadable-line")]
+    assert faults(items) == [(3, "unreadable-line"), (4, "unreadable-line")]
     assert items[1].fault
     assert items[1].fault.detail == "expected 2 fields, found 1"
     assert [item.record["prompt"] for item in items if not item.fault] == ["Q", "S"]
@@ -227,6 +235,26 @@ def test_json_is_an_array_or_an_object_per_line(tmp_path: Path) -> None:
     assert records("prompts", tmp_path / "b.json") == [{"prompt": "Q"}, {"prompt": "R"}]
 
 
+def test_a_value_that_cannot_be_read_names_its_file(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": latin}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as Parquet: 'utf-8' codec"):
+        read("prompts", tmp_path / "a.parquet")
+    far = pyarrow.array([2**40], type=pyarrow.timestamp("s"))
+    datasets.Dataset(pyarrow.table({"prompt": ["Q"], "when": far})).save_to_disk(tmp_path / "far")
+    with pytest.raises(UserError, match=r"far: has a value that cannot be read: .*; drop that column"):
+        read("prompts", tmp_path / "far")
+
+
+def test_a_split_of_a_plain_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Q"}')
+    with pytest.raises(UserError, match=r"a\.jsonl: split='test' is only read from a hub dataset or a save_to_disk folder"):
+        read("prompts", tmp_path / "a.jsonl", split="test")
+
+
 def test_parquet_holds_messages(tmp_path: Path) -> None:
     rows = [{"prompt": [user("Q")], "completion": [assistant("a")]}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
@@ -237,7 +265,7 @@ def test_a_folder_is_read_in_order_and_limited(tmp_path: Path) -> None:
     for name in ("b", "a"):
         jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}1"}, {"prompt": f"{name}2"}])
     (tmp_path / "LICENSE").write_text("MIT", encoding="utf-8")
-    (tmp_path / ".hashes.json").write_text("{}", encoding="utf-8")
+    (tmp_path / ".hidden.json").write_text("{}", encoding="utf-8")
     items = read("prompts", tmp_path, limit=3)
     assert [(Path(item.rows[0].source).name, item.record["prompt"]) for item in items] == [
         ("a.jsonl", "a1"),
@@ -296,7 +324,10 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         ("a.json", '[{"prompt": ]', {}, r"a\.json: not valid JSON: .*line 1 column 13"),
         ("a.parquet", "PAR0", {}, r"a\.parquet: not readable as Parquet"),
         ("a.csv", "prompt,prompt\nQ,R\n", {}, r"a\.csv: expected column names, each of them once"),
-        ("a.csv", "promt,b\nQ,R\n", {}, r"needs a column 'prompt', found promt, b; did you mean 'promt'\?; use columns: {prompt: THEIRS}"),
+        ("a.csv", "promt,b\nQ,R\n", {}, "needs a column 'prompt', found promt, b; use columns: {prompt: promt}"),
+        ("a.csv", "a,b\nQ,R\n", {}, "needs a column 'prompt', found a, b; use columns: {prompt: THEIRS}"),
+        ("a.csv", "prompt;b\nQ;R\n", {}, "needs a column 'prompt', found only 'prompt;b'; separate fields by commas"),
+        ("a.json", '{\n "data": [{"prompt": "Q"}]}', {}, r"a\.json: expected an array of objects, or an object per line; found one dict"),
         ("a.csv", "prompt\nQ\n", {"promt": "prompt"}, r"columns maps 'promt', expected one of prompt; did you mean 'prompt'\?"),
         ("a.csv", "question\nQ\n", {"prompt": "qestion"}, r"columns maps 'prompt' to 'qestion', found question; did you mean 'question'\?"),
     ],

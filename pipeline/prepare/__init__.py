@@ -26,11 +26,9 @@ from pipeline.ranks import is_main_process
 
 SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin is one with margin 0
+TRAINED = ("demonstrations", "comparisons", "prompts")  # what a later stage learns from
 
 Judged = list[tuple[Row, Fault | None]]
-
-
-TRAINED = ("demonstrations", "comparisons", "prompts")  # what a later stage learns from
 
 
 def check(config: PrepareStage) -> None:

@@ -103,7 +103,7 @@ def require(source: str | Path, kind: str, fix: str, revision: str | None = None
     """
     path = Path(source)
     if kind in CHECKPOINT_KINDS and hub.is_hub_id(str(source)):
-        return from_hub(str(source), kind, hub.commit(str(source), revision))
+        return from_hub(str(source), kind, agree(hub.commit(str(source), revision)))
     manifest = read_manifest(path)
     if not manifest and not _half_written(path) and any((path / name).is_file() for name in FOREIGN_FILES[kind]):
         return foreign(path, kind)
@@ -289,7 +289,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Nested dicts and lists as one dict of dotted keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    parts = [flatten(item, f"{key}.{name}".lstrip(".")) for name, item in items]
+    parts = [flatten(item, f"{key}.{name}" if key else str(name)) for name, item in items]
     return {name: leaf for part in parts for name, leaf in part.items()} if parts else {key: value}
 
 

@@ -270,7 +270,8 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     config = validate(STAGES[stage], values, str(path))
-    config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
+    if not (path.parent / "manifest.json").exists():  # else it is the resolved config of an artifact, whose recipe nobody knows
+        config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
     return config
 
 
@@ -283,6 +284,9 @@ def check_run(configs: list[Any]) -> None:
             "prepare: splits.validation and splits.test are both 0, and evaluate measures on prompts held out; "
             "set splits.test=0.1, or stop before with --until ppo"
         )
+    sft, ppo = by_stage.get("sft"), by_stage.get("ppo")
+    if sft and ppo and sft.lora is not None and ppo.lora is None and ppo.policy == str(sft.folder):
+        raise UserError("ppo: sft publishes a LoRA adapter, from which the policy goes on, but ppo has no 'lora:' section; set ppo.lora={}")
 
 
 def validate(cls: type[BaseModel], values: Any, where: str) -> Any:

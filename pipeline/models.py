@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from pipeline.config import Scratch
 from pipeline.errors import UserError
@@ -53,9 +54,9 @@ def load_tokenizer(source: str, *, separator: str = "\n", **options: Any) -> Pre
     return tokenizer
 
 
-def is_adapter(source: str | Path) -> bool:
-    """Whether a folder holds an adapter and not a whole model."""
-    return Path(source, "adapter_config.json").is_file()
+def is_adapter(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder, or a hub repository, holds an adapter and not a whole model."""
+    return find_adapter_config_file(str(source), revision=revision) is not None
 
 
 def load_policy(
@@ -69,11 +70,14 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A causal language model, its vocabulary as large as the tokenizer's. An adapter's folder comes back as a `PeftModel`: its base, at
     the commit that the adapter names, and the adapter, which is frozen unless `trainable`."""
-    if is_adapter(source):
-        adapter = PeftConfig.from_pretrained(source)
+    revision = options.get("revision")
+    if is_adapter(source, revision):
+        with _loading(source, "LoRA adapter"):
+            adapter = PeftConfig.from_pretrained(source, revision=revision)
         options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
         base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
-        return PeftModel.from_pretrained(base, source, is_trainable=trainable)
+        with _loading(source, "LoRA adapter"):
+            return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
     with _loading(source, "causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, **_weights(quantization, precision), **options)
     return _fit_vocabulary(model, tokenizer)
@@ -180,6 +184,6 @@ def _loading(source: str, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id") from error

@@ -1,9 +1,12 @@
 """The processes of a run under `accelerate launch`: rank 0 decides and writes, the others wait for it."""
 
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 Value = TypeVar("Value")
+# How long the others wait for rank 0 to prepare, to publish, to evaluate; a process that dies ends them all at once, by its launcher.
+PATIENCE = timedelta(days=7)
 
 
 def is_main_process() -> bool:
@@ -18,5 +21,5 @@ def agree(value: Value) -> Value:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState()  # joins the process group, where nothing has yet
+    PartialState(timeout=PATIENCE)  # joins the process group, where nothing has yet
     return broadcast_object_list([value])[0]

@@ -36,7 +36,7 @@ def run(config: SFTStage) -> Path:
 
 def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
     """Train and save; returns the headline metrics."""
-    args = training.arguments(SFTConfig, config, work, packing=False)
+    args = training.arguments(config, SFTConfig, work, packing=False)
     data = open_records(records, "demonstrations")
     set_seed(config.seed)
     model, tokenizer = start(config, data)

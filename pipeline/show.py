@@ -14,7 +14,7 @@ def show(folder: Path, verify: bool) -> str:
         stages = ", ".join(str(found.parent) for found in sorted(folder.glob("*/manifest.json")))
         found = f"is a run; name one of {stages}" if stages else "holds no manifest.json of ours" if folder.exists() else "does not exist"
         raise UserError(f"{folder}: {found}; expected a folder that a stage wrote, such as runs/demo/reward")
-    opened = artifact.require(folder, manifest["kind"], f"rlhf {manifest['stage']} --config {folder}/config.yaml")
+    opened = artifact.require(folder, manifest["kind"], f"its stage, {manifest['stage']}, again")
     if verify:
         artifact.verify(opened)
     checked = "read again, none altered" if verify else "none altered by size and time"

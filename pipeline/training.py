@@ -32,16 +32,17 @@ RESERVED = {
 }  # fmt: skip
 
 
-def check(config: TrainedStage, arguments: type[TrainingArguments]) -> None:
-    """Refuse names and types in `training:` and `lora:` that their classes do not know, or that the stage sets itself."""
+def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
+    """Refuse names, types and values in `training:` and `lora:` that their classes do, or that the stage sets itself."""
     for key in config.training:
-        if instead := (RESERVED | getattr(arguments, "RESERVED", {})).get(key):
+        if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
-    _check_section(f"{config.stage}: training", config.training, arguments)
+    _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:
         for key in {"task_type", "revision"} & config.lora.keys():
             raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
+    arguments(config, arguments_class, Path("unused"))
 
 
 def lora_config(config: TrainedStage, task: TaskType, revision: str | None = None) -> LoraConfig | None:
@@ -49,12 +50,11 @@ def lora_config(config: TrainedStage, task: TaskType, revision: str | None = Non
     return None if config.lora is None else LoraConfig(task_type=task, revision=revision, **_section(config.lora, LoraConfig))
 
 
-def arguments(cls: type[TrainingArguments], config: TrainedStage, work: Path, **more: Any) -> Any:
+def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **more: Any) -> Any:
     """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults.
 
     Comes before any model is loaded: it gives this process its device.
     """
-    check(config, cls)
     precision = resolve_precision(config.precision)
     fixed = {
         "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16",

@@ -39,7 +39,7 @@ def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
     loaded = config.load(path.stem, path)
     assert loaded.folder == Path("runs", path.parent.name, path.stem)
     if path.stem in ARGUMENTS:
-        built = training.arguments(ARGUMENTS[path.stem], loaded, tmp_path)
+        built = training.arguments(loaded, ARGUMENTS[path.stem], tmp_path)
         for key, value in loaded.training.items():
             if key not in ("eval_steps", "save_steps", "logging_steps"):  # PPO rounds these up to whole rollouts
                 assert getattr(built, key) == value
@@ -59,7 +59,7 @@ def test_the_demo_recipe_is_whole() -> None:
 def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
     base = "" if stage == "ppo" else "model: some/model\n"
     loaded = load(tmp_path, stage, f"{base}training:\n  learning_rate: {text}\n", *override)
-    assert training.arguments(ARGUMENTS[stage], loaded, tmp_path).learning_rate == 5e-5
+    assert training.arguments(loaded, ARGUMENTS[stage], tmp_path).learning_rate == 5e-5
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, v
 def test_what_ppo_config_cannot_take_is_one_line(key: str, value: Any, tmp_path: Path) -> None:
     """`num_rollouts` is what decides how long PPO trains, so that `num_train_epochs` would be read by nothing."""
     with pytest.raises(UserError, match=r"ppo: training\W.*") as error:
-        training.arguments(PPOConfig, config.PPOStage(run="x", training={key: value}), tmp_path)
+        training.check(config.PPOStage(run="x", training={key: value}), PPOConfig)
     assert str(value) in str(error.value) or key in str(error.value)
 
 

@@ -15,8 +15,8 @@ def asked(tmp_path, monkeypatch) -> list:
     """What a hub that knows of one commit was asked."""
     questions: list = []
 
-    def repo_info(_, *question, **more):
-        questions.append((*question, more))
+    def repo_info(_, **question):
+        questions.append({name: question[name] for name in ("repo_id", "revision", "repo_type")})
         return SimpleNamespace(sha=SHA)
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
@@ -27,9 +27,10 @@ def asked(tmp_path, monkeypatch) -> list:
 def test_the_hub_is_asked_for_a_commit_not_yet_fetched(asked):
     assert hub.commit("org/name") == SHA
     assert hub.commit("org/name", "v1", "dataset") == SHA
+    assert [hub.commit("org/name"), hub.commit("org/name", "v1", "dataset")] == [SHA, SHA]  # once each
     assert asked == [
-        ("org/name", {"revision": None, "repo_type": "model"}),
-        ("org/name", {"revision": "v1", "repo_type": "dataset"}),
+        {"repo_id": "org/name", "revision": None, "repo_type": "model"},
+        {"repo_id": "org/name", "revision": "v1", "repo_type": "dataset"},
     ]
 
 

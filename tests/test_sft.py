@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import artifact, config, encoding, sft
+from pipeline import artifact, config, encoding, models, sft
 from pipeline.errors import UserError
 from pipeline.files import hash_files
 
@@ -63,6 +63,14 @@ def test_an_adapter_names_the_commit_of_a_base_from_the_hub(tiny_records, tiny_l
     assert PeftConfig.from_pretrained(folder).revision == "c0ffee"
     manifest = artifact.read_manifest(folder)
     assert manifest["inputs"]["model"]["revision"] == manifest["fingerprint"]["config"]["revision"] == "c0ffee"
+
+
+def test_an_adapter_that_cannot_be_loaded_is_named(tiny_records, tiny_llama, tiny_tokenizer, tmp_path):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="sft: cannot be loaded as a LoRA adapter"):
+        models.load_policy(str(folder), tiny_tokenizer)
 
 
 def test_a_base_that_cannot_be_loaded_is_named(tiny_records, tmp_path):

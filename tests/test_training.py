@@ -61,7 +61,7 @@ def test_bf16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
 def test_one_process_over_several_gpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", 4)
     with pytest.raises(UserError, match=r"4 GPUs are visible to one process; .*'accelerate launch -m pipeline sft"):
-        training.arguments(SFTConfig, config.SFTStage(run="x", model="a"), tmp_path)
+        training.arguments(config.SFTStage(run="x", model="a"), SFTConfig, tmp_path)
 
 
 def test_dropout_is_off_wherever_a_model_keeps_its_probability():

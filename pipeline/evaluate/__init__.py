@@ -128,9 +128,10 @@ def reward_metrics(reward: RewardModel, pairs: Dataset, gold: RewardFunction | N
     chosen, rejected = score_pairs(reward, pairs)
     metrics = pair_metrics(chosen, rejected, pairs)
     if gold is not None and metrics:
-        prompts = pairs["prompt"][:]
-        sides = (gold(prompts=prompts, completions=pairs[side][:]) for side in ("chosen", "rejected"))
-        metrics["accuracy_ceiling"] = pair_accuracy(*sides)
+        records = pairs.remove_columns(["chosen", "rejected"])
+        texts = [list(map(encoding.plain, pairs[side])) for side in ("chosen", "rejected")]
+        sides = [{"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)} for side in texts]
+        metrics["accuracy_ceiling"] = pair_accuracy(*(scored(gold, side, records) for side in sides))
     return {"reward": metrics}, calibration(chosen, rejected)
 
 

@@ -43,7 +43,7 @@ def run(config: PPOStage) -> Path:
 
 def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, work: Path) -> dict[str, Any]:
     """Train, save, and measure on the validation prompts; returns the headline metrics."""
-    args = training.arguments(PPOConfig, config, work, logging_steps=1)
+    args = training.arguments(config, PPOConfig, work, logging_steps=1)
     data = open_records(inputs["records"], "prompts")
     set_seed(config.seed)
     revision = {name: source.revision for name, source in inputs.items()}
@@ -77,9 +77,9 @@ def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: 
     adapter beside the frozen one."""
     source = config.policy or ""
     options: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
-    options |= {"trust_remote_code": config.trust_remote_code}
-    if not models.is_adapter(source):
-        policy: Any = models.load_policy(source, tokenizer, revision=revision, **options)
+    options |= {"trust_remote_code": config.trust_remote_code, "revision": revision}
+    if not models.is_adapter(source, revision):
+        policy: Any = models.load_policy(source, tokenizer, **options)
         lora = training.lora_config(config, TaskType.CAUSAL_LM, revision)
         return policy if lora is None else get_peft_model(policy, lora)
     if config.lora is None:
@@ -87,6 +87,6 @@ def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: 
             f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; the policy goes on from that adapter: set lora: {{}}"
         )
     policy = models.load_policy(source, tokenizer, trainable=True, **options)
-    policy.load_adapter(source, adapter_name=REFERENCE)
+    policy.load_adapter(source, adapter_name=REFERENCE, revision=revision)
     policy.set_adapter("default")
     return policy

@@ -22,10 +22,11 @@ from pipeline.errors import UserError
 from pipeline.prepare import checks, readers, splits
 from pipeline.prepare.checks import Record
 from pipeline.prepare.readers import Fault, Row
-from pipeline.ranks import is_main_process
+from pipeline.ranks import agree, is_main_process
 
 SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin is one with margin 0
+BETWEEN = ("duplicate", "contradiction")  # faults that lie in another source as much
 TRAINED = ("demonstrations", "comparisons", "prompts")  # what a later stage learns from
 
 Judged = list[tuple[Row, Fault | None]]
@@ -63,7 +64,7 @@ def _say(config: PrepareStage, folder: Path) -> None:
 
 def _pinned(source: Source) -> Source:
     """A hub source at the commit that its revision stands for."""
-    return source.model_copy(update={"revision": hub.commit(source.hub, source.revision, "dataset")}) if source.hub else source
+    return source.model_copy(update={"revision": agree(hub.commit(source.hub, source.revision, "dataset"))}) if source.hub else source
 
 
 def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
@@ -71,8 +72,9 @@ def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
     items = [item for found in of_source for item in found]
     classes = checks.class_names(config.source, items)
     checks.check(items, classes)
+    nothing_kept = all(item.fault for item in items)
     for source, found in zip(config.source, of_source, strict=True):
-        _refuse_fruitless(source, found)
+        _refuse_fruitless(source, found, BETWEEN if not nothing_kept else ())
     rows = _account([(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl")
     given: dict[str, list[Record]] = defaultdict(list)
     for item in items:
@@ -92,9 +94,9 @@ def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
     return {"rows": rows | {"derived": {kind: len(records) for kind, records in derived.items()}}, "metrics": metrics}
 
 
-def _refuse_fruitless(source: Source, items: list[readers.Item]) -> None:
+def _refuse_fruitless(source: Source, items: list[readers.Item], pardoned: tuple[str, ...] = ()) -> None:
     """Raises `UserError` where a source has no row worth keeping: it is not what its config says."""
-    if all(item.fault for item in items):
+    if all(item.fault and item.fault.reason not in pardoned for item in items):
         where = source.path or source.hub or source.format
         faulty = sorted((*row[:2], item.fault) for item in items if item.fault for row in item.rows)
         if not faulty:

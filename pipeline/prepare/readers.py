@@ -83,7 +83,7 @@ def files(source: Source) -> list[Path]:
         raise UserError(f"{path}: no such file or folder; check 'path' of the source")
     if _is_saved_dataset(path):
         return [path]
-    if "split" in source.model_fields_set:
+    if source.split != "train":
         raise UserError(
             f"{path}: split={source.split!r} is only read from a hub dataset or a save_to_disk folder; remove it, or name a file"
         )

@@ -40,7 +40,7 @@ def run(config: RewardStage) -> Path:
 
 def train(config: RewardStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
     """Train on pairs, save, and measure on the test split; returns the headline metrics."""
-    args = training.arguments(trl.RewardConfig, config, work, max_length=None)
+    args = training.arguments(config, trl.RewardConfig, work, max_length=None)
     data = open_records(records, "comparisons")
     set_seed(config.seed)  # the head is new
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -62,6 +62,8 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
     training.fit(trainer, work)
     if not is_main_process():
         return {}
+    trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
+    trainer.accelerator.free_memory()
     save(trainer, config, output)
     reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)  # measured as all will read it, in fp32
     reference = data["validation"] if len(data["validation"]) else data["train"]
@@ -86,6 +88,8 @@ def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> None:
     """Write the checkpoint in the form its quantization asks for, and `reward.json`."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
+    if config.quantization == "none":
+        model = model.cpu()
     if config.lora is not None and config.quantization == "none":
         model.save_pretrained(output / "adapter", save_embedding_layers=False)
         model = model.float().merge_and_unload()  # in bf16 most of what was learned would be rounded away

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from pipeline import PPOConfig, PPOTrainer, config, models, ppo
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.sampling import noise, read
 
 PROMPTS = Dataset.from_list(
     [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "I forgot the young of a cat.")]
@@ -119,21 +118,15 @@ def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokeniz
 
 @pytest.mark.parametrize("adapt", [lambda policy: policy, lora], ids=["full", "lora"])
 def test_in_bf16_the_reference_and_the_sampling_are_computed_as_the_policy_is(adapt, policy, tiny_tokenizer, tmp_path):
-    settings = {"bf16": True, "learning_rate": 0.0, "num_rollouts": 1}
-    trainer = trainer_of(adapt(policy), tiny_tokenizer, tmp_path, **settings)
+    trainer = trainer_of(adapt(policy), tiny_tokenizer, tmp_path, bf16=True, learning_rate=0.0, num_rollouts=1)
+    in_bf16: list[bool] = []
+    for model in filter(None, (trainer.actor.policy, trainer.actor.reference)):
+        model.register_forward_pre_hook(lambda *_: in_bf16.append(torch.is_autocast_enabled("cpu")))
     trainer.train()  # its ratio is 1 to the bit, or it stops
     kl = trainer.evaluate()["eval_kl"]
-    if adapt is not lora:
-        assert kl == 0.0  # nothing was learned: the policy is its reference
-    answers = trainer.collect(0).answers
-    with trainer.accelerator.autocast():
-        inputs = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-        logits, _ = read(trainer.actor.policy.eval(), *inputs)
-    drawn = noise(trainer.args.seed, 0, trainer._rows(0), 8)[:, : logits.shape[1]]
-    cumulative = logits.softmax(-1).double().cumsum(-1)
-    redrawn = (cumulative < drawn[..., None] * cumulative[..., -1:]).sum(-1)
-    same = (redrawn == answers.response_ids) | (answers.response_mask == 0)
-    assert same.float().mean() > 0.9  # the cache of keys and values rounds otherwise than the whole sequence
+    assert len(in_bf16) > 10
+    assert all(in_bf16)
+    assert adapt is lora or kl == 0.0  # nothing was learned: the policy is its reference
 
 
 def test_the_entropy_is_trained_on_only_where_it_counts(policy):

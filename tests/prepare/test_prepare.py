@@ -210,6 +210,9 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
     rows = [{"prompt": f"R{n}"} for n in range(5)]
     with pytest.raises(UserError, match=r"a\.jsonl: holds no rows; check path"):  # beside a source that does hold some
         prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "b.jsonl", rows)}, source)
+    write(tmp_path / "a.jsonl", rows[:2])  # a source that says nothing new is no mistake
+    published = prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "b.jsonl")}, source)
+    assert manifest(published)["rows"]["quarantined"] == {"duplicate": 2}
 
 
 def test_it_says_what_was_kept_and_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

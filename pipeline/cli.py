@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     common = _common(args)
     configs = [config.load(stage, folder / f"{stage}.yaml", overrides[stage], **common) for stage in stages]
     config.check_run(configs)
+    _quiet_libraries()
     for loaded in configs:
         import_module(f"pipeline.{loaded.stage}").check(loaded)
     for loaded in configs:
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
 def run_stage(args: argparse.Namespace) -> None:
     """One stage from its own config file."""
     loaded = config.load(args.command, args.config, args.overrides, **_common(args))
+    _quiet_libraries()
     import_module(f"pipeline.{loaded.stage}").check(loaded)
     if args.dry_run:
         print(f"{loaded.stage}: would write {loaded.folder}")
@@ -86,7 +88,6 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _run(loaded: config.StageConfig) -> None:
-    _quiet_libraries()
     if is_main_process():
         print(f"{loaded.stage}: {loaded.folder}", flush=True)
     import_module(f"pipeline.{loaded.stage}").run(loaded)

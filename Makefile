@@ -3,7 +3,7 @@ RECIPE ?= demo
 PYTHON ?= python3
 BIN := .venv/bin
 STAGES := prepare sft reward ppo evaluate
-RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(SEED),--seed $(SEED))
+RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run $(STAGES) test test-gpu lint clean
@@ -11,7 +11,7 @@ RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(SEED),--seed $(SEED))
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
 	@echo
-	@echo 'RECIPE=demo picks a folder of configs/; SEED=0 seeds everything; ARGS="key=value …" is passed on.'
+	@echo 'RECIPE=demo picks a folder of configs/; TINY=1 runs it in small, without a hub; SEED=0 seeds everything; ARGS="key=value …" is passed on.'
 
 setup: .venv/ready  ## only the environment
 

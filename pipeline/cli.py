@@ -55,7 +55,13 @@ def run(args: argparse.Namespace) -> None:
         )
     overrides = _by_stage(args.overrides, args.until, stages)
     common = _common(args)
-    configs = [config.load(stage, folder / f"{stage}.yaml", overrides[stage], **common) for stage in stages]
+    files = {stage: folder / f"{stage}.yaml" for stage in stages}
+    if args.tiny:
+        files = {stage: _tiny(folder, stage) for stage in stages}
+        common["run"] = args.run or f"{folder.resolve().name}-tiny"
+    configs = [config.load(stage, files[stage], overrides[stage], **common) for stage in stages]
+    for loaded in configs:
+        loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")
     config.check_run(configs)
     _quiet_libraries()
     for loaded in configs:
@@ -67,6 +73,14 @@ def run(args: argparse.Namespace) -> None:
             _run(loaded)
     if args.until == "evaluate" and not args.dry_run and is_main_process():
         print(import_module("pipeline.evaluate.summary").table(configs[-1].folder))
+
+
+def _tiny(folder: Path, stage: str) -> Path:
+    """A stage's config in small: the recipe's own, or the demo world's, which every stage but `reward` can do with."""
+    file = folder / "tiny" / f"{stage}.yaml"
+    if stage == "reward" and not file.exists():
+        raise UserError(f"--tiny: {folder} brings no tiny/reward.yaml, the small stand-in for its model; run it without --tiny")
+    return file if file.exists() else config.RECIPES / "demo" / f"{stage}.yaml"
 
 
 def run_stage(args: argparse.Namespace) -> None:
@@ -172,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     whole = commands.add_parser("run", help="every stage of a recipe")
     whole.add_argument("--recipe", default="demo", help="a folder of configs/, or a path to one (default: demo)")
+    whole.add_argument("--tiny", action="store_true", help="a small model made from nothing and the demo world's feedback in their place")
     whole.add_argument("--until", default="evaluate", choices=list(config.STAGES), help="stop after this stage")
     for stage, cls in config.STAGES.items():
         single = commands.add_parser(stage, help=f"the {stage} stage alone", description=cls.__doc__)

@@ -6,6 +6,7 @@ Keys under `training:` and `lora:` belong to the libraries' own classes and are 
 """
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,7 +30,8 @@ class Strict(BaseModel):
 class Source(Strict):
     """Where raw rows come from, and which of our columns they hold.
 
-    `columns` maps our name to theirs (or to several of theirs, joined by a blank line); `classes` names label classes in order.
+    `columns` maps our name to theirs (or to several of theirs, joined by a blank line), `values` gives one of ours the same value in all
+    rows; `classes` names label classes in order.
     """
 
     format: Literal["demo", "comparisons", "dialogues", "rankings", "ratings", "labels", "demonstrations", "prompts"]
@@ -39,6 +41,7 @@ class Source(Strict):
     split: str = "train"
     revision: str | None = None
     columns: dict[str, str | list[str]] = {}
+    values: dict[str, str | float] = {}
     classes: list[str] | None = None
     limit: int | None = Field(None, gt=0)
 
@@ -51,7 +54,7 @@ class Source(Strict):
 
     @model_validator(mode="after")
     def nothing_unread(self) -> "Source":
-        read = {"subset": self.hub, "revision": self.hub, "columns": self.format != "demo", "classes": self.format in ("labels", "demo")}
+        read = {"subset": self.hub, "revision": self.hub, "columns": self.format != "demo", "values": self.format != "demo", "classes": self.format in ("labels", "demo")}
         for key, is_read in read.items():
             if getattr(self, key) and not is_read:
                 raise ValueError(
@@ -76,8 +79,12 @@ class Splits(Strict):
 
 
 class Scratch(Strict):
-    """A GPT-2 made from nothing, for `model: scratch`; its byte-level BPE is trained on the prepared text."""
+    """A small model made from nothing, for `model: scratch`; its byte-level BPE is trained on the prepared text.
 
+    SFT makes a GPT-2; a reward model is of any `architecture` (a `model_type` of transformers).
+    """
+
+    architecture: str = "gpt2"
     layers: int = Field(4, gt=0)
     width: int = Field(128, gt=0)
     heads: int = Field(4, gt=0)
@@ -100,7 +107,7 @@ class StageConfig(Strict):
     seed: int = Field(0, ge=0, lt=2**32)
     force: bool = False
 
-    _recipe: str | None = PrivateAttr(None)
+    _recipe: str | None = PrivateAttr(None)  # as `rlhf run --recipe` takes it
 
     @property
     def folder(self) -> Path:
@@ -159,7 +166,8 @@ class FromModel(TrainedStage):
 
     model: str
     revision: str | None = None
-    max_length: int = Field(512, gt=1)
+    scratch: Scratch | None = None
+    max_length: int = Field(512, gt=3)
     records: str | None = None
 
     @model_validator(mode="after")
@@ -167,16 +175,8 @@ class FromModel(TrainedStage):
         self.records = self.records or self.upstream("prepare")
         return self
 
-
-class SFTStage(FromModel):
-    """`separator` ends a user turn where the tokenizer brings no chat template."""
-
-    stage: ClassVar[str] = "sft"
-    scratch: Scratch | None = None
-    separator: str = "\n"
-
     @model_validator(mode="after")
-    def scratch_goes_with_scratch(self) -> "SFTStage":
+    def scratch_goes_with_scratch(self) -> "FromModel":
         if self.scratch is not None and self.model != "scratch":
             raise ValueError(f"'scratch:' is only read with model: scratch, but model is {self.model!r}")
         if self.model == "scratch":
@@ -188,10 +188,61 @@ class SFTStage(FromModel):
         return self
 
 
-class RewardStage(FromModel):
-    stage: ClassVar[str] = "reward"
-    objective: Literal["pairwise"] = "pairwise"
+class SFTStage(FromModel):
+    """`separator` ends a user turn where the tokenizer brings no chat template."""
+
+    stage: ClassVar[str] = "sft"
     separator: str = "\n"
+
+    @model_validator(mode="after")
+    def a_policy_is_a_gpt2(self) -> "SFTStage":
+        if self.scratch is not None and self.scratch.architecture != "gpt2":
+            raise ValueError(f"scratch.architecture={self.scratch.architecture!r}: a policy made from nothing is a 'gpt2'")
+        return self
+
+
+class EncodingSection(Strict):
+    """How a prompt and an answer become ids; see `pipeline.reward.encoding`. What is None is chosen by the model: an encoder reads a
+    pair, a decoder a chat that ends with EOS. `token_types: false` leaves an encoder's token types out."""
+
+    form: Literal["chat", "pair", "concatenation"] | None = None
+    separator: str = "\n"
+    eos: bool | None = None
+    token_types: bool = True
+
+
+COMPARATIVE = ("pairwise", "ranking", "plackett_luce")
+
+
+class RewardStage(FromModel):
+    """`objective` says what is learned and from which records. `positive_label`, `reward_output` and `class_weights` belong to
+    `classification`: which class's logit (or log-odds, or probability) is the reward, "true" or "1" where that is a class. An `ensemble` of several heads shares one backbone;
+    its reward is their mean less `uncertainty_penalty` standard deviations."""
+
+    stage: ClassVar[str] = "reward"
+    objective: Literal["pairwise", "ranking", "plackett_luce", "classification", "regression"] = "pairwise"
+    encoding: EncodingSection = EncodingSection()
+    overlong: Literal["truncate_left", "truncate_right", "drop"] = "truncate_left"
+    positive_label: str | None = None
+    reward_output: Literal["logit", "log_odds", "probability"] = "logit"
+    class_weights: list[float] | None = None
+    ensemble: int = Field(1, gt=0)
+    uncertainty_penalty: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def classes_go_with_classification(self) -> "RewardStage":
+        if self.objective == "classification":
+            if self.ensemble > 1:
+                raise ValueError("ensemble: an ensemble of heads is for objectives with one score, not for classification; set ensemble: 1")
+        else:
+            for key in ("positive_label", "class_weights"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key!r} is only read with objective: classification, but objective is {self.objective!r}")
+            if self.reward_output != "logit":
+                raise ValueError(f"'reward_output' is only read with objective: classification, but objective is {self.objective!r}")
+        if self.uncertainty_penalty and self.ensemble == 1:
+            raise ValueError("'uncertainty_penalty' is only read with an ensemble of two or more; set ensemble: 4")
+        return self
 
 
 class PPOStage(TrainedStage):
@@ -250,16 +301,10 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     The run is named after the file's folder unless told otherwise. Raises `UserError`.
     """
     path = Path(file)
-    try:
-        base = OmegaConf.load(path)
-    except FileNotFoundError:
-        shipped = f"; did you mean --config configs/{file}/{stage}.yaml?" if str(file) in recipes() else ""
-        raise UserError(f"{path}: no such config file{shipped}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(base, DictConfig):
-        raise UserError(f"{path}: expected a mapping of keys, found a list")
-    defaults = {"run": path.resolve().parent.name, "runs": "runs"}
+    if not path.exists() and str(file) in recipes():
+        raise UserError(f"{path}: no such config file; did you mean --config configs/{file}/{stage}.yaml?")
+    base = _read(path)
+    defaults = {"run": path.resolve().parent.name, "runs": "runs", "recipe": os.path.relpath(path.parent)}
     given = {key: value for key, value in common.items() if value is not None}
     try:
         merged = OmegaConf.merge(defaults, base)
@@ -267,6 +312,7 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
             OmegaConf.update(merged, key, value, merge=False, force_add=True)
         merged = OmegaConf.merge(merged, given)
         values = OmegaConf.to_container(merged, resolve=True)
+        values.pop("recipe", None)  # there for `${recipe}` alone: the folder of the file
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     config = validate(STAGES[stage], values, str(path))
@@ -307,6 +353,26 @@ def nearest(name: str, known: Any) -> str:
 
 def recipes() -> list[str]:
     return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists()) if RECIPES.is_dir() else []
+
+
+def _read(path: Path) -> DictConfig:
+    """A YAML file; what it says over the file that its key `extends` names, a path from its own folder."""
+    try:
+        base = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(base, DictConfig):
+        raise UserError(f"{path}: expected a mapping of keys, found a list")
+    extended = base.pop("extends", None)
+    if extended is None:
+        return base
+    if (path.parent / str(extended)).resolve() == path.resolve():
+        raise UserError(f"{path}: extends itself")
+    merged = OmegaConf.merge(_read(path.parent / str(extended)), base)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _pairs(overrides: list[str]) -> Iterator[tuple[str, Any]]:

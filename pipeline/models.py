@@ -3,7 +3,7 @@
 In: a hub id or a folder. Out: a model ready to train and a tokenizer whose pad is not its EOS. What cannot be loaded gets one `UserError`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +33,7 @@ from pipeline.config import Scratch
 from pipeline.errors import UserError
 
 PAD, EOS = "<|pad|>", "<|eos|>"
+CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"  # of an encoder made from nothing
 # For tokenizers without a chat template: turns as they are, a user's ended by a separator.
 PLAIN_TEMPLATE = (
     "{{% for m in messages %}}{{{{ m.content }}}}"
@@ -40,13 +44,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = ["score", "classifier", "pre_classifier", "lm_head"]
 
 
-def load_tokenizer(source: str, *, separator: str = "\n", **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of `source`, with pad ≠ EOS and a chat template (turns ended by `separator` where it brings none)."""
+def load_tokenizer(source: str, *, separator: str = "\n", generates: bool = True, distinct_pad: bool = True, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, with a pad token and a chat template (turns ended by `separator` where it brings none).
+
+    One that only reads (not `generates`) needs no EOS. `distinct_pad`: pad ≠ EOS, for ids that end with EOS.
+    """
     with _loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and generates:
         raise UserError(f"{source}: its tokenizer has no EOS token, which marks the end of an answer; expected a decoder's tokenizer")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+    if tokenizer.pad_token is None and not distinct_pad:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None or (distinct_pad and tokenizer.pad_token == tokenizer.eos_token):
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
         tokenizer.pad_token = spare[0] if spare else PAD  # a new token grows the vocabulary: see `_fit_vocabulary`
     if not tokenizer.chat_template:
@@ -89,32 +98,31 @@ def load_classifier(
     *,
     quantization: str = "none",
     precision: str = "fp32",
-    new_head: bool = False,
+    head: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A sequence classifier with one scalar output. A head that the checkpoint lacks is made where `new_head`, else a `UserError`."""
-    with _loading(source, "sequence classifier with one output"), _expecting_a_new_head():
+    """A sequence classifier: one to train, with a `head` (see `new_head`) that is made where the checkpoint lacks it, or, without, one
+    as it was trained. Raises `UserError` where it then has no head."""
+    outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
+    with _loading(source, f"sequence classifier{outputs}"), _expecting_a_new_head():
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, problem_type="regression", output_loading_info=True, **_weights(quantization, precision), **options
+            source, output_loading_info=True, **(head or {}), **_weights(quantization, precision), **options
         )
-    if found["missing_keys"] and not new_head:
+    if found["missing_keys"] and head is None:
         missing = ", ".join(sorted(found["missing_keys"]))
         raise UserError(f"{source}: has no reward head (it lacks {missing}); expected a sequence classifier, such as runs/demo/reward")
     return _fit_vocabulary(model, tokenizer)
 
 
-def scratch(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
-    """A new GPT-2 and a byte-level BPE trained on `texts`. Seed torch first."""
-    core = Tokenizer(BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        sorted(set(texts)),
-        trainers.BpeTrainer(vocab_size=size.vocabulary, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, model_max_length=size.positions)
-    tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
+def new_head(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
+    """What a model's config says of a head with these outputs: their names, and whether they are scalars (`regression`) or classes
+    (`single_label_classification`), which `pipeline()` would squash."""
+    return {"id2label": dict(enumerate(outputs)), "label2id": {name: i for i, name in enumerate(outputs)}, "problem_type": problem_type}
+
+
+def scratch_policy(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """A new GPT-2 and its tokenizer. Seed torch first."""
+    tokenizer = scratch_tokenizer(texts, size, separator)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -132,6 +140,50 @@ def scratch(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LM
         )
     )
     return model, tokenizer
+
+
+def scratch_classifier(
+    texts: Iterable[str], size: Scratch, separator: str, head: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new encoder that classifies sequences, and its tokenizer. Seed torch first. Raises `UserError` for what is no encoder."""
+    tokenizer = scratch_tokenizer(texts, size, separator, encoder=True)
+    with _loading(size.architecture, "architecture of an encoder"):
+        config = AutoConfig.for_model(  # each has its own names for these, and ignores the others
+            size.architecture,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=size.positions + 2,  # RoBERTa counts on from the pad token's id
+            hidden_size=size.width,
+            intermediate_size=4 * size.width,
+            hidden_dim=4 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            pad_token_id=tokenizer.pad_token_id,
+            **head,
+        )
+        if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError("it is no encoder; of decoders the reward model starts from a policy: model: runs/demo/sft")
+        return AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def scratch_tokenizer(texts: Iterable[str], size: Scratch, separator: str, encoder: bool = False) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on `texts`; that of an encoder marks the beginning and the end of each segment."""
+    special = [PAD, CLS, SEP, MASK] if encoder else [PAD, EOS]
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        sorted(set(texts)),
+        trainers.BpeTrainer(vocab_size=size.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    names = {"pad_token": PAD, "eos_token": EOS}
+    if encoder:
+        ids = [(token, core.token_to_id(token)) for token in (CLS, SEP)]
+        core.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=ids)
+        names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=size.positions, **names)
+    tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
+    return tokenizer
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -63,7 +63,7 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
 def start(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model and its tokenizer."""
     if config.scratch is not None:
-        return models.scratch(training.texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
+        return models.scratch_policy(training.texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
     weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}

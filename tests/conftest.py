@@ -46,7 +46,7 @@ def tiny_records(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     texts = [text for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "demonstrations" for text in record.values()]
-    return models.scratch(texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
+    return models.scratch_policy(texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
 
 
 @pytest.fixture(scope="session")

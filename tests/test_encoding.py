@@ -10,14 +10,14 @@ from pipeline.errors import UserError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"]
 SIZE = Scratch(layers=1, width=8, heads=1, vocabulary=300, positions=64)
-TOKENIZER = models.scratch(TEXTS, SIZE, "\n")[1]
+TOKENIZER = models.scratch_policy(TEXTS, SIZE, "\n")[1]
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 IDS = st.lists(st.integers(0, 9), max_size=15)
 EOS = 99
 
 
 def test_prompt_ids_do_not_depend_on_the_completion() -> None:
-    tokenizer = models.scratch(TEXTS, SIZE, separator="")[1]  # nothing keeps the two apart but the encoding
+    tokenizer = models.scratch_policy(TEXTS, SIZE, separator="")[1]  # nothing keeps the two apart but the encoding
     together = tokenizer("the cat")["input_ids"]
     prompts = {tuple(encoding.encode(tokenizer, "the ca", completion, 64)[0]) for completion in ("t", "t sat", " dog", "")}
     assert prompts == {tuple(encoding.prompt_ids(tokenizer, "the ca"))}

@@ -20,7 +20,7 @@ SIZE = Scratch(layers=2, width=32, heads=4, vocabulary=260, positions=32)
 def make(name: str) -> tuple[Any, Any]:
     """A random model whose next token depends on all it has read, and a tokenizer whose EOS is token 0: a noise of 0 draws it."""
     torch.manual_seed(0)
-    model, tokenizer = models.scratch(["the cat sat"], SIZE, "\n")
+    model, tokenizer = models.scratch_policy(["the cat sat"], SIZE, "\n")
     tokenizer.pad_token, tokenizer.eos_token = models.EOS, models.PAD
     assert tokenizer.eos_token_id == 0 != tokenizer.pad_token_id
     if name == "llama":

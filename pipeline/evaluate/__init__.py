@@ -22,7 +22,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
 from pipeline.records import open_records
-from pipeline.reward.metrics import calibration, held_out, pair_accuracy, pair_metrics, score_pairs
+from pipeline.reward.measure import held_out, measure
+from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, function
 from pipeline.sampling import Answers, generate, noise, read, token_logprobs
@@ -52,7 +53,8 @@ def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output
     for answers in sampled.values():
         answers |= {name: scored(scorer, answers, prompts) for name, scorer in scorers.items()}
         answers["reward"] = reward.score(answers["prompt"], answers["text"])
-    metrics, reliability = reward_metrics(reward, held_out(open_records(inputs["records"], "comparisons")), scorers.get("gold_reward"))
+    metrics: dict[str, Any] = {"reward": reward_metrics(reward, inputs, scorers.get("gold_reward"))}
+    reliability = metrics["reward"].get("comparisons", {}).pop("calibration", [])
     metrics |= policy_metrics(config, sampled) | {"rows": inputs["records"].manifest.get("rows", {})}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_report(output / "report.html", report_data(config, inputs, metrics, sampled, reliability))
@@ -123,16 +125,20 @@ def answer_kl(policy: Any, reference: Any, answers: Answers, temperature: float)
     return torch.where(answers.response_mask.bool(), policy_logprobs - reference_logprobs, 0.0).sum(1).tolist()
 
 
-def reward_metrics(reward: RewardModel, pairs: Dataset, gold: RewardFunction | None) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """(`reward` section, calibration); the ceiling is the accuracy of the gold ordering on the same noisy rows."""
-    chosen, rejected = score_pairs(reward, pairs)
-    metrics = pair_metrics(chosen, rejected, pairs)
-    if gold is not None and metrics:
-        records = pairs.remove_columns(["chosen", "rejected"])
-        texts = [list(map(encoding.plain, pairs[side])) for side in ("chosen", "rejected")]
+def reward_metrics(reward: RewardModel, inputs: dict[str, artifact.Artifact], gold: RewardFunction | None) -> dict[str, Any]:
+    """By kind of records, as the reward stage measured it, or measured now on pairs where the model is foreign; with a gold reward also
+    the ceiling: the accuracy of the gold ordering on the same noisy pairs."""
+    folder = inputs["records"].path / "comparisons"
+    pairs = {"comparisons": held_out(open_records(inputs["records"], "comparisons"))} if folder.is_dir() else {}
+    published = inputs["reward"].path / "metrics.json"
+    found = json.loads(published.read_text()) if published.is_file() else measure(reward, pairs)
+    if gold is not None and "comparisons" in found and pairs:
+        rows = pairs["comparisons"]
+        records = rows.remove_columns(["chosen", "rejected"])
+        texts = [list(map(encoding.plain, rows[side])) for side in ("chosen", "rejected")]
         sides = [{"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)} for side in texts]
-        metrics["accuracy_ceiling"] = pair_accuracy(*(scored(gold, side, records) for side in sides))
-    return {"reward": metrics}, calibration(chosen, rejected)
+        found["comparisons"]["accuracy_ceiling"] = pair_accuracy(*(scored(gold, side, records) for side in sides))
+    return found
 
 
 def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:

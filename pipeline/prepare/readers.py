@@ -152,15 +152,15 @@ def _shape(source: Source, rows: list[Row]) -> tuple[str, ...]:
     shapes, optional = SHAPES[source.format], OPTIONAL.get(source.format, ())
     known = dict.fromkeys([*(name for shape in shapes for name in shape), *optional])
     found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
-    for ours, theirs in source.columns.items():
+    for ours, theirs in (source.columns | dict.fromkeys(source.values, [])).items():
         if ours not in known:
             raise UserError(f"{where}: columns maps {ours!r}, expected one of {', '.join(known)}{nearest(ours, known)}")
         for name in [theirs] if isinstance(theirs, str) else theirs:
             if found and name not in found:
                 raise UserError(f"{where}: columns maps {ours!r} to {name!r}, found {', '.join(found)}{nearest(name, found)}")
     # What is mapped must be read: of two shapes, the one without it is not meant.
-    meant = [shape for shape in shapes if source.columns.keys() <= {*shape, *optional}] or shapes
-    missing = {shape: [name for name in shape if name not in source.columns and name not in found] for shape in meant}
+    meant = [shape for shape in shapes if (source.columns | source.values).keys() <= {*shape, *optional}] or shapes
+    missing = {shape: [name for name in shape if name not in source.columns | source.values and name not in found] for shape in meant}
     shape = min(meant, key=lambda shape: len(missing[shape]))
     if found and missing[shape]:
         name = missing[shape][0]
@@ -177,7 +177,8 @@ def _item(source: Source, shape: tuple[str, ...], row: Row) -> Item:
         if row.fault:
             raise row.fault
         names = [*shape, *OPTIONAL.get(source.format, ())]
-        return Item(kind, _record(shape, {name: _value(row.data, source.columns.get(name, name)) for name in names}), [row])
+        found = {name: _value(row.data, source.columns.get(name, name)) for name in names} | source.values
+        return Item(kind, _record(shape, found), [row])
     except Fault as fault:
         return Item(kind, {}, [row], fault)
 

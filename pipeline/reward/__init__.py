@@ -1,90 +1,161 @@
 """Reward models: human feedback in, a scalar reward out.
 
-In: `comparisons` (prompt, chosen, rejected, optional margin) of the prepare artifact and a base model (hub id or folder).
-Out: a sequence-classification checkpoint that plain `transformers` loads, its tokenizer and `reward.json`; under LoRA the merged model with
-`adapter/` beside it, on a quantized base the adapter alone. A wrong input gets one `UserError`.
+In: the records that the objective learns from (comparisons, rankings, labels or ratings) of the prepare artifact and a base model (hub
+id, folder, or `scratch`), decoder or encoder. Out: a sequence-classification checkpoint that plain `transformers` loads, its tokenizer,
+`reward.json` (how text becomes a reward), `metrics.json`, and README.md, which says all that; under LoRA the merged model with `adapter/`
+beside it, on a quantized base the adapter alone. A wrong input gets one `UserError`.
 """
 
-import statistics
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from pipeline import artifact, encoding, models, training
+from pipeline import artifact, models, training
 from pipeline.config import RewardStage
+from pipeline.errors import UserError
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
-from pipeline.reward.metrics import held_out, pair_metrics, score_pairs
+from pipeline.reward import batching, measure
+from pipeline.reward.encoding import Encoding
+from pipeline.reward.encoding import check as check_encoding
+from pipeline.reward.examples import ANSWERS, examples
 from pipeline.reward.model import RewardModel, Settings
+from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
 
-REFERENCE_PAIRS = 256
+SHARE_OF_AN_ENSEMBLE = 0.7  # of the rows each member learns from
 
 
 def check(config: RewardStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, trl.RewardConfig)
+    compares = OBJECTIVES[config.objective].compares
+    read = {"center_rewards_coefficient": compares, "label_smoothing_factor": config.objective in ("pairwise", "classification")}
+    for key, is_read in read.items():
+        if config.training.get(key) and not is_read:
+            raise UserError(f"reward: training.{key} is not read with objective: {config.objective}; remove it")
 
 
 def run(config: RewardStage) -> Path:
     check(config)
     records = artifact.require(config.records or "", "records", config.fix("prepare"))
-    base = artifact.require(config.model, "model", f"{config.fix('sft')}, or name a hub id or a folder in 'model'", config.revision)
-    config = config.model_copy(update={"revision": base.revision})
-    inputs = {"records": records, "model": base}
+    inputs = {"records": records}
+    if config.model != "scratch":
+        fix = f"{config.fix('sft')}, or name a hub id or a folder in 'model'"
+        inputs["model"] = artifact.require(config.model, "model", fix, config.revision)
+        config = config.model_copy(update={"revision": inputs["model"].revision})
     return artifact.build(config, kind="reward", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
 
 
 def train(config: RewardStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
-    """Train on pairs, save, and measure on the test split; returns the headline metrics."""
-    args = training.arguments(config, trl.RewardConfig, work, max_length=None)
-    data = open_records(records, "comparisons")
+    """Train, save, and measure on the test split; returns the headline metrics."""
+    args = training.arguments(config, trl.RewardConfig, work, max_length=None, remove_unused_columns=False)
+    kind = OBJECTIVES[config.objective].kind
+    data = open_records(records, kind)
     set_seed(config.seed)  # the head is new
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = models.load_tokenizer(config.model, separator=config.separator, **options)
-    weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
-    trainer = trl.RewardTrainer(
-        model=models.load_classifier(config.model, tokenizer, new_head=True, **weights, **options),
+    settings = plan(config, data)
+    model, tokenizer = start(config, settings, data)
+    settings.encoding = choose_encoding(config, model, tokenizer)
+    drop = config.overlong == "drop"
+    rows = {split: examples(part, kind, tokenizer, settings.encoding, drop) for split, part in data.items() if len(part)}
+    say(config, rows)
+    if not len(rows["train"][0]):
+        raise UserError(f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; raise it")
+    trainer = RewardTrainer(
+        model,
+        config.objective,
+        class_weights=config.class_weights,
+        positive=settings.logit,
         args=args,
-        train_dataset=tokenize(data["train"], tokenizer, config.max_length),
-        eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
+        train_dataset=with_members(config, rows["train"][0]),
+        eval_dataset=rows["validation"][0] if "validation" in rows and len(rows["validation"][0]) else None,
         processing_class=tokenizer,
         peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision),
         callbacks=[training.Say()],
     )
-    model: Any = trainer.model
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
-            parameter.data = parameter.data.float()
     training.fit(trainer, work)
     if not is_main_process():
         return {}
     trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
     trainer.accelerator.free_memory()
-    save(trainer, config, output)
-    reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)  # measured as all will read it, in fp32
-    reference = data["validation"] if len(data["validation"]) else data["train"]
-    reward.settings.reward_mean, reward.settings.reward_std = reference_statistics(reward, reference)
-    reward.settings.save(output)
+    save(trainer, config, settings, output)
     training.write_log(trainer, output)
-    pairs = held_out(data)
-    return {"metrics": pair_metrics(*score_pairs(reward, pairs), pairs)}
+    return publish_metrics(config, records, data, output) | {"rows": {split: {"rows": len(kept)} | counts for split, (kept, counts) in rows.items()}}
 
 
-def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`chosen_ids` and `rejected_ids` (and `margin` where there is one), by the one encoding."""
+def plan(config: RewardStage, data: DatasetDict) -> Settings:
+    """What the head gives, and which part of it is the reward."""
+    settings = Settings(objective=config.objective, quantization=config.quantization, output=config.reward_output)
+    if config.objective == "classification":
+        classes = data["train"].features["label"]
+        settings.outputs = list(getattr(classes, "names", None) or map(str, sorted(set(data["train"]["label"]))))
+        settings.logit = positive(config, settings.outputs)
+        if config.class_weights and len(config.class_weights) != len(settings.outputs):
+            raise UserError(f"reward: class_weights has {len(config.class_weights)} numbers for the classes {', '.join(settings.outputs)}")
+    elif config.ensemble > 1:
+        settings.outputs = [f"reward_{i}" for i in range(config.ensemble)]
+        settings.output, settings.uncertainty_penalty = "ensemble", config.uncertainty_penalty
+    return settings
 
-    def one(row: dict[str, Any]) -> dict[str, list[int]]:
-        sides = {side: encoding.encode(tokenizer, row["prompt"], row[side], max_length) for side in ("chosen", "rejected")}
-        return {f"{side}_ids": prompt + completion for side, (prompt, completion) in sides.items()}
 
-    return data.map(one, remove_columns=[column for column in data.column_names if column != "margin"])
+def positive(config: RewardStage, classes: list[str]) -> int:
+    """The class whose logit is the reward: the one that is named, or "true" or "1"."""
+    for name in (config.positive_label,) if config.positive_label is not None else ("true", "1"):
+        if name in classes:
+            return classes.index(name)
+    found = f"positive_label={config.positive_label!r} is none of them" if config.positive_label else "'positive_label' is not set"
+    raise UserError(f"reward: the classes are {', '.join(classes)}, and {found}; set positive_label to the one that is good")
 
 
-def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> None:
+def start(config: RewardStage, settings: Settings, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model with its head, and its tokenizer."""
+    if config.scratch is not None:
+        kind = OBJECTIVES[config.objective].kind
+        texts = [text for record in data["train"] for text in training.texts([{"t": t} for t in [record["prompt"], *ANSWERS[kind](record)]], "t")]
+        return models.scratch_classifier(texts, config.scratch, config.encoding.separator, settings.head)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    # Where no EOS ends the ids, a pad token that is EOS hides nothing, and the vocabulary stays that of the base.
+    reads: dict[str, Any] = {"generates": False, "distinct_pad": config.encoding.eos is not False}
+    tokenizer = models.load_tokenizer(config.model, separator=config.encoding.separator, **reads, **options)
+    weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    return models.load_classifier(config.model, tokenizer, head=settings.head, **weights, **options), tokenizer
+
+
+def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+    """The `encoding:` section, what it leaves open chosen by the model; the tokenizer is told what plain readers need to know."""
+    form = config.encoding.form or ("pair" if batching.head(model) is None else "chat")
+    eos = config.encoding.eos if config.encoding.eos is not None else form != "pair" and batching.head(model) is not None
+    side = "right" if config.overlong == "truncate_right" else "left"
+    how = Encoding(form, config.encoding.separator, eos, side, config.max_length)
+    check_encoding(tokenizer, how, config.model)
+    tokenizer.model_max_length, tokenizer.truncation_side, tokenizer.padding_side = config.max_length, side, "right"
+    if not config.encoding.token_types:
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the second is what is saved
+    return how
+
+
+def say(config: RewardStage, rows: dict[str, tuple[Dataset, dict[str, int]]]) -> None:
+    for split, (_, counts) in rows.items():
+        if counts and is_main_process():
+            found = ", ".join(f"{count:,} {fate}" for fate, count in counts.items())
+            print(f"  {split}: over max_length={config.max_length} (overlong: {config.overlong}): {found}")
+
+
+def with_members(config: RewardStage, rows: Dataset) -> Dataset:
+    """Each member of an ensemble learns from a sample of its own, so that where they agree it is for what the data say."""
+    if config.ensemble == 1:
+        return rows
+    rng = random.Random(config.seed)
+    return rows.add_column("members", [[rng.random() < SHARE_OF_AN_ENSEMBLE for _ in range(config.ensemble)] for _ in range(len(rows))])
+
+
+def save(trainer: RewardTrainer, config: RewardStage, settings: Settings, output: Path) -> None:
     """Write the checkpoint in the form its quantization asks for, and `reward.json`."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
@@ -95,11 +166,17 @@ def save(trainer: trl.RewardTrainer, config: RewardStage, output: Path) -> None:
         model = model.float().merge_and_unload()  # in bf16 most of what was learned would be rounded away
     model.save_pretrained(output, **({} if config.quantization == "none" else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
-    Settings(objective=config.objective, max_length=config.max_length, quantization=config.quantization).save(output)
+    settings.save(output)
 
 
-def reference_statistics(reward: RewardModel, pairs: Dataset) -> tuple[float, float]:
-    """Mean and standard deviation of the raw reward over both answers of the first pairs."""
-    sample = pairs.select(range(min(REFERENCE_PAIRS, len(pairs))))
-    scores = reward.score(sample["prompt"][:] * 2, sample["chosen"][:] + sample["rejected"][:])
-    return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
+def publish_metrics(config: RewardStage, records: artifact.Artifact, data: DatasetDict, output: Path) -> dict[str, Any]:
+    """Measure what was saved as all will read it, in fp32; the first line is on the records it learned from."""
+    reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)
+    kind = OBJECTIVES[config.objective].kind
+    reference = data["validation"] if len(data["validation"]) else data["train"]
+    reward.settings.reward_mean, reward.settings.reward_std = measure.reference_statistics(reward, reference)
+    reward.settings.save(output)
+    kinds = [kind, *sorted(name for name in ANSWERS if name != kind and (records.path / name).is_dir() and not records.foreign)]
+    found = measure.measure(reward, {name: measure.held_out(open_records(records, name)) for name in kinds})
+    (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
+    return {"metrics": {name: {k: v for k, v in figures.items() if isinstance(v, int | float)} for name, figures in found.items()}}

@@ -3,73 +3,121 @@
 The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
 """
 
+import dataclasses
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from operator import add
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import encoding, models
+from pipeline import models
 from pipeline.encoding import Text
 from pipeline.errors import UserError
+from pipeline.reward import batching
+from pipeline.reward.encoding import Encoding, encode
 
 SETTINGS = "reward.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Settings:
-    """`reward.json`: how text becomes ids and logits become a reward. Higher is better once `sign` is applied."""
+    """`reward.json`: how text becomes ids and logits become a reward. Higher is better once `sign` is applied.
+
+    `output` of the output number `logit`: `logit`, `log_odds` against the others or softmax `probability`; `ensemble`: the mean over all
+    outputs less `uncertainty_penalty` standard deviations (Coste et al. 2023).
+    """
 
     objective: str = "pairwise"
-    max_length: int = 512
+    outputs: list[str] = field(default_factory=lambda: ["reward"])
+    encoding: Encoding = field(default_factory=Encoding)
     quantization: str = "none"
+    output: str = "logit"
     logit: int = 0
     sign: int = 1
+    uncertainty_penalty: float = 0.0
     alpha: float = 1.0
     reward_mean: float = 0.0
     reward_std: float = 1.0
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """The config of the head; scalars are of problem type regression, or `pipeline()` would squash them."""
+        return models.new_head(self.outputs, "single_label_classification" if self.objective == "classification" else "regression")
+
     def save(self, folder: Path) -> None:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def reward(self, logits: Tensor) -> Tensor:
+        """(N, C) logits -> (N,) raw rewards, before `alpha`."""
+        if self.output == "ensemble":
+            return self.sign * logits.mean(1) - self.uncertainty_penalty * logits.std(1, correction=0)
+        if self.output == "probability":
+            return self.sign * logits.softmax(1)[:, self.logit]
+        chosen = logits[:, self.logit]
+        if self.output == "log_odds":
+            others = [i for i in range(logits.shape[1]) if i != self.logit]
+            chosen = chosen - logits[:, others].logsumexp(1)
+        return self.sign * chosen
 
 
 class RewardModel:
     """Scores answers. Build one with `load`; higher is better."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings):
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
+        self._shares = batching.can_share(model, tokenizer.pad_token_id, settings.encoding.max_length)
 
     @classmethod
     def load(
-        cls, source: str | Path, *, precision: str = "fp32", device: str | torch.device | None = None, **options: Any
+        cls,
+        source: str | Path,
+        *,
+        positive_label: str | None = None,
+        encoding: dict[str, Any] | None = None,
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        **options: Any,
     ) -> "RewardModel":
-        """Open a reward artifact, or a foreign one-logit classifier (no `reward.json`) with the defaults of `Settings`.
+        """Open a reward artifact, or a foreign sequence classifier (no `reward.json`), whose reading it logs.
 
-        Raises `UserError` where `source` is no such checkpoint.
+        Of a foreign classifier with several labels the logit of `positive_label` is the reward; `encoding` (keys of `Encoding`) says how it
+        reads where its defaults are wrong. Raises `UserError` where `source` is no such checkpoint.
         """
         folder = Path(source)
-        settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else Settings()
-        tokenizer = models.load_tokenizer(str(source), **options)
-        weights: dict[str, Any] = {"quantization": settings.quantization, "precision": precision}
+        settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
+        tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
+        weights: dict[str, Any] = {"quantization": settings.quantization if settings else "none", "precision": precision}
         if models.is_adapter(folder):  # trained on a quantized base: the artifact is the adapter, and the head
             base = PeftConfig.from_pretrained(str(folder))
-            options |= {"revision": base.revision, "new_head": True}
+            options |= {"revision": base.revision, "head": (settings or Settings()).head}
             model: Any = models.load_classifier(str(base.base_model_name_or_path), tokenizer, **weights, **options)
             model = PeftModel.from_pretrained(model, str(folder))
         else:
             model = models.load_classifier(str(source), tokenizer, **weights, **options)
-        if settings.quantization == "none":
+        if weights["quantization"] == "none":
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        settings = settings or _foreign(str(source), model, tokenizer)
+        if positive_label is not None:
+            settings.logit = _label(str(source), model, positive_label)
+        elif settings.logit < 0:
+            raise UserError(f"{source}: has the labels {_labels(model)} and no reward.json; say which one is good: positive_label=…")
+        try:
+            settings.encoding = dataclasses.replace(settings.encoding, **encoding or {})
+        except TypeError:
+            known = ", ".join(each.name for each in dataclasses.fields(Encoding))
+            raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
         return cls(model, tokenizer, settings)
 
-    @torch.inference_mode()
     def score(
         self,
         prompts: Sequence[Text],
@@ -81,20 +129,38 @@ class RewardModel:
     ) -> list[float]:
         """`alpha` × raw reward of each (prompt, response); `normalize` centres and scales it on the reference sample first.
 
-        len(result) = len(prompts). `alpha` defaults to the artifact's own.
+        len(result) = len(prompts). `alpha` defaults to the artifact's own. Neither order nor `batch_size` changes a score.
         """
-        if len(prompts) != len(responses):
-            raise UserError(f"score: {len(prompts)} prompts but {len(responses)} responses; expected as many of one as of the other")
-        rows = [add(*encoding.encode(self.tokenizer, p, r, self.settings.max_length)) for p, r in zip(prompts, responses, strict=True)]
-        raw = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: little padding
-        for start in range(0, len(rows), batch_size):
-            chunk = order[start : start + batch_size]
-            for i, value in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
-                raw[i] = value
+        raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
         if normalize:
             raw = [(value - self.settings.reward_mean) / self.settings.reward_std for value in raw]
         return [(self.settings.alpha if alpha is None else alpha) * value for value in raw]
+
+    def score_response(self, prompt: Text, response: Text) -> float:
+        """The score of one response."""
+        return self.score([prompt], [response])[0]
+
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
+        """(N, C) fp32 on the CPU: what the head gives, of a scalar model (N, 1)."""
+        if len(prompts) != len(responses):
+            raise UserError(f"score: {len(prompts)} prompts but {len(responses)} responses; expected as many of one as of the other")
+        if not prompts:
+            return torch.zeros(0, self.model.config.num_labels)
+        encoded = [encode(self.tokenizer, self.settings.encoding, p, r) for p, r in zip(prompts, responses, strict=True)]
+        # Answers to one prompt, wherever they stand, are a group.
+        order = sorted(range(len(prompts)), key=lambda i: str(prompts[i]))
+        groups = [[encoded[i] for i in group] for _, group in groupby(order, key=lambda i: str(prompts[i]))]
+        types = "token_type_ids" in self.tokenizer.model_input_names
+        found = batching.logits(self.model, groups, self.tokenizer.pad_token_id, shared=self._shares, batch_size=batch_size, types=types)
+        return found[torch.tensor(order).argsort().to(found.device)].float().cpu()
+
+    def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
+        """For each response {class: softmax probability}. Raises `UserError` where the model has one output."""
+        if self.model.config.num_labels == 1:
+            raise UserError("probabilities: this reward model gives a scalar, not classes; use score")
+        found = self.logits(prompts, responses).softmax(1).tolist()
+        return [dict(zip(_labels(self.model), row, strict=True)) for row in found]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
         """Indices of `responses`, best first; ties keep their order."""
@@ -107,15 +173,32 @@ class RewardModel:
         best = max(range(len(scores)), key=scores.__getitem__)
         return best, scores[best]
 
-    def _forward(self, rows: list[list[int]]) -> list[float]:
-        ids, mask = encoding.pad(rows, self.tokenizer.pad_token_id)
-        device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return (self.settings.sign * logits[:, self.settings.logit].float()).tolist()
-
 
 def _read(path: Path) -> Settings:
     try:
-        return Settings(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        return Settings(**values | {"encoding": Encoding(**values["encoding"])})
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a reward.json of this version: {error}; run the reward stage again") from None
+
+
+def _foreign(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Settings:
+    """How a classifier without `reward.json` is read; of several labels none is the reward yet (-1)."""
+    is_decoder = batching.head(model) is not None
+    limit = min(tokenizer.model_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
+    has_template = tokenizer.chat_template != models.PLAIN_TEMPLATE.format(separator="\n")  # what `load_tokenizer` gives one without
+    form = "pair" if not is_decoder else "chat" if has_template else "concatenation"
+    how = Encoding(form=form, eos=form == "chat", max_length=min(limit, 512))
+    objective = "classification" if model.config.num_labels > 1 else "regression"
+    logger.warning("%s: no reward.json; read with %s; another reading: RewardModel.load(…, encoding={…})", source, how)
+    return Settings(objective=objective, outputs=_labels(model), encoding=how, logit=0 if model.config.num_labels == 1 else -1)
+
+
+def _labels(model: Any) -> list[str]:
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+
+def _label(source: str, model: Any, name: str) -> int:
+    if name not in _labels(model):
+        raise UserError(f"{source}: positive_label={name!r} is none of its labels: {', '.join(_labels(model))}")
+    return _labels(model).index(name)

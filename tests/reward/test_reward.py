@@ -66,7 +66,7 @@ def test_what_is_published(trained):
     settings = json.loads((folder / "reward.json").read_text())
     assert settings["quantization"] == (form if form in ("8bit", "4bit") else "none")
     assert settings["reward_std"] > 0
-    assert json.loads((folder / "manifest.json").read_text())["metrics"].keys() == {"pairs", "accuracy", "accuracy_longer"}
+    assert json.loads((folder / "manifest.json").read_text())["metrics"].keys() == {"comparisons"}
 
 
 def test_in_bf16_an_adapter_is_merged_in_full_precision(tiny_records, tiny_llama, tmp_path):

@@ -1,0 +1,161 @@
+"""One forward for everything that scores: rows of ids in, logits out, in batches of like length.
+
+On a decoder the answers to one prompt share what their ids have in common: one row holds `[common][rest 1]…[rest K]`, a 4-D mask lets each
+rest see the common part and itself, and positions go on from the common part in each rest. On an encoder each answer is a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.reward.encoding import Encoded
+
+TOKENS = 4096  # of a batch, padding included
+TOLERANCE = 1e-3  # of a score in fp32, between a shared prompt and one for each answer
+
+
+class Tree(NamedTuple):
+    """A row: the ids that its answers have in common, the rest of each, and which answers these are."""
+
+    common: list[int]
+    rests: list[list[int]]
+    answers: list[int]
+
+    @property
+    def width(self) -> int:
+        return len(self.common) + sum(map(len, self.rests))
+
+
+def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared: bool, batch_size: int = 64, types: bool = False) -> Tensor:
+    """(answers of all groups, C): the logits of each answer, in order. A group is the answers to one prompt.
+
+    `shared` computes what they have in common once (see `can_share`). At most `batch_size` answers go through the model together.
+    """
+    answers = [answer for group in groups for answer in group]
+    rows = list(_trees(groups, batch_size)) if shared else [Tree([], [answer.ids], [i]) for i, answer in enumerate(answers)]
+    found: list[Tensor] = []
+    order: list[int] = []
+    for batch in _batches(rows, batch_size):
+        order += [answer for tree in batch for answer in tree.answers]
+        if any(tree.common for tree in batch):
+            found.append(_forward_trees(model, batch, pad))
+        else:
+            found.append(_forward_rows(model, [answers[tree.answers[0]] for tree in batch], pad, types))
+    return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
+
+
+def head(model: Any) -> nn.Module | None:
+    """The module that scores every token of a decoder; None where the model pools first, as encoders do."""
+    inner = getattr(model, "module", model)  # under DistributedDataParallel
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return getattr(inner, "score", None)
+
+
+@torch.no_grad()
+def can_share(model: Any, pad: int, longest: int) -> bool:
+    """Whether this model gives answers that share a row the scores they have alone: measured, on ids made for it.
+
+    A sliding window shorter than the `longest` answer would show only in longer rows, so that one is a no.
+    """
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if head(model) is None or (window is not None and window < longest):
+        return False
+    ids = torch.randint(text.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22))]
+    training = model.training
+    model.eval()
+    try:
+        apart, together = (logits(model, [group], pad, shared=shared).float() for shared in (False, True))
+    except (ValueError, RuntimeError, NotImplementedError, TypeError):  # an attention that takes no such mask
+        return False
+    finally:
+        model.train(training)
+    # Half precision and quantized weights round by batch shape, so that only gross differences count there.
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    tolerance = TOLERANCE if exact else 0.1
+    return bool((apart - together).abs().max() <= tolerance * apart.abs().max().clamp(min=1))
+
+
+def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int) -> Iterator[Tree]:
+    number = 0
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            part = [answer.ids for answer in group[start : start + batch_size]]
+            # Each answer keeps one token of its own: where it is read.
+            common = commonprefix(part)[: min(map(len, part)) - 1] if len(part) > 1 else []
+            yield Tree(common, [ids[len(common) :] for ids in part], list(range(number, number + len(part))))
+            number += len(part)
+
+
+def _batches(rows: list[Tree], batch_size: int) -> Iterator[list[Tree]]:
+    """Rows of like width together, at most `batch_size` answers and `TOKENS` tokens; what shares nothing apart from what does."""
+    batch: list[Tree] = []
+    for tree in sorted(rows, key=lambda tree: (not tree.common, tree.width)):
+        full = sum(len(each.answers) for each in [*batch, tree]) > batch_size or tree.width * (len(batch) + 1) > TOKENS
+        if batch and (full or bool(tree.common) != bool(batch[0].common)):
+            yield batch
+            batch = []
+        batch.append(tree)
+    yield batch
+
+
+def _forward_rows(model: Any, rows: Sequence[Encoded], pad: int, types: bool) -> Tensor:
+    width = max(len(row.ids) for row in rows)
+    fill = lambda values, value: torch.tensor([[*each, *[value] * (width - len(each))] for each in values])  # noqa: E731
+    inputs = {"input_ids": fill([row.ids for row in rows], pad), "attention_mask": fill([[1] * len(row.ids) for row in rows], 0)}
+    if types:
+        inputs["token_type_ids"] = fill([[int(i >= row.answer) for i in range(len(row.ids))] for row in rows], 0)
+    ends = torch.tensor([len(row.ids) - 1 for row in rows])
+    return _read(model, inputs, torch.arange(len(rows)), ends)
+
+
+def _forward_trees(model: Any, trees: Sequence[Tree], pad: int) -> Tensor:
+    width = max(tree.width for tree in trees)
+    ids = torch.full((len(trees), width), pad)
+    positions = torch.zeros_like(ids)
+    branch = torch.full_like(ids, -1)  # of each token: 0 in what is common, then 1 to K, -1 behind the end
+    rows, ends = [], []
+    for i, tree in enumerate(trees):
+        parts = [tree.common, *tree.rests]
+        start = 0
+        for number, part in enumerate(parts):
+            place = slice(start, start + len(part))
+            ids[i, place] = torch.tensor(part)
+            positions[i, place] = torch.arange(len(part)) + (len(tree.common) if number else 0)
+            branch[i, place] = number
+            start += len(part)
+            if number:
+                rows.append(i)
+                ends.append(start - 1)
+    seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+    mask = (seen & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return _read(model, inputs, torch.tensor(rows), torch.tensor(ends))
+
+
+def _read(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
+    """(len(rows), C): of a decoder the logits at the ends, whatever its pad token; else what it pools, one for each row."""
+    device = model.device if hasattr(model, "device") else next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    scorer = head(model)
+    if scorer is None:
+        return model(**inputs).logits
+    with _output(scorer) as found:
+        model(**inputs, use_cache=False)
+    return found[0][rows.to(device), ends.to(device)]
+
+
+@contextmanager
+def _output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module gives in the forwards of this block: a decoder's own forward throws away all tokens' logits but one."""
+    found: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -1,0 +1,103 @@
+"""How a reward model reads a prompt and an answer: the one place where text becomes its ids, in training, in scoring and in PPO.
+
+`chat`: the prompt by the tokenizer's chat template, then the answer, tokenised apart and joined as ids. `pair`: the two segments of an
+encoder, with its special tokens. `concatenation`: one text, the prompt (if any), `separator`, the answer, with the tokenizer's special tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import encoding
+from pipeline.encoding import Text, plain
+from pipeline.errors import UserError
+
+
+@dataclass
+class Encoding:
+    """`eos`: whether EOS ends the ids. What exceeds `max_length` loses on the `truncation` side: on the left the prompt's beginning
+    (one of its tokens stays) before the answer's end; on the right the answer's end (one stays) before the prompt's; EOS never. A
+    concatenation, which is one text, is cut on that side wherever the answer lies."""
+
+    form: str = "chat"
+    separator: str = "\n"
+    eos: bool = True
+    truncation: str = "left"
+    max_length: int = 512
+
+
+class Encoded(NamedTuple):
+    """Token ids; where the answer's segment begins in them, for models with token types; whether something was cut."""
+
+    ids: list[int]
+    answer: int
+    overlong: bool
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+    """The ids of one prompt (a string or messages; "" where there is none) and one answer (a string or one assistant message)."""
+    return FORMS[how.form](tokenizer, how, prompt, answer)
+
+
+def shorten(prompt: int, answer: int, max_length: int, side: str) -> tuple[int, int]:
+    """How many tokens of each stay, together at most `max_length` (two or more)."""
+    if side == "left":
+        kept = min(prompt, max(1, max_length - answer))
+        return kept, min(answer, max_length - kept)
+    kept = min(answer, max(1, max_length - prompt))
+    return min(prompt, max_length - kept), kept
+
+
+def flat(text: Text, separator: str) -> str:
+    """A prompt as one string; of several messages each begins with its role."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return text[0]["content"]
+    return separator.join(f"{message['role']}: {message['content']}" for message in text)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+    eos = [tokenizer.eos_token_id] if how.eos else []
+    before = encoding.prompt_ids(tokenizer, prompt)
+    after = tokenizer(plain(answer), add_special_tokens=False)["input_ids"]
+    room = how.max_length - len(eos)
+    first, second = shorten(len(before), len(after), room, how.truncation)
+    ids = (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
+    return Encoded(ids, first, first + second < len(before) + len(after))
+
+
+def _pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+    texts = flat(prompt, how.separator), plain(answer)
+    before, after = (tokenizer(text, add_special_tokens=False).encodings[0] for text in texts)
+    room = how.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    first, second = shorten(len(before), len(after), room, how.truncation)
+    overlong = first + second < len(before) + len(after)
+    before.truncate(first, direction=how.truncation)
+    after.truncate(second)
+    joined = tokenizer.backend_tokenizer.post_process(before, after)
+    return Encoded(joined.ids, joined.sequence_ids.index(1) if second else len(joined.ids), overlong)
+
+
+def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+    eos = [tokenizer.eos_token_id] if how.eos else []
+    question = flat(prompt, how.separator)
+    text = question + how.separator + plain(answer) if question else plain(answer)
+    whole = tokenizer(text)["input_ids"]
+    room = how.max_length - len(eos)
+    if len(whole) <= room:
+        return Encoded(whole + eos, len(whole), False)
+    tokenizer.truncation_side = how.truncation  # the tokenizer itself keeps its special tokens
+    return Encoded(tokenizer(text, truncation=True, max_length=room)["input_ids"] + eos, room, True)
+
+
+FORMS = {"chat": _chat, "pair": _pair, "concatenation": _concatenation}
+
+
+def check(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str) -> None:
+    """Refuse a tokenizer that cannot do it. Raises `UserError`."""
+    if how.eos and tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no EOS token; set encoding.eos: false, or encoding.form: pair")
+    if how.form == "pair" and not tokenizer.is_fast:
+        raise UserError(f"{source}: its tokenizer is not a fast one, which encoding.form: pair needs; use concatenation")

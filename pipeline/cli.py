@@ -5,13 +5,15 @@ Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read)
 
 import argparse
 import errno
+import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline import __version__, config
 from pipeline.errors import UserError
@@ -22,13 +24,16 @@ EXAMPLES = """examples:
   rlhf run --recipe demo --until reward reward.training.max_steps=100
   rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
   rlhf show runs/demo/reward --verify
+  rlhf score --reward runs/demo/reward --input answers.csv --output scored.csv
+  rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."
+  rlhf best-of-n --reward runs/demo/reward --policy runs/demo/sft --input prompts.jsonl --output best.jsonl
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
-        {"run": run, "show": show}.get(args.command, run_stage)(args)
+        {"run": run, "show": show, "score": score, "best-of-n": best_of_n, "compare": compare}.get(args.command, run_stage)(args)
         return 0
     except (KeyboardInterrupt, Exception) as error:
         known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _disk_is_full(error)
@@ -99,6 +104,37 @@ def show(args: argparse.Namespace) -> None:
     from pipeline.show import show
 
     print(show(Path(args.folder), args.verify))
+
+
+def score(args: argparse.Namespace) -> None:
+    """A file's answers, each with its reward."""
+    from pipeline import scoring
+
+    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    _quiet_libraries()
+    scoring.score(work, args.reward, **_given(args, "positive_label", "batch_size", "alpha", "normalize"))
+
+
+def best_of_n(args: argparse.Namespace) -> None:
+    """To each prompt of a file the best of n sampled answers."""
+    from pipeline import scoring
+
+    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    _quiet_libraries()
+    drawn = _given(args, "n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size", "positive_label")
+    scoring.best_of_n(work, args.reward, args.policy, **drawn)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Answers to one prompt, best first."""
+    from pipeline import scoring
+
+    _quiet_libraries()
+    print(scoring.compare(args.reward, args.prompt, args.answers, positive_label=args.positive_label))
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
 
 
 def _run(loaded: config.StageConfig) -> None:
@@ -200,6 +236,47 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("show", help="what an artifact is and was made from")
     shown.add_argument("folder", help="a stage's folder, such as runs/demo/reward")
     shown.add_argument("--verify", action="store_true", help="read every file again, whatever its size and time say")
+    _add_scoring(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _add_scoring(commands: Any) -> None:
+    """The commands that use what the stages made; they take no overrides."""
+    scored = commands.add_parser("score", help="a file's answers, each with its reward")
+    best = commands.add_parser("best-of-n", help="to each prompt of a file the best of n sampled answers")
+    compared = commands.add_parser("compare", help="answers to one prompt, best first")
+    for command in (scored, best, compared):
+        command.add_argument("--reward", required=True, help="a reward artifact, a classifier's folder or a hub id")
+        command.add_argument("--positive-label", metavar="NAME", help="of a classifier with several labels the good one")
+    best.add_argument("--policy", required=True, help="a policy artifact, a model's folder or a hub id")
+    for command in (scored, best):
+        command.add_argument("--input", required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet")
+        command.add_argument("--output", required=True, metavar="FILE", help="the same rows with new columns: .csv, .jsonl or .parquet")
+        command.add_argument("--force", action="store_true", help="replace an output that exists")
+    count = _number(int, lambda value: value > 0, "a whole number above 0")
+    scored.add_argument("--batch-size", type=count, default=64, help="answers scored together (default: 64)")
+    scored.add_argument("--alpha", type=_number(float, math.isfinite, "a number"), help="scales the rewards (default: the artifact's own)")
+    scored.add_argument("--normalize", action="store_true", help="centre and scale on the artifact's reference sample first")
+    best.add_argument("--n", type=count, default=16, help="answers to each prompt (default: 16)")
+    warm = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    best.add_argument("--temperature", type=warm, default=0.7, help="(default: 0.7)")
+    best.add_argument("--response-tokens", type=count, default=48, help="of an answer at most (default: 48)")
+    best.add_argument("--max-prompt-tokens", type=count, default=256, help="the last so many are read (default: 256)")
+    best.add_argument("--seed", type=int, default=0, help="seeds the answers, each by its row (default: 0)")
+    best.add_argument("--batch-size", type=count, default=32, help="answers sampled together (default: 32)")
+    compared.add_argument("prompt", help="what was asked")
+    compared.add_argument("answers", nargs="+", metavar="answer", help="two or more; after -- they may begin with a dash")
+
+
+def _number(kind: Callable[[str], Any], is_right: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """A type for argparse that says what was expected."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if is_right(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+
+    return parse

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from pipeline import encoding
+from pipeline import encoding, models
 
 
 @dataclass
@@ -64,6 +64,24 @@ def generator(*key: Any) -> torch.Generator:
     """A CPU generator seeded by the hash of `key`."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def load(source: str, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A policy ready to sample from, on the GPU where there is one, and its tokenizer."""
+    tokenizer = models.load_tokenizer(source, **options)
+    model: Any = models.load_policy(source, tokenizer, **options)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def sample(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[encoding.Text], rows: Sequence[int], *,
+    seed: int, temperature: float, response_tokens: int, max_prompt_tokens: int, batch_size: int,
+) -> Iterator[Answers]:  # fmt: skip
+    """One answer to each prompt, in batches; its noise is that of its number in `rows`. A prompt too long loses its beginning."""
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        ids = [encoding.prompt_ids(tokenizer, prompt)[-max_prompt_tokens:] for prompt in prompts[batch]]
+        yield generate(policy, tokenizer, ids, noise(seed, 0, rows[batch], response_tokens), temperature)
 
 
 @torch.inference_mode()

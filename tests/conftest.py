@@ -44,9 +44,35 @@ def tiny_records(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer():
-    texts = [text for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "demonstrations" for text in record.values()]
-    return models.scratch_policy(texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
+def tiny_feedback(tmp_path_factory) -> Path:
+    """A small prepare artifact with all kinds of feedback: the first questions of the demo world."""
+    from pipeline import prepare
+
+    source = [{"format": "demo", "classes": ["nothate", "hate"], "limit": 1400}]
+    return prepare.run(config.PrepareStage(run="tiny", runs=str(tmp_path_factory.mktemp("feedback")), source=source))
+
+
+@pytest.fixture(scope="session")
+def demo_texts() -> list[str]:
+    rows = demo.rows(config.Source(format="demo"), 0)
+    return [text for kind, record in rows if kind == "demonstrations" for text in record.values()]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(demo_texts):
+    return models.scratch_policy(demo_texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory, demo_texts) -> dict[str, Path]:
+    """Random encoder checkpoints by architecture, with dropout as published ones have, and no head that fits."""
+    torch.manual_seed(0)
+    found = {}
+    for name in ("bert", "roberta", "distilbert"):
+        size = config.Scratch(architecture=name, layers=2, width=64, heads=4, vocabulary=700, positions=128)
+        model, tokenizer = models.scratch_classifier(demo_texts, size, "\n", models.new_head(["LABEL_0"], "regression"))
+        found[name] = _saved(model.base_model, tokenizer, tmp_path_factory.mktemp(name))
+    return found
 
 
 @pytest.fixture(scope="session")

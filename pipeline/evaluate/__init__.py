@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import artifact, encoding, models
+from pipeline import artifact, encoding, sampling
 from pipeline.config import EvaluateStage
 from pipeline.errors import UserError
 from pipeline.evaluate.report import write_report
@@ -26,7 +26,7 @@ from pipeline.reward.measure import held_out, measure
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, function
-from pipeline.sampling import Answers, generate, noise, read, token_logprobs
+from pipeline.sampling import Answers, read, token_logprobs
 
 KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
 
@@ -86,10 +86,7 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
 
 
 def load(config: EvaluateStage, policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
-    options: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = models.load_tokenizer(str(policy.path), **options)
-    model: Any = models.load_policy(str(policy.path), tokenizer, **options)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return sampling.load(str(policy.path), revision=policy.revision, trust_remote_code=config.trust_remote_code)
 
 
 def sample(
@@ -100,12 +97,9 @@ def sample(
         name: [] for name in ("prompt", "text", "ids", "response_tokens", "ended", *(["kl"] if reference is not None else []))
     }
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    for start in range(0, len(wanted), config.batch_size):
-        batch = wanted[start : start + config.batch_size]
-        ids = [encoding.prompt_ids(tokenizer, prompt)[-config.max_prompt_tokens :] for prompt in batch]
-        drawn = noise(config.seed, 0, range(start, start + len(batch)), config.response_tokens)
-        answers = generate(policy, tokenizer, ids, drawn, config.temperature)
-        columns["prompt"] += batch
+    columns["prompt"] += wanted
+    given = {name: getattr(config, name) for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")}
+    for answers in sampling.sample(policy, tokenizer, wanted, range(len(wanted)), **given):
         columns["text"] += answers.texts
         columns["ids"] += answers.token_lists()
         columns["response_tokens"] += answers.response_mask.sum(1).tolist()

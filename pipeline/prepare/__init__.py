@@ -114,18 +114,27 @@ def _account(judged: Judged, quarantine: Path) -> dict[str, Any]:
     by_source: dict[str, Judged] = defaultdict(list)
     for row, fault in judged:
         by_source[row.source].append((row, fault))
-    counts = _count(judged) | {"by_source": {name: _count(rows) for name, rows in sorted(by_source.items())}}
+    write_quarantine(judged, quarantine)
+    return _count(judged) | {"by_source": {name: _count(rows) for name, rows in sorted(by_source.items())}}
+
+
+def write_quarantine(judged: Judged, path: Path) -> None:
+    """The faulty rows, by source and line, an object a line."""
     faulty = sorted(((row, fault) for row, fault in judged if fault), key=lambda pair: pair[0][:2])
-    with quarantine.open("w", encoding="utf-8") as lines:
+    with path.open("w", encoding="utf-8") as lines:
         for row, fault in faulty:
             entry = {"source": row.source, "line": row.line, "reason": fault.reason, "detail": fault.detail, "row": row.data}
-            lines.write(json.dumps(_json_safe(entry), ensure_ascii=False, allow_nan=False) + "\n")
-    return counts
+            lines.write(json_line(entry))
 
 
 def _count(judged: Judged) -> dict[str, Any]:
     reasons = Counter(fault.reason for _, fault in judged if fault)
     return {"read": len(judged), "kept": len(judged) - reasons.total(), "quarantined": dict(sorted(reasons.items()))}
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON that any reader of it takes."""
+    return json.dumps(_json_safe(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _json_safe(value: Any) -> Any:

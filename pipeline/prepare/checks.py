@@ -29,7 +29,7 @@ def check(items: list[Item], classes: list[str]) -> None:
     for item in items:
         if not item.fault:
             try:
-                item.record = _clean(item.kind, item.record, classes)
+                item.record = clean(item.kind, item.record, classes)
             except Fault as fault:
                 item.fault = fault
     _find_contradictions([item for item in items if not item.fault])
@@ -65,7 +65,7 @@ def identity(kind: str, record: Record) -> Hashable:
 # Within a record
 
 
-def _clean(kind: str, record: Record, classes: list[str]) -> Record:
+def clean(kind: str, record: Record, classes: list[str]) -> Record:
     """The record with its own columns only, each in its type; an optional one that says nothing is left out. Raises `Fault`."""
     cleaned: Record = {}
     for field, parse in _FIELDS[kind].items():
@@ -188,6 +188,7 @@ _FIELDS: dict[str, dict[str, Callable[..., Any]]] = {
     "labels": {"prompt": _text_or_nothing, "completion": _answer, "label": _label},
     "ratings": {"prompt": _text, "completion": _answer, "rating": _number},
     "prompts": {"prompt": _text},
+    "answers": {"prompt": _text_or_nothing, "response": _answer},  # to be scored, learned from by no stage
 }
 
 

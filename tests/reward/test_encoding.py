@@ -1,0 +1,108 @@
+"""Text to ids, by hand on a tokenizer of one token per byte, and against the tokenizer's own pair."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import config, models
+from pipeline.errors import UserError
+from pipeline.reward.encoding import Encoding, check, encode, shorten
+
+SIZE = config.Scratch(vocabulary=260, positions=128)
+DECODER = models.scratch_tokenizer([], SIZE, "\n")
+ENCODER = models.scratch_tokenizer([], SIZE, "\n", encoder=True)
+CHAT, PAIR, TEXT = (Encoding(form=form, eos=form == "chat") for form in ("chat", "pair", "concatenation"))
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def cut(how, max_length, side="left"):
+    return Encoding(how.form, how.separator, how.eos, side, max_length)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "how", "expected", "answer"),
+    [
+        (DECODER, CHAT, "ab\ncd<|eos|>", 3),
+        (ENCODER, PAIR, "[CLS]ab[SEP]cd[SEP]", 4),
+        (ENCODER, TEXT, "[CLS]ab\ncd[SEP]", None),
+        (DECODER, TEXT, "ab\ncd", None),
+        (DECODER, Encoding("concatenation", " ", True), "ab cd<|eos|>", None),
+    ],
+)
+def test_forms(tokenizer, how, expected, answer):
+    found = encode(tokenizer, how, "ab", "cd")
+    assert text(tokenizer, found.ids) == expected
+    assert not found.overlong
+    if answer is not None:
+        assert found.answer == answer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "how", "expected"),
+    [
+        (DECODER, cut(CHAT, 6), "d\nxyz<|eos|>"),  # the template's separator is the prompt's last token
+        (DECODER, cut(CHAT, 4), "\nxy<|eos|>"),
+        (DECODER, cut(CHAT, 6, "right"), "abcdx<|eos|>"),
+        (DECODER, cut(CHAT, 7, "right"), "abcd\nx<|eos|>"),
+        (ENCODER, cut(PAIR, 8), "[CLS]cd[SEP]xyz[SEP]"),
+        (ENCODER, cut(PAIR, 6), "[CLS]d[SEP]xy[SEP]"),
+        (ENCODER, cut(PAIR, 8, "right"), "[CLS]abcd[SEP]x[SEP]"),
+        (ENCODER, cut(PAIR, 5, "right"), "[CLS]a[SEP]x[SEP]"),
+        (DECODER, cut(TEXT, 5), "d\nxyz"),
+        (DECODER, cut(TEXT, 5, "right"), "abcd\n"),
+        (ENCODER, cut(TEXT, 5), "[CLS]xyz[SEP]"),
+    ],
+)
+def test_what_is_cut(tokenizer, how, expected):
+    found = encode(tokenizer, how, "abcd", "xyz")
+    assert text(tokenizer, found.ids) == expected
+    assert len(found.ids) == how.max_length
+    assert found.overlong
+
+
+@given(prompt=st.integers(0, 50), answer=st.integers(1, 50), most=st.integers(2, 60), side=st.sampled_from(["left", "right"]))
+def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, side):
+    first, second = shorten(prompt, answer, most, side)
+    assert first + second == min(prompt + answer, most)
+    assert (first >= 1) == (prompt >= 1)
+    assert second >= 1
+    if side == "left" and first > 1:
+        assert second == answer
+    if side == "right" and second > 1:
+        assert first == prompt
+
+
+@given(prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=20), answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
+def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
+    found = encode(ENCODER, PAIR, prompt, answer)
+    own = ENCODER(prompt, answer, return_token_type_ids=True)
+    assert found.ids == own["input_ids"]
+    assert [int(i >= found.answer) for i in range(len(found.ids))] == own["token_type_ids"]
+
+
+def test_messages_are_their_text():
+    message = [{"role": "user", "content": "ab"}]
+    for tokenizer, how in ((DECODER, CHAT), (ENCODER, PAIR), (ENCODER, TEXT)):
+        assert encode(tokenizer, how, message, [{"role": "assistant", "content": "cd"}]) == encode(tokenizer, how, "ab", "cd")
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert text(ENCODER, encode(ENCODER, PAIR, turns, "cd").ids) == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
+
+
+def test_no_prompt_is_the_answer_alone():
+    assert text(ENCODER, encode(ENCODER, TEXT, "", "cd").ids) == "[CLS]cd[SEP]"
+
+
+@pytest.mark.parametrize("odd", ["🙂 émoji", "שלום עולם", "a\r\nb", "word " * 20000])
+def test_odd_text_is_read_like_any_other(odd):
+    for tokenizer, how in ((DECODER, CHAT), (ENCODER, PAIR), (ENCODER, TEXT)):
+        found = encode(tokenizer, how, "q", odd)
+        assert 3 <= len(found.ids) <= how.max_length
+        assert found.overlong == (len(odd) > 512)
+
+
+def test_eos_must_be_there_where_it_is_wanted():
+    with pytest.raises(UserError, match="has no EOS token; set encoding.eos: false"):
+        check(ENCODER, Encoding("chat"), "x")

@@ -114,6 +114,11 @@ def load_classifier(
     return _fit_vocabulary(model, tokenizer)
 
 
+def heads(model: torch.nn.Module) -> list[str]:
+    """The modules of a classifier that come after what was pretrained."""
+    return [name for name, _ in model.named_children() if name in HEADS]
+
+
 def new_head(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
     """What a model's config says of a head with these outputs: their names, and whether they are scalars (`regression`) or classes
     (`single_label_classification`), which `pipeline()` would squash."""

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,16 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
     arguments(config, arguments_class, Path("unused"))
 
 
-def lora_config(config: TrainedStage, task: TaskType, revision: str | None = None) -> LoraConfig | None:
-    """The `lora:` section as PEFT's own class; `revision` is the base's commit, which the adapter is worth nothing without."""
-    return None if config.lora is None else LoraConfig(task_type=task, revision=revision, **_section(config.lora, LoraConfig))
+def lora_config(config: TrainedStage, task: TaskType, revision: str | None = None, heads: Sequence[str] = ()) -> LoraConfig | None:
+    """The `lora:` section as PEFT's own class; `revision` is the base's commit, which the adapter is worth nothing without. `heads` are
+    modules that are trained whole, and so get no adapter: PEFT knows some names, not DistilBERT's `pre_classifier`."""
+    if config.lora is None:
+        return None
+    built = LoraConfig(task_type=task, revision=revision, **_section(config.lora, LoraConfig))
+    if heads:
+        built.modules_to_save = list(dict.fromkeys([*heads, *(built.modules_to_save or [])]))
+        built.exclude_modules = built.exclude_modules or rf"(.*\.)?({'|'.join(heads)})(\..*)?"
+    return built
 
 
 def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **more: Any) -> Any:

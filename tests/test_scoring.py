@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -20,9 +21,9 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "", "response": "No prompt at all", "id": 2},
     {"prompt": "Name a fruit.", "response": 'x=y, "quoted"\r\nand\ra line', "id": 3},
     {"prompt": "שלום, מה שלומך?", "response": "مرحبا 👩‍👩‍👧 🎉", "id": 4},
-    {"prompt": "A long one", "response": "word " * 100_000, "id": 5},
-    {"prompt": "Name a colour.", "response": "Blue.", "id": 6},
-    {"prompt": "Name a colour.", "response": "Seven.", "id": 7},
+    {"prompt": "Name a colour.", "response": "Blue.", "id": 5},
+    {"prompt": "Name a colour.", "response": "Seven.", "id": 6},
+    {"prompt": "A long one", "response": "word " * 100_000, "id": 7},
 ]
 
 
@@ -107,7 +108,7 @@ def test_the_answer_may_have_other_names_and_the_prompt_may_be_missing(column: s
 
 def test_parquet_keeps_its_types_and_columns_of_some_rows_come_before_the_reward(model: Path, tmp_path: Path) -> None:
     day = datetime(2024, 5, 1)
-    types = schema([("text", "string"), ("n", "int16"), ("x", "float32"), ("day", "timestamp[s]"), ("none", "string")])
+    types = schema([("text", "string"), ("n", "int16"), ("x", "float32"), ("day", "timestamp[ms]"), ("none", "string")])
     parquet.write_table(
         table({"text": ["a", "b"], "n": [1, None], "x": [0.5, 1], "day": [day, day], "none": [None, None]}, types), "in.parquet"
     )
@@ -216,8 +217,7 @@ def partial(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> bytes:
 def test_cut_anywhere_it_ends_in_the_same_bytes(run: Callable[..., int], partial: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     whole = Path("out.csv").read_bytes()
     ends = [i + 1 for i, byte in enumerate(partial) if byte == ord("\n")]
-    done = {ends[0]: 0, ends[0] + 5: 0, ends[-3]: len(json.loads(partial.splitlines()[1])), ends[-1] - 1: 0, ends[-1]: 5}
-    done = {}
+    done = set()
     for cut in (3, ends[0] - 1, ends[0], ends[0] + 5, ends[1], ends[-2], ends[-1] - 1, ends[-1]):
         finished = sum(len(json.loads(line)) for line in partial[:cut].splitlines()[1 : sum(end <= cut for end in ends)])
         PARTIAL.write_bytes(partial[:cut])
@@ -226,48 +226,44 @@ def test_cut_anywhere_it_ends_in_the_same_bytes(run: Callable[..., int], partial
         assert run() == 0
         assert (f"resuming {PARTIAL}: {finished} of 5 rows are done" in capsys.readouterr().out) == (finished > 0)
         assert Path("out.csv").read_bytes() == whole
-        done[cut] = finished
+        done.add(finished)
         assert left(Path()) == ["in.jsonl", "out.csv"]
-    assert set(done.values()) > {0, 5}
-    assert len(set(done.values())) > 3
+    assert done > {0, 5}
+    assert len(done) > 3
 
 
-def test_an_interruption_keeps_what_was_computed(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    append = scoring._append
+def interrupted(*given: Any) -> None:
+    raise KeyboardInterrupt
 
-    def interrupted(path: Path, value: Any) -> Any:
-        if path.exists() and path.read_bytes().count(b"\n") == 2:
-            raise KeyboardInterrupt
-        return append(path, value)
 
+def test_what_was_replaced_stays_until_the_new_one_is_whole(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out.csv").write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr(scoring, "_append", interrupted)
-        assert run() == 130
+        patched.setattr(os, "replace", interrupted)
+        assert run("--force") == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert left(Path()) == [PARTIAL.name, "in.jsonl"]
-    assert run() == 0
-    assert f"resuming {PARTIAL}: " in capsys.readouterr().out
+    assert Path("out.csv").read_text() == "old"
+    assert run("--force") == 0
+    assert f"resuming {PARTIAL}: 5 of 5 rows are done" in capsys.readouterr().out
+    assert left(Path()) == ["in.jsonl", "out.csv"]
 
 
-@pytest.mark.parametrize(
-    ("more", "rows", "named"), [(("--alpha=2",), ROWS, "alpha"), ((), ROWS[:4], "input"), (("--normalize",), ROWS, "normalize")]
-)
-def test_what_was_made_from_something_else_is_not_gone_on_from(more: Any, rows: Any, named: str, model: Path, capsys: Any) -> None:
-    source = jsonl(Path("in.jsonl"), rows)
-    assert main("score", model, source, "out.csv", *more) == 0
-    expected = Path("out.csv").read_bytes()
-    jsonl(source, ROWS)
-    scoring._append(PARTIAL, {})
-    work = scoring.read("score", source, Path("out.csv"), force=True)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(scoring, "_publish", lambda *given: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            scoring.score(work, str(model), positive_label=None, batch_size=64, alpha=None, normalize=False)
-    jsonl(source, rows)
+@pytest.mark.parametrize(("more", "rows", "named"), [(("--alpha=2",), 6, "alpha"), ((), 4, "input"), (("--normalize",), 6, "normalize")])
+def test_what_was_made_from_something_else_is_not_gone_on_from(
+    more: Any, rows: int, named: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path("in.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "_publish", interrupted)
+        assert main("score", model, jsonl(source, ROWS[:6]), "out.csv") == 130
     capsys.readouterr()
-    assert main("score", model, source, "out.csv", "--force", *more) == 0
+    jsonl(source, ROWS[:rows])
+    assert main("score", model, source, "out.csv", *more) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{PARTIAL}: was made from another {named}; starting afresh"
-    assert Path("out.csv").read_bytes() == expected
+    assert main("score", model, source, "clean.csv", *more) == 0
+    assert Path("out.csv").read_bytes() == Path("clean.csv").read_bytes()
 
 
 # What is wrong

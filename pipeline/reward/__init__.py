@@ -75,7 +75,7 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         train_dataset=with_members(config, rows["train"][0]),
         eval_dataset=rows["validation"][0] if "validation" in rows and len(rows["validation"][0]) else None,
         processing_class=tokenizer,
-        peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision),
+        peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision, models.heads(model)),
         callbacks=[training.Say()],
     )
     training.fit(trainer, work)

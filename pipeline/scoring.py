@@ -191,7 +191,10 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
 
 
 def _fill(work: Work, made_from: dict[str, Any], compute: Callable[[Sequence[Item]], list[Columns]], chunk: int) -> None:
-    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time; go on where the same was interrupted."""
+    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time; go on where the same was interrupted.
+
+    `made_from` is what decides them: no batch size, which may be lowered after a run out of memory.
+    """
     made_from = {"command": work.command, "version": __version__, "input": artifact.foreign(work.source, "source").identity} | made_from
     partial = _sibling(work.output, "partial.jsonl")
     rows = work.sound

@@ -35,14 +35,14 @@ def folder(tmp_path_factory):
 
 def test_the_metrics_named_by_the_contract_are_there(folder):
     metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
+    assert {"accuracy", "accuracy_ceiling", "accuracy_longer"} <= metrics["reward"]["comparisons"].keys()
     for section, names in {
-        "reward": {"accuracy", "accuracy_ceiling", "accuracy_longer"},
         "sft": {"gold_reward", "response_tokens"},
         "ppo": {"gold_reward", "reward", "kl", "response_tokens", "win_rate_gold", "well_formed"},
         "best_of_16": {"gold_reward"},
     }.items():
         assert names <= metrics[section].keys()
-    assert metrics["reward"]["pairs"] >= 1000
+    assert metrics["reward"]["comparisons"]["pairs"] >= 1000
     assert metrics["rows"]["read"] == metrics["rows"]["kept"] + sum(metrics["rows"]["quarantined"].values())
     assert metrics["sft"]["gold_reward"] == pytest.approx(-1, abs=0.2)  # four steps teach nobody to speak
 

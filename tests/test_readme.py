@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.cli import main
+from pipeline.cli import _parse, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
+TOOLS = ("score", "compare", "best-of-n")
 INLINE = re.findall(r"`(make [^`]+)`", README)
 
 
@@ -23,8 +24,16 @@ def argv_of(command):
     return words[words.index("pipeline") + 1 :] if words[0] == "accelerate" else words[1:]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make")])
-def test_the_commands_are_understood(command, capsys, monkeypatch):
+STAGES = [command for command in COMMANDS if command.split()[0] in ("rlhf", "accelerate") and command.split()[1] not in TOOLS]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] in TOOLS])
+def test_the_tools_are_understood(command):
+    assert _parse(argv_of(command)).command == command.split()[1]
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_the_stages_are_understood(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main([*argv_of(command), "--dry-run"]) == 0
     assert "would write runs/" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def run(config: EvaluateStage) -> Path:
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
     options: dict[str, Any] = {"revision": inputs["reward"].revision, "trust_remote_code": config.trust_remote_code}
-    reward = RewardModel.load(inputs["reward"].path, **options)
+    reward = RewardModel.load(inputs["reward"].path, positive_label=config.positive_label, **options)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
     sampled = sample_policies(config, inputs, prompts)
@@ -185,6 +185,7 @@ def report_data(
             {"name": n, "kl": kl, "reward": m["reward"], "gold_reward": m.get("gold_reward"), "bound": bound} for n, kl, m, bound in points
         ],
         "lengths": {name: columns["response_tokens"] for name, columns in sampled.items()},
+        "measured": metrics["reward"],
         "calibration": reliability,
         "samples": before_and_after(config, sampled),
         "lineage": [lineage(name, source) for name, source in inputs.items()],

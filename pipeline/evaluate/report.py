@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from pipeline.reward import tables
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -60,6 +62,12 @@ SUPERVISED = (
           "Both should fall; validation turning up while training still falls means the model is memorising."),
     Curve("Accuracy", "share of answers", {"training": ("accuracy",), "validation": ("eval_accuracy",)},
           "How often the reward model agrees with the labels: judge by validation, as noisy labels keep the best model below 1."),
+    Curve("RMSE", "units of the ratings", {"training": ("rmse",), "validation": ("eval_rmse",)},
+          "How far rewards are from people's ratings: judge it by the ratings' standard deviation, which is what a constant would get."),
+    Curve("AUROC", "AUROC", {"training": ("auroc",), "validation": ("eval_auroc",)},
+          "How often an answer of the good class outscores one of another: 1 is always, and at ½ the reward is no better than a coin."),
+    Curve("Kendall τ", "Kendall τ", {"training": ("kendall_tau",), "validation": ("eval_kendall_tau",)},
+          "How far the rewards order a prompt's answers as people did: 1 is the same order, 0 chance; of pairs it is 2 × accuracy − 1."),
     Curve("Token accuracy", "share of tokens", {"training": ("mean_token_accuracy",), "validation": ("eval_mean_token_accuracy",)},
           "How often the next token is guessed right: validation levelling off says when more steps stop paying."),
 )  # fmt: skip
@@ -93,6 +101,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…` is drawn as PPO
     frontier: [{name, kl (nats), reward, gold_reward, bound}]; bound says that `kl` is an upper bound
     lengths: {name: response tokens, one per answer}
+    measured: {kind of records: figures, as the reward stage's metrics.json has them}, first the kind that it learned from
     calibration: [{confidence, accuracy, count}], one per bin
     samples: [{prompt, sft, ppo, sft_reward, ppo_reward, sft_gold, ppo_gold}]
     lineage: [{stage, path, identity, created_at, inputs: {name: identity}, config: YAML text}]
@@ -111,6 +120,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         frontier=data.get("frontier"),
         frontier_plot=draw_frontier(data.get("frontier") or []),
         lengths=draw_lengths(data.get("lengths") or {}),
+        measured={kind: tables.of_kind(figures) for kind, figures in (data.get("measured") or {}).items()},
         calibration=draw_calibration(data.get("calibration") or []),
         samples=samples,
         gold=any(finite(sample.get(key)) is not None for sample in samples for key in ("sft_gold", "ppo_gold")),

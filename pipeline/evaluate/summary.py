@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+# What is said of a reward model that learned from other records than comparisons: row -> figure of its kind.
+LEARNED = {
+    "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
+    "labels": {"reward AUROC": "auroc", "reward F1": "f1"},
+    "ratings": {"reward RMSE": "rmse", "Spearman ρ": "spearman"},
+}
+
 
 def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """`name`, `value`, `note` of each headline figure there is."""
@@ -12,11 +19,7 @@ def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     if counts:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts["quarantined"].items()))
         found += [_row("rows read", f"{counts['read']:,}"), _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons)]
-    if reward:
-        beside = [f"longer wins {reward['accuracy_longer']:.3f}", f"{reward['pairs']:,} test pairs"]
-        if "accuracy_ceiling" in reward:
-            beside.insert(0, f"ceiling {reward['accuracy_ceiling']:.3f}")
-        found.append(_row("reward accuracy", f"{reward['accuracy']:.3f}", ", ".join(beside)))
+    found += _reward_rows(reward)
     policies = [name for name in metrics if name in ("sft", "ppo") or name.startswith("best_of_")]
     for figure, title in (
         ("gold_reward", "gold reward"),
@@ -42,6 +45,23 @@ def table(folder: Path) -> str:
     width = max(len(row["name"]) for row in found)
     lines = [f"  {row['name']:<{width}}  {row['value']:>8}  {row['note']}".rstrip() for row in found]
     return "\n".join(["", *lines, "", f"report: {folder / 'report.html'}"])
+
+
+def _reward_rows(reward: dict[str, Any]) -> list[dict[str, str]]:
+    """Of pairs and of the kind it learned from, which comes first."""
+    found = []
+    if pairs := reward.get("comparisons"):
+        beside = [f"longer wins {pairs['accuracy_longer']:.3f}", f"{pairs['pairs']:,} test pairs"]
+        if "accuracy_ceiling" in pairs:
+            beside.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
+        found.append(_row("reward accuracy", f"{pairs['accuracy']:.3f}", ", ".join(beside)))
+    kind = next(iter(reward), "comparisons")
+    for name, figure in LEARNED.get(kind, {}).items():
+        figures = reward[kind]
+        if figure in figures:
+            count = figures["rankings" if kind == "rankings" else "rows"]
+            found.append(_row(name, f"{figures[figure]:.3f}", f"{count:,} test {kind}"))
+    return found
 
 
 def _row(name: str, value: str, note: str = "") -> dict[str, str]:

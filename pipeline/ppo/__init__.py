@@ -51,7 +51,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     tokenizer = models.load_tokenizer(config.policy or "", revision=revision["policy"], **options)
     trainer = PPOTrainer(
         policy=load_policy(config, tokenizer, revision["policy"]),
-        reward=open_source(config.reward or "", revision=revision.get("reward"), **options),
+        reward=open_source(config.reward or "", positive_label=config.positive_label, revision=revision.get("reward"), **options),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),

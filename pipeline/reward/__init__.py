@@ -21,7 +21,7 @@ from pipeline.config import RewardStage
 from pipeline.errors import UserError
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
-from pipeline.reward import batching, measure
+from pipeline.reward import batching, card, measure
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.encoding import check as check_encoding
 from pipeline.reward.examples import ANSWERS, examples
@@ -83,9 +83,13 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         return {}
     trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
     trainer.accelerator.free_memory()
+    built = card.architecture(trainer.model)
     save(trainer, config, settings, output)
     training.write_log(trainer, output)
-    return publish_metrics(config, records, data, output) | {"rows": {split: {"rows": len(kept)} | counts for split, (kept, counts) in rows.items()}}
+    found = publish_metrics(config, records, data, output)
+    counted = {split: {"rows": len(kept)} | counts for split, (kept, counts) in rows.items()}
+    card.write(output, config, settings, records, trainer, built, counted)
+    return found | {"rows": counted}
 
 
 def plan(config: RewardStage, data: DatasetDict) -> Settings:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.report import column, distance, dotted, number, write_report
+from pipeline.evaluate import report
+from pipeline.evaluate.report import Plot, column, distance, dotted, draw_curve, draw_curves, number, write_report
 
 NAN = float("nan")
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
@@ -16,7 +17,7 @@ FULL: dict[str, Any] = {
     "title": "demo",
     "command": "rlhf run --recipe demo",
     "summary": [{"name": "Gold reward, PPO", "value": "0.56", "note": "scale −1 to 1"}],
-    "metrics": {"reward": {"accuracy": 0.8061234, "pairs": 1024}, "seed": 0},
+    "metrics": {"reward": {"comparisons": {"accuracy": 0.8061234, "pairs": 1024}}, "seed": 0},
     "rows": {"by_source": {"pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}}}},
     "curves": {
         "sft": [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1}],
@@ -32,6 +33,26 @@ FULL: dict[str, Any] = {
         {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True},
     ],
     "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
+    "measured": {
+        "labels": {
+            "rows": 1200,
+            "accuracy": 0.75,
+            "accuracy_interval": [0.7, 0.8],
+            "auroc": 0.8125,
+            "confusion": {"bad": {"bad": 1000, "good": 20}, "good": {"bad": 30, "good": 150}},
+        },
+        "comparisons": {
+            "pairs": 40,
+            "accuracy": 0.6,
+            "accuracy_interval": [0.5, 0.7],
+            "accuracy_longer": 0.55,
+            "margin": -0.0001,
+            "by_source": {
+                "web": {"pairs": 30, "accuracy": 0.5, "accuracy_interval": [0.3, 0.7], "accuracy_longer": 0.4},
+                "forum": {"pairs": 10, "accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "accuracy_longer": 1.0},
+            },
+        },
+    },
     "calibration": [{"confidence": 0.55, "accuracy": 0.5, "count": 90}, {"confidence": 0.9, "accuracy": 0.8, "count": 10}],
     "samples": [
         {"prompt": "a?", "sft": "yes", "ppo": "no", "sft_reward": 0.125, "ppo_reward": 2.0, "sft_gold": -0.5, "ppo_gold": 1.0},
@@ -57,7 +78,7 @@ FULL: dict[str, Any] = {
     ],
 }
 PLOTS = ("curves", "frontier", "lengths", "calibration")
-SECTIONS = ["summary", "frontier", "samples", "curves", "lengths", "calibration", "rows", "metrics", "lineage"]
+SECTIONS = ["summary", "frontier", "samples", "curves", "lengths", "measured", "calibration", "rows", "metrics", "lineage"]
 
 
 class Page(HTMLParser):
@@ -65,7 +86,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.html, self.section = html, ""
+        self.html, self.section, self.in_cell = html, "", False
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: dict[str, list[list[str]]] = {}
         self.text: dict[str, str] = {}
@@ -78,14 +99,16 @@ class Page(HTMLParser):
         elif tag == "tr":
             self.rows.setdefault(self.section, []).append([])
         elif tag in ("td", "th"):
+            self.in_cell = True
             self.rows[self.section][-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
         self.section = "" if tag == "section" else self.section
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         self.text[self.section] = self.text.get(self.section, "") + data
-        if self.section in self.rows and self.rows[self.section][-1]:
+        if self.in_cell:
             self.rows[self.section][-1][-1] += data.strip("\n")
 
     def attributes(self, tag: str, name: str) -> list[str | None]:
@@ -152,6 +175,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
         "curves": {HOSTILE: FULL["curves"]["sft"]},
         "frontier": [{"name": HOSTILE, "kl": 1.0, "reward": 1.0}],
         "lengths": {HOSTILE: [1, 2], "$x$": [3]},
+        "measured": {HOSTILE: {HOSTILE: 1, "by_source": {HOSTILE: FULL["measured"]["comparisons"]}, "confusion": {HOSTILE: {HOSTILE: 1}}}},
         "samples": [{"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}],
         "lineage": [dict.fromkeys(("stage", "path", "identity", "created_at", "config"), HOSTILE) | {"inputs": {HOSTILE: HOSTILE}}],
     }
@@ -181,10 +205,26 @@ def test_gold_columns_need_a_gold_reward(tmp_path: Path) -> None:
 
 def test_tables_hold_the_values(full: Page) -> None:
     assert full.rows["summary"] == [["Gold reward, PPO", "0.56", "scale −1 to 1"]]
-    assert full.rows["metrics"] == [["reward.accuracy", "0.8061"], ["reward.pairs", "1,024"], ["seed", "0"]]
+    assert full.rows["metrics"] == [["reward.comparisons.accuracy", "0.8061"], ["reward.comparisons.pairs", "1,024"], ["seed", "0"]]
     assert full.rows["rows"][1:] == [["pairs.csv", "40", "30", "", "10", "not text\xa07 · exact duplicate\xa03"]]
     assert "width: 75.0%" in (full.attributes("i", "style"))
     assert full.rows["frontier"][1:] == [["SFT", "0.00", "-0.20", "-0.04"], ["best-of-16", "≤ 1.83", "0.70", "0.50"]]
+
+
+def test_the_reward_model_s_figures_are_told_by_kind_with_intervals(full: Page) -> None:
+    head = ["figure", "value", "95 % interval"]
+    labels = [head, ["rows", "1,200", ""], ["accuracy", "0.750", "0.700 to 0.800"], ["AUROC", "0.812", ""]]
+    confusion = [["true class", "predicted bad", "predicted good"], ["bad", "1,000", "20"], ["good", "30", "150"]]
+    longer, margin = ["accuracy of “longer wins”", "0.550", ""], ["mean margin", "0.000", ""]
+    pairs = [head, ["pairs", "40", ""], ["accuracy", "0.600", "0.500 to 0.700"], longer, margin]
+    by_source = [
+        ["source", "pairs", "accuracy", "95 % interval", "“longer wins”"],
+        ["web", "30", "0.500", "0.300 to 0.700", "0.400"],
+        ["forum", "10", "0.900", "0.800 to 1.000", "1.000"],
+    ]
+    assert full.rows["measured"] == labels + confusion + pairs + by_source
+    words = full.text["measured"]
+    assert words.index("labels") < words.index("Confusion matrix") < words.index("comparisons") < words.index("By source")
 
 
 def test_lineage_links_an_input_to_the_stage_that_made_it(full: Page) -> None:
@@ -201,6 +241,26 @@ def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
     assert [label.split(".")[0] for label in labels] == [*frontier, *sft, *reward, *ppo, "Response length", "Calibration"]
     assert full.html.count("<svg ") == full.html.count("<figcaption>") == 10
     assert "Reward rising while gold falls" in full.text["curves"]
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "says"),
+    [("RMSE", "eval_rmse", "constant"), ("AUROC", "eval_auroc", "coin"), ("Kendall τ", "eval_kendall_tau", "order")],
+)
+def test_what_an_objective_is_evaluated_by_is_drawn(title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(report, "draw", lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")])
+    (curve,) = [curve for curve in report.SUPERVISED if curve.title == title]
+    (plot,) = draw_curve("reward", curve, log)
+    assert says in plot.caption
+    (line,) = axes.get_lines()
+    assert line.get_label() == "validation"
+    assert line.get_xydata().tolist() == [[5, 0.25], [10, 0.5]]
+    monkeypatch.undo()
+    assert [plot.title for plot in draw_curves("reward", log)] == ["Loss", title]
 
 
 def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline import RewardModel, config, encoding, reward
 from pipeline.errors import UserError
+from pipeline.reward.encoding import Encoding
+from pipeline.reward.examples import examples
 
 FORMS = {
     "full": {},
@@ -127,9 +129,12 @@ def test_alpha_normalize_rank_and_best_of_n(full, pairs):
 
 def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
     rows = load_from_disk(str(tiny_records / "comparisons"))["train"].select(range(3))
-    for row, ids in zip(rows, reward.tokenize(rows, tiny_tokenizer, 96), strict=True):
-        for side in ("chosen", "rejected"):
-            assert ids[f"{side}_ids"] == add(*encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96))
+    made, _ = examples(rows, "comparisons", tiny_tokenizer, Encoding(max_length=96), drop=False)
+    for row, found in zip(rows, made, strict=True):
+        # As SFT reads the same prompt and answer.
+        assert found["ids"] == [add(*encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")]
+        assert found["target"] == [1, 2]
+        assert found["length"] == sum(map(len, found["ids"]))
 
 
 def test_wrong_inputs_are_named(full, tiny_gpt2, tmp_path):
@@ -142,5 +147,5 @@ def test_wrong_inputs_are_named(full, tiny_gpt2, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(full, num_labels=2, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path / "two")
     RewardModel.load(full).tokenizer.save_pretrained(tmp_path / "two")
-    with pytest.raises(UserError, match="two: cannot be loaded as a sequence classifier with one output"):
+    with pytest.raises(UserError, match=r"two: has the labels \['LABEL_0', 'LABEL_1'\] and no reward.json"):
         RewardModel.load(tmp_path / "two")

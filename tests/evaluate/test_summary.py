@@ -1,0 +1,54 @@
+"""The table that ends a run: which rows there are, by what the reward model learned from."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.evaluate.summary import rows, table
+
+COMPARISONS = {"pairs": 1064, "accuracy": 0.8674, "accuracy_longer": 0.5695}
+ACCURACY = ("reward accuracy", "0.867", "longer wins 0.570, 1,064 test pairs")
+RANKINGS = {"rankings": 190, "kendall_tau": 0.76316, "top_1": 0.76842, "accuracy": 0.88}
+LABELS = {"rows": 1342, "accuracy": 0.9, "auroc": 0.9123, "f1": 0.85, "confusion": {}}
+RATINGS = {"rows": 342, "rmse": 0.18187, "spearman": 0.93543}
+
+
+def told(reward: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows on the reward model; every run has the others."""
+    found = [tuple(row.values()) for row in rows({"reward": reward, "sft": {}, "ppo": {"kl": 1.5}})]
+    assert found[-1] == ("KL of PPO to SFT", "1.500", "nats per answer")
+    return found[:-1]
+
+
+def test_pairs_come_with_the_ceiling_and_with_longer_wins() -> None:
+    assert told({"comparisons": COMPARISONS, "rankings": RANKINGS}) == [ACCURACY]
+    (row,) = told({"comparisons": COMPARISONS | {"accuracy_ceiling": 0.9}})
+    assert row == ("reward accuracy", "0.867", "ceiling 0.900, longer wins 0.570, 1,064 test pairs")
+
+
+LEARNED: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
+    "rankings": (RANKINGS, [("reward top-1", "0.768", "190 test rankings"), ("Kendall τ", "0.763", "190 test rankings")]),
+    "labels": (LABELS, [("reward AUROC", "0.912", "1,342 test labels"), ("reward F1", "0.850", "1,342 test labels")]),
+    "ratings": (RATINGS, [("reward RMSE", "0.182", "342 test ratings"), ("Spearman ρ", "0.935", "342 test ratings")]),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_what_it_learned_from_comes_after_the_pairs_where_there_are_any(kind: str) -> None:
+    figures, expected = LEARNED[kind]
+    assert told({kind: figures, "comparisons": COMPARISONS}) == [ACCURACY, *expected]
+    assert told({kind: figures}) == expected
+
+
+def test_what_is_undefined_or_was_not_measured_is_left_out() -> None:
+    assert told({"ratings": {"rows": 3, "rmse": 0.5}}) == [("reward RMSE", "0.500", "3 test ratings")]
+    assert told({"labels": {"rows": 1, "accuracy": 1.0}}) == []
+    assert told({}) == []
+
+
+def test_the_table_says_where_the_report_is(tmp_path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"reward": {"ratings": RATINGS}, "sft": {}, "ppo": {}}))
+    assert table(tmp_path).splitlines() == [
+        "", "  reward RMSE     0.182  342 test ratings", "  Spearman ρ      0.935  342 test ratings", "", f"report: {tmp_path}/report.html",
+    ]  # fmt: skip

@@ -2,8 +2,9 @@
 
     python benchmarks/real_data.py DATA [NAME …] [--models minilm smollm2] [--peer]
 
-DATA holds the published files (see `SETS`). Each row is two commands, which are printed as they run; what is done already is reused. `--peer`
-also trains TRL's trainer on the same pairs in the same steps, where it can run at all. Ends with a table, and `benchmarks/real_data.json`.
+DATA holds the published files (see `SETS`). Each row is two commands, which are printed as they run; what is done already is reused.
+`--peer` also trains TRL's trainer on the same pairs in the same steps, where it can run at all. Ends with a table, and
+`benchmarks/real_data.json`.
 """
 
 import argparse
@@ -84,7 +85,14 @@ def trl_accuracy(folder: Path) -> float | str:
         turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
         sides = lambda row: {side: turn("assistant", row[side]) for side in ("chosen", "rejected")}  # noqa: E731
         pairs = pairs.map(lambda row: {"prompt": turn("user", row["prompt"]), **sides(row)})
-    plain = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "eval_strategy": "no", "save_strategy": "no"}
+    plain = {
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
     args = trl.RewardConfig(str(folder / "trl"), max_length=config["max_length"], **config["training"] | plain)
     lora = LoraConfig(task_type="SEQ_CLS", **config["lora"]) if config["lora"] else None
     try:
@@ -95,10 +103,8 @@ def trl_accuracy(folder: Path) -> float | str:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     model: Any = trainer.model.eval()
     with torch.inference_mode():
-        wins = [
-            model(input_ids=torch.tensor([row["chosen_ids"]])).logits.item() > model(input_ids=torch.tensor([row["rejected_ids"]])).logits.item()
-            for row in rows
-        ]
+        reward = lambda ids: model(input_ids=torch.tensor([ids])).logits.item()  # noqa: E731
+        wins = [reward(row["chosen_ids"]) > reward(row["rejected_ids"]) for row in rows]
     return sum(wins) / len(pairs["test"]) if wins else "every pair is over max_length"
 
 

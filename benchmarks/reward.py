@@ -2,11 +2,11 @@
 
     python benchmarks/reward.py [WORK …] [--rounds 5] [--hh PAIRS.jsonl] [--encoder FOLDER]
 
-Each measurement is a process of its own: a work (below), a side (`ours` or `peer`). In a round both sides do each work, in turns first; what is
-printed is the median over rounds of the ratios within a round, since a machine's speed drifts. `benchmarks/results.json` keeps all of it:
-sizes, seconds, real tokens per second (each answer with its prompt once, without padding), peak memory over what the imports alone
-take, and the fraction of the machine's own matrix-multiply rate. Both sides train the same model on the same ids in the same steps, and the loss
-curves must agree.
+Each measurement is a process of its own: a work (below), a side (`ours` or `peer`). In a round both sides do each work, in turns first;
+what is printed is the median over rounds of the ratios within a round, since a machine's speed drifts. `benchmarks/results.json` keeps all
+of it: sizes, seconds, real tokens per second (each answer with its prompt once, without padding), peak memory over what the imports
+alone take, and the fraction of the machine's own matrix-multiply rate. Both sides train the same model on the same ids in the same
+steps, and the loss curves must agree.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("works", nargs="*", metavar="WORK", help=", ".join(WORKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hh", help="pairs.jsonl of hh-rlhf, for hh-harmless; left out without")
-    parser.add_argument("--encoder", help="a sentence encoder's folder, for score-encoder (default: a BERT of MiniLM's size, made from nothing)")
+    parser.add_argument(
+        "--encoder", help="a sentence encoder's folder, for score-encoder (default: a BERT of MiniLM's size, made from nothing)"
+    )
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.works) - set(WORKS):
@@ -95,9 +97,8 @@ def line(work: str, result: dict[str, Any]) -> str:
     speeds = " / ".join(f"{median(side, 'tokens_per_second'):,.0f}" for side in ("ours", "peer"))
     fractions = " / ".join(f"{median(side, 'matmul_fraction'):.2f}" for side in ("ours", "peer"))
     memory = " / ".join(f"{median(side, 'peak_mb'):,.0f}" for side in ("ours", "peer"))
-    return (
-        f"{work:<16} {result['ratio']:5.2f}× (required {result['required']:.0f}×)  tokens/s {speeds}  MB {memory}  of matmul rate {fractions}"
-    )
+    required = f"(required {result['required']:.0f}×)"
+    return f"{work:<16} {result['ratio']:5.2f}× {required}  tokens/s {speeds}  MB {memory}  of matmul rate {fractions}"
 
 
 # One measurement
@@ -283,7 +284,9 @@ def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     scores = run()
     seconds = time.perf_counter() - start
-    lengths = [min(len(ids), how.max_length) for ids in tokenizer([" ".join(pair) for pair in zip(prompts, answers, strict=True)])["input_ids"]]
+    lengths = [
+        min(len(ids), how.max_length) for ids in tokenizer([" ".join(pair) for pair in zip(prompts, answers, strict=True)])["input_ids"]
+    ]
     return {
         "seconds": seconds, "real_tokens": sum(lengths), "scores": scores, "flops": 2 * weights(model) * sum(seen), "rows": len(scores),
         "model": model.config.model_type,

@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     files = {stage: folder / f"{stage}.yaml" for stage in stages}
     if args.tiny:
         files = {stage: _tiny(folder, stage) for stage in stages}
-        common["run"] = args.run or f"{folder.resolve().name}-tiny"
+        if args.run is None and not any(item.startswith("run=") for item in args.overrides):
+            common["run"] = f"{folder.resolve().name}-tiny"
     configs = [config.load(stage, files[stage], overrides[stage], **common) for stage in stages]
     for loaded in configs:
         loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")

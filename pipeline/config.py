@@ -54,7 +54,9 @@ class Source(Strict):
 
     @model_validator(mode="after")
     def nothing_unread(self) -> "Source":
-        read = {"subset": self.hub, "revision": self.hub, "columns": self.format != "demo", "values": self.format != "demo", "classes": self.format in ("labels", "demo")}
+        is_file = self.format != "demo"
+        read = {"subset": self.hub, "revision": self.hub, "columns": is_file, "values": is_file}
+        read["classes"] = self.format in ("labels", "demo")
         for key, is_read in read.items():
             if getattr(self, key) and not is_read:
                 raise ValueError(
@@ -215,9 +217,12 @@ COMPARATIVE = ("pairwise", "ranking", "plackett_luce")
 
 
 class RewardStage(FromModel):
-    """`objective` says what is learned and from which records. `positive_label`, `reward_output` and `class_weights` belong to
-    `classification`: which class's logit (or log-odds, or probability) is the reward, "true" or "1" where that is a class. An `ensemble` of several heads shares one backbone;
-    its reward is their mean less `uncertainty_penalty` standard deviations."""
+    """`objective` says what is learned and from which records.
+
+    `positive_label`, `reward_output` and `class_weights` belong to `classification`: which class's logit (or log-odds, or probability) is
+    the reward, "true" or "1" where that is a class. An `ensemble` of several heads shares one backbone; its reward is their mean less
+    `uncertainty_penalty` standard deviations.
+    """
 
     stage: ClassVar[str] = "reward"
     objective: Literal["pairwise", "ranking", "plackett_luce", "classification", "regression"] = "pairwise"
@@ -246,8 +251,8 @@ class RewardStage(FromModel):
 
 
 class PPOStage(TrainedStage):
-    """`policy` and `reward` default to the run's own artifacts; of a foreign classifier with several labels the logit of `positive_label` is
-    the reward; `gold` is a `module:function`, used to evaluate, never to train."""
+    """`policy` and `reward` default to the run's own artifacts; of a foreign classifier with several labels the logit of `positive_label`
+    is the reward; `gold` is a `module:function`, used to evaluate, never to train."""
 
     stage: ClassVar[str] = "ppo"
     policy: str | None = None
@@ -368,7 +373,7 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(base, DictConfig):
         raise UserError(f"{path}: expected a mapping of keys, found a list")
-    extended = base.pop("extends", None)
+    extended = DictConfig.pop(base, "extends", None)
     if extended is None:
         return base
     if (path.parent / str(extended)).resolve() == path.resolve():

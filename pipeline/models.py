@@ -44,7 +44,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = ["score", "classifier", "pre_classifier", "lm_head"]
 
 
-def load_tokenizer(source: str, *, separator: str = "\n", generates: bool = True, distinct_pad: bool = True, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, *, separator: str = "\n", generates: bool = True, distinct_pad: bool = True, **options: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, with a pad token and a chat template (turns ended by `separator` where it brings none).
 
     One that only reads (not `generates`) needs no EOS. `distinct_pad`: pad ≠ EOS, for ids that end with EOS.

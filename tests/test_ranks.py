@@ -1,4 +1,4 @@
-"""Two processes under `accelerate launch`: one artifact, written once."""
+"""Two processes: one artifact, written once. (`accelerate launch --cpu` starts one process, whatever it is told: torchrun it is.)"""
 
 import json
 import os
@@ -19,17 +19,22 @@ def test_alone_one_agrees_with_oneself():
     assert agree("make") == "make"
 
 
+def launch(processes: int, stage: str, *arguments: str) -> str:
+    """What a stage prints, run by so many processes."""
+    alone = [sys.executable]
+    launcher = alone if processes == 1 else [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, "-m", "pipeline", stage, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
 @pytest.fixture(scope="module")
 def launched(tiny_records, tmp_path_factory) -> tuple[Path, list[str]]:
     """sft by two processes, twice: the folder, and what each launch printed."""
     runs = tmp_path_factory.mktemp("runs")
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    stage = ["pipeline", "sft", "--config", str(RECIPES / "demo/sft.yaml"), "--run", "t", f"runs={runs}", f"records={tiny_records}"]
     small = ["scratch={layers: 1, width: 16, heads: 2, vocabulary: 300}", "training.max_steps=2", "training.logging_steps=1"]
-    command = [sys.executable, "-m", *launcher, "-m", *stage, *small]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    printed = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    return runs / "t" / "sft", printed
+    stage = ["--config", str(RECIPES / "demo/sft.yaml"), "run=t", f"runs={runs}", f"records={tiny_records}", *small]
+    return runs / "t" / "sft", [launch(2, "sft", *stage) for _ in range(2)]
 
 
 def test_two_processes_train_together_and_one_writes(launched):
@@ -43,3 +48,18 @@ def test_two_processes_train_together_and_one_writes(launched):
 def test_what_is_unchanged_is_reused_by_all(launched):
     folder, printed = launched
     assert printed[1] == f"sft: {folder}\nsft: unchanged, reusing {folder}\n"
+
+
+def test_two_processes_learn_what_one_does(tiny_feedback, tiny_gpt2, tmp_path):
+    """Rankings, which share their prompts and go through the model in several forwards, the same four a step."""
+    logs = {}
+    for processes in (1, 2):
+        training = {"max_steps": 3, "per_device_train_batch_size": 4 // processes, "train_sampling_strategy": "sequential"}
+        small = ["max_length=96", "training.logging_steps=1", "training.logging_strategy=steps", "training.eval_strategy=no"]
+        small += [f"training.{key}={value}" for key, value in training.items()]
+        given = [f"runs={tmp_path}", f"run=p{processes}", f"records={tiny_feedback}", f"model={tiny_gpt2}"]
+        launch(processes, "reward", "--config", str(RECIPES / "gpt2-ranked/reward.yaml"), *given, *small)
+        entries = map(json.loads, (tmp_path / f"p{processes}" / "reward" / "log.jsonl").open(encoding="utf-8"))
+        logs[processes] = [entry["loss"] for entry in entries if "loss" in entry]
+    assert len(logs[1]) == 3
+    assert logs[2] == pytest.approx(logs[1], abs=1e-5)

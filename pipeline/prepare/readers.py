@@ -152,7 +152,7 @@ def _shape(source: Source, rows: list[Row]) -> tuple[str, ...]:
     shapes, optional = SHAPES[source.format], OPTIONAL.get(source.format, ())
     known = dict.fromkeys([*(name for shape in shapes for name in shape), *optional])
     found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
-    for ours, theirs in (source.columns | dict.fromkeys(source.values, [])).items():
+    for ours, theirs in (source.columns | {name: [] for name in source.values}).items():
         if ours not in known:
             raise UserError(f"{where}: columns maps {ours!r}, expected one of {', '.join(known)}{nearest(ours, known)}")
         for name in [theirs] if isinstance(theirs, str) else theirs:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 from pipeline.reward import batching, card, measure
-from pipeline.reward.encoding import Encoding
+from pipeline.reward.encoding import Encoding, flat
 from pipeline.reward.encoding import check as check_encoding
 from pipeline.reward.examples import ANSWERS, examples
 from pipeline.reward.model import RewardModel, Settings
@@ -99,6 +99,8 @@ def plan(config: RewardStage, data: DatasetDict) -> Settings:
         classes = data["train"].features["label"]
         settings.outputs = list(getattr(classes, "names", None) or map(str, sorted(set(data["train"]["label"]))))
         settings.logit = positive(config, settings.outputs)
+        if settings.logit not in data["train"]["label"]:
+            raise UserError(f"reward: positive_label={settings.outputs[settings.logit]!r}: no row to train on has it; see prepare's report")
         if config.class_weights and len(config.class_weights) != len(settings.outputs):
             raise UserError(f"reward: class_weights has {len(config.class_weights)} numbers for the classes {', '.join(settings.outputs)}")
     elif config.ensemble > 1:
@@ -119,8 +121,8 @@ def positive(config: RewardStage, classes: list[str]) -> int:
 def start(config: RewardStage, settings: Settings, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with its head, and its tokenizer."""
     if config.scratch is not None:
-        kind = OBJECTIVES[config.objective].kind
-        texts = [text for record in data["train"] for text in training.texts([{"t": t} for t in [record["prompt"], *ANSWERS[kind](record)]], "t")]
+        answers = ANSWERS[OBJECTIVES[config.objective].kind]
+        texts = [flat(text, " ") for record in data["train"] for text in (record["prompt"], *answers(record))]
         return models.scratch_classifier(texts, config.scratch, config.encoding.separator, settings.head)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # Where no EOS ends the ids, a pad token that is EOS hides nothing, and the vocabulary stays that of the base.
@@ -137,10 +139,12 @@ def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokeni
     side = "right" if config.overlong == "truncate_right" else "left"
     how = Encoding(form, config.encoding.separator, eos, side, config.max_length)
     check_encoding(tokenizer, how, config.model)
-    tokenizer.model_max_length, tokenizer.truncation_side, tokenizer.padding_side = config.max_length, side, "right"
+    told = {"model_max_length": config.max_length, "truncation_side": side, "padding_side": "right"}
     if not config.encoding.token_types:
-        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names  # the second is what is saved
+        told["model_input_names"] = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    for name, value in told.items():
+        setattr(tokenizer, name, value)
+    tokenizer.init_kwargs |= told  # which is what is saved
     return how
 
 

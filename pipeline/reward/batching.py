@@ -6,7 +6,6 @@ rest see the common part and itself, and positions go on from the common part in
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from pipeline.reward.encoding import Encoded
 
 TOKENS = 4096  # of a batch, padding included
+# Padding that is worth saving a forward, in tokens: little where the arithmetic takes the time, much where starting kernels does.
+PADDING = {"cpu": 64, "cuda": 1024}
 WORTH = 0.1  # tokens saved for each token of a shared row: below, its larger attention costs more
 TOLERANCE = 1e-3  # of a score in fp32, between a shared prompt and one for each answer
 
@@ -40,7 +41,7 @@ def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared:
     rows = list(_trees(groups, batch_size)) if shared else [Tree([], [answer.ids], [i]) for i, answer in enumerate(answers)]
     found: list[Tensor] = []
     order: list[int] = []
-    for batch in _batches(rows, batch_size):
+    for batch in _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
         order += [answer for tree in batch for answer in tree.answers]
         if any(tree.common for tree in batch):
             found.append(_forward_trees(model, batch, pad))
@@ -90,7 +91,7 @@ def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int) -> Iterator[Tre
             numbers = list(range(number, number + len(part)))
             number += len(part)
             # Each answer keeps one token of its own: where it is read.
-            common = commonprefix(part)[: min(map(len, part)) - 1] if len(part) > 1 else []
+            common = _beginning(part)
             tree = Tree(common, [ids[len(common) :] for ids in part], numbers)
             if len(common) * (len(part) - 1) >= WORTH * tree.width:
                 yield tree
@@ -98,15 +99,28 @@ def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int) -> Iterator[Tre
                 yield from (Tree([], [ids], [i]) for ids, i in zip(part, numbers, strict=True))
 
 
-def _batches(rows: list[Tree], batch_size: int) -> Iterator[list[Tree]]:
-    """Rows of like width together, at most `batch_size` answers and `TOKENS` tokens; what shares nothing apart from what does."""
+def _beginning(part: Sequence[list[int]]) -> list[int]:
+    """What all begin with, less than the shortest."""
+    if len(part) == 1:
+        return []
+    first, last = min(part), max(part)  # in the order of lists these two differ first
+    shortest = min(map(len, part)) - 1
+    return first[: next((i for i in range(shortest) if first[i] != last[i]), shortest)]
+
+
+def _batches(rows: list[Tree], batch_size: int, padding: int) -> Iterator[list[Tree]]:
+    """Rows of like width together: at most `batch_size` answers, `TOKENS` tokens and so much `padding`; what shares nothing apart from
+    what does."""
     batch: list[Tree] = []
+    answers = tokens = 0
     for tree in sorted(rows, key=lambda tree: (not tree.common, tree.width)):
-        full = sum(len(each.answers) for each in [*batch, tree]) > batch_size or tree.width * (len(batch) + 1) > TOKENS
+        width = tree.width * (len(batch) + 1)
+        full = answers + len(tree.answers) > batch_size or width > TOKENS or width - tokens - tree.width > padding
         if batch and (full or bool(tree.common) != bool(batch[0].common)):
             yield batch
-            batch = []
+            batch, answers, tokens = [], 0, 0
         batch.append(tree)
+        answers, tokens = answers + len(tree.answers), tokens + tree.width
     yield batch
 
 
@@ -146,7 +160,7 @@ def _forward_trees(model: Any, trees: Sequence[Tree], pad: int) -> Tensor:
 
 def _read(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
     """(len(rows), C): of a decoder the logits at the ends, whatever its pad token; else what it pools, one for each row."""
-    device = model.device if hasattr(model, "device") else next(model.parameters()).device
+    device = _device(model)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     scorer = head(model)
     if scorer is None:
@@ -154,6 +168,10 @@ def _read(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> 
     with _output(scorer) as found:
         model(**inputs, use_cache=False)
     return found[0][rows.to(device), ends.to(device)]
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How a reward model reads a prompt and an answer: the one place where text becomes its ids, in training, in scoring and in PPO.
 
 `chat`: the prompt by the tokenizer's chat template, then the answer, tokenised apart and joined as ids. `pair`: the two segments of an
-encoder, with its special tokens. `concatenation`: one text, the prompt (if any), `separator`, the answer, with the tokenizer's special tokens.
+encoder, with its special tokens. `concatenation`: one text, the prompt (if any), `separator`, the answer, with special tokens too.
 """
 
 from dataclasses import dataclass

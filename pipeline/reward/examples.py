@@ -60,6 +60,6 @@ def _example(record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how:
         if not math.isfinite(value):
             raise UserError(f"{kind}: row {number}: {name} is {value}, expected a finite number; one such row would ruin the model")
     overlong = any(each.overlong for each in encoded)
-    told_apart = len({rank for rank in target}) > 1 if isinstance(target, list) else False
+    told_apart = len(set(target)) > 1 if isinstance(target, list) else False
     alike = overlong and told_apart and len(set(map(tuple, row["ids"]))) == 1
     return row | figures, "alike once cut" if alike else "cut" if overlong else "whole"

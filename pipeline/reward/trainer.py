@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from pipeline.reward import batching, metrics, objectives
 from pipeline.reward.encoding import Encoded
@@ -49,9 +50,12 @@ class Batch:
 class RewardTrainer(trl.RewardTrainer):
     """`objective` is a key of `OBJECTIVES`; data is what `examples` makes. Evaluation is over rows, whatever the batch."""
 
-    def __init__(
-        self, model: Any, objective: str, *, class_weights: Sequence[float] | None = None, positive: int = 0, **options: Any
-    ):
+    args: trl.RewardConfig
+    objective: str
+    train_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(self, model: Any, objective: str, *, class_weights: Sequence[float] | None = None, positive: int = 0, **options: Any):
         self.objective = objective
         self.positive = positive
         self.class_weights = torch.tensor(class_weights) if class_weights else None
@@ -59,15 +63,16 @@ class RewardTrainer(trl.RewardTrainer):
         self.classes = list(labels.values())
         model.config.num_labels = 1  # TRL refuses a model of several outputs, and does nothing else about it
         super().__init__(model=model, data_collator=self._collate, compute_metrics=self._measure, **options)
-        self.model.config.id2label, self.model.config.label2id = labels, {name: index for index, name in labels.items()}
-        for parameter in self.model.parameters():
+        trained: Any = self.model
+        trained.config.id2label, trained.config.label2id = labels, {name: index for index, name in labels.items()}
+        for parameter in trained.parameters():
             if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
                 parameter.data = parameter.data.float()
         self.label_names = ["labels"]
         self.pad = self.processing_class.pad_token_id
         self.types = "token_type_ids" in self.processing_class.model_input_names
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
-        self.shared = OBJECTIVES[objective].compares and batching.can_share(self.model, self.pad, longest)
+        self.shared = OBJECTIVES[objective].compares and batching.can_share(trained, self.pad, longest)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         """TRL's own would tokenise."""
@@ -117,12 +122,12 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _measure(self, found: EvalPrediction) -> dict[str, float]:
         """Figures over all rows of an evaluation."""
-        scores, targets = found.predictions, found.label_ids
+        scores, targets = np.asarray(found.predictions), np.asarray(found.label_ids)
         if self.objective == "classification":
             figures = metrics.label_metrics(scores, targets, self.classes, self.positive)
         elif self.objective == "regression":
             figures = metrics.rating_metrics(scores, targets)
         else:
-            kept = [row > 0 for row in targets]
-            figures = metrics.ranking_metrics(*([each[mask] for each, mask in zip(values, kept, strict=True)] for values in (scores, targets)))
+            kept = targets > 0
+            figures = metrics.ranking_metrics(*([row[mask] for row, mask in zip(each, kept, strict=True)] for each in (scores, targets)))
         return {name: value for name, value in figures.items() if isinstance(value, float)}

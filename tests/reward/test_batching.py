@@ -31,7 +31,13 @@ def groups(rng=None):
     rng = rng or random.Random(0)
     ids = lambda count: [rng.randrange(3, 100) for _ in range(count)]  # noqa: E731
     prompt, other = ids(20), ids(7)
-    rows = [[prompt + ids(n) for n in (3, 9, 1)], [other + ids(5), other[:3] + ids(5)], [other, other + ids(4)], [ids(12)], [ids(1), ids(1)]]
+    rows = [
+        [prompt + ids(n) for n in (3, 9, 1)],
+        [other + ids(5), other[:3] + ids(5)],
+        [other, other + ids(4)],
+        [ids(12)],
+        [ids(1), ids(1)],
+    ]
     return [[Encoded(row, 2, False) for row in group] for group in rows]
 
 
@@ -100,9 +106,12 @@ def test_an_encoder_reads_its_segments():
 
 def test_batches_keep_to_their_limits():
     rows = [batching.Tree([], [[7] * width], [number]) for number, width in enumerate([3000, 40, 50, 60, 900])]
-    batches = list(batching._batches(rows, 3))
+    batches = list(batching._batches(rows, 3, padding=100))
     assert sorted(answer for batch in batches for tree in batch for answer in tree.answers) == list(range(5))
     assert [[tree.width for tree in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
+    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 2, 100)] == [[40, 50], [60], [900], [3000]]
+    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 9, 20)] == [[40, 50], [60], [900], [3000]]
+    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 9, 10**6)] == [[40, 50, 60, 900], [3000]]
 
 
 def test_the_head_is_found_under_an_adapter():

@@ -75,7 +75,10 @@ def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, sid
         assert first == prompt
 
 
-@given(prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=20), answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
+@given(
+    prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+)
 def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
     found = encode(ENCODER, PAIR, prompt, answer)
     own = ENCODER(prompt, answer, return_token_type_ids=True)
@@ -104,5 +107,5 @@ def test_odd_text_is_read_like_any_other(odd):
 
 
 def test_eos_must_be_there_where_it_is_wanted():
-    with pytest.raises(UserError, match="has no EOS token; set encoding.eos: false"):
+    with pytest.raises(UserError, match=r"has no EOS token; set encoding\.eos: false"):
         check(ENCODER, Encoding("chat"), "x")

@@ -13,7 +13,9 @@ from pipeline.errors import UserError
 
 def foreign(base, folder, labels, **more):
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(base, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}, **more)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}, **more
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
@@ -42,7 +44,13 @@ def test_several_labels_need_the_good_one(classifier, caplog):
 
 
 def test_ppo_takes_one(classifier, tiny_feedback, tiny_gpt2, tmp_path):
-    steps = {"num_rollouts": 1, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_mini_batches": 1, "response_tokens": 4}
+    steps = {
+        "num_rollouts": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_mini_batches": 1,
+        "response_tokens": 4,
+    }
     common = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback), "reward": str(classifier)}
     with pytest.raises(UserError, match="say which one is good"):
         ppo.run(config.PPOStage(**common, training=steps))

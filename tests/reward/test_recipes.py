@@ -89,7 +89,7 @@ def trainer_outputs(loaded, folder, prompts, responses, tmp_path):
 
 
 def test_one_reading_everywhere(five, answered, tiny_tokenizer, tmp_path):
-    recipe, loaded, folder = five
+    _, loaded, folder = five
     prompts, responses = answered
     rm = RewardModel.load(folder)
     close = {"abs": 1e-4}
@@ -112,7 +112,7 @@ def test_one_reading_everywhere(five, answered, tiny_tokenizer, tmp_path):
 
 
 def test_what_is_measured(five):
-    recipe, loaded, folder = five
+    _, loaded, folder = five
     metrics = json.loads((folder / "metrics.json").read_text())
     assert next(iter(metrics)) == OBJECTIVES[loaded.objective].kind  # what it learned from comes first
     assert {"accuracy", "accuracy_longer", "calibration"} <= metrics["comparisons"].keys()

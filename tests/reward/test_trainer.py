@@ -25,7 +25,9 @@ FORMS = {
     "4bit": ["lora.r=4", "lora.target_modules=all-linear", "quantization=4bit"],
 }
 PROMPTS = [f"What is {n}?" for n in range(17)]
-PAIRS = Dataset.from_dict({"prompt": PROMPTS, "chosen": [f"It is {n}." for n in range(17)], "rejected": ["You fool. " * (n % 3 + 1) for n in range(17)]})
+PAIRS = Dataset.from_dict(
+    {"prompt": PROMPTS, "chosen": [f"It is {n}." for n in range(17)], "rejected": ["You fool. " * (n % 3 + 1) for n in range(17)]}
+)
 
 
 def arguments(folder, **more):
@@ -45,7 +47,12 @@ def of_pairs(base, folder, pairs=PAIRS, peft_config=None, **more):
             ids = {side: [row["ids"][i] for row in rows] for i, side in enumerate(("chosen_ids", "rejected_ids"))}
             rows = Dataset.from_dict(ids | ({"margin": rows["margin"][:]} if "margin" in rows.column_names else {}))
         objective = {"objective": "pairwise"} if cls is RewardTrainer else {}
-        options = {"args": arguments(folder, max_length=None, **more), "train_dataset": rows, "eval_dataset": rows, "peft_config": peft_config}
+        options = {
+            "args": arguments(folder, max_length=None, **more),
+            "train_dataset": rows,
+            "eval_dataset": rows,
+            "peft_config": peft_config,
+        }
         found.append(cls(model, processing_class=tokenizer, **objective, **options))
     return found
 
@@ -199,7 +206,7 @@ def test_each_member_learns_from_rows_of_its_own(tiny_gpt2, tmp_path):
     rows = rows.add_column("members", [[n % 2 == 0, False] for n in range(17)])
     trainer = RewardTrainer(model, "pairwise", args=arguments(tmp_path), train_dataset=rows, processing_class=tokenizer)
     inputs = trainer._collate([rows[i] for i in range(4)])
-    loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     grad = trainer.model.score.weight.grad
     assert grad[0].abs().sum() > 0

@@ -366,14 +366,14 @@ def recipes() -> list[str]:
 def _read(path: Path) -> DictConfig:
     """A YAML file; what it says over the file that its key `extends` names, a path from its own folder."""
     try:
-        base = OmegaConf.load(path)
+        base: Any = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(base, DictConfig):
         raise UserError(f"{path}: expected a mapping of keys, found a list")
-    extended = DictConfig.pop(base, "extends", None)
+    extended = base.pop("extends", None)
     if extended is None:
         return base
     if (path.parent / str(extended)).resolve() == path.resolve():

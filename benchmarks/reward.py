@@ -27,7 +27,7 @@ WORKS = {  # name -> required ratio
     "rankings-4": 6.0, "rankings-9": 12.0, "hh-harmless": 3.0, "score-encoder": 4.0, "best-of-16-256": 3.0, "best-of-16-512": 4.0,
 }  # fmt: skip
 STEPS = 4  # the first warms up and is not timed
-PROMPTS_PER_STEP = {"rankings-4": 4, "rankings-9": 2}
+PROMPTS_PER_STEP = {"rankings-4": 4, "rankings-9": 1}
 SAME_LOSS = 2e-3
 
 

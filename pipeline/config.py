@@ -312,15 +312,15 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     if not path.exists() and str(file) in recipes():
         raise UserError(f"{path}: no such config file; did you mean --config configs/{file}/{stage}.yaml?")
     base = _read(path)
-    defaults = {"run": path.resolve().parent.name, "runs": "runs", "recipe": os.path.relpath(path.parent)}
+    folder = path.resolve().parent
+    defaults = {"run": f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name, "runs": "runs"}
     given = {key: value for key, value in common.items() if value is not None}
     try:
         merged = OmegaConf.merge(defaults, base)
         for key, value in _pairs(overrides or []):
             OmegaConf.update(merged, key, value, merge=False, force_add=True)
         merged = OmegaConf.merge(merged, given)
-        values = OmegaConf.to_container(merged, resolve=True)
-        values.pop("recipe", None)  # there for `${recipe}` alone: the folder of the file
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     config = validate(STAGES[stage], values, str(path))
@@ -363,10 +363,13 @@ def recipes() -> list[str]:
     return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists()) if RECIPES.is_dir() else []
 
 
-def _read(path: Path) -> DictConfig:
-    """A YAML file; what it says over the file that its key `extends` names, a path from its own folder."""
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
+    """A YAML file, `${recipe}` in it standing for its folder, over the file that its key `extends` names, a path from there."""
+    if path.resolve() in extending:
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, extending))}")
     try:
-        base: Any = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8").replace("${recipe}", os.path.relpath(path.parent))
+        base = OmegaConf.create(text) if text.strip() else OmegaConf.create()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
@@ -376,9 +379,7 @@ def _read(path: Path) -> DictConfig:
     extended = base.pop("extends", None)
     if extended is None:
         return base
-    if (path.parent / str(extended)).resolve() == path.resolve():
-        raise UserError(f"{path}: extends itself")
-    merged = OmegaConf.merge(_read(path.parent / str(extended)), base)
+    merged = OmegaConf.merge(_read(path.parent / str(extended), (*extending, path.resolve())), base)
     assert isinstance(merged, DictConfig)
     return merged
 

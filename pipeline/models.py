@@ -41,7 +41,8 @@ PLAIN_TEMPLATE = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Heads stay unquantized: they are trained, and bitsandbytes cannot train what it quantized.
-HEADS = ["score", "classifier", "pre_classifier", "lm_head"]
+HEADS = ["score", "classifier", "pre_classifier", "pooler", "classification_head", "logits_proj", "sequence_summary", "lm_head"]
+UNQUANTIZED = [rf"(.*\.)?{name}" for name in HEADS]  # wherever they stand in the model
 
 
 def load_tokenizer(
@@ -51,7 +52,7 @@ def load_tokenizer(
 
     One that only reads (not `generates`) needs no EOS. `distinct_pad`: pad ≠ EOS, for ids that end with EOS.
     """
-    with _loading(source, "tokenizer"):
+    with loading(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.eos_token is None and generates:
         raise UserError(f"{source}: its tokenizer has no EOS token, which marks the end of an answer; expected a decoder's tokenizer")
@@ -83,13 +84,13 @@ def load_policy(
     the commit that the adapter names, and the adapter, which is frozen unless `trainable`."""
     revision = options.get("revision")
     if is_adapter(source, revision):
-        with _loading(source, "LoRA adapter"):
+        with loading(source, "LoRA adapter"):
             adapter = PeftConfig.from_pretrained(source, revision=revision)
         options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
         base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
-        with _loading(source, "LoRA adapter"):
+        with loading(source, "LoRA adapter"):
             return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
-    with _loading(source, "causal language model"):
+    with loading(source, "causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, **_weights(quantization, precision), **options)
     return _fit_vocabulary(model, tokenizer)
 
@@ -105,8 +106,12 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A sequence classifier: one to train, with a `head` (see `new_head`) that is made where the checkpoint lacks it, or, without, one
     as it was trained. Raises `UserError` where it then has no head."""
+    if is_adapter(source, options.get("revision")):
+        raise UserError(
+            f"{source}: is a LoRA adapter, on which no reward head can be put; name the model it was trained on, or publish it merged"
+        )
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
-    with _loading(source, f"sequence classifier{outputs}"), _expecting_a_new_head():
+    with loading(source, f"sequence classifier{outputs}"), _expecting_a_new_head():
         model, found = AutoModelForSequenceClassification.from_pretrained(
             source, output_loading_info=True, **(head or {}), **_weights(quantization, precision), **options
         )
@@ -117,8 +122,17 @@ def load_classifier(
 
 
 def heads(model: torch.nn.Module) -> list[str]:
-    """The modules of a classifier that come after what was pretrained."""
-    return [name for name, _ in model.named_children() if name in HEADS]
+    """The modules of a classifier that come after what was pretrained, by the last part of their names."""
+    return [head for head in HEADS if any(name.split(".")[-1] == head for name, _ in model.named_modules())]
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a row may have where positions are learned; None where they are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe", "embed_positions"):
+            # RoBERTa and its kin count on from the pad token's id.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def new_head(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
@@ -154,7 +168,7 @@ def scratch_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new encoder that classifies sequences, and its tokenizer. Seed torch first. Raises `UserError` for what is no encoder."""
     tokenizer = scratch_tokenizer(texts, size, separator, encoder=True)
-    with _loading(size.architecture, "architecture of an encoder"):
+    with loading(size.architecture, "architecture of an encoder"):
         config = AutoConfig.for_model(  # each has its own names for these, and ignores the others
             size.architecture,
             vocab_size=len(tokenizer),
@@ -209,8 +223,10 @@ def _weights(quantization: str, precision: str) -> dict[str, Any]:
     if quantization == "none":
         return {"dtype": dtype}
     if quantization == "8bit":
-        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)}
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS)
+        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)}
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=UNQUANTIZED
+    )
     return {"dtype": dtype, "quantization_config": four_bit}
 
 
@@ -238,7 +254,7 @@ def _expecting_a_new_head() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(source: str, what: str) -> Iterator[None]:
+def loading(source: str, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:

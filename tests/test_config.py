@@ -243,3 +243,21 @@ print(codes, sorted({"torch", "transformers", "trl", "datasets", "peft"} & set(s
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=config.RECIPES.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[0, 0, 2, 2] []"
+
+
+def test_a_config_extends_another_and_knows_its_own_folder(tmp_path):
+    for name, text in {
+        "a/prepare.yaml": "source: {format: rankings, path: '${recipe}/answers.csv'}\nsplits: {test: 0.2}",
+        "b/prepare.yaml": "extends: ../a/prepare.yaml\nsplits: {test: 0.3}",
+        "b/tiny/prepare.yaml": "extends: ../prepare.yaml",
+        "c/prepare.yaml": "extends: ../d/prepare.yaml",
+        "d/prepare.yaml": "extends: ../c/prepare.yaml",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = config.load("prepare", tmp_path / "b/prepare.yaml")
+    assert Path(found.source[0].path).resolve() == tmp_path / "a/answers.csv"
+    assert (found.run, found.splits.test, found.splits.validation) == ("b", 0.3, 0.1)
+    assert config.load("prepare", tmp_path / "b/tiny/prepare.yaml").run == "b-tiny"
+    with pytest.raises(UserError, match="extends itself, by way of"):
+        config.load("prepare", tmp_path / "c/prepare.yaml")

@@ -50,14 +50,15 @@ def test_what_is_unchanged_is_reused_by_all(launched):
     assert printed[1] == f"sft: {folder}\nsft: unchanged, reusing {folder}\n"
 
 
-def test_two_processes_learn_what_one_does(tiny_feedback, tiny_gpt2, tmp_path):
-    """Rankings, which share their prompts and go through the model in several forwards, the same four a step."""
+def test_two_processes_learn_what_one_does(tiny_feedback, tiny_llama, tmp_path):
+    """Rankings, which share their prompts and go through a model with buffers in several forwards, here more than there: the same four
+    a step."""
     logs = {}
     for processes in (1, 2):
         training = {"max_steps": 3, "per_device_train_batch_size": 4 // processes, "train_sampling_strategy": "sequential"}
         small = ["max_length=96", "training.logging_steps=1", "training.logging_strategy=steps", "training.eval_strategy=no"]
         small += [f"training.{key}={value}" for key, value in training.items()]
-        given = [f"runs={tmp_path}", f"run=p{processes}", f"records={tiny_feedback}", f"model={tiny_gpt2}"]
+        given = [f"runs={tmp_path}", f"run=p{processes}", f"records={tiny_feedback}", f"model={tiny_llama}"]
         launch(processes, "reward", "--config", str(RECIPES / "gpt2-ranked/reward.yaml"), *given, *small)
         entries = map(json.loads, (tmp_path / f"p{processes}" / "reward" / "log.jsonl").open(encoding="utf-8"))
         logs[processes] = [entry["loss"] for entry in entries if "loss" in entry]

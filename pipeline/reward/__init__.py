@@ -34,6 +34,8 @@ SHARE_OF_AN_ENSEMBLE = 0.7  # of the rows each member learns from
 def check(config: RewardStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, trl.RewardConfig)
+    for key in {"eos_token", "pad_token", "chat_template_path", "model_init_kwargs", "pad_to_multiple_of"} & config.training.keys():
+        raise UserError(f"reward: training.{key} is not read; what it would change is the base's tokenizer, see 'encoding' and 'model'")
     compares = OBJECTIVES[config.objective].compares
     read = {"center_rewards_coefficient": compares, "label_smoothing_factor": config.objective in ("pairwise", "classification")}
     for key, is_read in read.items():
@@ -54,7 +56,9 @@ def run(config: RewardStage) -> Path:
 
 def train(config: RewardStage, records: artifact.Artifact, output: Path, work: Path) -> dict[str, Any]:
     """Train, save, and measure on the test split; returns the headline metrics."""
-    args = training.arguments(config, trl.RewardConfig, work, max_length=None, remove_unused_columns=False)
+    # Ranks differ in their number of forwards, each of which would send buffers that no training changes.
+    fixed = {"max_length": None, "remove_unused_columns": False, "ddp_broadcast_buffers": False}
+    args = training.arguments(config, trl.RewardConfig, work, **fixed)
     kind = OBJECTIVES[config.objective].kind
     data = open_records(records, kind)
     set_seed(config.seed)  # the head is new
@@ -66,18 +70,22 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
     say(config, rows)
     if not len(rows["train"][0]):
         raise UserError(f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; raise it")
-    trainer = RewardTrainer(
-        model,
-        config.objective,
-        class_weights=config.class_weights,
-        positive=settings.logit,
-        args=args,
-        train_dataset=with_members(config, rows["train"][0]),
-        eval_dataset=rows["validation"][0] if "validation" in rows and len(rows["validation"][0]) else None,
-        processing_class=tokenizer,
-        peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision, models.heads(model)),
-        callbacks=[training.Say()],
-    )
+    batching.check_padding(model, tokenizer.pad_token_id, config.model)
+    try:
+        trainer = RewardTrainer(
+            model,
+            config.objective,
+            class_weights=config.class_weights,
+            positive=settings.logit,
+            args=args,
+            train_dataset=with_members(config, rows["train"][0]),
+            eval_dataset=rows["validation"][0] if "validation" in rows and len(rows["validation"][0]) else None,
+            processing_class=tokenizer,
+            peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision, models.heads(model)),
+            callbacks=[training.Say()],
+        )
+    except ValueError as error:  # PEFT's, of modules that this model has not, or has by other names
+        raise UserError(f"reward: lora: {' '.join(str(error).split())}; try lora.target_modules=all-linear") from None
     training.fit(trainer, work)
     if not is_main_process():
         return {}
@@ -97,7 +105,9 @@ def plan(config: RewardStage, data: DatasetDict) -> Settings:
     settings = Settings(objective=config.objective, quantization=config.quantization, output=config.reward_output)
     if config.objective == "classification":
         classes = data["train"].features["label"]
-        settings.outputs = list(getattr(classes, "names", None) or map(str, sorted(set(data["train"]["label"]))))
+        if not hasattr(classes, "names"):
+            raise UserError("labels: the column 'label' needs the names of its classes (datasets.ClassLabel); let prepare make the records")
+        settings.outputs = list(classes.names)
         settings.logit = positive(config, settings.outputs)
         if settings.logit not in data["train"]["label"]:
             raise UserError(f"reward: positive_label={settings.outputs[settings.logit]!r}: no row to train on has it; see prepare's report")
@@ -138,7 +148,7 @@ def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokeni
     eos = config.encoding.eos if config.encoding.eos is not None else form != "pair" and batching.head(model) is not None
     side = "right" if config.overlong == "truncate_right" else "left"
     how = Encoding(form, config.encoding.separator, eos, side, config.max_length)
-    check_encoding(tokenizer, how, config.model)
+    check_encoding(tokenizer, how, config.model, models.most_tokens(model))
     told = {"model_max_length": config.max_length, "truncation_side": side, "padding_side": "right"}
     if not config.encoding.token_types:
         told["model_input_names"] = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

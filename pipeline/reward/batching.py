@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.reward.encoding import Encoded
 
 TOKENS = 4096  # of a batch, padding included
 # Padding that is worth saving a forward, in tokens: little where the arithmetic takes the time, much where starting kernels does.
 PADDING = {"cpu": 64, "cuda": 1024}
-WORTH = 0.1  # tokens saved for each token of a shared row: below, its larger attention costs more
-TOLERANCE = 1e-3  # of a score in fp32, between a shared prompt and one for each answer
+TOLERANCE = 1e-3  # of the spread of scores in fp32, between a shared prompt and one for each answer; 100 times that in other precisions
 
 
 class Tree(NamedTuple):
@@ -38,7 +38,11 @@ def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared:
     `shared` computes what they have in common once (see `can_share`). At most `batch_size` answers go through the model together.
     """
     answers = [answer for group in groups for answer in group]
-    rows = list(_trees(groups, batch_size)) if shared else [Tree([], [answer.ids], [i]) for i, answer in enumerate(answers)]
+    rows = (
+        list(_trees(groups, batch_size, _inner(model).config.get_text_config().hidden_size))
+        if shared
+        else [Tree([], [answer.ids], [i]) for i, answer in enumerate(answers)]
+    )
     found: list[Tensor] = []
     order: list[int] = []
     for batch in _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
@@ -52,57 +56,93 @@ def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared:
 
 def head(model: Any) -> nn.Module | None:
     """The module that scores every token of a decoder; None where the model pools first, as encoders do."""
-    inner = getattr(model, "module", model)  # under DistributedDataParallel
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return getattr(inner, "score", None)
+    inner = _inner(model)
+    return getattr(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, "score", None)
 
 
 @torch.no_grad()
 def can_share(model: Any, pad: int, longest: int) -> bool:
-    """Whether this model gives answers that share a row the scores they have alone: measured, on ids made for it.
+    """Whether this model gives answers that share a row the scores they have alone: measured, on ids made for it, in the precision of the
+    caller's autocast.
 
     A sliding window shorter than the `longest` answer would show only in longer rows, so that one is a no.
     """
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    if head(model) is None or (window is not None and window < longest):
+    by_place = getattr(text, "window_size", None)  # GPT-Neo's counts places in the row, not positions
+    if head(model) is None or by_place is not None or (window is not None and window < longest):
         return False
-    ids = torch.randint(text.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22))]
+    ids = torch.randint(text.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))]
+    with _evaluating(model):
+        try:
+            apart, together = (logits(model, [group], pad, shared=shared).float() for shared in (False, True))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, NotImplementedError, TypeError):  # an attention that takes no such mask
+            return False
+    # Half precision and quantized weights round by batch shape, so that only gross differences count there.
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False) and not torch.is_autocast_enabled(apart.device.type)
+    spread = (apart.max(0).values - apart.min(0).values).max()
+    return bool((apart - together).abs().max() <= (TOLERANCE if exact else 100 * TOLERANCE) * spread + 1e-6)
+
+
+@torch.no_grad()
+def check_padding(model: Any, pad: int, source: str) -> None:
+    """Refuse a model that scores a row otherwise beside a longer one, as those do that read the last position, padding or not."""
+    if head(model) is not None:
+        return  # read where the row ends
+    ids = list(range(min(20, model.config.get_text_config().vocab_size)))
+    rows = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
+    with _evaluating(model):
+        alone, beside = logits(model, rows[:1], pad, shared=False), logits(model, rows, pad, shared=False)[:1]
+    if (alone - beside).abs().max() > 0.05 * alone.abs().max() + 1e-3:
+        raise UserError(f"{source}: a {type(model).__name__} reads padding: its scores would depend on the batch; use another base")
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        apart, together = (logits(model, [group], pad, shared=shared).float() for shared in (False, True))
-    except (ValueError, RuntimeError, NotImplementedError, TypeError):  # an attention that takes no such mask
-        return False
+        yield
     finally:
         model.train(training)
-    # Half precision and quantized weights round by batch shape, so that only gross differences count there.
-    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    tolerance = TOLERANCE if exact else 0.1
-    return bool((apart - together).abs().max() <= tolerance * apart.abs().max().clamp(min=1))
 
 
-def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int) -> Iterator[Tree]:
+def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int, size: int) -> Iterator[Tree]:
+    """Rows for the answers of each group: one joins the last row where that costs less than a row of its own."""
     number = 0
     for group in groups:
-        for start in range(0, len(group), batch_size):
-            part = [answer.ids for answer in group[start : start + batch_size]]
-            numbers = list(range(number, number + len(part)))
-            number += len(part)
-            # Each answer keeps one token of its own: where it is read.
-            common = _beginning(part)
-            tree = Tree(common, [ids[len(common) :] for ids in part], numbers)
-            if len(common) * (len(part) - 1) >= WORTH * tree.width:
-                yield tree
-            else:
-                yield from (Tree([], [ids], [i]) for ids, i in zip(part, numbers, strict=True))
+        ids = [answer.ids for answer in group]
+        common = _beginning(ids) if len(ids) > 1 else []
+        rests: list[list[int]] = []
+        width = len(common)
+        for each in ids:
+            rest = each[len(common) :]
+            joined = _cost(width + len(rest), size) - _cost(width, size)
+            apart = not common or joined > _cost(len(each), size)
+            if rests and (apart or len(rests) == batch_size or width + len(rest) > TOKENS):
+                yield _tree(common, rests, number)
+                number, rests, width = number + len(rests), [], len(common)
+            rests.append(rest)
+            width += len(rest)
+        yield _tree(common, rests, number)
+        number += len(rests)
+
+
+def _tree(common: list[int], rests: list[list[int]], number: int) -> Tree:
+    alone = [common + rests[0]] if len(rests) == 1 else None
+    return Tree([] if alone else common, alone or rests, list(range(number, number + len(rests))))
+
+
+def _cost(width: int, size: int) -> float:
+    """Of a row in a layer of hidden `size`, in what one token costs in its weights: attention adds 4·width²·size to 24·width·size²."""
+    return width * (1 + width / (6 * size))
 
 
 def _beginning(part: Sequence[list[int]]) -> list[int]:
-    """What all begin with, less than the shortest."""
-    if len(part) == 1:
-        return []
+    """What all begin with, less than the shortest: each answer keeps one token of its own, where it is read."""
     first, last = min(part), max(part)  # in the order of lists these two differ first
     shortest = min(map(len, part)) - 1
     return first[: next((i for i in range(shortest) if first[i] != last[i]), shortest)]
@@ -154,6 +194,9 @@ def _forward_trees(model: Any, trees: Sequence[Tree], pad: int) -> Tensor:
                 ends.append(start - 1)
     seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
     mask = (seen & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    if getattr(_inner(model).config, "_attn_implementation", None) == "eager":  # which adds the mask to the scores
+        dtype = _inner(model).dtype
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return _read(model, inputs, torch.tensor(rows), torch.tensor(ends))
 
@@ -168,6 +211,11 @@ def _read(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> 
     with _output(scorer) as found:
         model(**inputs, use_cache=False)
     return found[0][rows.to(device), ends.to(device)]
+
+
+def _inner(model: Any) -> Any:
+    """The model that DistributedDataParallel wraps."""
+    return getattr(model, "module", model)
 
 
 def _device(model: Any) -> torch.device:

@@ -53,7 +53,7 @@ def write(
         "front": front_matter(config),
         "base": None if config.model == "scratch" else place(config.model),
         "code": reward_lines(settings),
-        "heads": models.HEADS,
+        "heads": models.UNQUANTIZED,
         "records": records,
         "sources": sources(records.manifest.get("rows") or {}),
         "rows": split_table(rows),

@@ -26,6 +26,11 @@ class Encoding:
     truncation: str = "left"
     max_length: int = 512
 
+    def __post_init__(self) -> None:
+        for name, allowed in (("form", tuple(FORMS)), ("truncation", ("left", "right"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"encoding.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+
 
 class Encoded(NamedTuple):
     """Token ids; where the answer's segment begins in them, for models with token types; whether something was cut."""
@@ -95,8 +100,12 @@ def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Te
 FORMS = {"chat": _chat, "pair": _pair, "concatenation": _concatenation}
 
 
-def check(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str) -> None:
-    """Refuse a tokenizer that cannot do it. Raises `UserError`."""
+def check(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None) -> None:
+    """Refuse a tokenizer that cannot do it, and what would not be read. Raises `UserError`."""
+    if how.eos and how.form == "pair":
+        raise UserError("encoding.eos: a pair ends with the tokenizer's own special tokens; set eos: false")
+    if most_tokens is not None and how.max_length > most_tokens:
+        raise UserError(f"{source}: reads at most {most_tokens} tokens, but max_length is {how.max_length}; lower it")
     if how.eos and tokenizer.eos_token_id is None:
         raise UserError(f"{source}: its tokenizer has no EOS token; set encoding.eos: false, or encoding.form: pair")
     if how.form == "pair" and not tokenizer.is_fast:

@@ -55,10 +55,12 @@ def _example(record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how:
     target = TARGETS[kind](record)
     row = {"ids": [each.ids for each in encoded], "answer": [each.answer for each in encoded], "target": target}
     row["length"] = sum(map(len, row["ids"]))
-    figures = {"margin": record["margin"]} if record.get("margin") is not None else {}
+    figures = {"margin": 0.0 if record["margin"] is None else record["margin"]} if "margin" in record else {}
     for name, value in (figures | ({"rating": target} if kind == "ratings" else {})).items():
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             raise UserError(f"{kind}: row {number}: {name} is {value}, expected a finite number; one such row would ruin the model")
+    if isinstance(target, list) and (len(target) != len(encoded) or min(target, default=0) < 1):
+        raise UserError(f"{kind}: row {number}: ranks are {target} for {len(encoded)} answers; expected one for each, 1 the best")
     overlong = any(each.overlong for each in encoded)
     told_apart = len(set(target)) > 1 if isinstance(target, list) else False
     alike = overlong and told_apart and len(set(map(tuple, row["ids"]))) == 1

@@ -22,6 +22,7 @@ from pipeline.encoding import Text
 from pipeline.errors import UserError
 from pipeline.reward import batching
 from pipeline.reward.encoding import Encoding, encode
+from pipeline.reward.encoding import check as check_encoding
 
 SETTINGS = "reward.json"
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Settings:
     sign: int = 1
     uncertainty_penalty: float = 0.0
     alpha: float = 1.0
-    reward_mean: float = 0.0
-    reward_std: float = 1.0
+    reward_mean: float | None = None
+    reward_std: float | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class RewardModel:
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
+        batching.check_padding(model, tokenizer.pad_token_id, model.name_or_path)
         self._shares = batching.can_share(model, tokenizer.pad_token_id, settings.encoding.max_length)
 
     @classmethod
@@ -93,30 +95,27 @@ class RewardModel:
         Of a foreign classifier with several labels the logit of `positive_label` is the reward; `encoding` (keys of `Encoding`) says how it
         reads where its defaults are wrong. Raises `UserError` where `source` is no such checkpoint.
         """
-        folder = Path(source)
+        folder, revision = Path(source), options.get("revision")
         settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
         tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
         weights: dict[str, Any] = {"quantization": settings.quantization if settings else "none", "precision": precision}
-        if models.is_adapter(folder):  # trained on a quantized base: the artifact is the adapter, and the head
-            base = PeftConfig.from_pretrained(str(folder))
+        if models.is_adapter(source, revision):  # trained on a quantized base: the artifact is the adapter, and the head
+            with models.loading(str(source), "LoRA adapter of a sequence classifier"):
+                base = PeftConfig.from_pretrained(str(source), revision=revision)
             options |= {"revision": base.revision, "head": (settings or Settings()).head}
             model: Any = models.load_classifier(str(base.base_model_name_or_path), tokenizer, **weights, **options)
-            model = PeftModel.from_pretrained(model, str(folder))
+            with models.loading(str(source), "LoRA adapter of a sequence classifier"):
+                model = PeftModel.from_pretrained(model, str(source), revision=revision)
         else:
             model = models.load_classifier(str(source), tokenizer, **weights, **options)
         if weights["quantization"] == "none":
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         settings = settings or _foreign(str(source), model, tokenizer)
-        if positive_label is not None:
-            settings.logit = _label(str(source), model, positive_label)
-        elif settings.logit < 0:
-            raise UserError(f"{source}: has the labels {_labels(model)} and no reward.json; say which one is good: positive_label=…")
-        try:
-            settings.encoding = dataclasses.replace(settings.encoding, **encoding or {})
-        except TypeError:
-            known = ", ".join(each.name for each in dataclasses.fields(Encoding))
-            raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
-        return cls(model, tokenizer, settings)
+        read = _other_reading(str(source), model, settings, positive_label, encoding)
+        if read != settings:
+            read.reward_mean = read.reward_std = None  # those of another reward
+        check_encoding(tokenizer, read.encoding, str(source), models.most_tokens(model))
+        return cls(model, tokenizer, read)
 
     def score(
         self,
@@ -133,6 +132,8 @@ class RewardModel:
         """
         raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
         if normalize:
+            if self.settings.reward_mean is None or self.settings.reward_std is None:
+                raise UserError("score: no reference sample is known for this reading of the model, so that it cannot be normalized")
             raw = [(value - self.settings.reward_mean) / self.settings.reward_std for value in raw]
         return [(self.settings.alpha if alpha is None else alpha) * value for value in raw]
 
@@ -185,13 +186,27 @@ def _read(path: Path) -> Settings:
 def _foreign(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Settings:
     """How a classifier without `reward.json` is read; of several labels none is the reward yet (-1)."""
     is_decoder = batching.head(model) is not None
-    limit = min(tokenizer.model_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
+    limit = min(tokenizer.model_max_length, models.most_tokens(model) or 512, 512)
     has_template = tokenizer.chat_template != models.PLAIN_TEMPLATE.format(separator="\n")  # what `load_tokenizer` gives one without
-    form = "pair" if not is_decoder else "chat" if has_template else "concatenation"
-    how = Encoding(form=form, eos=form == "chat", max_length=min(limit, 512))
+    form = "pair" if not is_decoder and tokenizer.is_fast else "chat" if is_decoder and has_template else "concatenation"
+    how = Encoding(form=form, eos=form == "chat", max_length=limit)
     objective = "classification" if model.config.num_labels > 1 else "regression"
     logger.warning("%s: no reward.json; read with %s; another reading: RewardModel.load(…, encoding={…})", source, how)
     return Settings(objective=objective, outputs=_labels(model), encoding=how, logit=0 if model.config.num_labels == 1 else -1)
+
+
+def _other_reading(source: str, model: Any, settings: Settings, positive_label: str | None, encoding: dict[str, Any] | None) -> Settings:
+    """The settings with what the user asks for in their place."""
+    try:
+        found = dataclasses.replace(settings, encoding=dataclasses.replace(settings.encoding, **encoding or {}))
+    except TypeError:
+        known = ", ".join(each.name for each in dataclasses.fields(Encoding))
+        raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
+    if positive_label is not None:
+        found.logit = _label(source, model, positive_label)
+    elif settings.logit < 0:
+        raise UserError(f"{source}: has the labels {_labels(model)} and no reward.json; say which one is good: positive_label=…")
+    return found
 
 
 def _labels(model: Any) -> list[str]:

@@ -35,7 +35,8 @@ def from_model(model: RewardModel) -> RewardSource:
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         return model.score(prompts, completions)
 
-    return RewardSource(score, model.settings.alpha * model.settings.reward_mean, abs(model.settings.alpha) * model.settings.reward_std)
+    known, alpha = model.settings, model.settings.alpha
+    return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0))
 
 
 def is_function(spec: str) -> bool:

@@ -85,10 +85,6 @@ def test_models_that_cannot_share_are_found_out():
     assert batching.can_share(make("mistral", **window), 0, 16)
     assert not batching.can_share(make("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4), 0, 64)
     assert not batching.can_share(make("bert"), 0, 64)
-    eager = make("gpt2", attn_implementation="eager")
-    assert batching.can_share(eager, 0, 64) == bool(
-        torch.allclose(batching.logits(eager, groups(), 0, shared=True), alone(eager, groups()), atol=1e-4)
-    )
 
 
 @torch.no_grad()
@@ -102,6 +98,37 @@ def test_an_encoder_reads_its_segments():
     plain = torch.cat([model(torch.tensor([ids])).logits for ids in rows])
     torch.testing.assert_close(batching.logits(model, pairs, 0, shared=False), plain, atol=1e-5, rtol=0)
     assert (expected - plain).abs().max() > 1e-3
+
+
+def test_a_shared_row_is_no_wider_than_it_pays():
+    beginning = list(range(3, 13))
+    unrelated = [[Encoded(beginning + [13 + n] * 220, 10, False) for n in range(64)]]
+    assert max(tree.width for tree in batching._trees(unrelated, 64, size=64)) == 230
+    related = [[Encoded([5] * 500 + [13 + n] * 100, 500, False) for n in range(64)]]
+    trees = list(batching._trees(related, 64, size=768))
+    assert [tree.width for tree in trees] == [4000, 500 + 29 * 100]  # no more than TOKENS
+    assert [answer for tree in trees for answer in tree.answers] == list(range(64))
+    assert [tree.width for tree in batching._trees(related, 4, size=64)] == [900] * 16
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_eager_attention_adds_its_mask(precision):
+    model = make("gpt2", attn_implementation="eager", initializer_range=0.2).to(precision)
+    assert batching.can_share(model, 0, 64)
+    if precision == torch.float32:
+        with torch.no_grad():
+            torch.testing.assert_close(batching.logits(model, groups(), 0, shared=True), alone(model, groups()), atol=1e-4, rtol=0)
+
+
+def test_a_model_that_reads_padding_is_refused():
+    from pipeline.errors import UserError
+
+    size = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
+    xlnet = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet", **size, initializer_range=0.5)).eval()
+    with pytest.raises(UserError, match="a XLNetForSequenceClassification reads padding"):
+        batching.check_padding(xlnet, 0, "xl")
+    batching.check_padding(make("bert", initializer_range=0.2), 0, "b")
+    batching.check_padding(make("gpt2"), 0, "g")
 
 
 def test_batches_keep_to_their_limits():

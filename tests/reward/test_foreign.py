@@ -79,6 +79,23 @@ def test_a_pad_token_that_is_eos_hides_nothing_and_batches_do_not_count(tiny_gpt
         assert rm.score(["Me: hi"] * 3, texts, batch_size=size) == pytest.approx(expected, abs=1e-5)
 
 
+def test_what_cannot_be_read_is_told_at_once(classifier, tiny_gpt2, tmp_path):
+    with pytest.raises(UserError, match=r"encoding\.form='bogus': expected one of chat, pair, concatenation"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"form": "bogus"})
+    with pytest.raises(UserError, match="has no EOS token"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"form": "concatenation", "eos": True})
+    # 130 positions of a RoBERTa hold 129 tokens: it counts on from its pad token, whose id is 0 here.
+    with pytest.raises(UserError, match="reads at most 129 tokens, but max_length is 512"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"max_length": 512})
+    with pytest.raises(UserError, match="no reference sample is known for this reading"):
+        RewardModel.load(classifier, positive_label="hate").score(["a"], ["b"], normalize=True)
+    long = config.RewardStage(run="t", runs=str(tmp_path), model=str(tiny_gpt2), max_length=200, records="r")
+    tokenizer = models.load_tokenizer(str(tiny_gpt2))
+    model = models.load_classifier(str(tiny_gpt2), tokenizer, head=models.new_head(["reward"], "regression"))
+    with pytest.raises(UserError, match="reads at most 128 tokens, but max_length is 200; lower it"):
+        reward.choose_encoding(long, model, tokenizer)
+
+
 def test_one_without_a_head_or_with_another_number_of_outputs_is_refused(tiny_encoders, tiny_feedback, tmp_path):
     with pytest.raises(UserError, match=r"has no reward head \(it lacks classifier"):
         RewardModel.load(tiny_encoders["bert"])

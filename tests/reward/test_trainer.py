@@ -7,8 +7,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline import RewardModel, config, models, reward
 from pipeline.errors import UserError
@@ -152,6 +152,43 @@ def test_lora_trains_the_head_whatever_the_config_says(tiny_gpt2, tmp_path):
     assert any("score" in name for name, parameter in ours.model.named_parameters() if parameter.requires_grad)
     with pytest.raises(UserError, match=r"lora.task_type is set by the stage"):
         reward.check(config.RewardStage(run="t", model="m", lora={"task_type": "CAUSAL_LM"}))
+
+
+def test_what_comes_after_the_pretrained_part_is_trained_under_lora():
+    found = {}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 100}
+    for name in ("deberta-v2", "roberta", "distilbert", "bert"):
+        made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **size))
+        found[name] = models.heads(made)
+    assert found == {
+        "deberta-v2": ["classifier", "pooler"], "roberta": ["classifier"], "distilbert": ["classifier", "pre_classifier"],
+        "bert": ["classifier", "pooler"],
+    }  # fmt: skip
+
+
+def test_a_base_that_is_an_adapter_is_refused(tiny_gpt2, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    get_peft_model(base, LoraConfig(r=2, task_type=TaskType.CAUSAL_LM)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a LoRA adapter, on which no reward head can be put"):
+        models.load_classifier(str(tmp_path), models.load_tokenizer(str(tmp_path)), head=models.new_head(["reward"], "regression"))
+
+
+def test_lora_that_finds_no_modules_is_one_line(tiny_feedback, tiny_encoders, tmp_path):
+    with pytest.raises(UserError, match=r"reward: lora: .*target_modules.*; try lora\.target_modules=all-linear"):
+        reward.run(stage(tiny_feedback, tmp_path, tiny_encoders["distilbert"], "ranking", "lora={}"))
+
+
+def test_what_trl_would_change_behind_the_encoding_is_refused():
+    with pytest.raises(UserError, match=r"reward: training.pad_token is not read"):
+        reward.check(config.RewardStage(run="t", model="m", training={"pad_token": "<pad>"}))
+
+
+@pytest.mark.parametrize("ranks", [[0, 1, 2], [1, 2]])
+def test_foreign_ranks_that_cannot_be_meant_are_refused(ranks, tiny_tokenizer):
+    rows = Dataset.from_dict({"prompt": ["p"], "responses": [["a", "b", "c"]], "ranks": [ranks]})
+    with pytest.raises(UserError, match=r"rankings: row 0: ranks are \[.*\] for 3 answers; expected one for each, 1 the best"):
+        examples(rows, "rankings", tiny_tokenizer, CHAT, drop=False)
 
 
 def stage(records, runs, model, objective, *more):

@@ -19,9 +19,12 @@ RESULTS = Path(__file__).parent / "real_data.json"
 COLUMNS = "columns: {prompt: [instruction, input]}"
 SETS = {  # name -> (source, {DATA} its folder and {CONVERTED} what scripts/convert.py made; overrides of the reward stage)
     "rasbt": (f"{{format: comparisons, path: {{DATA}}/rasbt/instruction-data-with-preference.json, {COLUMNS}}}", []),
-    "hh-harmless": ("{format: dialogues, path: {DATA}/hh-harmless/pairs.jsonl}", []),
+    "hh-harmless": ("{format: dialogues, path: {DATA}/hh-harmless/pairs.jsonl}", ["training.num_train_epochs=1"]),
     "pandalm": ("{format: comparisons, path: {CONVERTED}/pandalm.jsonl}", []),
-    "finegrained-qa": ("{format: rankings, path: {CONVERTED}/finegrained-qa.jsonl}", ["objective=ranking", "max_length=512"]),
+    "finegrained-qa": (
+        "{format: rankings, path: {CONVERTED}/finegrained-qa.jsonl}",
+        ["objective=ranking", "training.num_train_epochs=1"],
+    ),
     "surge-toxicity": (
         "{format: labels, path: {DATA}/surge-toxicity/toxicity_en.csv, columns: {label: is_toxic}, classes: [Toxic, Not Toxic]}",
         ["objective=classification", "positive_label=Not Toxic", "encoding.form=concatenation"],

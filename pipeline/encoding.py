@@ -20,12 +20,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
     """Token ids of a prompt, up to where the answer begins."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, completion: Text) -> list[int]:
     """Token ids of a completion, EOS last."""
-    return [*tokenizer(plain(completion), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [*tokenizer(plain(completion), add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, max_length: int) -> tuple[list[int], list[int]]:

@@ -124,6 +124,11 @@ def well_formed(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) ->
     return [float(traits(*_plain(p, c)) is not None) for p, c in zip(prompts, completions, strict=True)]
 
 
+def without_insults(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """1.0 for an answer in which nobody is insulted, else 0.0: what a toxicity classifier is meant to see."""
+    return [float(not any(insult in _plain(p, c)[1] for insult in INSULTS)) for p, c in zip(prompts, completions, strict=True)]
+
+
 def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kind, record) for all kinds of feedback on the same distribution of answers, a few spoiled rows among them.
 

@@ -66,7 +66,7 @@ def flat(text: Text, separator: str) -> str:
 def _chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
     before = encoding.prompt_ids(tokenizer, prompt)
-    after = tokenizer(plain(answer), add_special_tokens=False)["input_ids"]
+    after = tokenizer(plain(answer), add_special_tokens=False, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
     first, second = shorten(len(before), len(after), room, how.truncation)
     ids = (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
@@ -75,7 +75,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answe
 
 def _pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     texts = flat(prompt, how.separator), plain(answer)
-    before, after = (tokenizer(text, add_special_tokens=False).encodings[0] for text in texts)
+    before, after = (tokenizer(text, add_special_tokens=False, verbose=False).encodings[0] for text in texts)
     room = how.max_length - tokenizer.num_special_tokens_to_add(pair=True)
     first, second = shorten(len(before), len(after), room, how.truncation)
     overlong = first + second < len(before) + len(after)
@@ -89,7 +89,7 @@ def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Te
     eos = [tokenizer.eos_token_id] if how.eos else []
     question = flat(prompt, how.separator)
     text = question + how.separator + plain(answer) if question else plain(answer)
-    whole = tokenizer(text)["input_ids"]
+    whole = tokenizer(text, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
     if len(whole) <= room:
         return Encoded(whole + eos, len(whole), False)

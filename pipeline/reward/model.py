@@ -76,7 +76,7 @@ class RewardModel:
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
-        batching.check_padding(model, tokenizer.pad_token_id, model.name_or_path)
+        batching.check_padding(model, tokenizer.pad_token_id, str(model.name_or_path))
         self._shares = batching.can_share(model, tokenizer.pad_token_id, settings.encoding.max_length)
 
     @classmethod

@@ -44,7 +44,7 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
         model=model,
         args=args,
         train_dataset=tokenize(data["train"], tokenizer, config.max_length),
-        eval_dataset=tokenize(data["validation"], tokenizer, config.max_length) if len(data["validation"]) else None,
+        eval_dataset=training.to_evaluate(args, tokenize(data["validation"], tokenizer, config.max_length)),
         processing_class=tokenizer,
         peft_config=training.lora_config(config, TaskType.CAUSAL_LM, config.revision),
         callbacks=[training.Say()],

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, TaskType
 from pydantic import TypeAdapter, ValidationError
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import IntervalStrategy, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import TrainedStage, nearest
@@ -81,6 +82,14 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
             f"'accelerate launch -m pipeline {config.stage} …', or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     return built
+
+
+def to_evaluate(args: TrainingArguments, rows: Dataset | None) -> Dataset | None:
+    """`rows`; where there are none the trainer is told not to evaluate, or it would refuse to start."""
+    if rows is not None and len(rows):
+        return rows
+    args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+    return None
 
 
 def resolve_precision(precision: str) -> str:

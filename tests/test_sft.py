@@ -1,5 +1,6 @@
 """sft: what is trained, what is published, what a wrong input gets."""
 
+import json
 import shutil
 from operator import add
 
@@ -9,7 +10,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import artifact, config, encoding, models, sft
+from pipeline import artifact, config, encoding, models, prepare, sft
 from pipeline.errors import UserError
 from pipeline.files import hash_files
 
@@ -92,3 +93,13 @@ def test_records_without_demonstrations_are_refused_by_name(tiny_records, tiny_g
     Dataset.from_list([{"prompt": "a", "answer": "b"}]).save_to_disk(str(records))
     with pytest.raises(UserError, match="need a column 'completion'; found prompt, answer"):
         sft.run(stage(records, tmp_path, tiny_gpt2))
+
+
+def test_without_a_validation_split_it_trains_all_the_same(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(6)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = [{"format": "demonstrations", "path": str(tmp_path / "d.jsonl")}]
+    prepare.run(config.PrepareStage(run="t", runs=str(tmp_path), source=source, splits={"validation": 0, "test": 0.2}))
+    overrides = [f"runs={tmp_path}", "scratch={layers: 1, width: 16, heads: 2, vocabulary: 300}", "max_length=64", "training.max_steps=2"]
+    folder = sft.run(config.load("sft", config.RECIPES / "demo/sft.yaml", overrides, run="t"))
+    assert json.loads((folder / "manifest.json").read_text())["metrics"] == {}

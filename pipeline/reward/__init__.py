@@ -79,12 +79,15 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
             positive=settings.logit,
             args=args,
             train_dataset=with_members(config, rows["train"][0]),
-            eval_dataset=rows["validation"][0] if "validation" in rows and len(rows["validation"][0]) else None,
+            eval_dataset=training.to_evaluate(args, rows["validation"][0] if "validation" in rows else None),
             processing_class=tokenizer,
             peft_config=training.lora_config(config, TaskType.SEQ_CLS, config.revision, models.heads(model)),
             callbacks=[training.Say()],
         )
-    except ValueError as error:  # PEFT's, of modules that this model has not, or has by other names
+    except ValueError as error:
+        if config.lora is None:
+            raise
+        # PEFT's, of modules that this model has not, or has by other names
         raise UserError(f"reward: lora: {' '.join(str(error).split())}; try lora.target_modules=all-linear") from None
     training.fit(trainer, work)
     if not is_main_process():

@@ -30,7 +30,8 @@ BAD = [
 
 def trained(tmp_path, model, source, **more):
     folder = prepare.run(config.PrepareStage(run="t", runs=str(tmp_path), source=[source], splits={"validation": 0, "test": 0.2}))
-    steps = {"max_steps": 2, "per_device_train_batch_size": 4}
+    # Nothing is left to validate on, which is no reason not to train.
+    steps = {"max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_on_start": True}
     loaded = config.RewardStage(run="t", runs=str(tmp_path), model=str(model), max_length=96, training=steps, **more)
     return folder, lambda: reward.run(loaded)
 

@@ -25,7 +25,12 @@ def launch(processes: int, stage: str, *arguments: str) -> str:
     launcher = alone if processes == 1 else [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launcher, "-m", "pipeline", stage, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
+    for attempt in (1, 2):  # torchrun picks a free port and then opens it: another process may come first
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            return done.stdout
+        print(f"attempt {attempt}: {done.stderr}")
+    pytest.fail(f"{stage} by {processes} processes failed twice: {done.stderr[-3000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ On a decoder the answers to one prompt share what their ids have in common: one 
 rest see the common part and itself, and positions go on from the common part in each rest. On an encoder each answer is a row.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.reward.encoding import Encoded
 
+logger = logging.getLogger(__name__)
 TOKENS = 4096  # of a batch, padding included
 # Padding that is worth saving a forward, in tokens: little where the arithmetic takes the time, much where starting kernels does.
 PADDING = {"cpu": 64, "cuda": 1024}
@@ -75,11 +77,13 @@ def can_share(model: Any, pad: int, longest: int) -> bool:
     ids = torch.randint(text.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))]
     with _evaluating(model):
+        apart = logits(model, [group], pad, shared=False).float()  # what fails here fails everywhere
         try:
-            apart, together = (logits(model, [group], pad, shared=shared).float() for shared in (False, True))
+            together = logits(model, [group], pad, shared=True).float()
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError, NotImplementedError, TypeError):  # an attention that takes no such mask
+        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:  # an attention that takes no such mask
+            logger.warning("%s takes no mask of its own, so each answer has its prompt to itself: %s", type(model).__name__, error)
             return False
     # Half precision and quantized weights round by batch shape, so that only gross differences count there.
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False) and not torch.is_autocast_enabled(apart.device.type)

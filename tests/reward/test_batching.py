@@ -87,6 +87,13 @@ def test_models_that_cannot_share_are_found_out():
     assert not batching.can_share(make("bert"), 0, 64)
 
 
+def test_an_attention_that_takes_no_mask_of_its_own_is_said(caplog):
+    size = {"n_layer": 1, "n_head": 2, "hidden_size": 32, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
+    bloom = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bloom", **size)).eval()
+    assert not batching.can_share(bloom, 0, 64)
+    assert "BloomForSequenceClassification takes no mask of its own, so each answer has its prompt to itself" in caplog.text
+
+
 @torch.no_grad()
 def test_an_encoder_reads_its_segments():
     model = make("bert", labels=3, initializer_range=0.2)

@@ -72,7 +72,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.pad = self.processing_class.pad_token_id
         self.types = "token_type_ids" in self.processing_class.model_input_names
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             self.shared = OBJECTIVES[objective].compares and batching.can_share(trained, self.pad, longest)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:

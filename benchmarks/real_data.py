@@ -17,6 +17,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "real_data.json"
 COLUMNS = "columns: {prompt: [instruction, input]}"
+LABELS = ["objective=classification", "training.center_rewards_coefficient=0"]
 SETS = {  # name -> (source, {DATA} its folder and {CONVERTED} what scripts/convert.py made; overrides of the reward stage)
     "rasbt": (f"{{format: comparisons, path: {{DATA}}/rasbt/instruction-data-with-preference.json, {COLUMNS}}}", []),
     "hh-harmless": ("{format: dialogues, path: {DATA}/hh-harmless/pairs.jsonl}", ["training.num_train_epochs=1"]),
@@ -27,9 +28,9 @@ SETS = {  # name -> (source, {DATA} its folder and {CONVERTED} what scripts/conv
     ),
     "surge-toxicity": (
         "{format: labels, path: {DATA}/surge-toxicity/toxicity_en.csv, columns: {label: is_toxic}, classes: [Toxic, Not Toxic]}",
-        ["objective=classification", "positive_label=Not Toxic", "encoding.form=concatenation"],
+        [*LABELS, "positive_label=Not Toxic", "encoding.form=concatenation"],
     ),
-    "kto-demo": ("{format: labels, path: {DATA}/kto-demo/kto_en_demo.json}", ["objective=classification", "positive_label='true'"]),
+    "kto-demo": ("{format: labels, path: {DATA}/kto-demo/kto_en_demo.json}", [*LABELS, "positive_label='true'"]),
 }
 RAW = {"pandalm": "testset-v1.json", "finegrained-qa": "dev_feedback.json"}
 SPLITS = ["splits.validation=0.05", "splits.test=0.2"]

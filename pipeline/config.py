@@ -250,23 +250,54 @@ class RewardStage(FromModel):
         return self
 
 
+class Reward(Strict):
+    """One of PPO's rewards: an artifact, a classifier's folder, a hub id or a `module:function`.
+
+    Of a foreign classifier with several labels the logit of `positive_label` is the reward. `weight` is 1/n of n where it is not given.
+    """
+
+    source: str
+    weight: float | None = None
+    positive_label: str | None = None
+
+    @property
+    def is_function(self) -> bool:
+        module, colon, name = self.source.partition(":")
+        return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 class PPOStage(TrainedStage):
-    """`policy` and `reward` default to the run's own artifacts; of a foreign classifier with several labels the logit of `positive_label`
-    is the reward; `gold` is a `module:function`, used to evaluate, never to train."""
+    """`policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
+    weighted sum counts, less `uncertainty_penalty` standard deviations between them. `gold` is a `module:function`, used to evaluate, never
+    to train."""
 
     stage: ClassVar[str] = "ppo"
     policy: str | None = None
-    reward: str | None = None
+    reward: list[Reward] = []
     records: str | None = None
-    positive_label: str | None = None
+    uncertainty_penalty: float = Field(0.0, ge=0)
     gold: str | None = None
     max_prompt_tokens: int = Field(256, gt=0)
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def one_or_many(cls, value: Any) -> Any:
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        return [{"source": each} if isinstance(each, str) else each for each in given]
 
     @model_validator(mode="after")
     def defaults(self) -> "PPOStage":
         self.policy = self.policy or self.upstream("sft")
-        self.reward = self.reward or self.upstream("reward")
+        self.reward = self.reward or [Reward(source=self.upstream("reward"))]
         self.records = self.records or self.upstream("prepare")
+        return self
+
+    @model_validator(mode="after")
+    def weights_for_all_or_none(self) -> "PPOStage":
+        if len({each.weight is None for each in self.reward}) > 1:
+            raise ValueError("reward: some have a weight and some have none; give each one, or none for their mean")
+        if self.uncertainty_penalty and len(self.reward) == 1:
+            raise ValueError("'uncertainty_penalty' is only read with two rewards or more; an ensemble of heads holds its own")
         return self
 
 

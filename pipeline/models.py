@@ -105,11 +105,19 @@ def load_classifier(
     **options: Any,
 ) -> PreTrainedModel:
     """A sequence classifier: one to train, with a `head` (see `new_head`) that is made where the checkpoint lacks it, or, without, one
-    as it was trained. Raises `UserError` where it then has no head."""
+    as it was trained. Raises `UserError` where it then has no head. A policy's adapter is merged into its base first."""
     if is_adapter(source, options.get("revision")):
-        raise UserError(
-            f"{source}: is a LoRA adapter, on which no reward head can be put; name the model it was trained on, or publish it merged"
+        if quantization != "none":
+            raise UserError(f"{source}: is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none")
+        revision = options.pop("revision", None)
+        with loading(source, "LoRA adapter"):
+            adapter = PeftConfig.from_pretrained(source, revision=revision)
+        adapter.task_type = None  # the policy's, which asks for a model that generates
+        base: Any = load_classifier(
+            str(adapter.base_model_name_or_path), tokenizer, precision=precision, head=head, revision=adapter.revision, **options
         )
+        with loading(source, "LoRA adapter"):
+            return PeftModel.from_pretrained(base, source, config=adapter, revision=revision).merge_and_unload()
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
     with loading(source, f"sequence classifier{outputs}"), _expecting_a_new_head():
         model, found = AutoModelForSequenceClassification.from_pretrained(

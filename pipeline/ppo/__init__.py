@@ -19,13 +19,14 @@ from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.trainer import PPOConfig, PPOTrainer
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
-from pipeline.reward.sources import function, is_function, open_source
+from pipeline.reward.model import RewardModel
+from pipeline.reward.sources import RewardSource, combine, from_model, function
 
 
 def check(config: PPOStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, PPOConfig)
-    for spec in (config.gold, config.reward if is_function(config.reward or "") else None):
+    for spec in (config.gold, *(reward.source for reward in config.reward if reward.is_function)):
         if spec:
             function(spec)
 
@@ -36,8 +37,9 @@ def run(config: PPOStage) -> Path:
         "records": artifact.require(config.records or "", "records", config.fix("prepare")),
         "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),
     }
-    if not is_function(config.reward or ""):
-        inputs["reward"] = artifact.require(config.reward or "", "reward", config.fix("reward"))
+    for number, reward in enumerate(config.reward):
+        if not reward.is_function:
+            inputs[f"reward_{number}"] = artifact.require(reward.source, "reward", config.fix("reward"))
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
 
 
@@ -51,7 +53,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     tokenizer = models.load_tokenizer(config.policy or "", revision=revision["policy"], **options)
     trainer = PPOTrainer(
         policy=load_policy(config, tokenizer, revision["policy"]),
-        reward=open_source(config.reward or "", positive_label=config.positive_label, revision=revision.get("reward"), **options),
+        reward=open_rewards(config, revision),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
@@ -70,6 +72,19 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     save_file(trainer.actor.value_head.state_dict(), output / "value_head.safetensors")
     training.write_log(trainer, output)
     return {"metrics": metrics}
+
+
+def open_rewards(config: PPOStage, revision: dict[str, str | None]) -> RewardSource:
+    """What the answers are scored by, as one source."""
+    sources = []
+    for number, reward in enumerate(config.reward):
+        options: dict[str, Any] = {"revision": revision.get(f"reward_{number}"), "trust_remote_code": config.trust_remote_code}
+        if reward.is_function:
+            sources.append(RewardSource(function(reward.source)))
+        else:
+            sources.append(from_model(RewardModel.load(reward.source, positive_label=reward.positive_label, **options)))
+    weights = [reward.weight for reward in config.reward if reward.weight is not None]
+    return combine(sources, weights or None, config.uncertainty_penalty)
 
 
 def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:

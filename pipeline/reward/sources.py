@@ -4,6 +4,8 @@
 answers as text, their token ids, whether each ended by itself, and the other columns of the prompt's record.
 """
 
+import operator
+import statistics
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -22,13 +24,6 @@ class RewardSource(NamedTuple):
     std: float = 1.0
 
 
-def open_source(spec: str, **options: Any) -> RewardSource:
-    """`module:function`, a reward artifact's folder, or a hub id. Raises `UserError`."""
-    if is_function(spec):
-        return RewardSource(function(spec))
-    return from_model(RewardModel.load(spec, **options))
-
-
 def from_model(model: RewardModel) -> RewardSource:
     """A reward model as a source: whatever its tokenizer, it reads the text."""
 
@@ -39,9 +34,27 @@ def from_model(model: RewardModel) -> RewardSource:
     return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0))
 
 
-def is_function(spec: str) -> bool:
-    module, colon, name = spec.partition(":")
-    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+def combine(sources: Sequence[RewardSource], weights: Sequence[float] | None = None, uncertainty_penalty: float = 0.0) -> RewardSource:
+    """Several as one: the sum of `weights` (1/n each where not given) × score, less `uncertainty_penalty` standard deviations between them
+    (Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
+
+    Only differences of a reward mean anything, so that each is centred on its reference sample before their spread is taken.
+    """
+    if len(sources) == 1 and weights is None:
+        return sources[0]
+    weights = weights or [1 / len(sources)] * len(sources)
+
+    def score(**answers: Any) -> list[float]:
+        columns = [list(map(float, source.score(**answers))) for source in sources]
+        found = []
+        for row in zip(*columns, strict=True):
+            spread = statistics.pstdev(value - source.mean for value, source in zip(row, sources, strict=True))
+            found.append(sum(map(operator.mul, weights, row)) - uncertainty_penalty * spread)
+        return found
+
+    # Of the sum's own spread only a bound is known: that of rewards which rise and fall together.
+    std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
+    return RewardSource(score, sum(weight * source.mean for weight, source in zip(weights, sources, strict=True)), std)
 
 
 def function(spec: str) -> RewardFunction:

@@ -51,10 +51,11 @@ def test_ppo_takes_one(classifier, tiny_feedback, tiny_gpt2, tmp_path):
         "num_mini_batches": 1,
         "response_tokens": 4,
     }
-    common = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback), "reward": str(classifier)}
+    common = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback)}
     with pytest.raises(UserError, match="say which one is good"):
-        ppo.run(config.PPOStage(**common, training=steps))
-    folder = ppo.run(config.PPOStage(**common, training=steps, positive_label="nothate", force=True))
+        ppo.run(config.PPOStage(**common, training=steps, reward=str(classifier)))
+    named = {"source": str(classifier), "positive_label": "nothate"}
+    folder = ppo.run(config.PPOStage(**common, training=steps, reward=named, force=True))
     assert (folder / "manifest.json").exists()
 
 

@@ -101,7 +101,7 @@ def test_one_reading_everywhere(five, answered, tiny_tokenizer, tmp_path):
     part = rm.settings.logit
     assert plain_logits(folder, prompts, responses)[:, part].tolist() == pytest.approx(expected, **close)
     assert trainer_outputs(loaded, folder, prompts, responses, tmp_path)[:, part].tolist() == pytest.approx(expected, **close)
-    source = sources.open_source(str(folder))  # PPO's: it is given text, whatever the ids of the policy's tokenizer
+    source = sources.from_model(RewardModel.load(folder))  # PPO's: it is given text, whatever the ids of the policy's tokenizer
     ids = [tiny_tokenizer(text)["input_ids"] for text in responses]
     assert source.score(prompts, responses, completion_ids=ids, ended=[True] * 200) == pytest.approx(expected, **close)
     if loaded.objective != "classification":

@@ -166,12 +166,22 @@ def test_what_comes_after_the_pretrained_part_is_trained_under_lora():
     }  # fmt: skip
 
 
-def test_a_base_that_is_an_adapter_is_refused(tiny_gpt2, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    get_peft_model(base, LoraConfig(r=2, task_type=TaskType.CAUSAL_LM)).save_pretrained(tmp_path)
+def test_a_base_that_is_an_adapter_is_merged_first(tiny_gpt2, tmp_path):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, task_type=TaskType.CAUSAL_LM, init_lora_weights=False, target_modules=["c_attn"], fan_in_fan_out=True)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), lora)
+    policy.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a LoRA adapter, on which no reward head can be put"):
-        models.load_classifier(str(tmp_path), models.load_tokenizer(str(tmp_path)), head=models.new_head(["reward"], "regression"))
+    tokenizer, head = models.load_tokenizer(str(tmp_path)), models.new_head(["reward"], "regression")
+    merged = models.load_classifier(str(tmp_path), tokenizer, head=head)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    hidden = lambda model: model(ids, output_hidden_states=True).hidden_states[-1]  # noqa: E731
+    bare = models.load_classifier(str(tiny_gpt2), tokenizer, head=head)
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    torch.testing.assert_close(hidden(merged), hidden(policy.eval()), atol=1e-5, rtol=1e-5)
+    assert (hidden(merged) - hidden(bare)).abs().max() > 1e-2
+    with pytest.raises(UserError, match="is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none"):
+        models.load_classifier(str(tmp_path), tokenizer, head=head, quantization="8bit")
 
 
 def test_lora_that_finds_no_modules_is_one_line(tiny_feedback, tiny_encoders, tmp_path):

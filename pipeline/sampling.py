@@ -1,4 +1,4 @@
-"""Sampling answers and reading their log-probabilities.
+"""Sampling answers.
 
 Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither batching nor the
 number of processes changes a sample.
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline import encoding, models
+from pipeline.errors import UserError
 
 
 @dataclass
@@ -39,11 +41,11 @@ class InverseCDF(LogitsProcessor):
     As the last processor under greedy decoding it makes `generate` sample with our noise, (B, T).
     """
 
-    def __init__(self, noise: Tensor, temperature: float):
-        self.noise, self.temperature, self.step = noise, temperature, 0
+    def __init__(self, noise: Tensor):
+        self.noise, self.step = noise, 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
+        cumulative = scores.float().softmax(-1).cumsum(-1)
         threshold = self.noise[:, self.step : self.step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).clamp_max(scores.shape[-1] - 1)
         self.step += 1
@@ -85,24 +87,43 @@ def sample(
 
 
 @torch.inference_mode()
-def generate(policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], noise: Tensor, temperature: float) -> Answers:
-    """One answer to each prompt (token ids), at most noise.shape[1] tokens with its EOS. The policy's mode is put back."""
+def generate(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], noise: Tensor, temperature: float = 1.0, *,
+    top_k: int = 0, top_p: float = 1.0, min_response_tokens: int = 0, stop_token: str | None = None, batch_size: int = 64,
+) -> Answers:  # fmt: skip
+    """One answer to each prompt (token ids), at most noise.shape[1] tokens with the EOS or `stop_token` that ends it.
+
+    `batch_size` prompts of like length go together, until the last of them has ended. The policy's mode is put back.
+    """
+    ends = [tokenizer.eos_token_id, *([stop_id(tokenizer, stop_token)] if stop_token else [])]
+    shaped = [
+        *([TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []),
+        *([TopKLogitsWarper(top_k)] if top_k else []),
+        *([TopPLogitsWarper(top_p)] if top_p < 1 else []),
+    ]
+    given = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     training = policy.training
     policy.eval()
-    device = policy.device
-    ids, mask = (x.to(device) for x in encoding.pad(prompts, tokenizer.pad_token_id, side="left"))
-    config = GenerationConfig(
-        max_new_tokens=noise.shape[1],
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    sampler = LogitsProcessorList([InverseCDF(noise.to(device), temperature)])
-    with _generation_config(policy, config):
-        output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: dict[int, list[int]] = {}
+    with _generation_config(policy, GenerationConfig(max_new_tokens=noise.shape[1], **given)):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = (x.to(policy.device) for x in encoding.pad([prompts[i] for i in rows], tokenizer.pad_token_id, side="left"))
+            unended = MinNewTokensLengthLogitsProcessor(ids.shape[1], min_response_tokens, ends, policy.device)
+            sampler = LogitsProcessorList([unended, *shaped, InverseCDF(noise[rows].to(policy.device))])
+            output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
+            responses |= dict(zip(rows, map(list, output[:, ids.shape[1] :].tolist()), strict=True))
     policy.train(training)
-    return _answers(tokenizer, ids, mask, output[:, ids.shape[1] :])
+    return _answers(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
+
+
+def stop_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
+    """The id of a token that ends an answer. Raises `UserError` where the tokenizer makes several of it, or none."""
+    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens of this tokenizer; expected one")
+    return int(ids[0])
 
 
 @contextmanager
@@ -120,34 +141,19 @@ def _generation_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
             model.generation_config = config
 
 
-def read(model: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits (B, T, V) in fp32, last hidden states (B, T, H)) of the positions that choose the response tokens.
-
-    Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens.
-    """
-    mask = torch.cat([query_mask, response_mask], 1)
-    out = model(
-        input_ids=torch.cat([query_ids, response_ids], 1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-        logits_to_keep=response_ids.shape[1] + 1,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    first = query_ids.shape[1] - 1
-    return out.logits[:, :-1].float(), out.hidden_states[-1][:, first:-1]
-
-
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities of `ids` (B, T) under `logits` (B, T, V)."""
-    return -torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
-
-
-def _answers(tokenizer: PreTrainedTokenizerBase, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor) -> Answers:
-    is_eos = response_ids == tokenizer.eos_token_id
-    real = (is_eos.cumsum(1) - is_eos.long()) == 0  # up to and with the first EOS
-    response_ids = response_ids.masked_fill(~real, tokenizer.pad_token_id)
-    texts = [
-        str(tokenizer.decode(ids[keep & ~eos], skip_special_tokens=True)) for ids, keep, eos in zip(response_ids, real, is_eos, strict=True)
-    ]
-    return Answers(query_ids, query_mask, response_ids, real.long(), texts, (is_eos & real).any(1).tolist())
+def _answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    ends: Sequence[int],
+    device: torch.device,
+) -> Answers:
+    """What comes after the first token that ends an answer is dropped."""
+    lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in responses]
+    kept = [ids[:length] for ids, length in zip(responses, lengths, strict=True)]
+    ended = [ids[-1] in ends for ids in kept]
+    texts = [str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True)) for ids, end in zip(kept, ended, strict=True)]
+    query = encoding.pad(prompts, tokenizer.pad_token_id, side="left")
+    response = encoding.pad(kept, tokenizer.pad_token_id)
+    query_ids, query_mask, response_ids, response_mask = (x.to(device) for x in (*query, *response))
+    return Answers(query_ids, query_mask, response_ids, response_mask, texts, ended)

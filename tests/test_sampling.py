@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import models
 from pipeline.config import Scratch
-from pipeline.sampling import Answers, InverseCDF, generate, noise, permutation, read, token_logprobs
+from pipeline.errors import UserError
+from pipeline.sampling import InverseCDF, generate, noise, permutation
 
 STEPS, TEMPERATURE = 10, 0.8
 LENGTHS = (5, 1, 9, 3, 5, 2)
@@ -74,7 +75,7 @@ def test_inverse_cdf_has_the_distributions_own_thresholds(logits: list[float]) -
     uniform = [0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 2**-24]
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     column = torch.tensor([*uniform, *grid])[:, None]
-    out = InverseCDF(column, 1.0)(torch.zeros(len(column), 1).long(), torch.tensor(logits).log().expand(len(column), 3))
+    out = InverseCDF(column)(torch.zeros(len(column), 1).long(), torch.tensor(logits).log().expand(len(column), 3))
     assert (out == 0).sum(1).eq(1).all()
     assert out.isinf().sum(1).eq(2).all()
     tokens = out.argmax(1)
@@ -82,12 +83,12 @@ def test_inverse_cdf_has_the_distributions_own_thresholds(logits: list[float]) -
     assert tokens[6:].bincount().tolist() == [200, 500, 300]
 
 
-def test_inverse_cdf_heeds_temperature_steps_and_impossible_tokens() -> None:
-    scores = torch.tensor([[0.09, 0.49, 0.0, 0.0]]).log()  # at temperature 2: (0.3, 0.7), the others never
-    sampler = InverseCDF(torch.tensor([[0.299, 0.301, 1 - 2**-24]]), 2.0)
+def test_inverse_cdf_heeds_steps_and_impossible_tokens() -> None:
+    scores = torch.tensor([[0.3, 0.7, 0.0, 0.0]]).log()
+    sampler = InverseCDF(torch.tensor([[0.299, 0.301, 1 - 2**-24]]))
     assert [int(sampler(torch.zeros(1, 1).long(), scores).argmax()) for _ in range(3)] == [0, 1, 1]
     blocked = torch.tensor([[-torch.inf, 0.0]])
-    assert int(InverseCDF(torch.zeros(1, 1), 1.0)(torch.zeros(1, 1).long(), blocked).argmax()) == 1
+    assert int(InverseCDF(torch.zeros(1, 1))(torch.zeros(1, 1).long(), blocked).argmax()) == 1
 
 
 def test_noise_belongs_to_its_row_alone() -> None:
@@ -152,36 +153,35 @@ def test_a_checkpoints_generation_config_does_not_bend_the_distribution(prompts:
     assert generate(model, tokenizer, prompts, drawn, TEMPERATURE).token_lists() == expected
 
 
-# Reading
+def test_limits_bound_what_is_drawn(prompts: Any, drawn: Tensor) -> None:
+    model, tokenizer = make("gpt2")
+    free = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
+    most_likely = generate(model, tokenizer, prompts, drawn, TEMPERATURE, top_k=1)
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, most_likely.token_lists(), strict=True):
+            for step, token in enumerate(answer):
+                assert int(model(torch.tensor([prompt + answer[:step]])).logits[0, -1].argmax()) == token
+    assert generate(model, tokenizer, prompts, drawn, TEMPERATURE, top_p=1e-6).token_lists() == most_likely.token_lists()
+    long = generate(model, tokenizer, prompts, drawn, TEMPERATURE, min_response_tokens=STEPS)
+    assert {len(ids) for ids in free.token_lists()} > {len(ids) for ids in long.token_lists()} == {STEPS}
 
 
-@torch.no_grad()
-def test_read_equals_an_unpadded_row(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
+def test_a_stop_token_ends_an_answer(prompts: Any, drawn: Tensor) -> None:
+    model, tokenizer = make("gpt2")
+    free = generate(model, tokenizer, prompts, drawn, TEMPERATURE).token_lists()
+    stop = free[3][2]
+    cut = generate(model, tokenizer, prompts, drawn, TEMPERATURE, stop_token=tokenizer.decode([stop]))
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in free]
+    assert cut.token_lists() == expected
+    assert cut.ended == [ids[-1] in (0, stop) for ids in expected]
+    assert len(cut.texts[3]) == len(tokenizer.decode(expected[3][:-1]))
+    with pytest.raises(UserError, match=r"stop_token='the cat' is \d+ tokens of this tokenizer; expected one"):
+        generate(model, tokenizer, prompts, drawn, stop_token="the cat")
+
+
+def test_small_batches_draw_what_large_ones_do(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
     model, tokenizer = pair
-    answers = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
-    logits, hidden = read(model, answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-    logprobs = token_logprobs(logits, answers.response_ids)
-    assert logits.dtype == torch.float32
-    assert logits.shape == (*answers.response_ids.shape, len(tokenizer))
-    for row, (prompt, answer) in enumerate(zip(prompts, answers.token_lists(), strict=True)):
-        out = model(torch.tensor([prompt + answer]), output_hidden_states=True)
-        steps = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        naive = out.logits[0, steps].log_softmax(-1)[range(len(answer)), answer]
-        torch.testing.assert_close(logprobs[row, : len(answer)], naive, rtol=0, atol=1e-5)
-        torch.testing.assert_close(hidden[row, : len(answer)], out.hidden_states[-1][0, steps], rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_what_stands_in_the_padding_is_not_read(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
-    model, tokenizer = pair
-    answers: Answers = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
-    real = answers.response_mask.bool()
-    found = []
-    for filler in (tokenizer.pad_token_id, 77):
-        query, response = (
-            ids.masked_fill(mask == 0, filler)
-            for ids, mask in ((answers.query_ids, answers.query_mask), (answers.response_ids, answers.response_mask))
-        )
-        logits, _ = read(model, query, answers.query_mask, response, answers.response_mask)
-        found.append(token_logprobs(logits, response)[real])
-    assert torch.equal(*found)
+    whole = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
+    apart = generate(model, tokenizer, prompts, drawn, TEMPERATURE, batch_size=2)
+    assert apart.token_lists() == whole.token_lists()
+    assert torch.equal(apart.query_mask, whole.query_mask)

@@ -21,12 +21,13 @@ from pipeline.config import EvaluateStage
 from pipeline.errors import UserError
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
+from pipeline.reading import read
 from pipeline.records import open_records
 from pipeline.reward.measure import held_out, measure
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, function
-from pipeline.sampling import Answers, read, token_logprobs
+from pipeline.sampling import Answers
 
 KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
 
@@ -113,10 +114,8 @@ def sample(
 def answer_kl(policy: Any, reference: Any, answers: Answers, temperature: float) -> list[float]:
     """log p − log q summed over each answer: a sample of KL(policy ‖ reference) in nats."""
     tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-    policy_logprobs, reference_logprobs = (
-        token_logprobs(read(model, *tensors)[0] / temperature, answers.response_ids) for model in (policy, reference)
-    )
-    return torch.where(answers.response_mask.bool(), policy_logprobs - reference_logprobs, 0.0).sum(1).tolist()
+    of_policy, of_reference = (read(model, *tensors, temperature).logprobs for model in (policy, reference))
+    return (of_policy - of_reference).sum(1).tolist()
 
 
 def reward_metrics(reward: RewardModel, inputs: dict[str, artifact.Artifact], gold: RewardFunction | None) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pipeline.models import disable_dropout
-from pipeline.ppo.math import entropy
-from pipeline.sampling import read, token_logprobs
+from pipeline.reading import read, unravel
 
 REFERENCE = "reference"
 
@@ -29,14 +28,10 @@ class Outputs(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0: training computes what sampling did.
+    """`policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0: training computes what sampling did."""
 
-    `entropy_gradient`: whether the entropy is to be trained on, for which its graph is kept.
-    """
-
-    def __init__(self, policy: Any, kl_coef: float, entropy_gradient: bool = False):
+    def __init__(self, policy: Any, kl_coef: float):
         super().__init__()
-        self.entropy_gradient = entropy_gradient
         disable_dropout(policy)
         self.policy = policy
         self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
@@ -49,19 +44,17 @@ class ActorCritic(nn.Module):
 
     def forward(self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float) -> Outputs:
         """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens."""
-        logits, hidden = read(self.policy, query_ids, query_mask, response_ids, response_mask)
-        logits = logits / temperature
-        with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        return Outputs(token_logprobs(logits, response_ids), values, entropy(logits if self.entropy_gradient else logits.detach()))
+        found = read(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
+        with torch.autocast(found.hidden.device.type, enabled=False):
+            values = self.value_head(found.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return Outputs(found.logprobs, unravel(values, response_mask), found.entropy)
 
     def reference_logprobs(
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
     ) -> Tensor:
         """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
         with self._as_reference() as reference:
-            logits, _ = read(reference, query_ids, query_mask, response_ids, response_mask)
-            return token_logprobs(logits / temperature, response_ids)
+            return read(reference, query_ids, query_mask, response_ids, response_mask, temperature).logprobs
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""

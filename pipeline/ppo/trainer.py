@@ -134,7 +134,7 @@ class PPOTrainer(Trainer):
         self.gold = gold
         self.max_prompt_tokens = max_prompt_tokens
         self._figures: dict[str, list[Any]] = defaultdict(list)
-        model = ActorCritic(policy, args.kl_coef, entropy_gradient=args.entropy_coef != 0)
+        model = ActorCritic(policy, args.kl_coef)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model

@@ -129,18 +129,6 @@ def test_in_bf16_the_reference_and_the_sampling_are_computed_as_the_policy_is(ad
     assert adapt is lora or kl == 0.0  # nothing was learned: the policy is its reference
 
 
-def test_the_entropy_is_trained_on_only_where_it_counts(policy):
-    inputs = {
-        "query_ids": torch.tensor([[5, 6]]), "query_mask": torch.ones(1, 2, dtype=torch.long),
-        "response_ids": torch.tensor([[7, 8]]), "response_mask": torch.ones(1, 2, dtype=torch.long),
-    }  # fmt: skip
-    without, with_gradient = (ActorCritic(policy, 0.1, wanted)(**inputs, temperature=1.0).entropy for wanted in (False, True))
-    assert torch.equal(without, with_gradient)
-    assert not without.requires_grad
-    weight = policy.get_output_embeddings().weight
-    assert torch.autograd.grad(with_gradient.sum(), weight)[0].abs().sum() > 0
-
-
 @pytest.mark.parametrize("named", [False, True], ids=["base", "adapter"])
 def test_under_lora_the_reference_is_the_same_backbone(named, policy, tiny_tokenizer):
     model = lora(policy)

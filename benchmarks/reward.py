@@ -11,18 +11,14 @@ steps, and the loss curves must agree.
 
 import argparse
 import json
-import platform
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results.json"
+from harness import compare, measured, weights
+
 WORKS = {  # name -> required ratio
     "rankings-4": 6.0, "rankings-9": 12.0, "hh-harmless": 3.0, "score-encoder": 4.0, "best-of-16-256": 3.0, "best-of-16-512": 4.0,
 }  # fmt: skip
@@ -46,33 +42,9 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure(args.works[0], args.side, args)))
         return
-    works = args.works or [work for work in WORKS if work != "hh-harmless" or args.hh]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for work in works:
-        results[work] = compare(work, args)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        print(line(work, results[work]), flush=True)
-
-
-def compare(work: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one work."""
-    rounds = []
-    for number in range(args.rounds):
-        order = ("ours", "peer") if number % 2 == 0 else ("peer", "ours")
-        found = {side: child(work, side, args) for side in order}
-        check(work, found)
-        rounds.append(found)
-    ratio = lambda key: statistics.median(each["ours"][key] / each["peer"][key] for each in rounds)  # noqa: E731
-    return {
-        "required": WORKS[work], "ratio": ratio("tokens_per_second"), "memory_ratio": ratio("peak_mb"),
-        "machine": platform.processor() or platform.machine(), "rounds": rounds,
-    }  # fmt: skip
-
-
-def child(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     options = [f"--{name}={value}" for name in ("hh", "encoder") if (value := getattr(args, name))]
-    done = subprocess.run([sys.executable, __file__, work, "--side", side, *options], stdout=subprocess.PIPE, check=True, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    for work in args.works or [work for work in WORKS if work != "hh-harmless" or args.hh]:
+        compare(__file__, work, options, args.rounds, WORKS[work], check)
 
 
 def check(work: str, found: dict[str, dict[str, Any]]) -> None:
@@ -92,22 +64,12 @@ def check(work: str, found: dict[str, dict[str, Any]]) -> None:
         found["ours"]["spearman"] = rho
 
 
-def line(work: str, result: dict[str, Any]) -> str:
-    median = lambda side, key: statistics.median(each[side][key] for each in result["rounds"])  # noqa: E731
-    speeds = " / ".join(f"{median(side, 'tokens_per_second'):,.0f}" for side in ("ours", "peer"))
-    fractions = " / ".join(f"{median(side, 'matmul_fraction'):.2f}" for side in ("ours", "peer"))
-    memory = " / ".join(f"{median(side, 'peak_mb'):,.0f}" for side in ("ours", "peer"))
-    required = f"(required {result['required']:.0f}×)"
-    return f"{work:<16} {result['ratio']:5.2f}× {required}  tokens/s {speeds}  MB {memory}  of matmul rate {fractions}"
-
-
 # One measurement
 
 
 def measure(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     import warnings
 
-    import torch
     import transformers
     import trl  # noqa: F401 both sides pay for the same imports
 
@@ -116,30 +78,8 @@ def measure(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    imports = peak_mb()
-    rate = matmul_rate()
-    torch.manual_seed(0)
     run = train if work in ("rankings-4", "rankings-9", "hh-harmless") else score
-    found = run(work, side, args)
-    found["matmul_fraction"] = found.pop("flops") / found["seconds"] / rate
-    return found | {"tokens_per_second": found["real_tokens"] / found["seconds"], "peak_mb": peak_mb() - imports, "dtype": "float32"}
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def matmul_rate() -> float:
-    """Floating point operations per second of torch's own product of two 1024² matrices; the best of several."""
-    import torch
-
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)
+    return measured(lambda: run(work, side, args))
 
 
 def decoder(vocabulary: int) -> Any:
@@ -157,12 +97,6 @@ def count_tokens(model: Any) -> list[int]:
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].numel()))
     return seen
-
-
-def weights(model: Any) -> int:
-    """Parameters that multiply every token: all but the embeddings."""
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embed" in name or "wte" in name or "wpe" in name)
-    return sum(p.numel() for p in model.parameters()) - embeddings
 
 
 def train(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:

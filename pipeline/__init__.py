@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # The libraries read it when they are first imported; set it to 0 to let them report.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-_EXPORTS = {"RewardModel": "pipeline.reward.model", "PPOTrainer": "pipeline.ppo.trainer", "PPOConfig": "pipeline.ppo.trainer"}
+_EXPORTS = {"RewardModel": "pipeline.reward.model", "PPOTrainer": "pipeline.ppo.trainer", "PPOConfig": "pipeline.ppo.config"}
 __all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
 
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import find_adapter_config_file, logging
 
 from pipeline.config import Scratch
@@ -60,7 +61,7 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None or (distinct_pad and tokenizer.pad_token == tokenizer.eos_token):
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
-        tokenizer.pad_token = spare[0] if spare else PAD  # a new token grows the vocabulary: see `_fit_vocabulary`
+        tokenizer.pad_token = spare[0] if spare else PAD  # a new token grows the vocabulary: see `_ready`
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
     return tokenizer
@@ -92,7 +93,7 @@ def load_policy(
             return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
     with loading(source, "causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, **_weights(quantization, precision), **options)
-    return _fit_vocabulary(model, tokenizer)
+    return _ready(model, tokenizer)
 
 
 def load_classifier(
@@ -126,7 +127,7 @@ def load_classifier(
     if found["missing_keys"] and head is None:
         missing = ", ".join(sorted(found["missing_keys"]))
         raise UserError(f"{source}: has no reward head (it lacks {missing}); expected a sequence classifier, such as runs/demo/reward")
-    return _fit_vocabulary(model, tokenizer)
+    return _ready(model, tokenizer)
 
 
 def heads(model: torch.nn.Module) -> list[str]:
@@ -225,6 +226,14 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def fuse_gelu(model: torch.nn.Module) -> None:
+    """GPT-2's tanh GELU by torch's own kernel: the same function, of which transformers' Python makes eight passes over memory."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
 def _weights(quantization: str, precision: str) -> dict[str, Any]:
     """`from_pretrained` arguments. Quantized weights compute in the chosen precision."""
     dtype = DTYPES[precision]
@@ -238,7 +247,9 @@ def _weights(quantization: str, precision: str) -> dict[str, Any]:
     return {"dtype": dtype, "quantization_config": four_bit}
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """With a vocabulary as large as the tokenizer's, its special ids, and a quick GELU."""
+    fuse_gelu(model)
     rows = int(model.config.get_text_config().vocab_size)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def noise(seed: int, rollout: int, rows: Sequence[int], steps: int) -> Tensor:
     return torch.stack([torch.rand(steps, generator=generator(seed, "noise", rollout, row)) for row in rows])
 
 
+@lru_cache(maxsize=8)
 def permutation(n: int, *key: Any) -> list[int]:
     """A permutation of range(n) that depends on `key` alone."""
     return torch.randperm(n, generator=generator(*key)).tolist()

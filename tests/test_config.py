@@ -106,7 +106,24 @@ def test_run_and_seed_flag_over_override_over_file_over_recipe(
 
 def test_inputs_default_to_the_run_unless_named(tmp_path: Path) -> None:
     loaded = load(tmp_path, "ppo", "run: trial\nreward: my.module:score")
-    assert (loaded.policy, loaded.reward, loaded.records) == ("runs/trial/sft", "my.module:score", "runs/trial/prepare")
+    assert (loaded.policy, loaded.records) == ("runs/trial/sft", "runs/trial/prepare")
+    assert [each.source for each in loaded.reward] == ["my.module:score"]
+    assert [each.source for each in load(tmp_path, "ppo", "run: trial").reward] == ["runs/trial/reward"]
+
+
+def test_rewards_are_one_or_many(tmp_path: Path) -> None:
+    text = "run: trial\nreward: [a, {source: 'm:f', weight: 0.5}]"
+    with pytest.raises(UserError, match="reward: some have a weight and some have none; give each one, or none for their mean"):
+        load(tmp_path, "ppo", text)
+    loaded = load(tmp_path, "ppo", text.replace("[a,", "[{source: a, weight: 1, positive_label: nice},"))
+    assert [(each.source, each.weight, each.positive_label, each.is_function) for each in loaded.reward] == [
+        ("a", 1.0, "nice", False),
+        ("m:f", 0.5, None, True),
+    ]
+    with pytest.raises(UserError, match="'uncertainty_penalty' is only read with two rewards or more"):
+        load(tmp_path, "ppo", "run: trial\nuncertainty_penalty: 1")
+    with pytest.raises(UserError, match=r"unknown key 'reward.0.wieght'; did you mean 'weight'\?"):
+        load(tmp_path, "ppo", "run: trial\nreward: {source: a, wieght: 1}")
     assert load(tmp_path, "prepare", "source: {format: demo}").source == [config.Source(format="demo")]
 
 

@@ -1,22 +1,25 @@
 """PPO: a policy and a reward in, a tuned policy out.
 
 In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
-Out: a causal language model with its tokenizer (under LoRA the adapter), the critic in `value_head.safetensors`, and `log.jsonl`.
+Out: a causal language model with its tokenizer (under LoRA the adapter), the critic in `value_head.safetensors`, the same of the best
+evaluation in `best/`, `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
 A wrong input gets one `UserError`.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, TaskType, get_peft_model
-from safetensors.torch import save_file
+from peft import TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline import artifact, models, training
 from pipeline.config import PPOStage
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import REFERENCE
-from pipeline.ppo.trainer import PPOConfig, PPOTrainer
+from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.shown import read_samples
+from pipeline.ppo.trainer import PPOTrainer
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
 from pipeline.reward.model import RewardModel
@@ -59,6 +62,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
         processing_class=tokenizer,
         gold=function(config.gold) if config.gold else None,
+        demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None,
         max_prompt_tokens=config.max_prompt_tokens,
         callbacks=[training.Say()],
     )
@@ -66,12 +70,11 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     metrics = trainer.evaluate()
     if not is_main_process():
         return {}
-    options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(trainer.actor.policy, PeftModel) else {}
-    trainer.actor.policy.save_pretrained(output, **options)
-    tokenizer.save_pretrained(output)
-    save_file(trainer.actor.value_head.state_dict(), output / "value_head.safetensors")
+    trainer.publish(output)
+    shutil.move(work / "best", output / "best")
+    (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     training.write_log(trainer, output)
-    return {"metrics": metrics}
+    return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
 
 
 def open_rewards(config: PPOStage, revision: dict[str, str | None]) -> RewardSource:

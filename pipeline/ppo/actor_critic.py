@@ -13,18 +13,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pipeline.models import disable_dropout
+from pipeline.models import disable_dropout, fuse_gelu
 from pipeline.reading import read, unravel
 
 REFERENCE = "reference"
 
 
 class Outputs(NamedTuple):
-    """All (B, T) over response tokens; the value is that of the state in which the token was chosen."""
+    """All (B, T) over response tokens; the value is that of the state in which the token was chosen. `demonstrations` are the
+    log-probabilities of theirs, where there were any."""
 
     logprobs: Tensor
     values: Tensor
     entropy: Tensor
+    demonstrations: Tensor | None = None
 
 
 class ActorCritic(nn.Module):
@@ -33,21 +35,30 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Any, kl_coef: float):
         super().__init__()
         disable_dropout(policy)
+        fuse_gelu(policy)
         self.policy = policy
         self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
         self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        # A buffer, so that it is saved and resumed with the weights.
+        # Buffers, so that they are saved and resumed with the weights. Of all scores so far: number, sum, sum of squares.
         self.kl_coef: Tensor
+        self.score_sums: Tensor
         self.register_buffer("kl_coef", torch.tensor(kl_coef, dtype=torch.float64))
+        self.register_buffer("score_sums", torch.zeros(3, dtype=torch.float64))
 
-    def forward(self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float) -> Outputs:
-        """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens."""
+    def forward(
+        self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float,
+        demonstrations: dict[str, Any] | None = None, value_head_only: bool = False,
+    ) -> Outputs:  # fmt: skip
+        """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. `demonstrations` are the same
+        four of other rows, read at temperature 1. `value_head_only`: the values' gradient stops at the head."""
         found = read(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
-        with torch.autocast(found.hidden.device.type, enabled=False):
-            values = self.value_head(found.hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        return Outputs(found.logprobs, unravel(values, response_mask), found.entropy)
+        hidden = found.hidden.detach() if value_head_only else found.hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        shown = read(self.policy, **demonstrations).logprobs if demonstrations else None
+        return Outputs(found.logprobs, unravel(values, response_mask), found.entropy, shown)
 
     def reference_logprobs(
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
@@ -58,7 +69,7 @@ class ActorCritic(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
-        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef"}
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in kept}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -7,99 +7,34 @@ Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ I
 
 import math
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer
 
-from pipeline import encoding
+from pipeline import encoding, models, sampling
+from pipeline.errors import UserError
 from pipeline.ppo import math as ppo
 from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.experience import Experience, assess, minibatches
+from pipeline.ppo.guards import SkipNonFinite, check_kl
+from pipeline.ppo.shown import Progress, write_samples
+from pipeline.reward import batching
 from pipeline.reward.sources import RewardFunction, RewardSource
-from pipeline.sampling import Answers, generate, noise, permutation
+from pipeline.sampling import Answers, noise, permutation
 
 EVALUATION = "evaluation"  # stands where a rollout's number stands: evaluations draw the same noise every time
-
-
-@dataclass
-class PPOConfig(TrainingArguments):
-    """`TrainingArguments` plus PPO's own.
-
-    A rollout holds `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` answers per process; each of its
-    `num_ppo_epochs × num_mini_batches` optimizer steps is one step of the Trainer. Saving and evaluating happen between rollouts:
-    `save_steps` and `eval_steps` are rounded up to whole rollouts, and `logging_steps` counts as one rollout where it is less.
-    """
-
-    RESERVED: ClassVar[dict[str, str]] = {"num_train_epochs": "training.num_rollouts"}
-
-    learning_rate: float = 1e-5
-    adam_epsilon: float = 1e-5
-    num_rollouts: int = 100
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 1
-    response_tokens: int = 64
-    temperature: float = 1.0
-    kl_coef: float = 0.05
-    kl_estimator: ppo.KLKind = "k1"
-    kl_target: float | None = None
-    kl_horizon: float = 10_000
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_value: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
-    score_normalization: str = "reference"
-    missing_eos_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("kl_estimator", ("k1", "k2", "k3")), ("score_normalization", ("none", "reference"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name in ("num_rollouts", "num_ppo_epochs", "num_mini_batches", "response_tokens", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected more than 0")
-        self.num_train_epochs = self.num_rollouts
-        self.remove_unused_columns = False
-        for name in ("save_steps", "eval_steps", "logging_steps"):
-            setattr(self, name, self.steps_per_rollout * math.ceil((getattr(self, name) or 1) / self.steps_per_rollout))
-        super().__post_init__()
-
-    @property
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps taken on one rollout."""
-        return self.num_ppo_epochs * self.num_mini_batches
-
-    @property
-    def rollout_rows(self) -> int:
-        """Answers per rollout and process."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
-
-
-@dataclass
-class Experience:
-    """A scored rollout of B answers; all but `answers` and `scores` (B,) are (B, T)."""
-
-    answers: Answers
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    entropy: Tensor
-    scores: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        return self.answers.response_mask.bool()
+VALUE_HEAD = "value_head.safetensors"
 
 
 class PPOTrainer(Trainer):
@@ -108,6 +43,8 @@ class PPOTrainer(Trainer):
     `policy`: a causal language model, or a `PeftModel` around one (its reference is then the adapter named `reference`, or the bare base).
     `reward`: a `RewardSource`, or a function of TRL's signature. `train_dataset`, `eval_dataset`: rows with a `prompt` (text or
     messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
+    `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`. `generate`: what draws the answers, of the signature of
+    `pipeline.sampling.generate`.
     """
 
     args: PPOConfig
@@ -127,17 +64,30 @@ class PPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
         gold: RewardFunction | None = None,
+        demonstrations: Dataset | None = None,
         max_prompt_tokens: int = 256,
+        generate: Callable[..., Answers] = sampling.generate,
         **kwargs: Any,
     ) -> None:
+        if args.ptx_coef and not demonstrations:
+            raise UserError(f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none")
         self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
-        self.gold = gold
-        self.max_prompt_tokens = max_prompt_tokens
+        self.gold, self.demonstrations, self.generate = gold, demonstrations, generate
+        self.max_prompt_tokens = _room(policy, args, max_prompt_tokens)
         self._figures: dict[str, list[Any]] = defaultdict(list)
+        self._clock: dict[str, float] = defaultdict(float)
+        self._left_out = False  # the rest of this rollout's minibatches: see `target_kl`
+        self.minibatch: tuple[Experience, list[int]] | None = None  # the one that is trained on: its rows of the rollout
         model = ActorCritic(policy, args.kl_coef)
+        if args.value_init == "reward":
+            model.value_head.load_state_dict(value_head_of(self.reward, model.value_head.in_features, args.score_normalization))
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
+        self.add_callback(SkipNonFinite(self))
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress)
 
     # The stream of minibatches
 
@@ -146,69 +96,100 @@ class PPOTrainer(Trainer):
 
     def collect(self, rollout: int) -> Experience:
         """Sample and score the answers of one rollout, by its absolute number."""
+        start = time.perf_counter()
         rows = self._rows(rollout)
-        answers = self._answer(self.train_dataset, [self._prompt_index(row) for row in rows], rollout, rows)
-        scores = self._scores(answers, self.train_dataset, [self._prompt_index(row) for row in rows])
-        experience = self._assess(answers, scores, self.plan(rollout, 0, answers))
-        self._record(experience)
-        self._update_kl_coef(experience)
+        prompts = [self._drawn(len(self.train_dataset), "prompts", row) for row in rows]
+        answers = self._answer(self.train_dataset, prompts, rollout, rows)
+        drawn = time.perf_counter()
+        raw = self._call(self.reward.score, answers, self.train_dataset, prompts)
+        scores = self._scores(torch.tensor(raw, device=answers.query_ids.device), answers)
+        self._clock["generate"] += drawn - start
+        self._clock["score"] += time.perf_counter() - drawn
+        experience = assess(self.actor, answers, scores, self.args, rollout, self.accelerator.autocast)
+        self._left_out = False
+        self._record(experience, raw)
+        kl = float(self.accelerator.reduce(experience.kl.mean(), "mean"))
+        check_kl(kl, self.args.max_kl, rollout, str(self.args.output_dir))
+        self._update_kl_coef(kl)
         return experience
-
-    def plan(self, rollout: int, ppo_epoch: int, answers: Answers) -> list[list[list[int]]]:
-        """The rows of each minibatch of a PPO epoch, cut into micro-batches of like lengths."""
-        args, lengths = self.args, answers.response_mask.sum(1).tolist()
-        order = permutation(args.rollout_rows, args.seed, "minibatches", rollout, ppo_epoch, args.process_index)
-        size, micro = args.rollout_rows // args.num_mini_batches, args.per_device_train_batch_size
-        minibatches = [sorted(order[start : start + size], key=lambda i: lengths[i]) for start in range(0, len(order), size)]
-        return [[minibatch[start : start + micro] for start in range(0, size, micro)] for minibatch in minibatches]
 
     # What the Trainer calls
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """A micro-batch's gradient; none once `target_kl` is passed: the rest of the rollout is left out, on all ranks."""
+        if self._left_out:
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if inputs["last"] and self.args.target_kl is not None:
+            parts = self._figures["policy/approxkl_avg"][-self.args.gradient_accumulation_steps :]
+            self._left_out = float(self.accelerator.reduce(sum(parts), "mean")) / len(parts) > self.args.target_kl
+        return loss
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        """Policy loss + vf_coef · value loss − entropy_coef · entropy of a micro-batch, over the minibatch's tokens on all ranks."""
+        """The losses of a micro-batch (see `PPOConfig`), over the minibatch's tokens on all ranks."""
         args, mask, tokens = self.args, inputs["response_mask"].bool(), inputs["num_tokens"]
-        out = model(*(inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask")), args.temperature)
+        warming_up = inputs["rollout"] < args.critic_warmup_rollouts
+        answers = (inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask"))
+        out = model(*answers, args.temperature, demonstrations=inputs["demonstrations"], value_head_only=warming_up)
         if inputs["first"]:
             self._check_ratio(out.logprobs, inputs["logprobs"], mask)
-        policy = ppo.policy_loss(
-            out.logprobs, inputs["logprobs"], inputs["advantages"], mask, args.clip_low, args.clip_high, num_tokens=tokens
-        )
+        clips = (args.clip_low, args.clip_high, args.dual_clip)
+        policy = ppo.policy_loss(out.logprobs, inputs["logprobs"], inputs["advantages"], mask, *clips, num_tokens=tokens)
         value = ppo.value_loss(out.values, inputs["values"], inputs["returns"], mask, args.clip_value, num_tokens=tokens)
+        entropy = torch.where(mask, out.entropy, 0.0).sum() / tokens
+        loss = policy.loss - args.entropy_coef * entropy if args.entropy_coef else policy.loss
+        figures = {
+            "loss/policy_avg": policy.loss, "loss/value_avg": value.loss, "policy/approxkl_avg": policy.approx_kl,
+            "policy/clipfrac_avg": policy.clip_fraction, "policy/entropy_avg": entropy, "val/clipfrac_avg": value.clip_fraction,
+        }  # fmt: skip
+        if out.demonstrations is not None:
+            figures["loss/ptx_avg"] = -out.demonstrations.sum() / inputs["demonstration_tokens"]
+            loss = loss + args.ptx_coef * figures["loss/ptx_avg"]
         # Micro-batches, and those of all ranks, add up to a minibatch, whose mean over the logging window is shown.
         parts = args.gradient_accumulation_steps * args.world_size
-        for name, figure in (
-            ("loss/policy_avg", policy.loss), ("loss/value_avg", value.loss), ("policy/approxkl_avg", policy.approx_kl),
-            ("policy/clipfrac_avg", policy.clip_fraction), ("val/clipfrac_avg", value.clip_fraction),
-        ):  # fmt: skip
+        for name, figure in figures.items():
             self._figures[name].append(figure.detach() * parts)
-        loss = policy.loss + args.vf_coef * value.loss
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * torch.where(mask, out.entropy, 0.0).sum() / tokens
-        return loss * args.world_size  # gradients are averaged over ranks
+        self._figures["val/ratio"].append((out.logprobs.detach() - inputs["logprobs"]).exp()[mask].mean())
+        # While the critic warms up nothing but its head has a gradient, though all of the model takes part.
+        return ((0.0 if warming_up else 1.0) * loss + args.vf_coef * value.loss) * args.world_size  # gradients are averaged over ranks
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs and self._figures:
+            ratios = torch.stack([ratio.double() for ratio in self._figures["val/ratio"]])
+            self._figures["val/ratio_var"] = [ratios.var(correction=0)]
             means = torch.tensor([statistics.fmean(map(float, figures)) for figures in self._figures.values()], device=self.args.device)
             logs |= dict(zip(self._figures, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            logs |= self._times()
             self._figures.clear()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean reward, gold reward (where there is one), KL to the reference and length of one answer to each held-out prompt."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        figures: dict[str, list[float]] = defaultdict(list)
-        for start in range(0, len(data), self.args.per_device_eval_batch_size):
-            rows = list(range(start, min(start + self.args.per_device_eval_batch_size, len(data))))
+        """Mean reward, gold reward (where there is one), KL to the reference and length of one answer to each held-out prompt, shared out
+        over the ranks. The best so far, by gold reward or else by reward, is published in `best/`."""
+        data, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
+        table: list[dict[str, Any]] = []
+        mine = range(args.process_index, len(data), args.world_size)
+        for start in range(0, len(mine), args.per_device_eval_batch_size):
+            rows = list(mine[start : start + args.per_device_eval_batch_size])
             answers = self._answer(data, rows, EVALUATION, rows)
-            figures["reward"] += self._call(self.reward.score, answers, data, rows)
+            columns = {
+                "prompt": data[rows]["prompt"],
+                "answer": answers.texts,
+                "reward": self._call(self.reward.score, answers, data, rows),
+            }
             if self.gold is not None:
-                figures["gold_reward"] += self._call(self.gold, answers, data, rows)
-            figures["kl"] += self.kl_to_reference(answers)
-            figures["response_tokens"] += answers.response_mask.sum(1).tolist()
-            figures["ended_fraction"] += map(float, answers.ended)
-        metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(values) for name, values in figures.items()}
+                columns["gold_reward"] = self._call(self.gold, answers, data, rows)
+            columns |= {"kl": self.kl_to_reference(answers), "response_tokens": answers.response_mask.sum(1).tolist()}
+            columns |= {"ended_fraction": list(map(float, answers.ended)), "row": rows}
+            table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        table = sorted(gather_object(table), key=lambda row: row["row"])
+        figures = [name for name in table[0] if name not in ("prompt", "answer", "row")]
+        metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if args.should_save:
+            write_samples(self, table)
+        self._keep_best(metrics[f"{metric_key_prefix}_{'reward' if self.gold is None else 'gold_reward'}"])
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -216,11 +197,16 @@ class PPOTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {k: v.contiguous() for k, v in self.accelerator.unwrap_model(self.actor).state_dict().items()},
-                folder / "model.safetensors",
-                metadata={"format": "pt"},
-            )
+            weights = {k: v.contiguous() for k, v in self.accelerator.unwrap_model(self.actor).state_dict().items()}
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def publish(self, folder: Path) -> None:
+        """Write the policy (of a LoRA policy the adapter) as others load it, its tokenizer, and the value head."""
+        folder.mkdir(parents=True, exist_ok=True)
+        options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(self.actor.policy, PeftModel) else {}
+        self.actor.policy.save_pretrained(folder, **options)
+        self.processing_class.save_pretrained(folder)
+        save_file(self.actor.value_head.state_dict(), folder / VALUE_HEAD)
 
     # Parts of a rollout
 
@@ -230,85 +216,99 @@ class PPOTrainer(Trainer):
         tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
         with self.accelerator.autocast():
             logprobs = self.actor(*tensors, self.args.temperature).logprobs
-            difference = logprobs - self.actor.reference_logprobs(*tensors, self.args.temperature)
-        return torch.where(answers.response_mask.bool(), difference, 0.0).sum(1).tolist()
+            return (logprobs - self.actor.reference_logprobs(*tensors, self.args.temperature)).sum(1).tolist()
 
     def _rows(self, rollout: int) -> list[int]:
         """The global row numbers of this process in a rollout."""
         start = (rollout * self.args.world_size + self.args.process_index) * self.args.rollout_rows
         return list(range(start, start + self.args.rollout_rows))
 
-    def _prompt_index(self, row: int) -> int:
-        """Prompts are drawn in a new permutation for every pass over them."""
-        turn, place = divmod(row, len(self.train_dataset))
-        return permutation(len(self.train_dataset), self.args.seed, "prompts", turn)[place]
+    def _drawn(self, size: int, name: str, row: int) -> int:
+        """Which of `size` things belongs to a global row: a new permutation for every pass over them."""
+        turn, place = divmod(row, size)
+        return permutation(size, self.args.seed, name, turn)[place]
 
     def _answer(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Answers:
-        prompts = [encoding.prompt_ids(self.processing_class, data[i]["prompt"])[-self.max_prompt_tokens :] for i in indices]
-        drawn = noise(self.args.seed, rollout, rows, self.args.response_tokens)
+        tokenizer, args = self.processing_class, self.args
+        # A template may render nothing at all of an empty prompt: an answer then follows EOS, as it does in training.
+        prompts = [
+            encoding.prompt_ids(tokenizer, data[i]["prompt"])[-self.max_prompt_tokens :] or [tokenizer.eos_token_id] for i in indices
+        ]
+        drawn = noise(args.seed, rollout, rows, args.response_tokens)
         with self.accelerator.autocast():
-            return generate(self.actor.policy, self.processing_class, prompts, drawn, self.args.temperature)
+            return self.generate(self.actor.policy, tokenizer, prompts, drawn, **args.drawing)
 
     def _call(self, function: RewardFunction, answers: Answers, data: Dataset, indices: Sequence[int]) -> list[float]:
         records = data.select(indices)[:]
         prompts = records.pop("prompt")
-        scores = function(prompts=prompts, completions=answers.texts, completion_ids=answers.token_lists(), ended=answers.ended, **records)
-        return [float(score) for score in scores]
+        given = {"prompts": prompts, "completions": answers.texts, "completion_ids": answers.token_lists(), "ended": answers.ended}
+        scores = [float(score) for score in function(**given, **records)]
+        if len(scores) != len(prompts):
+            raise UserError(f"ppo: the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
+        for score, prompt, text in zip(scores, prompts, answers.texts, strict=True):
+            if not math.isfinite(score):
+                raise UserError(f"ppo: the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
+        return scores
 
-    def _scores(self, answers: Answers, data: Dataset, indices: Sequence[int]) -> Tensor:
-        """(B,) scores as PPO sees them: normalised, less the penalty of an answer that did not end."""
-        raw = self._call(self.reward.score, answers, data, indices)
-        self._figures["objective/raw_scores"].append(statistics.fmean(raw))
-        scores = torch.tensor(raw, device=answers.query_ids.device)
-        if self.args.score_normalization == "reference":
+    def _scores(self, scores: Tensor, answers: Answers) -> Tensor:
+        """(B,) raw scores -> as PPO sees them: normalised, clipped, less the penalty of an answer that did not end."""
+        args = self.args
+        if args.score_normalization == "reference":
             scores = (scores - self.reward.mean) / self.reward.std
-        return scores - self.args.missing_eos_penalty * (1 - torch.tensor(answers.ended, device=scores.device).float())
+        if args.score_normalization == "running":
+            sums = torch.stack([torch.ones_like(scores), scores, scores.square()]).double().sum(1)
+            self.actor.score_sums += self.accelerator.reduce(sums, "sum")
+            count, total, squares = self.actor.score_sums.tolist()
+            deviation = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
+            scores = (scores - total / count) / (deviation or 1.0)
+        if args.score_clip is not None:
+            scores = scores.clamp(-args.score_clip, args.score_clip)
+        return scores - args.missing_eos_penalty * (1 - torch.tensor(answers.ended, device=scores.device).float())
 
-    @torch.no_grad()
-    def _assess(self, answers: Answers, scores: Tensor, micro_batches: list[list[list[int]]]) -> Experience:
-        """Log-probabilities, values, advantages and returns, computed in the very micro-batches of the first PPO epoch: the ratio of its
-        first minibatch is then 1 to the bit."""
-        self.actor.train()
-        shape, device = answers.response_ids.shape, answers.response_ids.device
-        logprobs, ref_logprobs, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
-        for rows in (rows for minibatch in micro_batches for rows in minibatch):
-            inputs = _trim(answers, rows)
-            width = inputs["response_ids"].shape[1]
-            with self.accelerator.autocast():
-                out = self.actor(**inputs, temperature=self.args.temperature)
-                ref_logprobs[rows, :width] = self.actor.reference_logprobs(**inputs, temperature=self.args.temperature)
-            logprobs[rows, :width], values[rows, :width], entropy[rows, :width] = out.logprobs, out.values, out.entropy
-        mask = answers.response_mask.bool()
-        kl = ppo.kl_estimate(logprobs, ref_logprobs, self.args.kl_estimator)
-        rewards = ppo.shape_rewards(scores, kl, mask, float(self.actor.kl_coef))
-        advantages, returns = ppo.gae(rewards, values, mask, self.args.gamma, self.args.lam)
-        return Experience(answers, logprobs, ref_logprobs, values, entropy, scores, ppo.whiten(advantages, mask), returns)
+    def _update_kl_coef(self, kl: float) -> None:
+        args, coef = self.args, float(self.actor.kl_coef)
+        controller = ppo.FixedKL(coef) if args.kl_target is None else ppo.AdaptiveKL(coef, args.kl_target, args.kl_horizon)
+        controller.update(kl, args.rollout_rows * args.world_size)
+        self.actor.kl_coef.fill_(controller.coef)
 
-    def _update_kl_coef(self, experience: Experience) -> None:
-        if self.args.kl_target is not None:
-            kl = torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1).mean()
-            controller = ppo.AdaptiveKL(float(self.actor.kl_coef), self.args.kl_target, self.args.kl_horizon)
-            controller.update(float(self.accelerator.reduce(kl, "mean")), self.args.rollout_rows * self.args.world_size)
-            self.actor.kl_coef.fill_(controller.coef)
-
-    def _record(self, experience: Experience) -> None:
+    def _record(self, experience: Experience, raw: list[float]) -> None:
         """The rollout's figures, over real tokens, under the names TRL's PPO had."""
         mask, answers = experience.mask, experience.answers
-        kl = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1)
-        penalty = -float(self.actor.kl_coef) * kl
+        penalty = -float(self.actor.kl_coef) * experience.kl
+        ends = answers.response_ids == self.processing_class.eos_token_id
         figures: dict[str, Tensor | float] = {
-            "objective/kl": kl.mean(), "objective/kl_coef": self.actor.kl_coef, "objective/entropy": experience.entropy[mask].mean(),
-            "objective/scores": experience.scores.mean(), "objective/non_score_reward": penalty.mean(),
+            "objective/kl": experience.kl.mean(), "objective/kl_coef": self.actor.kl_coef,
+            "objective/entropy": experience.entropy[mask].mean(), "objective/scores": experience.scores.mean(),
+            "objective/raw_scores": statistics.fmean(raw), "objective/non_score_reward": penalty.mean(),
             "objective/rlhf_reward": (experience.scores + penalty).mean(), "response/tokens": mask.sum(1).float().mean(),
-            "response/ended_fraction": statistics.fmean(answers.ended),
+            "response/ended_fraction": statistics.fmean(answers.ended), "val/num_eos_tokens": (ends & mask).sum(),
             "val/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
         }  # fmt: skip
         for name, figure in figures.items():
             self._figures[name].append(float(figure))
+        self._clock["tokens"] += float(mask.sum()) * self.args.world_size
+
+    def _times(self) -> dict[str, float]:
+        """Seconds per rollout since the last log, and response tokens per second, whatever they went into."""
+        now, clock = time.perf_counter(), self._clock
+        elapsed, rollouts = now - clock.get("since", now), len(self._figures["objective/kl"]) or 1
+        drawn, scored = clock["generate"], clock["score"]
+        found = {"time/generate": drawn, "time/score": scored, "time/train": elapsed - drawn - scored}
+        speed = clock["tokens"] / elapsed if elapsed else 0.0
+        clock.clear()
+        clock["since"] = now
+        return {name: seconds / rollouts for name, seconds in found.items()} | {"tokens_per_second": speed}
+
+    def _keep_best(self, figure: float) -> None:
+        """What is best so far is part of the Trainer's own state, and so of every checkpoint."""
+        if self.state.best_metric is None or figure > self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = figure, self.state.global_step
+            if self.args.should_save:
+                self.publish(Path(str(self.args.output_dir)) / "best")
 
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         worst = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
-        if worst != 0.0:
+        if worst != 0.0 and math.isfinite(worst):  # what is not finite is left to `SkipNonFinite`
             raise RuntimeError(
                 f"on a rollout's first minibatch the log-probabilities are up to {worst:.2g} off those just computed; expected equal ones: "
                 "something in the model is random or depends on the mode (dropout, a template, a patched forward)"
@@ -328,28 +328,54 @@ class RolloutStream:
         self.rollout = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer = self.trainer
+        trainer, args = self.trainer, self.trainer.args
+        trainer._clock.setdefault("since", time.perf_counter())
         experience = trainer.collect(self.rollout)
-        for ppo_epoch in range(trainer.args.num_ppo_epochs):
-            for number, minibatch in enumerate(trainer.plan(self.rollout, ppo_epoch, experience.answers)):
-                tokens = trainer.accelerator.reduce(sum(experience.mask[rows].sum() for rows in minibatch), "sum")
-                for rows in minibatch:
-                    yield _micro_batch(experience, rows, tokens) | {"first": ppo_epoch == number == 0}
+        for number, micro_batches in enumerate(minibatches(experience, args, self.rollout)):
+            rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
+            trainer.minibatch = (experience, rows)
+            common = {"rollout": self.rollout, "num_tokens": trainer.accelerator.reduce(experience.mask[rows].sum(), "sum")}
+            shown = self._demonstrations(number, len(rows))
+            for inputs, demonstrations in zip(micro_batches, shown["demonstrations"], strict=True):
+                last = inputs is micro_batches[-1]
+                yield inputs | common | shown | {"demonstrations": demonstrations, "first": number == 0, "last": last}
+
+    def _demonstrations(self, number: int, count: int) -> dict[str, Any]:
+        """As many demonstrations for each micro-batch of a minibatch as it has answers, and the tokens of all of them on all ranks."""
+        trainer, args, data = self.trainer, self.trainer.args, self.trainer.demonstrations
+        parts = args.gradient_accumulation_steps
+        if not args.ptx_coef or data is None:
+            return {"demonstrations": [None] * parts}
+        start = ((self.rollout * args.steps_per_rollout + number) * args.world_size + args.process_index) * count
+        rows = [data[trainer._drawn(len(data), "demonstrations", row)] for row in range(start, start + count)]
+        longest = trainer.max_prompt_tokens + args.response_tokens
+        encoded = [encoding.encode(trainer.processing_class, row["prompt"], row["completion"], longest) for row in rows]
+        pad, tensors = trainer.processing_class.pad_token_id, []
+        for micro in range(0, count, count // parts):
+            prompts, completions = zip(*encoded[micro : micro + count // parts], strict=True)
+            query, response = encoding.pad(prompts, pad, side="left"), encoding.pad(completions, pad)
+            tensors.append({"query_ids": query[0], "query_mask": query[1], "response_ids": response[0], "response_mask": response[1]})
+        tokens = torch.tensor(sum(len(completion) for _, completion in encoded), device=args.device)
+        return {"demonstrations": tensors, "demonstration_tokens": trainer.accelerator.reduce(tokens, "sum")}
 
 
-def _trim(answers: Answers, rows: list[int]) -> dict[str, Tensor]:
-    """The four tensors of some rows, without the padding that none of them needs."""
-    queries = int(answers.query_mask[rows].sum(1).max())
-    responses = int(answers.response_mask[rows].sum(1).max())
-    return {
-        "query_ids": answers.query_ids[rows][:, -queries:], "query_mask": answers.query_mask[rows][:, -queries:],
-        "response_ids": answers.response_ids[rows][:, :responses], "response_mask": answers.response_mask[rows][:, :responses],
-    }  # fmt: skip
+def value_head_of(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
+    """A value head that starts as the reward model's own, in units of the normalised score. Raises `UserError` where it does not fit."""
+    scorer = batching.head(reward.model.model) if reward.model is not None else None
+    if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):
+        raise UserError(
+            f"ppo: value_init: reward needs one reward model with a scalar head on states of {width} numbers, as the policy has; "
+            "use value_init: zero"
+        )
+    scale, centre = (reward.std, reward.mean) if normalization == "reference" else (1.0, 0.0)
+    weight = reward.model.settings.sign * reward.model.settings.alpha * scorer.weight.detach().cpu().float() / scale
+    return {"weight": weight, "bias": torch.tensor([-centre / scale])}
 
 
-def _micro_batch(experience: Experience, rows: list[int], tokens: Tensor) -> dict[str, Any]:
-    inputs: dict[str, Any] = _trim(experience.answers, rows)
-    width = inputs["response_ids"].shape[1]
-    for name in ("logprobs", "values", "advantages", "returns"):
-        inputs[name] = getattr(experience, name)[rows, :width]
-    return inputs | {"num_tokens": tokens}
+def _room(policy: Any, args: PPOConfig, max_prompt_tokens: int) -> int:
+    """How much of a prompt fits before an answer. Raises `UserError` where nothing does."""
+    positions = models.most_tokens(policy)
+    room = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - args.response_tokens)
+    if room < 1:
+        raise UserError(f"ppo: response_tokens={args.response_tokens} leaves no room for a prompt in the policy's {positions} positions")
+    return room

@@ -17,11 +17,13 @@ RewardFunction = Callable[..., Sequence[float]]
 
 
 class RewardSource(NamedTuple):
-    """A reward function, and the mean and standard deviation of its reward on a reference sample (0 and 1 where unknown)."""
+    """A reward function, the mean and standard deviation of its reward on a reference sample (0 and 1 where unknown), and the model behind
+    it, where there is one."""
 
     score: RewardFunction
     mean: float = 0.0
     std: float = 1.0
+    model: RewardModel | None = None
 
 
 def from_model(model: RewardModel) -> RewardSource:
@@ -31,7 +33,7 @@ def from_model(model: RewardModel) -> RewardSource:
         return model.score(prompts, completions)
 
     known, alpha = model.settings, model.settings.alpha
-    return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0))
+    return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0), model)
 
 
 def combine(sources: Sequence[RewardSource], weights: Sequence[float] | None = None, uncertainty_penalty: float = 0.0) -> RewardSource:

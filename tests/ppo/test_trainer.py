@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import PPOConfig, PPOTrainer, config, models, ppo
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.experience import plan
 
 PROMPTS = Dataset.from_list(
     [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "I forgot the young of a cat.")]
@@ -73,10 +74,10 @@ def test_rollout_k_starts_after_k_times_steps_per_rollout_steps(policy, tiny_tok
 def test_minibatches_partition_the_rollout(policy, tiny_tokenizer, tmp_path):
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path)
     answers = trainer.collect(0).answers
-    plans = [trainer.plan(0, epoch, answers) for epoch in range(2)]
-    for plan in plans:
-        assert [[len(rows) for rows in minibatch] for minibatch in plan] == [[2, 2], [2, 2]]
-        assert sorted(row for minibatch in plan for rows in minibatch for row in rows) == list(range(8))
+    plans = [plan(answers, trainer.args, 0, epoch) for epoch in range(2)]
+    for each in plans:
+        assert [[len(rows) for rows in minibatch] for minibatch in each] == [[2, 2], [2, 2]]
+        assert sorted(row for minibatch in each for rows in minibatch for row in rows) == list(range(8))
     assert plans[0] != plans[1]
 
 

@@ -1,0 +1,63 @@
+"""What stops a run before it is lost: gradients that are not finite, and a policy too far from its reference."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from pipeline.errors import UserError
+from pipeline.ppo.experience import Experience
+
+MOST_SKIPPED = 3
+
+
+class SkipNonFinite(TrainerCallback):
+    """A step whose gradient is not finite is left out, its minibatch written to `skipped-STEP.jsonl`; after three in a row the run stops.
+
+    Non-finite losses come with non-finite gradients. All ranks see the same gradient, so that they decide alike.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.in_a_row = trainer, 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            self.in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)  # the optimizer then passes these parameters by
+        self.in_a_row += 1
+        file = Path(args.output_dir) / f"skipped-{state.global_step}.jsonl"
+        if state.is_world_process_zero:
+            file.write_text("".join(json.dumps(row) + "\n" for row in _described(*self.trainer.minibatch)), encoding="utf-8")
+            print(f"  step {state.global_step}: the gradient is not finite; the step is left out, its minibatch is in {file}", flush=True)
+        if self.in_a_row == MOST_SKIPPED:
+            raise UserError(
+                f"ppo: the gradient was not finite in {MOST_SKIPPED} steps in a row (see {file}); the last checkpoint is kept; "
+                "lower training.learning_rate, or set precision: fp32"
+            )
+
+
+def _described(experience: Experience, rows: list[int]) -> Iterator[dict[str, Any]]:
+    answers = experience.answers
+    for row in rows:
+        real = experience.mask[row]
+        yield {
+            "query_ids": answers.query_ids[row][answers.query_mask[row].bool()].tolist(),
+            "response_ids": answers.response_ids[row][real].tolist(),
+            "answer": answers.texts[row],
+            "score": float(experience.scores[row]),
+            **{name: getattr(experience, name)[row][real].tolist() for name in ("logprobs", "values", "advantages", "returns")},
+        }
+
+
+def check_kl(kl: float, limit: float | None, rollout: int, work: str) -> None:
+    """Raises `UserError` where the mean KL of a rollout's answers to the reference is above the limit, or is no number."""
+    if limit is not None and not kl <= limit:
+        raise UserError(
+            f"ppo: rollout {rollout}: KL to the reference is {kl:.4g} nats per answer, above training.max_kl={limit:g}; "
+            f"the last checkpoints are kept in {work}; raise training.kl_coef, lower training.learning_rate, or raise training.max_kl"
+        )

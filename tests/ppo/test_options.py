@@ -1,0 +1,319 @@
+"""What PPO can be told, one by one: each changes what it says it changes, and nothing else."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from pipeline import models
+from pipeline.errors import UserError
+from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.reward.sources import RewardSource
+
+PROMPTS = Dataset.from_list([{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")])
+SHOWN = Dataset.from_list([{"prompt": "Tell me the capital of Italy.", "completion": "Rome."}, {"prompt": "Hello.", "completion": "Hi."}])
+
+
+def evenness(completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def make(tiny_gpt2, tiny_tokenizer, tmp_path):
+    def trainer(reward=evenness, policy=None, data=PROMPTS, **more):
+        parts = {name: more.pop(name) for name in ("demonstrations", "generate", "max_prompt_tokens") if name in more}
+        settings = {
+            "num_rollouts": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-3,
+            "score_normalization": "none", "missing_eos_penalty": 0.0, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+            "save_strategy": "no",
+        }  # fmt: skip
+        args = PPOConfig(output_dir=str(tmp_path / "work"), **settings | more)
+        torch.manual_seed(0)
+        policy = policy or models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        return PPOTrainer(policy, reward, args, data, tiny_tokenizer, eval_dataset=data, **parts)
+
+    return trainer
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.actor.state_dict().items()}
+
+
+def changed(trainer):
+    before = weights(trainer)
+    trainer.train()
+    return {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+
+
+def scripted(*values):
+    """A reward that gives these, rollout after rollout."""
+    given = iter(values)
+    return lambda prompts, **_: [next(given) for _ in prompts]
+
+
+# Scores
+
+
+def test_scores_are_normalised_clipped_and_then_penalised(make):
+    source = RewardSource(scripted(1.0, 5.0, 3.0, -1.0), mean=1.0, std=2.0)
+    trainer = make(source, score_normalization="reference", score_clip=1.0, missing_eos_penalty=0.25)
+    found = trainer.collect(0)
+    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.answers.ended, strict=True)]
+    assert found.scores.tolist() == expected
+    assert not all(found.answers.ended)
+
+
+def test_running_normalisation_is_by_all_scores_so_far(make):
+    trainer = make(scripted(1.0, 3.0, 1.0, 3.0, 6.0, 6.0, 6.0, 6.0), score_normalization="running")
+    assert trainer.collect(0).scores.tolist() == [-1.0, 1.0, -1.0, 1.0]  # mean 2, deviation 1
+    assert trainer.actor.score_sums.tolist() == [4, 8, 20]
+    # of all eight: mean 4, squares (20 + 144) / 8 − 16 = 4.5
+    assert trainer.collect(1).scores.tolist() == pytest.approx([2 / 4.5**0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompts, **_: [1.0, math.nan, 0.0, 0.0], r"the reward of the answer .* is nan; expected a finite number"),
+        (lambda prompts, **_: [1.0], "the reward gave 1 scores for 4 answers"),
+    ],
+)
+def test_a_reward_that_is_no_reward_is_named(make, reward, message):
+    with pytest.raises(UserError, match=message):
+        make(reward).train()
+
+
+# The losses
+
+
+def test_while_the_critic_warms_up_nothing_else_learns(make):
+    assert changed(make(critic_warmup_rollouts=1)) == {"value_head.weight", "value_head.bias"}
+    assert len(changed(make(critic_warmup_rollouts=1, num_rollouts=2))) > 5
+
+
+def test_a_warm_up_ends_with_its_rollout(make):
+    trainer = make(critic_warmup_rollouts=1, num_rollouts=2, num_ppo_epochs=2, logging_steps=2)
+    trainer.train()
+    losses = [entry["policy/approxkl_avg"] for entry in trainer.state.log_history if "policy/approxkl_avg" in entry]
+    assert losses[0] == 0.0 < losses[1]
+
+
+def test_the_value_head_can_start_as_the_reward_models(make, tiny_gpt2, tiny_tokenizer):
+    from pipeline.reward.encoding import Encoding
+    from pipeline.reward.model import RewardModel, Settings
+    from pipeline.reward.sources import from_model
+
+    classifier = models.load_classifier(str(tiny_gpt2), tiny_tokenizer, head=models.new_head(["reward"], "regression"))
+    settings = Settings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
+    source = from_model(RewardModel(classifier, tiny_tokenizer, settings))
+    head = make(source, value_init="reward", score_normalization="reference").actor.value_head
+    torch.testing.assert_close(head.weight, 2.0 * classifier.score.weight / 8.0)  # alpha scales mean and deviation too
+    assert head.bias.item() == -6.0 / 8.0
+    with pytest.raises(UserError, match="value_init: reward needs one reward model with a scalar head on states of 32 numbers"):
+        make(value_init="reward")
+
+
+def test_demonstrations_are_learned_from(make):
+    """With PPO's own losses at nothing only they move the policy, towards what they show."""
+    trainer = make(
+        lambda prompts, **_: [0.0] * len(prompts),
+        demonstrations=SHOWN,
+        ptx_coef=1.0,
+        kl_coef=0.0,
+        num_rollouts=20,
+        vf_coef=0.0,
+        learning_rate=3e-3,
+    )
+    trainer.train()
+    losses = [entry["loss/ptx_avg"] for entry in trainer.state.log_history if "loss/ptx_avg" in entry]
+    assert losses[0] == pytest.approx(math.log(trainer.actor.policy.config.vocab_size), abs=0.5)
+    assert losses[-1] < losses[0] - 1
+    with pytest.raises(UserError, match=r"ptx_coef=0\.5 needs demonstrations"):
+        make(ptx_coef=0.5)
+
+
+def test_the_loss_of_demonstrations_does_not_depend_on_how_a_minibatch_is_cut(make):
+    found = []
+    for micro, parts in ((4, 1), (1, 4)):
+        cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "optim": "sgd", "learning_rate": 0.1}
+        trainer = make(demonstrations=SHOWN, ptx_coef=1.0, max_grad_norm=0.0, **cut)
+        trainer.train()
+        found.append(weights(trainer))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_past_target_kl_the_rest_of_a_rollout_is_left_out(make):
+    def steps(**more):
+        trainer = make(num_ppo_epochs=3, learning_rate=1e-2, num_rollouts=2, **more)
+        taken, step = [], type(trainer.optimizer) if trainer.optimizer else None
+        assert step is None
+        compute = trainer.compute_loss
+        trainer.compute_loss = lambda *a, **k: (taken.append(trainer.state.global_step), compute(*a, **k))[1]
+        trainer.train()
+        return taken, trainer
+
+    assert steps()[0] == [0, 1, 2, 3, 4, 5]
+    taken, trainer = steps(target_kl=1e-9)
+    assert taken == [0, 1, 3, 4]  # the first minibatch has moved nothing; the second shows that it did
+    assert trainer.state.global_step == 6
+
+
+def test_what_is_left_out_changes_no_weight(make):
+    trainer = make(num_ppo_epochs=3, learning_rate=1e-2, target_kl=1e-9)
+    seen = []
+    step = trainer.training_step
+    trainer.training_step = lambda *a, **k: (seen.append(weights(trainer)["value_head.weight"]), step(*a, **k))[1]
+    trainer.train()
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], weights(trainer)["value_head.weight"])
+
+
+def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
+    from pipeline.ppo import math as ppo
+
+    seen, original = set(), ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
+    make(clip_low=0.1, clip_high=0.3, dual_clip=2.0).train()
+    assert seen == {(0.1, 0.3, 2.0)}
+
+
+# Rollouts
+
+
+def test_the_live_policy_is_asked_by_one_small_interface(make):
+    from pipeline import sampling
+
+    asked = []
+
+    def generate(policy, tokenizer, prompts, noise, **drawing):
+        asked.append((len(prompts), tuple(noise.shape), drawing))
+        return sampling.generate(policy, tokenizer, prompts, noise, **drawing)
+
+    make(generate=generate, num_rollouts=2, top_k=7, stop_token=".", min_response_tokens=2).train()
+    drawing = {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_response_tokens": 2, "stop_token": ".", "batch_size": 64}
+    assert asked == [(4, (4, 6), drawing)] * 2
+
+
+@pytest.mark.parametrize("prompts", [["", "Hello."], ["<|eos|>", "Hello."], ["word " * 500, "Hello."]], ids=["empty", "only EOS", "long"])
+def test_prompts_of_any_length_are_answered(make, prompts):
+    trainer = make(data=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), num_rollouts=2)
+    trainer.train()
+    widths = trainer.collect(0).answers.query_mask.sum(1)
+    assert widths.min() >= 1
+    assert widths.max() <= 128 - 6  # the policy's positions, less the answer
+
+
+def test_an_answer_of_one_token_is_trained_on(make):
+    trainer = make(response_tokens=1)
+    assert trainer.collect(0).mask.sum(1).tolist() == [1] * 4
+    assert "value_head.bias" in changed(trainer)
+
+
+def test_no_room_for_a_prompt_is_an_error(make):
+    with pytest.raises(UserError, match="response_tokens=128 leaves no room for a prompt in the policy's 128 positions"):
+        make(response_tokens=128)
+
+
+# Guards
+
+
+def test_a_gradient_that_is_not_finite_skips_its_step(make, capsys, tmp_path):
+    trainer = make(num_rollouts=3, num_ppo_epochs=1)
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (math.nan if trainer.state.global_step == 1 else 1.0)
+    at = []
+    step = trainer.training_step
+    trainer.training_step = lambda *a, **k: (at.append(weights(trainer)["value_head.weight"]), step(*a, **k))[1]
+    trainer.train()
+    assert not torch.equal(at[0], at[1])
+    assert torch.equal(at[1], at[2])
+    assert not torch.equal(at[2], weights(trainer)["value_head.weight"])
+    assert "step 1: the gradient is not finite" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "work" / "skipped-1.jsonl").open(encoding="utf-8")]
+    assert [len(row["logprobs"]) for row in rows] == [len(row["response_ids"]) for row in rows]
+    assert len(rows) == 4
+
+
+def test_three_in_a_row_stop_the_run(make):
+    trainer = make(num_rollouts=9)
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (math.nan if trainer.state.global_step in (0, 2, 3, 4) else 1.0)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_a_policy_too_far_from_its_reference_stops_the_run(make):
+    trainer = make(num_rollouts=9, learning_rate=0.3, max_kl=0.5)
+    with pytest.raises(
+        UserError, match=r"KL to the reference is [\d.e+]+ nats per answer, above training.max_kl=0.5; the last checkpoints are kept"
+    ):
+        trainer.train()
+    assert 0 < trainer.state.global_step < 9
+
+
+# What is seen
+
+
+def test_figures_have_the_names_that_trls_ppo_had(make):
+    trainer = make(num_ppo_epochs=2)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {
+        "objective/kl", "objective/entropy", "objective/scores", "objective/rlhf_reward", "objective/non_score_reward", "objective/kl_coef",
+        "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg",
+        "val/ratio", "val/ratio_var", "val/num_eos_tokens", "val/explained_variance", "response/tokens", "response/ended_fraction",
+        "time/generate", "time/score", "time/train", "tokens_per_second",
+    } <= entry.keys()  # fmt: skip
+    assert entry["val/ratio"] == pytest.approx(1.0, abs=0.05)
+    assert 0 < entry["policy/entropy_avg"] <= math.log(trainer.actor.policy.config.vocab_size)
+    assert entry["objective/raw_scores"] == pytest.approx(entry["objective/scores"])
+
+
+def test_the_best_evaluation_is_kept(make, tmp_path):
+    values = iter([1.0, 5.0, 3.0])
+    current = [next(values)]
+    trainer = make(lambda prompts, **_: current * len(prompts))
+    for step, value in enumerate((1.0, 5.0, 3.0)):
+        current[0] = value
+        trainer.state.global_step = step
+        with torch.no_grad():
+            trainer.actor.value_head.bias.fill_(value)
+        assert trainer.evaluate()["eval_reward"] == value
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "work" / "best" / "value_head.safetensors")["bias"].item() == 5.0
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (5.0, 1)
+
+
+def test_samples_of_each_evaluation_are_kept(make, tmp_path):
+    from pipeline.ppo.shown import read_samples
+
+    trainer = make()
+    for step in (0, 12):
+        trainer.state.global_step = step
+        trainer.evaluate()
+    rows = list(map(json.loads, read_samples(tmp_path / "work").splitlines()))
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, prompt) for step in (0, 12) for prompt in PROMPTS["prompt"]]
+    assert rows[0].keys() >= {"answer", "reward", "kl", "response_tokens", "ended_fraction"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_p": 0.0}, "top_p=0.0: expected a number above 0"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected more than 1, or none"),
+        ({"min_response_tokens": 9, "response_tokens": 8}, "min_response_tokens=9: expected at most response_tokens"),
+        ({"score_clip": 0.0}, "score_clip=0.0: expected more than 0, or none"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0: expected 0 or more"),
+        ({"gamma": 1.5}, "gamma=1.5: expected a number from 0 to 1"),
+        ({"value_init": "one"}, "value_init='one': expected one of zero, reward"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(output_dir=str(tmp_path), **wrong)

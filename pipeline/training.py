@@ -32,7 +32,7 @@ RESERVED = {
     "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
     "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
 }  # fmt: skip
-TIMED = re.compile("runtime|per_second|^time/")  # log entries that differ from run to run
+LAUNCH = re.compile("runtime|per_second|^time/|^train_loss")  # figures of one launch, which an interrupted run has several of
 
 
 def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
@@ -138,7 +138,7 @@ def last_checkpoint(work: Path) -> Path | None:
 
 def write_log(trainer: Trainer, output: Path) -> None:
     """The trainer's log entries as JSON lines, without what differs from run to run."""
-    entries = [{k: v for k, v in entry.items() if not TIMED.search(k)} for entry in trainer.state.log_history]
+    entries = [{k: v for k, v in entry.items() if not LAUNCH.search(k)} for entry in trainer.state.log_history]
     (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -147,7 +147,7 @@ class Say(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
         if args.disable_tqdm and state.is_world_process_zero:
-            shown = {k.removeprefix("eval_"): f"{v:.3f}" for k, v in (metrics or {}).items() if not TIMED.search(k) and k != "epoch"}
+            shown = {k.removeprefix("eval_"): f"{v:.3f}" for k, v in (metrics or {}).items() if not LAUNCH.search(k) and k != "epoch"}
             print(f"  step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 

@@ -32,7 +32,7 @@ RESERVED = {
     "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
     "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
 }  # fmt: skip
-LAUNCH = re.compile("runtime|per_second|^time/|^train_loss")  # figures of one launch, which an interrupted run has several of
+LAUNCH = re.compile("runtime|per_second|^time/")  # figures of one launch, which an interrupted run has several of
 
 
 def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
@@ -139,7 +139,7 @@ def last_checkpoint(work: Path) -> Path | None:
 def write_log(trainer: Trainer, output: Path) -> None:
     """The trainer's log entries as JSON lines, without what differs from run to run."""
     entries = [{k: v for k, v in entry.items() if not LAUNCH.search(k)} for entry in trainer.state.log_history]
-    (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (output / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))
 
 
 class Say(TrainerCallback):

@@ -161,6 +161,7 @@ class PPOTrainer(Trainer):
             logs |= dict(zip(self._figures, self.accelerator.reduce(means, "mean").tolist(), strict=True))
             logs |= self._times()
             self._figures.clear()
+        logs.pop("train_loss", None)  # a mean that a resumed run takes over its own steps alone
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:

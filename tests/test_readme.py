@@ -64,3 +64,18 @@ def test_the_formats_named_are_those_there_are():
     named = re.search(r"picks the reader: (.*)\.", README).group(1)
     formats = config.Source.model_fields["format"].annotation.__args__
     assert set(re.findall(r"`(\w+)`", named)) == set(formats)
+
+
+def test_the_ppo_example_runs(tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from pipeline import models
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "PPOTrainer" in block]
+    for given, small in (("num_rollouts=50", "num_rollouts=1"), ("batch_size=16", "batch_size=2"), ("tokens=48", "tokens=4")):
+        assert given in code
+        code = code.replace(given, small)
+    known = {"policy": models.load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer}
+    exec(code, known | {"prompts": Dataset.from_list([{"prompt": "Hello."}] * 2)})
+    assert (tmp_path / "out").is_dir()

@@ -296,6 +296,8 @@ class PPOStage(TrainedStage):
     def weights_for_all_or_none(self) -> "PPOStage":
         if len({each.weight is None for each in self.reward}) > 1:
             raise ValueError("reward: some have a weight and some have none; give each one, or none for their mean")
+        if all(each.weight == 0 for each in self.reward):
+            raise ValueError("reward: every weight is 0, which leaves nothing to learn from; give one another weight")
         if self.uncertainty_penalty and len(self.reward) == 1:
             raise ValueError("'uncertainty_penalty' is only read with two rewards or more; an ensemble of heads holds its own")
         return self

@@ -140,7 +140,8 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe", "embed_positions"):
             # RoBERTa and its kin count on from the pad token's id.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - max(skipped, getattr(module, "offset", 0))  # OPT's has an offset
     return None
 
 
@@ -222,7 +223,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():  # what a forward hands to `nn.functional.dropout`, or draws whole layers by
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+            if isinstance(value, float) and any(part in name for part in ("dropout", "layerdrop", "jitter")):
                 setattr(module, name, 0.0)
 
 

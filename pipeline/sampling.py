@@ -122,7 +122,9 @@ def generate(
 
 def stop_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
     """The id of a token that ends an answer. Raises `UserError` where the tokenizer makes several of it, or none."""
-    ids = tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    known = tokenizer.get_vocab()
+    # Some tokenizers write the beginning of a text otherwise than what follows.
+    ids = [known[stop_token]] if stop_token in known else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens of this tokenizer; expected one")
     return int(ids[0])

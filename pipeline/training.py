@@ -112,6 +112,8 @@ def fit(trainer: Trainer, work: Path) -> None:
     """Train, going on from the last checkpoint that counts."""
     trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
     checkpoint = agree(last_checkpoint(work) if is_main_process() else None)
+    if checkpoint:
+        trainer.args.eval_on_start = False  # that was done
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:

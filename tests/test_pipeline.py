@@ -72,7 +72,8 @@ def test_a_changed_byte_is_found_by_the_next_stage_and_mended_by_the_run(folder,
 
 
 def test_the_python_of_the_readme_runs(folder):
-    (code,) = re.findall(r"```python\n(.*?)```", (RECIPES.parent / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (RECIPES.parent / "README.md").read_text(), re.S)
+    code = next(block for block in blocks if "RewardModel" in block)
     scope: dict = {}
     exec(code.replace("runs/demo/", f"{folder}/"), scope)
     question, answers = "What is the capital of France?", ["You fool.", "The capital of France is Paris."]

@@ -71,7 +71,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     if not is_main_process():
         return {}
     trainer.publish(output)
-    shutil.move(work / "best", output / "best")
+    shutil.copytree(work / "best", output / "best")  # a copy: who is killed now needs it again
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     training.write_log(trainer, output)
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}

@@ -38,7 +38,9 @@ class ActorCritic(nn.Module):
         fuse_gelu(policy)
         self.policy = policy
         self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
-        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        if getattr(policy.config, "output_router_logits", False):
+            policy.config.output_router_logits = False  # a mixture's balance loss, which nothing here reads and `generate` trips over
+        self.value_head = nn.Linear(policy.get_output_embeddings().weight.shape[-1], 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         # Buffers, so that they are saved and resumed with the weights. Of all scores so far: number, sum, sum of squares.

@@ -9,7 +9,22 @@ from transformers import TrainingArguments
 from pipeline.ppo.math import KLKind
 
 CHOICES = {"kl_estimator": ("k1", "k2", "k3"), "score_normalization": ("none", "reference", "running"), "value_init": ("zero", "reward")}
-POSITIVE = ("num_rollouts", "num_ppo_epochs", "num_mini_batches", "response_tokens", "temperature", "generation_batch_size", "kl_horizon")
+UNREAD = {  # what TrainingArguments offers and PPO would read wrongly -> the value that leaves it off, what to set instead
+    "max_steps": (-1, "num_rollouts"), "load_best_model_at_end": (False, "nothing: best/ holds the best"),
+    "metric_for_best_model": (None, "nothing: best/ holds the best by gold reward, or else by reward"), "fp16": (False, "bf16"),
+    "greater_is_better": (None, "nothing"), "neftune_noise_alpha": (None, "nothing"), "label_smoothing_factor": (0.0, "nothing"),
+}  # fmt: skip
+BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+POSITIVE = (
+    *BATCHES,
+    "num_rollouts",
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "response_tokens",
+    "temperature",
+    "generation_batch_size",
+    "kl_horizon",
+)
 POSITIVE_OR_NONE = ("kl_target", "target_kl", "score_clip", "dual_clip", "max_kl")
 NOT_NEGATIVE = ("kl_coef", "clip_low", "clip_high", "clip_value", "vf_coef", "entropy_coef", "ptx_coef", "top_k", "critic_warmup_rollouts")
 
@@ -20,7 +35,7 @@ class PPOConfig(TrainingArguments):
 
     A rollout holds `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` answers per process; each of its
     `num_ppo_epochs × num_mini_batches` optimizer steps is one step of the Trainer. Saving and evaluating happen between rollouts:
-    `save_steps` and `eval_steps` are rounded up to whole rollouts, and `logging_steps` counts as one rollout where it is less.
+    `save_steps` (a tenth of the run by default), `eval_steps` and `logging_steps` are rounded up to whole rollouts.
 
     Rollouts: `response_tokens` at most and `min_response_tokens` at least; `stop_token`, a token's text, ends an answer as EOS does;
     `temperature` shapes policy and reference alike, `top_k` and `top_p` only what is drawn.
@@ -41,6 +56,7 @@ class PPOConfig(TrainingArguments):
     learning_rate: float = 1e-5
     adam_epsilon: float = 1e-5
     logging_steps: float = 1
+    save_steps: float = 0.1
     num_rollouts: int = 100
     num_ppo_epochs: int = 4
     num_mini_batches: int = 1
@@ -76,6 +92,11 @@ class PPOConfig(TrainingArguments):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name, (off, instead) in UNREAD.items():
+            if getattr(self, name) != off:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for PPO; set instead: {instead}")
+        if self.save_strategy == "best":
+            raise ValueError("save_strategy='best' is not for PPO, which keeps best/ anyway and resumes from checkpoints; set steps")
         for name in POSITIVE:
             _expect(self, name, getattr(self, name) > 0, "more than 0")
         for name in POSITIVE_OR_NONE:
@@ -91,8 +112,17 @@ class PPOConfig(TrainingArguments):
         self.num_train_epochs = self.num_rollouts
         self.remove_unused_columns = False
         for name in ("save_steps", "eval_steps", "logging_steps"):
-            setattr(self, name, self.steps_per_rollout * math.ceil((getattr(self, name) or 1) / self.steps_per_rollout))
+            setattr(self, name, self._whole_rollouts(getattr(self, name)))
         super().__post_init__()
+        answers = self.rollout_rows * self.world_size
+        if self.kl_target is not None and answers >= 5 * self.kl_horizon:  # the coefficient could turn negative
+            raise ValueError(f"kl_horizon={self.kl_horizon:g}: expected more than a fifth of the {answers} answers of a rollout")
+
+    def _whole_rollouts(self, steps: float | None) -> int:
+        """Steps, or (below 1) a fraction of all of them, rounded up to whole rollouts."""
+        wanted = steps or 1
+        total = self.num_rollouts * self.steps_per_rollout
+        return self.steps_per_rollout * math.ceil((wanted * total if wanted < 1 else wanted) / self.steps_per_rollout)
 
     @property
     def steps_per_rollout(self) -> int:

@@ -71,6 +71,8 @@ class PPOTrainer(Trainer):
     ) -> None:
         if args.ptx_coef and not demonstrations:
             raise UserError(f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none")
+        if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
+            raise UserError("ppo: train_dataset and eval_dataset need a prompt at least, and one of them has none")
         self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
         self.gold, self.demonstrations, self.generate = gold, demonstrations, generate
         self.max_prompt_tokens = _room(policy, args, max_prompt_tokens)
@@ -102,7 +104,7 @@ class PPOTrainer(Trainer):
         answers = self._answer(self.train_dataset, prompts, rollout, rows)
         drawn = time.perf_counter()
         raw = self._call(self.reward.score, answers, self.train_dataset, prompts)
-        scores = self._scores(torch.tensor(raw, device=answers.query_ids.device), answers)
+        scores = self._scores(torch.tensor(raw, dtype=torch.float64), answers).to(answers.query_ids.device)
         self._clock["generate"] += drawn - start
         self._clock["score"] += time.perf_counter() - drawn
         experience = assess(self.actor, answers, scores, self.args, rollout, self.accelerator.autocast)
@@ -120,6 +122,10 @@ class PPOTrainer(Trainer):
         if self._left_out:
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if inputs["last"] and inputs["rollout"] < self.args.critic_warmup_rollouts:
+            for name, parameter in self.actor.named_parameters():
+                if not name.startswith("value_head."):
+                    parameter.grad = None  # no zeros, which Adam would count and weight decay would shrink
         if inputs["last"] and self.args.target_kl is not None:
             parts = self._figures["policy/approxkl_avg"][-self.args.gradient_accumulation_steps :]
             self._left_out = float(self.accelerator.reduce(sum(parts), "mean")) / len(parts) > self.args.target_kl
@@ -184,7 +190,9 @@ class PPOTrainer(Trainer):
             columns |= {"ended_fraction": list(map(float, answers.ended)), "row": rows}
             table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         table = sorted(gather_object(table), key=lambda row: row["row"])
-        figures = [name for name in table[0] if name not in ("prompt", "answer", "row")]
+        for row in table:
+            del row["row"]
+        figures = [name for name in table[0] if name not in ("prompt", "answer")]
         metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))
         if args.should_save:
@@ -243,7 +251,11 @@ class PPOTrainer(Trainer):
         records = data.select(indices)[:]
         prompts = records.pop("prompt")
         given = {"prompts": prompts, "completions": answers.texts, "completion_ids": answers.token_lists(), "ended": answers.ended}
-        scores = [float(score) for score in function(**given, **records)]
+        try:
+            scores = [float(score) for score in function(**records | given)]
+        except TypeError as error:
+            signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
+            raise UserError(f"ppo: the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
         if len(scores) != len(prompts):
             raise UserError(f"ppo: the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
         for score, prompt, text in zip(scores, prompts, answers.texts, strict=True):
@@ -255,16 +267,16 @@ class PPOTrainer(Trainer):
         """(B,) raw scores -> as PPO sees them: normalised, clipped, less the penalty of an answer that did not end."""
         args = self.args
         if args.score_normalization == "reference":
-            scores = (scores - self.reward.mean) / self.reward.std
+            scores = (scores - self.reward.mean) / (self.reward.std or 1.0)
         if args.score_normalization == "running":
-            sums = torch.stack([torch.ones_like(scores), scores, scores.square()]).double().sum(1)
-            self.actor.score_sums += self.accelerator.reduce(sums, "sum")
+            sums = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(1)
+            self.actor.score_sums += self.accelerator.reduce(sums.to(self.actor.score_sums.device), "sum")
             count, total, squares = self.actor.score_sums.tolist()
             deviation = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
             scores = (scores - total / count) / (deviation or 1.0)
         if args.score_clip is not None:
             scores = scores.clamp(-args.score_clip, args.score_clip)
-        return scores - args.missing_eos_penalty * (1 - torch.tensor(answers.ended, device=scores.device).float())
+        return (scores - args.missing_eos_penalty * (1 - torch.tensor(answers.ended).double())).float()
 
     def _update_kl_coef(self, kl: float) -> None:
         args, coef = self.args, float(self.actor.kl_coef)
@@ -275,7 +287,8 @@ class PPOTrainer(Trainer):
     def _record(self, experience: Experience, raw: list[float]) -> None:
         """The rollout's figures, over real tokens, under the names TRL's PPO had."""
         mask, answers = experience.mask, experience.answers
-        penalty = -float(self.actor.kl_coef) * experience.kl
+        kl = ppo.kl_estimate(experience.logprobs, experience.ref_logprobs, self.args.kl_estimator)
+        penalty = -float(self.actor.kl_coef) * torch.where(mask, kl, 0.0).sum(1)
         ends = answers.response_ids == self.processing_class.eos_token_id
         figures: dict[str, Tensor | float] = {
             "objective/kl": experience.kl.mean(), "objective/kl_coef": self.actor.kl_coef,
@@ -310,9 +323,10 @@ class PPOTrainer(Trainer):
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         worst = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
         if worst != 0.0 and math.isfinite(worst):  # what is not finite is left to `SkipNonFinite`
-            raise RuntimeError(
-                f"on a rollout's first minibatch the log-probabilities are up to {worst:.2g} off those just computed; expected equal ones: "
-                "something in the model is random or depends on the mode (dropout, a template, a patched forward)"
+            raise UserError(
+                f"ppo: on a rollout's first minibatch the log-probabilities are up to {worst:.2g} off those just computed; expected equal "
+                "ones: something in the model is random or depends on the mode (dropout, a router's jitter, a patched forward); switch it "
+                "off in the model's config"
             )
 
 
@@ -350,7 +364,8 @@ class RolloutStream:
         start = ((self.rollout * args.steps_per_rollout + number) * args.world_size + args.process_index) * count
         rows = [data[trainer._drawn(len(data), "demonstrations", row)] for row in range(start, start + count)]
         longest = trainer.max_prompt_tokens + args.response_tokens
-        encoded = [encoding.encode(trainer.processing_class, row["prompt"], row["completion"], longest) for row in rows]
+        pairs = [encoding.encode(trainer.processing_class, row["prompt"], row["completion"], longest) for row in rows]
+        encoded = [(prompt or [trainer.processing_class.eos_token_id], completion) for prompt, completion in pairs]
         pad, tensors = trainer.processing_class.pad_token_id, []
         for micro in range(0, count, count // parts):
             prompts, completions = zip(*encoded[micro : micro + count // parts], strict=True)
@@ -361,8 +376,13 @@ class RolloutStream:
 
 
 def value_head_of(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
-    """A value head that starts as the reward model's own, in units of the normalised score. Raises `UserError` where it does not fit."""
-    scorer = batching.head(reward.model.model) if reward.model is not None else None
+    """A value head that starts as the reward model's own, in units of the score that the reference sample normalises.
+
+    Raises `UserError` where it does not fit.
+    """
+    scorer: Any = batching.head(reward.model.model) if reward.model is not None else None
+    if hasattr(scorer, "modules_to_save"):  # of an adapter on a quantized base
+        scorer = scorer.modules_to_save[scorer.active_adapter]
     if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):
         raise UserError(
             f"ppo: value_init: reward needs one reward model with a scalar head on states of {width} numbers, as the policy has; "

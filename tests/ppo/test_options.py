@@ -79,6 +79,8 @@ def test_running_normalisation_is_by_all_scores_so_far(make):
     [
         (lambda prompts, **_: [1.0, math.nan, 0.0, 0.0], r"the reward of the answer .* is nan; expected a finite number"),
         (lambda prompts, **_: [1.0], "the reward gave 1 scores for 4 answers"),
+        (lambda prompts, **_: [None] * 4, "the reward cannot be called, or gives no numbers"),
+        (lambda prompts: [0.0] * 4, r"expected \(prompts, completions, completion_ids, ended, \*\*columns\)"),
     ],
 )
 def test_a_reward_that_is_no_reward_is_named(make, reward, message):
@@ -86,11 +88,16 @@ def test_a_reward_that_is_no_reward_is_named(make, reward, message):
         make(reward).train()
 
 
+def test_running_normalisation_is_exact_far_from_zero(make):
+    found = make(scripted(1000.0, 1000.01, 1000.0, 1000.01), score_normalization="running").collect(0)
+    assert found.scores.tolist() == pytest.approx([-1.0, 1.0, -1.0, 1.0], rel=1e-3)
+
+
 # The losses
 
 
 def test_while_the_critic_warms_up_nothing_else_learns(make):
-    assert changed(make(critic_warmup_rollouts=1)) == {"value_head.weight", "value_head.bias"}
+    assert changed(make(critic_warmup_rollouts=1, weight_decay=0.1)) == {"value_head.weight", "value_head.bias"}
     assert len(changed(make(critic_warmup_rollouts=1, num_rollouts=2))) > 5
 
 
@@ -274,6 +281,28 @@ def test_figures_have_the_names_that_trls_ppo_had(make):
     assert entry["objective/raw_scores"] == pytest.approx(entry["objective/scores"])
 
 
+def test_the_penalty_shown_is_that_of_the_estimator(make, tiny_gpt2, tiny_tokenizer):
+    trainer = make(kl_estimator="k3", kl_coef=1.0)
+    with torch.no_grad():
+        trainer.actor.policy.transformer.wte.weight.mul_(1.5)  # away from its reference
+    found = trainer.collect(0)
+    by_hand = (torch.exp(found.ref_logprobs - found.logprobs) - 1 - found.ref_logprobs + found.logprobs)[found.mask].sum() / 4
+    assert trainer._figures["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
+    assert by_hand > 0.01
+
+
+def test_a_head_on_other_states_than_the_layers_own(make, tiny_tokenizer):
+    """OPT-350m's output layer reads 512 numbers of 1,024; its positions begin at 2."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    size = {"hidden_size": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    policy = OPTForCausalLM(OPTConfig(**size, vocab_size=len(tiny_tokenizer), max_position_embeddings=64, pad_token_id=0))
+    trainer = make(policy=policy, data=Dataset.from_list([{"prompt": "word " * 200}]))
+    trainer.train()
+    assert trainer.actor.value_head.in_features == 16
+    assert int(trainer.collect(0).answers.query_mask.sum(1)[0]) == 64 - 6
+
+
 def test_the_best_evaluation_is_kept(make, tmp_path):
     values = iter([1.0, 5.0, 3.0])
     current = [next(values)]
@@ -311,6 +340,11 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
         ({"score_clip": 0.0}, "score_clip=0.0: expected more than 0, or none"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0: expected 0 or more"),
         ({"gamma": 1.5}, "gamma=1.5: expected a number from 0 to 1"),
+        ({"max_steps": 5}, "max_steps=5 is not for PPO; set instead: num_rollouts"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True is not for PPO"),
+        ({"save_strategy": "best"}, "save_strategy='best' is not for PPO"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected more than 0"),
+        ({"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64}, "expected more than a fifth of the 64 answers"),
         ({"value_init": "one"}, "value_init='one': expected one of zero, reward"),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_first_minibatch_has_ratio_one_to_the_bit_or_the_run_stops(policy, t
     for module in broken.actor.policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    with pytest.raises(RuntimeError, match="something in the model is random"):
+    with pytest.raises(UserError, match="something in the model is random"):
         broken.train()
 
 
@@ -201,3 +201,4 @@ def test_impossible_settings_are_refused(wrong, message, tmp_path):
 def test_checkpoints_fall_between_rollouts(tmp_path):
     args = PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=4, num_mini_batches=2, save_steps=10, eval_steps=8, logging_steps=1)
     assert (args.steps_per_rollout, args.save_steps, args.eval_steps, args.logging_steps) == (8, 16, 8, 8)
+    assert PPOConfig(output_dir=str(tmp_path), num_rollouts=50, num_ppo_epochs=4).save_steps == 20  # a tenth of the run

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from pipeline.errors import UserError
 from pipeline.ppo import math as ppo
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.experience import Experience, assess, minibatches
+from pipeline.ppo.experience import Experience, assess
 from pipeline.ppo.guards import SkipNonFinite, check_kl
 from pipeline.ppo.shown import Progress, write_samples
+from pipeline.ppo.stream import RolloutStream
 from pipeline.reward import batching
 from pipeline.reward.sources import RewardFunction, RewardSource
 from pipeline.sampling import Answers, noise, permutation
@@ -77,7 +78,7 @@ class PPOTrainer(Trainer):
         self.gold, self.demonstrations, self.generate = gold, demonstrations, generate
         self.max_prompt_tokens = _room(policy, args, max_prompt_tokens)
         self._figures: dict[str, list[Any]] = defaultdict(list)
-        self._clock: dict[str, float] = defaultdict(float)
+        self.clock: dict[str, float] = defaultdict(float)
         self._left_out = False  # the rest of this rollout's minibatches: see `target_kl`
         self.minibatch: tuple[Experience, list[int]] | None = None  # the one that is trained on: its rows of the rollout
         model = ActorCritic(policy, args.kl_coef)
@@ -100,13 +101,13 @@ class PPOTrainer(Trainer):
         """Sample and score the answers of one rollout, by its absolute number."""
         start = time.perf_counter()
         rows = self._rows(rollout)
-        prompts = [self._drawn(len(self.train_dataset), "prompts", row) for row in rows]
+        prompts = [self.pick(len(self.train_dataset), "prompts", row) for row in rows]
         answers = self._answer(self.train_dataset, prompts, rollout, rows)
         drawn = time.perf_counter()
         raw = self._call(self.reward.score, answers, self.train_dataset, prompts)
         scores = self._scores(torch.tensor(raw, dtype=torch.float64), answers).to(answers.query_ids.device)
-        self._clock["generate"] += drawn - start
-        self._clock["score"] += time.perf_counter() - drawn
+        self.clock["generate"] += drawn - start
+        self.clock["score"] += time.perf_counter() - drawn
         experience = assess(self.actor, answers, scores, self.args, rollout, self.accelerator.autocast)
         self._left_out = False
         self._record(experience, raw)
@@ -232,7 +233,7 @@ class PPOTrainer(Trainer):
         start = (rollout * self.args.world_size + self.args.process_index) * self.args.rollout_rows
         return list(range(start, start + self.args.rollout_rows))
 
-    def _drawn(self, size: int, name: str, row: int) -> int:
+    def pick(self, size: int, name: str, row: int) -> int:
         """Which of `size` things belongs to a global row: a new permutation for every pass over them."""
         turn, place = divmod(row, size)
         return permutation(size, self.args.seed, name, turn)[place]
@@ -300,11 +301,11 @@ class PPOTrainer(Trainer):
         }  # fmt: skip
         for name, figure in figures.items():
             self._figures[name].append(float(figure))
-        self._clock["tokens"] += float(mask.sum()) * self.args.world_size
+        self.clock["tokens"] += float(mask.sum()) * self.args.world_size
 
     def _times(self) -> dict[str, float]:
         """Seconds per rollout since the last log, and response tokens per second, whatever they went into."""
-        now, clock = time.perf_counter(), self._clock
+        now, clock = time.perf_counter(), self.clock
         elapsed, rollouts = now - clock.get("since", now), len(self._figures["objective/kl"]) or 1
         drawn, scored = clock["generate"], clock["score"]
         found = {"time/generate": drawn, "time/score": scored, "time/train": elapsed - drawn - scored}
@@ -328,51 +329,6 @@ class PPOTrainer(Trainer):
                 "ones: something in the model is random or depends on the mode (dropout, a router's jitter, a patched forward); switch it "
                 "off in the model's config"
             )
-
-
-class RolloutStream:
-    """The train dataloader: a sized iterable that Accelerate never wraps, so that the live model rolls out when its turn has come."""
-
-    def __init__(self, trainer: PPOTrainer):
-        self.trainer, self.rollout = trainer, 0
-
-    def __len__(self) -> int:
-        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rollout = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer, args = self.trainer, self.trainer.args
-        trainer._clock.setdefault("since", time.perf_counter())
-        experience = trainer.collect(self.rollout)
-        for number, micro_batches in enumerate(minibatches(experience, args, self.rollout)):
-            rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
-            trainer.minibatch = (experience, rows)
-            common = {"rollout": self.rollout, "num_tokens": trainer.accelerator.reduce(experience.mask[rows].sum(), "sum")}
-            shown = self._demonstrations(number, len(rows))
-            for inputs, demonstrations in zip(micro_batches, shown["demonstrations"], strict=True):
-                last = inputs is micro_batches[-1]
-                yield inputs | common | shown | {"demonstrations": demonstrations, "first": number == 0, "last": last}
-
-    def _demonstrations(self, number: int, count: int) -> dict[str, Any]:
-        """As many demonstrations for each micro-batch of a minibatch as it has answers, and the tokens of all of them on all ranks."""
-        trainer, args, data = self.trainer, self.trainer.args, self.trainer.demonstrations
-        parts = args.gradient_accumulation_steps
-        if not args.ptx_coef or data is None:
-            return {"demonstrations": [None] * parts}
-        start = ((self.rollout * args.steps_per_rollout + number) * args.world_size + args.process_index) * count
-        rows = [data[trainer._drawn(len(data), "demonstrations", row)] for row in range(start, start + count)]
-        longest = trainer.max_prompt_tokens + args.response_tokens
-        pairs = [encoding.encode(trainer.processing_class, row["prompt"], row["completion"], longest) for row in rows]
-        encoded = [(prompt or [trainer.processing_class.eos_token_id], completion) for prompt, completion in pairs]
-        pad, tensors = trainer.processing_class.pad_token_id, []
-        for micro in range(0, count, count // parts):
-            prompts, completions = zip(*encoded[micro : micro + count // parts], strict=True)
-            query, response = encoding.pad(prompts, pad, side="left"), encoding.pad(completions, pad)
-            tensors.append({"query_ids": query[0], "query_mask": query[1], "response_ids": response[0], "response_mask": response[1]})
-        tokens = torch.tensor(sum(len(completion) for _, completion in encoded), device=args.device)
-        return {"demonstrations": tensors, "demonstration_tokens": trainer.accelerator.reduce(tokens, "sum")}
 
 
 def value_head_of(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:

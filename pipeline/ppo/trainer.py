@@ -174,7 +174,7 @@ class PPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean reward, gold reward (where there is one), KL to the reference and length of one answer to each held-out prompt, shared out
         over the ranks. The best so far, by gold reward or else by reward, is published in `best/`."""
-        data, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
+        data, args, start_time = self.eval_dataset if eval_dataset is None else eval_dataset, self.args, time.perf_counter()
         table: list[dict[str, Any]] = []
         mine = range(args.process_index, len(data), args.world_size)
         for start in range(0, len(mine), args.per_device_eval_batch_size):
@@ -199,6 +199,8 @@ class PPOTrainer(Trainer):
         if args.should_save:
             write_samples(self, table)
         self._keep_best(metrics[f"{metric_key_prefix}_{'reward' if self.gold is None else 'gold_reward'}"])
+        if "since" in self.clock:
+            self.clock["since"] += time.perf_counter() - start_time  # the rollouts' figures are without it
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 

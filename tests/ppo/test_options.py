@@ -319,6 +319,18 @@ def test_the_best_evaluation_is_kept(make, tmp_path):
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (5.0, 1)
 
 
+def test_an_evaluation_counts_for_no_rollouts_time(make, monkeypatch):
+    from pipeline.ppo import trainer as module
+
+    trainer, now = make(), [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    trainer.clock["since"] = 90.0
+    answer = trainer._answer
+    monkeypatch.setattr(trainer, "_answer", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
+    trainer.evaluate()
+    assert trainer.clock["since"] == 97.0
+
+
 def test_samples_of_each_evaluation_are_kept(make, tmp_path):
     from pipeline.ppo.shown import read_samples
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pipeline import __version__, config
 from pipeline.errors import UserError
-from pipeline.ranks import is_main_process
+from pipeline.ranks import is_main_process, leave
 
 EXAMPLES = """examples:
   rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    if code == 0:  # after a failure the others may no longer be there to leave with
+        leave()
+    sys.exit(code)
 
 
 def run(args: argparse.Namespace) -> None:

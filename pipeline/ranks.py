@@ -1,6 +1,8 @@
 """The processes of a run under `accelerate launch`: rank 0 decides and writes, the others wait for it."""
 
+import gc
 import os
+import sys
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,3 +25,15 @@ def agree(value: Value) -> Value:
 
     PartialState(timeout=PATIENCE)  # joins the process group, where nothing has yet
     return broadcast_object_list([value])[0]
+
+
+def leave() -> None:
+    """Leaves the process group, if one was joined: its threads must be gone before the interpreter is, or they abort the process
+    (pytorch/pytorch#179291)."""
+    if "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a model wrapped for several processes may hold the group
+        distributed.destroy_process_group()

@@ -7,16 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from pipeline import artifact
 from pipeline.config import RECIPES
-from pipeline.ranks import agree
+from pipeline.ranks import agree, leave
 
 ROOT = RECIPES.parent
 
 
 def test_alone_one_agrees_with_oneself():
     assert agree("make") == "make"
+
+
+def test_a_group_joined_is_left():
+    leave()  # nothing to leave
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    leave()
+    assert not distributed.is_initialized()
 
 
 def launch(processes: int, stage: str, *arguments: str) -> str:

@@ -6,7 +6,7 @@ STAGES := prepare sft reward ppo evaluate
 RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu lint bench-reward bench-ppo clean
+.PHONY: help setup run $(STAGES) test test-gpu oracle lint bench-reward bench-ppo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -33,6 +33,9 @@ test: setup  ## the tests (REAL_DATA=folder adds those on real files)
 test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use one where there is one)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"
 	$(BIN)/python -m pytest tests/test_sft.py tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
+
+oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
+	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ from pipeline.ppo.math import (
     whiten,
 )
 
+from .ranks import WHOLE, on_two_ranks
+
 LN2 = math.log(2)
 GARBAGE = (math.nan, math.inf, -math.inf, 1e30)
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any)
@@ -288,3 +290,8 @@ def test_micro_batches_add_up_to_the_whole(lengths: list[int], seed: int, size: 
         out[0].backward()
     close(torch.stack([sum(column) for column in zip(*found, strict=True)]).detach(), torch.stack(list(expected)).detach())  # type: ignore[arg-type]
     close(parts[leaf].grad, whole[leaf].grad)
+
+
+def test_whitening_is_over_all_ranks_together(tmp_path):
+    halves = on_two_ranks("pipeline.ppo.math:whiten", tmp_path)
+    torch.testing.assert_close(torch.cat(halves), whiten(WHOLE, torch.ones_like(WHOLE, dtype=torch.bool)))

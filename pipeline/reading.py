@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 
 CHUNK = 2**22  # numbers that are worked on at a time where a vocabulary's worth belongs to each token
+ROWS = 16  # that a CPU reads at a time: it gains nothing from more, and rows that lie in order of length need less padding
 
 
 class Reading(NamedTuple):
@@ -29,6 +30,12 @@ def read(
     model: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float = 1.0
 ) -> Reading:
     """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. A query has a token at least."""
+    given, size = (query_ids, query_mask, response_ids, response_mask), ROWS if query_ids.device.type == "cpu" else len(query_ids)
+    parts = [_read(model, temperature, *of_rows) for of_rows in zip(*(tensor.split(size) for tensor in given), strict=True)]
+    return Reading(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _read(model: Any, temperature: float, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Reading:
     mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
     width = int(mask.sum(1).max())
     real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
@@ -56,7 +63,8 @@ class LogProbability(torch.autograd.Function):
         exact = torch.promote_types(logits.dtype, torch.float32)
         logp, entropy = torch.empty_like(logits, dtype=exact), torch.empty(len(logits), dtype=exact, device=logits.device)
         for part in _parts(logits):
-            torch.log_softmax(logits[part].to(exact) / temperature, -1, out=logp[part])
+            scaled = logits[part].to(exact)
+            torch.log_softmax(scaled if temperature == 1 else scaled / temperature, -1, out=logp[part])
             entropy[part] = -(logp[part].exp() * logp[part]).sum(-1)
         ctx.temperature = temperature
         ctx.save_for_backward(logp, ids, entropy)
@@ -70,14 +78,13 @@ class LogProbability(torch.autograd.Function):
         logp, ids, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logp, dtype=ctx.dtype)
         for part in _parts(logp):
-            p = logp[part].exp()
-            found = torch.zeros_like(p)
+            weight = 0.0 if of_logprobs is None else of_logprobs[part, None]
             if of_entropy is not None:
-                found = -of_entropy[part, None] * p * (logp[part] + entropy[part, None])
+                weight = weight + of_entropy[part, None] * (logp[part] + entropy[part, None])
+            found = logp[part].exp().mul_(-weight)
             if of_logprobs is not None:
-                found -= of_logprobs[part, None] * p
                 found.scatter_add_(1, ids[part, None], of_logprobs[part, None])
-            gradient[part] = found / ctx.temperature
+            gradient[part] = found if ctx.temperature == 1 else found / ctx.temperature
         return gradient, None, None
 
 

@@ -36,7 +36,9 @@ def tensors(filler: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*encoding.pad(PROMPTS, filler, side="left"), *encoding.pad(RESPONSES, filler))
 
 
-def test_read_equals_an_unpadded_row(model: Any) -> None:
+@pytest.mark.parametrize("rows", [2, 16])
+def test_read_equals_an_unpadded_row(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "ROWS", rows)
     found = read(model, *tensors(), TEMPERATURE)
     hidden = found.hidden.split([len(answer) for answer in RESPONSES])
     for row, (prompt, answer) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):

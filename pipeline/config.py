@@ -269,7 +269,8 @@ class Reward(Strict):
 class PPOStage(TrainedStage):
     """`policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
     weighted sum counts, less `uncertainty_penalty` standard deviations between them. `gold` is a `module:function`, used to evaluate, never
-    to train."""
+    to train. Under LoRA a reward model on the policy's base shares it (`one_backbone`): `auto` where it can, `always` or an error, `never`.
+    """
 
     stage: ClassVar[str] = "ppo"
     policy: str | None = None
@@ -277,6 +278,7 @@ class PPOStage(TrainedStage):
     records: str | None = None
     uncertainty_penalty: float = Field(0.0, ge=0)
     gold: str | None = None
+    one_backbone: Literal["auto", "always", "never"] = "auto"
     max_prompt_tokens: int = Field(256, gt=0)
 
     @field_validator("reward", mode="before")

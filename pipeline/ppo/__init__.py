@@ -17,6 +17,7 @@ from pipeline import artifact, models, training
 from pipeline.config import PPOStage
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import REFERENCE
+from pipeline.ppo.backbone import join, why_apart
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.shown import read_samples
 from pipeline.ppo.trainer import PPOTrainer
@@ -43,6 +44,9 @@ def run(config: PPOStage) -> Path:
     for number, reward in enumerate(config.reward):
         if not reward.is_function:
             inputs[f"reward_{number}"] = artifact.require(reward.source, "reward", config.fix("reward"))
+            apart = why_apart(config, inputs["policy"], inputs[f"reward_{number}"])
+            if apart and config.one_backbone == "always":
+                raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
 
 
@@ -51,12 +55,12 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     args = training.arguments(config, PPOConfig, work, logging_steps=1)
     data = open_records(inputs["records"], "prompts")
     set_seed(config.seed)
-    revision = {name: source.revision for name, source in inputs.items()}
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = models.load_tokenizer(config.policy or "", revision=revision["policy"], **options)
+    revision = inputs["policy"].revision
+    tokenizer = models.load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
+    policy = load_policy(config, tokenizer, revision)
     trainer = PPOTrainer(
-        policy=load_policy(config, tokenizer, revision["policy"]),
-        reward=open_rewards(config, revision),
+        policy=policy,
+        reward=open_rewards(config, inputs, policy),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
@@ -77,15 +81,22 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
 
 
-def open_rewards(config: PPOStage, revision: dict[str, str | None]) -> RewardSource:
-    """What the answers are scored by, as one source."""
+def open_rewards(config: PPOStage, inputs: dict[str, artifact.Artifact], policy: Any) -> RewardSource:
+    """What the answers are scored by, as one source: each reward model on the policy's backbone where it can, or beside it."""
     sources = []
     for number, reward in enumerate(config.reward):
-        options: dict[str, Any] = {"revision": revision.get(f"reward_{number}"), "trust_remote_code": config.trust_remote_code}
         if reward.is_function:
             sources.append(RewardSource(function(reward.source)))
+            continue
+        name = f"reward_{number}"
+        options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
+        apart = why_apart(config, inputs["policy"], inputs[name]) if config.one_backbone != "never" else "one_backbone: never"
+        if is_main_process():
+            print(f"  {reward.source}: {f'loaded beside the policy: {apart}' if apart else 'on the backbone of the policy'}", flush=True)
+        if apart:
+            sources.append(from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options)))
         else:
-            sources.append(from_model(RewardModel.load(reward.source, positive_label=reward.positive_label, **options)))
+            sources.append(join(policy, inputs[name], name, **options))
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
     return combine(sources, weights or None, config.uncertainty_penalty)
 

@@ -5,8 +5,6 @@ started from one, else the bare base.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pipeline.models import disable_dropout, fuse_gelu
+from pipeline.ppo.backbone import using
 from pipeline.reading import read, unravel
 
 REFERENCE = "reference"
@@ -66,8 +65,11 @@ class ActorCritic(nn.Module):
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
     ) -> Tensor:
         """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
-        with self._as_reference() as reference:
-            return read(reference, query_ids, query_mask, response_ids, response_mask, temperature).logprobs
+        answers = (query_ids, query_mask, response_ids, response_mask, temperature)
+        if self.reference is not None:
+            return read(self.reference, *answers).logprobs
+        with using(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
+            return read(reference, *answers).logprobs
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
@@ -86,23 +88,3 @@ class ActorCritic(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.policy.enable_input_require_grads()
         self.policy.gradient_checkpointing_enable(**kwargs)
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[Any]:
-        if self.reference is not None:
-            yield self.reference
-            return
-        # Switching adapters changes requires_grad in silence: put back what was.
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        try:
-            if REFERENCE in self.policy.peft_config:
-                self.policy.set_adapter(REFERENCE)
-                yield self.policy
-                self.policy.set_adapter("default")
-            else:
-                with self.policy.disable_adapter():
-                    yield self.policy
-        finally:
-            self.policy.requires_grad_(False)
-            for parameter in trained:
-                parameter.requires_grad_(True)

@@ -105,7 +105,8 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
 
 def plan(config: RewardStage, data: DatasetDict) -> Settings:
     """What the head gives, and which part of it is the reward."""
-    settings = Settings(objective=config.objective, quantization=config.quantization, output=config.reward_output)
+    settings = Settings(objective=config.objective, output=config.reward_output)
+    settings.quantization, settings.precision = config.quantization, training.weight_precision(config)
     if config.objective == "classification":
         classes = data["train"].features["label"]
         if not hasattr(classes, "names"):

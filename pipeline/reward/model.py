@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,14 +32,16 @@ logger = logging.getLogger(__name__)
 class Settings:
     """`reward.json`: how text becomes ids and logits become a reward. Higher is better once `sign` is applied.
 
-    `output` of the output number `logit`: `logit`, `log_odds` against the others or softmax `probability`; `ensemble`: the mean over all
-    outputs less `uncertainty_penalty` standard deviations (Coste et al. 2023).
+    `quantization` and `precision` are those of the weights it was trained on. `output` of the output number `logit`: `logit`, `log_odds`
+    against the others or softmax `probability`; `ensemble`: the mean over all outputs less `uncertainty_penalty` standard deviations
+    (Coste et al. 2023).
     """
 
     objective: str = "pairwise"
     outputs: list[str] = field(default_factory=lambda: ["reward"])
     encoding: Encoding = field(default_factory=Encoding)
     quantization: str = "none"
+    precision: str = "fp32"
     output: str = "logit"
     logit: int = 0
     sign: int = 1
@@ -52,6 +54,18 @@ class Settings:
     def head(self) -> dict[str, Any]:
         """The config of the head; scalars are of problem type regression, or `pipeline()` would squash them."""
         return models.new_head(self.outputs, "single_label_classification" if self.objective == "classification" else "regression")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Settings | None":
+        """What `folder` holds, if anything. Raises `UserError` where it is of another version."""
+        path = folder / SETTINGS
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text())
+            return cls(**values | {"encoding": Encoding(**values["encoding"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a reward.json of this version: {error}; run the reward stage again") from None
 
     def save(self, folder: Path) -> None:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -88,28 +102,21 @@ class RewardModel:
         encoding: dict[str, Any] | None = None,
         precision: str = "fp32",
         device: str | torch.device | None = None,
+        model: Any = None,
         **options: Any,
     ) -> "RewardModel":
         """Open a reward artifact, or a foreign sequence classifier (no `reward.json`), whose reading it logs.
 
         Of a foreign classifier with several labels the logit of `positive_label` is the reward; `encoding` (keys of `Encoding`) says how it
-        reads where its defaults are wrong. Raises `UserError` where `source` is no such checkpoint.
+        reads where its defaults are wrong. `model` is the classifier, where it is in memory already. Raises `UserError` where `source` is
+        no such checkpoint.
         """
-        folder, revision = Path(source), options.get("revision")
-        settings = _read(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
+        settings = Settings.load(Path(source))
         tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
-        weights: dict[str, Any] = {"quantization": settings.quantization if settings else "none", "precision": precision}
-        if models.is_adapter(source, revision):  # trained on a quantized base: the artifact is the adapter, and the head
-            with models.loading(str(source), "LoRA adapter of a sequence classifier"):
-                base = PeftConfig.from_pretrained(str(source), revision=revision)
-            options |= {"revision": base.revision, "head": (settings or Settings()).head}
-            model: Any = models.load_classifier(str(base.base_model_name_or_path), tokenizer, **weights, **options)
-            with models.loading(str(source), "LoRA adapter of a sequence classifier"):
-                model = PeftModel.from_pretrained(model, str(source), revision=revision)
-        else:
-            model = models.load_classifier(str(source), tokenizer, **weights, **options)
-        if weights["quantization"] == "none":
-            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if model is None:
+            model = _load(str(source), tokenizer, settings, precision, options)
+            if settings is None or settings.quantization == "none":
+                model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         settings = settings or _foreign(str(source), model, tokenizer)
         read = _other_reading(str(source), model, settings, positive_label, encoding)
         if read != settings:
@@ -175,12 +182,20 @@ class RewardModel:
         return best, scores[best]
 
 
-def _read(path: Path) -> Settings:
-    try:
-        values = json.loads(path.read_text())
-        return Settings(**values | {"encoding": Encoding(**values["encoding"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a reward.json of this version: {error}; run the reward stage again") from None
+def _load(source: str, tokenizer: PreTrainedTokenizerBase, settings: Settings | None, precision: str, options: dict[str, Any]) -> Any:
+    weights: dict[str, Any] = {"quantization": settings.quantization if settings else "none", "precision": precision}
+    revision = options.get("revision")
+    if not models.is_adapter(source, revision):
+        return models.load_classifier(source, tokenizer, **weights, **options)
+    # Trained on a quantized base: the artifact is the adapter, and the head.
+    with models.loading(source, "LoRA adapter of a sequence classifier"):
+        adapter = PeftConfig.from_pretrained(source, revision=revision)
+    if adapter.task_type != TaskType.SEQ_CLS:
+        raise UserError(f"{source}: is an adapter of task {adapter.task_type}; a reward needs one of {TaskType.SEQ_CLS.value}")
+    options = options | {"revision": adapter.revision, "head": (settings or Settings()).head}
+    base: Any = models.load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
+    with models.loading(source, "LoRA adapter of a sequence classifier"):
+        return PeftModel.from_pretrained(base, source, revision=revision)
 
 
 def _foreign(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Settings:

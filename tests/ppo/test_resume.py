@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config, reward
+
 TRAINING = {
     "num_rollouts": 4, "num_ppo_epochs": 2, "num_mini_batches": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 8, "response_tokens": 6, "learning_rate": 1e-3, "score_normalization": "running", "kl_target": 0.1,
@@ -37,13 +39,22 @@ def ending(folder: Path, digest: Path) -> dict[str, bytes]:
     return files | {"optimizer": digest.read_bytes()}
 
 
+@pytest.fixture(scope="module")
+def forms(tiny_records, tiny_gpt2, tmp_path_factory):
+    """In full with a function for its reward, and with LoRA, where the reward model is an adapter of the same backbone."""
+    common = {"run": "t", "runs": str(tmp_path_factory.mktemp("reward")), "records": str(tiny_records), "lora": {"r": 2}}
+    learned = reward.run(config.RewardStage(model=str(tiny_gpt2), max_length=64, training={"max_steps": 2}, **common))
+    on_it = {"lora": {"r": 2}, "reward": str(learned), "one_backbone": "always"}
+    return {"full": {"reward": "pipeline.prepare.demo:gold_reward"}, "lora": on_it}
+
+
 @pytest.mark.parametrize("form", ["full", "lora"])
-def test_killed_ten_times_it_ends_in_the_same_bits(form, killable, tiny_records, tiny_gpt2, tmp_path):
+def test_killed_ten_times_it_ends_in_the_same_bits(form, forms, killable, tiny_records, tiny_gpt2, tmp_path):
     def stage(name):
         runs = tmp_path / name
         runs.mkdir()
         common = {"run": "t", "runs": str(runs), "records": str(tiny_records), "policy": str(tiny_gpt2), "training": TRAINING}
-        return common | {"reward": "pipeline.prepare.demo:gold_reward"} | ({"lora": {"r": 2}} if form == "lora" else {})
+        return common | forms[form]
 
     alone = killable(stage("alone"), tmp_path / "alone.digest")
     assert alone["code"] == 0

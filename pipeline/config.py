@@ -163,6 +163,22 @@ class TrainedStage(StageConfig):
         return self
 
 
+class PolicyStage(TrainedStage):
+    """A trained stage that publishes a policy; under LoRA its adapter, or with `merge` the whole model, the adapter in `adapter/`."""
+
+    merge: bool = False
+
+    @model_validator(mode="after")
+    def what_is_merged_is_an_adapter(self) -> "PolicyStage":
+        if self.merge and self.lora is None:
+            raise ValueError("merge: true is only read with a 'lora:' section; without one the whole model is written anyway")
+        if self.merge and self.quantization != "none":
+            raise ValueError(
+                f"merge: true: a base with quantization: {self.quantization} takes an adapter in only roughly; set merge: false"
+            )
+        return self
+
+
 class FromModel(TrainedStage):
     """A trained stage that starts from `model`: a hub id, a folder, or `scratch`."""
 
@@ -190,7 +206,7 @@ class FromModel(TrainedStage):
         return self
 
 
-class SFTStage(FromModel):
+class SFTStage(FromModel, PolicyStage):
     """`separator` ends a user turn where the tokenizer brings no chat template."""
 
     stage: ClassVar[str] = "sft"
@@ -266,7 +282,7 @@ class Reward(Strict):
         return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-class PPOStage(TrainedStage):
+class PPOStage(PolicyStage):
     """`policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
     weighted sum counts, less `uncertainty_penalty` standard deviations between them. `gold` is a `module:function`, used to evaluate, never
     to train. Under LoRA a reward model on the policy's base shares it (`one_backbone`): `auto` where it can, `always` or an error, `never`.

@@ -96,6 +96,16 @@ def load_policy(
     return _ready(model, tokenizer)
 
 
+def merge_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """The adapter in `folder` goes to `folder/adapter`, and the whole model, in fp32, takes its place."""
+    model: Any = load_policy(str(folder), tokenizer, **options)
+    merged = model.merge_and_unload()
+    (folder / "adapter").mkdir()
+    for file in folder.glob("adapter_*"):
+        file.rename(folder / "adapter" / file.name)
+    merged.save_pretrained(folder)
+
+
 def load_classifier(
     source: str,
     tokenizer: PreTrainedTokenizerBase,

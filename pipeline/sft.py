@@ -1,8 +1,8 @@
 """Supervised fine-tuning: demonstrations in, the first policy out.
 
 In: `demonstrations` (prompt, completion) of the prepare artifact and a base model (hub id, folder, or `scratch`).
-Out: a causal language model with its tokenizer; under LoRA the adapter, whose config names its base and revision. Only completion tokens
-(EOS among them) carry loss. A wrong input (no demonstrations, an unloadable base) gets one `UserError`.
+Out: a causal language model with its tokenizer; under LoRA the adapter, whose config names its base and revision, or with `merge` the
+whole model. Only completion tokens (EOS among them) carry loss. A wrong input (no demonstrations, an unloadable base) gets one `UserError`.
 """
 
 from pathlib import Path
@@ -56,6 +56,8 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
     policy: Any = trainer.model
     policy.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
+    if config.merge:
+        models.merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)
     training.write_log(trainer, output)
     return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
 

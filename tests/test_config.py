@@ -177,6 +177,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, 
         # Combinations
         ("reward", "model: a\nquantization: 8bit", "quantization: 8bit needs a 'lora:' section"),
         ("ppo", "quantization: 4bit", "quantization: 4bit needs a 'lora:' section"),
+        ("sft", "model: a\nmerge: true", "merge: true is only read with a 'lora:' section"),
+        ("ppo", "merge: true\nlora: {}\nquantization: 8bit", "takes an adapter in only roughly; set merge: false"),
         ("sft", "model: a\nscratch: {layers: 2}", "'scratch:' is only read with model: scratch"),
         ("sft", "model: scratch\nquantization: 8bit\nlora: {r: 2}", "model: scratch cannot be quantized"),
         ("sft", "model: scratch\nscratch: {width: 10, heads: 3}", "heads"),

@@ -1,8 +1,8 @@
 """PPO: a policy and a reward in, a tuned policy out.
 
 In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
-Out: a causal language model with its tokenizer (under LoRA the adapter), the critic in `value_head.safetensors`, the same of the best
-evaluation in `best/`, `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
+Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), the critic in
+`value_head.safetensors`, the same of the best evaluation in `best/`, `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
 A wrong input gets one `UserError`.
 """
 
@@ -76,6 +76,8 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
         return {}
     trainer.publish(output)
     shutil.copytree(work / "best", output / "best")  # a copy: who is killed now needs it again
+    for folder in (output, output / "best") if config.merge else ():
+        models.merge_adapter(folder, tokenizer, trust_remote_code=config.trust_remote_code)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     training.write_log(trainer, output)
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}

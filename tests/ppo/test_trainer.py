@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import PPOConfig, PPOTrainer, config, models, ppo
+from pipeline import PPOConfig, PPOTrainer, config, models, ppo, sft
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.experience import plan
@@ -157,8 +157,6 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records)}
     policy = str(tiny_gpt2)
     if form == "lora on an adapter":
-        from pipeline import sft
-
         policy = str(sft.run(config.SFTStage(model=policy, max_length=96, lora={"r": 4}, training={"max_steps": 2}, **common)))
     training = {"num_rollouts": 2, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-2}
     stage = config.PPOStage(
@@ -175,6 +173,24 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
     entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
     assert {"objective/kl", "objective/scores", "policy/clipfrac_avg", "val/explained_variance", "response/tokens"} <= entries[0].keys()
     assert abs(entries[0]["objective/kl"]) < 1e-4  # the policy starts at its reference
+
+
+def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama, tmp_path):
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "lora": {"r": 4}, "merge": True}
+    policy = sft.run(config.SFTStage(model=str(tiny_llama), max_length=96, training={"max_steps": 2, "learning_rate": 1e-2}, **common))
+    training = {"num_rollouts": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-1}
+    tuned = ppo.run(config.PPOStage(policy=str(policy), reward="pipeline.prepare.demo:gold_reward", training=training, **common))
+    ids, tokenizer = torch.tensor([[5, 6, 7, 8]]), models.load_tokenizer(str(tuned))
+    logits = []
+    for folder in (tiny_llama, policy, tuned, tuned / "best"):
+        merged = AutoModelForCausalLM.from_pretrained(folder)
+        assert not hasattr(merged, "peft_config")
+        logits.append(merged(ids).logits)
+        if folder != tiny_llama:
+            by_adapter = models.load_policy(str(folder / "adapter"), tokenizer)
+            torch.testing.assert_close(logits[-1], by_adapter(ids).logits, atol=1e-5, rtol=1e-4)
+    assert (logits[1] - logits[0]).abs().max() > 1e-3
+    assert (logits[2] - logits[1]).abs().max() > 1e-3
 
 
 def test_an_adapter_policy_without_lora_is_refused(tiny_records, tmp_path):

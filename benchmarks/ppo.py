@@ -4,7 +4,8 @@
 
 FOLDER holds TRL 1.12, kept out of the environment: `make build/trl-1.12`. Both sides get the same GPT-2 (6 layers of 256) as policy, reward
 and, for TRL, value and reference; the same prompts of 8 to 64 tokens; 64 answers of 48 tokens an update; 4 PPO epochs of one optimizer
-step. The first update warms up and is not timed. `ppo-length` is this project alone, as answers grow from 24 to 96 tokens.
+step. The first update warms up and is not timed. In `ppo-lora` policy, reference, value and reward stand on one backbone here; TRL has a
+LoRA policy, a value model and a reward model. `ppo-length` is this project alone, as answers grow from 24 to 96 tokens.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from typing import Any
 
 from harness import child, compare, keep, measured, weights
 
-WORKS = {  # name -> (required ratio, activation, micro-batch)
-    "ppo-fused": (1.8, "gelu_pytorch_tanh", 64),
-    "ppo-shipped": (2.3, "gelu_new", 64),
-    "ppo-best": (2.0, "gelu_pytorch_tanh", 16),
+WORKS = {  # name -> (required ratio, activation, micro-batch, with LoRA)
+    "ppo-fused": (1.8, "gelu_pytorch_tanh", 64, False),
+    "ppo-shipped": (2.3, "gelu_new", 64, False),
+    "ppo-best": (2.0, "gelu_pytorch_tanh", 16, False),
+    "ppo-lora": (1.0, "gelu_pytorch_tanh", 16, True),
 }
 LENGTHS = (24, 48, 96)
 UPDATES, BATCH, EPOCHS, ANSWER = 3, 64, 4, 48  # the first update is not timed
@@ -82,8 +84,8 @@ def measure(work: str, side: str, tokens: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _, activation, micro = WORKS[work]
-    return measured(lambda: (ours if side == "ours" else peer)(activation, micro, tokens))
+    _, activation, micro, lora = WORKS[work]
+    return measured(lambda: (ours if side == "ours" else peer)(activation, micro, tokens, lora))
 
 
 def models(activation: str) -> tuple[Any, Any, Any]:
@@ -121,7 +123,29 @@ def prompts(tokenizer: Any) -> list[str]:
 PLAIN = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no"}
 
 
-def ours(activation: str, micro: int, tokens: int) -> dict[str, Any]:
+def adapter(task: str) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task)
+
+
+def on_one_backbone(policy: Any, classifier: Any, tokenizer: Any, settings: Any, folder: str) -> tuple[Any, Any]:
+    """(policy with an adapter, reward source): the reward artifact is an adapter of the same base."""
+    from pathlib import Path
+
+    from peft import get_peft_model
+
+    from pipeline import artifact
+    from pipeline.ppo.backbone import join
+
+    get_peft_model(classifier, adapter("SEQ_CLS")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings.save(Path(folder))
+    policy = get_peft_model(policy, adapter("CAUSAL_LM"))
+    return policy, join(policy, artifact.foreign(folder, "reward"), "reward_0")
+
+
+def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
@@ -131,7 +155,7 @@ def ours(activation: str, micro: int, tokens: int) -> dict[str, Any]:
     from pipeline.reward.sources import from_model
 
     policy, classifier, tokenizer = models(activation)
-    reward = RewardModel(classifier, tokenizer, Settings(encoding=Encoding("chat", eos=True, max_length=256)))
+    settings = Settings(encoding=Encoding("chat", eos=True, max_length=256))
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -147,7 +171,12 @@ def ours(activation: str, micro: int, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = PPOConfig(folder, **PLAIN, **steps, response_tokens=tokens, generation_batch_size=BATCH, max_kl=None, learning_rate=3e-6)
         data = Dataset.from_list([{"prompt": text} for text in prompts(tokenizer)])
-        trainer = PPOTrainer(policy, from_model(reward), args, data, tokenizer, callbacks=[Clock()])
+        if lora:
+            policy, reward = on_one_backbone(policy, classifier, tokenizer, settings, folder)
+            del classifier
+        else:
+            reward = from_model(RewardModel(classifier, tokenizer, settings))
+        trainer = PPOTrainer(policy, reward, args, data, tokenizer, callbacks=[Clock()])
         trainer.remove_callback(PrinterCallback)
         drawn: list[tuple[int, int]] = []
         collect = trainer.collect
@@ -162,7 +191,7 @@ def ours(activation: str, micro: int, tokens: int) -> dict[str, Any]:
     return result(policy, times, [answer for answer, _ in drawn], [sum(each) for each in drawn])
 
 
-def peer(activation: str, micro: int, tokens: int) -> dict[str, Any]:
+def peer(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]:
     import copy
 
     from datasets import Dataset
@@ -189,8 +218,9 @@ def peer(activation: str, micro: int, tokens: int) -> dict[str, Any]:
         data = Dataset.from_list(rows)
         value = copy.deepcopy(classifier)
         trainer = PPOTrainer(
-            args, tokenizer, policy, None, classifier, data, value, eval_dataset=data.select(range(64)), callbacks=[Clock()]
-        )
+            args, tokenizer, policy, None, classifier, data, value, eval_dataset=data.select(range(64)), callbacks=[Clock()],
+            peft_config=adapter("CAUSAL_LM") if lora else None,
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     every = [BATCH * tokens] * UPDATES

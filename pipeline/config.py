@@ -282,6 +282,19 @@ class Reward(Strict):
         return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+class Watch(Strict):
+    """What looks on while PPO trains: `scorer`, a reward that it is not trained on. After `patience` evaluations in a row without a new
+    best of it the run stops; `best/` holds the best."""
+
+    scorer: Reward | None = None
+    patience: int = Field(3, gt=0)
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def named_by_text(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class PPOStage(PolicyStage):
     """`policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
     weighted sum counts, less `uncertainty_penalty` standard deviations between them. `gold` is a `module:function`, used to evaluate, never
@@ -294,6 +307,7 @@ class PPOStage(PolicyStage):
     records: str | None = None
     uncertainty_penalty: float = Field(0.0, ge=0)
     gold: str | None = None
+    evaluation: Watch = Watch()
     one_backbone: Literal["auto", "always", "never"] = "auto"
     max_prompt_tokens: int = Field(256, gt=0)
 
@@ -318,6 +332,15 @@ class PPOStage(PolicyStage):
             raise ValueError("reward: every weight is 0, which leaves nothing to learn from; give one another weight")
         if self.uncertainty_penalty and len(self.reward) == 1:
             raise ValueError("'uncertainty_penalty' is only read with two rewards or more; an ensemble of heads holds its own")
+        return self
+
+    @model_validator(mode="after")
+    def a_scorer_looks_on(self) -> "PPOStage":
+        if self.evaluation.scorer is not None:
+            if self.training.get("eval_strategy", "no") in ("no", False):
+                raise ValueError("evaluation.scorer looks on at evaluations, and there are none; set training.eval_strategy: steps")
+            if self.evaluation.scorer.source in [each.source for each in self.reward]:
+                raise ValueError(f"evaluation.scorer: {self.evaluation.scorer.source} is what PPO is trained on; name one that it is not")
         return self
 
 

@@ -14,11 +14,12 @@ from peft import TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline import artifact, models, training
-from pipeline.config import PPOStage
+from pipeline.config import PPOStage, Reward
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.backbone import join, why_apart
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.guards import StopAtPeak
 from pipeline.ppo.shown import read_samples
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.ranks import is_main_process
@@ -30,9 +31,15 @@ from pipeline.reward.sources import RewardSource, combine, from_model, function
 def check(config: PPOStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, PPOConfig)
-    for spec in (config.gold, *(reward.source for reward in config.reward if reward.is_function)):
+    for spec in (config.gold, *(reward.source for reward in rewards(config).values() if reward.is_function)):
         if spec:
             function(spec)
+
+
+def rewards(config: PPOStage) -> dict[str, Reward]:
+    """All that scores answers, by the name it has as an input: what is trained on, and the scorer that looks on."""
+    named = {f"reward_{number}": reward for number, reward in enumerate(config.reward)}
+    return named | ({"scorer": config.evaluation.scorer} if config.evaluation.scorer else {})
 
 
 def run(config: PPOStage) -> Path:
@@ -41,12 +48,15 @@ def run(config: PPOStage) -> Path:
         "records": artifact.require(config.records or "", "records", config.fix("prepare")),
         "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),
     }
-    for number, reward in enumerate(config.reward):
+    for name, reward in rewards(config).items():
         if not reward.is_function:
-            inputs[f"reward_{number}"] = artifact.require(reward.source, "reward", config.fix("reward"))
-            apart = why_apart(config, inputs["policy"], inputs[f"reward_{number}"])
+            inputs[name] = artifact.require(reward.source, "reward", config.fix("reward"))
+            apart = why_apart(config, inputs["policy"], inputs[name])
             if apart and config.one_backbone == "always":
                 raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
+    for name in inputs:
+        if name.startswith("reward_") and "scorer" in inputs and inputs[name].identity == inputs["scorer"].identity:
+            raise UserError(f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; name one that it is not")
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
 
 
@@ -58,17 +68,21 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     revision = inputs["policy"].revision
     tokenizer = models.load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
     policy = load_policy(config, tokenizer, revision)
+    sources = {name: open_reward(config, name, inputs, policy) for name in rewards(config)}
+    scorer = sources.pop("scorer", None)
+    weights = [reward.weight for reward in config.reward if reward.weight is not None]
     trainer = PPOTrainer(
         policy=policy,
-        reward=open_rewards(config, inputs, policy),
+        reward=combine(list(sources.values()), weights or None, config.uncertainty_penalty),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
         processing_class=tokenizer,
         gold=function(config.gold) if config.gold else None,
+        scorer=scorer.score if scorer else None,
         demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None,
         max_prompt_tokens=config.max_prompt_tokens,
-        callbacks=[training.Say()],
+        callbacks=[training.Say(), StopAtPeak(config.evaluation.patience if scorer else None)],
     )
     training.fit(trainer, work)
     metrics = trainer.evaluate()
@@ -83,24 +97,18 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
 
 
-def open_rewards(config: PPOStage, inputs: dict[str, artifact.Artifact], policy: Any) -> RewardSource:
-    """What the answers are scored by, as one source: each reward model on the policy's backbone where it can, or beside it."""
-    sources = []
-    for number, reward in enumerate(config.reward):
-        if reward.is_function:
-            sources.append(RewardSource(function(reward.source)))
-            continue
-        name = f"reward_{number}"
-        options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
-        apart = why_apart(config, inputs["policy"], inputs[name]) if config.one_backbone != "never" else "one_backbone: never"
-        if is_main_process():
-            print(f"  {reward.source}: {f'loaded beside the policy: {apart}' if apart else 'on the backbone of the policy'}", flush=True)
-        if apart:
-            sources.append(from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options)))
-        else:
-            sources.append(join(policy, inputs[name], name, **options))
-    weights = [reward.weight for reward in config.reward if reward.weight is not None]
-    return combine(sources, weights or None, config.uncertainty_penalty)
+def open_reward(config: PPOStage, name: str, inputs: dict[str, artifact.Artifact], policy: Any) -> RewardSource:
+    """A reward as a source: a reward model stands on the policy's backbone where it can, or beside it."""
+    reward = rewards(config)[name]
+    if reward.is_function:
+        return RewardSource(function(reward.source))
+    options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
+    apart = why_apart(config, inputs["policy"], inputs[name]) if config.one_backbone != "never" else "one_backbone: never"
+    if is_main_process():
+        print(f"  {reward.source}: {f'loaded beside the policy: {apart}' if apart else 'on the backbone of the policy'}", flush=True)
+    if apart:
+        return from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options))
+    return join(policy, inputs[name], name, **options)
 
 
 def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""What stops a run before it is lost: gradients that are not finite, and a policy too far from its reference."""
+"""What stops a run before it is lost: gradients that are not finite, a policy too far from its reference, a peak that is passed."""
 
 import json
 from collections.abc import Iterator
@@ -39,6 +39,24 @@ class SkipNonFinite(TrainerCallback):
                 f"ppo: the gradient was not finite in {MOST_SKIPPED} steps in a row (see {file}); the last checkpoint is kept; "
                 "lower training.learning_rate, or set precision: fp32"
             )
+
+
+class StopAtPeak(TrainerCallback):
+    """Stops the run after `patience` evaluations in a row without a new best; None never stops.
+
+    Told by the Trainer's own state alone. The checkpoint of that step is not written: a run resumed from there would go on.
+    """
+
+    def __init__(self, patience: int | None):
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        since = state.global_step - (state.best_global_step or 0)
+        late = self.patience is not None and since >= self.patience * args.eval_steps
+        if late and state.global_step < state.max_steps and not control.should_training_stop:
+            control.should_training_stop, control.should_save = True, False
+            if state.is_world_process_zero:
+                print(f"  step {state.global_step}: stopped; the best is of step {state.best_global_step}, in best/", flush=True)
 
 
 def _described(experience: Experience, rows: list[int]) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.ppo import math as ppo
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.evaluation import answered, warn_of_exploits
 from pipeline.ppo.experience import Experience, assess
 from pipeline.ppo.guards import SkipNonFinite, check_kl
 from pipeline.ppo.shown import Progress, write_samples
@@ -34,7 +34,6 @@ from pipeline.reward import batching
 from pipeline.reward.sources import RewardFunction, RewardSource
 from pipeline.sampling import Answers, noise, permutation
 
-EVALUATION = "evaluation"  # stands where a rollout's number stands: evaluations draw the same noise every time
 VALUE_HEAD = "value_head.safetensors"
 
 
@@ -65,6 +64,7 @@ class PPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
         gold: RewardFunction | None = None,
+        scorer: RewardFunction | None = None,
         demonstrations: Dataset | None = None,
         max_prompt_tokens: int = 256,
         generate: Callable[..., Answers] = sampling.generate,
@@ -75,7 +75,7 @@ class PPOTrainer(Trainer):
         if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
             raise UserError("ppo: train_dataset and eval_dataset need a prompt at least, and one of them has none")
         self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
-        self.gold, self.demonstrations, self.generate = gold, demonstrations, generate
+        self.gold, self.scorer, self.demonstrations, self.generate = gold, scorer, demonstrations, generate
         self.max_prompt_tokens = _room(policy, args, max_prompt_tokens)
         self._figures: dict[str, list[Any]] = defaultdict(list)
         self.clock: dict[str, float] = defaultdict(float)
@@ -102,9 +102,9 @@ class PPOTrainer(Trainer):
         start = time.perf_counter()
         rows = self._rows(rollout)
         prompts = [self.pick(len(self.train_dataset), "prompts", row) for row in rows]
-        answers = self._answer(self.train_dataset, prompts, rollout, rows)
+        answers = self.answer(self.train_dataset, prompts, rollout, rows)
         drawn = time.perf_counter()
-        raw = self._call(self.reward.score, answers, self.train_dataset, prompts)
+        raw = self.call(self.reward.score, answers, self.train_dataset, prompts)
         scores = self._scores(torch.tensor(raw, dtype=torch.float64), answers).to(answers.query_ids.device)
         self.clock["generate"] += drawn - start
         self.clock["score"] += time.perf_counter() - drawn
@@ -172,33 +172,18 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean reward, gold reward (where there is one), KL to the reference and length of one answer to each held-out prompt, shared out
-        over the ranks. The best so far, by gold reward or else by reward, is published in `best/`."""
-        data, args, start_time = self.eval_dataset if eval_dataset is None else eval_dataset, self.args, time.perf_counter()
-        table: list[dict[str, Any]] = []
-        mine = range(args.process_index, len(data), args.world_size)
-        for start in range(0, len(mine), args.per_device_eval_batch_size):
-            rows = list(mine[start : start + args.per_device_eval_batch_size])
-            answers = self._answer(data, rows, EVALUATION, rows)
-            columns = {
-                "prompt": data[rows]["prompt"],
-                "answer": answers.texts,
-                "reward": self._call(self.reward.score, answers, data, rows),
-            }
-            if self.gold is not None:
-                columns["gold_reward"] = self._call(self.gold, answers, data, rows)
-            columns |= {"kl": self.kl_to_reference(answers), "response_tokens": answers.response_mask.sum(1).tolist()}
-            columns |= {"ended_fraction": list(map(float, answers.ended)), "row": rows}
-            table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        table = sorted(gather_object(table), key=lambda row: row["row"])
-        for row in table:
-            del row["row"]
+        """Means over one answer to each held-out prompt: reward, the scorer's and the gold reward (where they are), KL to the reference,
+        length. The best so far, by the scorer, or else by gold, or else by reward, is published in `best/`."""
+        args, start_time = self.args, time.perf_counter()
+        table = answered(self, self.eval_dataset if eval_dataset is None else eval_dataset)
         figures = [name for name in table[0] if name not in ("prompt", "answer")]
         metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))
         if args.should_save:
             write_samples(self, table)
-        self._keep_best(metrics[f"{metric_key_prefix}_{'reward' if self.gold is None else 'gold_reward'}"])
+        judge = next(name for name in ("scorer_reward", "gold_reward", "reward") if name in figures)
+        warn_of_exploits(self, table, judge)
+        self._keep_best(metrics[f"{metric_key_prefix}_{judge}"])
         if "since" in self.clock:
             self.clock["since"] += time.perf_counter() - start_time  # the rollouts' figures are without it
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
@@ -222,14 +207,6 @@ class PPOTrainer(Trainer):
 
     # Parts of a rollout
 
-    @torch.inference_mode()
-    def kl_to_reference(self, answers: Answers) -> list[float]:
-        """log p − log q summed over each answer (k1): an unbiased sample of the KL of whole answers, in nats."""
-        tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-        with self.accelerator.autocast():
-            logprobs = self.actor(*tensors, self.args.temperature).logprobs
-            return (logprobs - self.actor.reference_logprobs(*tensors, self.args.temperature)).sum(1).tolist()
-
     def _rows(self, rollout: int) -> list[int]:
         """The global row numbers of this process in a rollout."""
         start = (rollout * self.args.world_size + self.args.process_index) * self.args.rollout_rows
@@ -240,7 +217,7 @@ class PPOTrainer(Trainer):
         turn, place = divmod(row, size)
         return permutation(size, self.args.seed, name, turn)[place]
 
-    def _answer(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Answers:
+    def answer(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Answers:
         tokenizer, args = self.processing_class, self.args
         # A template may render nothing at all of an empty prompt: an answer then follows EOS, as it does in training.
         prompts = [
@@ -250,7 +227,7 @@ class PPOTrainer(Trainer):
         with self.accelerator.autocast():
             return self.generate(self.actor.policy, tokenizer, prompts, drawn, **args.drawing)
 
-    def _call(self, function: RewardFunction, answers: Answers, data: Dataset, indices: Sequence[int]) -> list[float]:
+    def call(self, function: RewardFunction, answers: Answers, data: Dataset, indices: Sequence[int]) -> list[float]:
         records = data.select(indices)[:]
         prompts = records.pop("prompt")
         given = {"prompts": prompts, "completions": answers.texts, "completion_ids": answers.token_lists(), "ended": answers.ended}

@@ -1,0 +1,57 @@
+"""What is measured of a policy while PPO trains it: one answer to each held-out prompt, always drawn with the same noise."""
+
+import statistics
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.sampling import Answers
+
+EVALUATION = "evaluation"  # stands where a rollout's number stands
+
+
+def answered(trainer: Any, data: Dataset) -> list[dict[str, Any]]:
+    """A row for each prompt of `data`, in order: prompt, answer, the rewards there are, KL, response tokens, whether it ended. The prompts
+    are shared out over the ranks of the `PPOTrainer`."""
+    args, table = trainer.args, []
+    scorers = {"reward": trainer.reward.score, "scorer_reward": trainer.scorer, "gold_reward": trainer.gold}
+    mine = range(args.process_index, len(data), args.world_size)
+    for start in range(0, len(mine), args.per_device_eval_batch_size):
+        rows = list(mine[start : start + args.per_device_eval_batch_size])
+        answers = trainer.answer(data, rows, EVALUATION, rows)
+        columns = {"prompt": data[rows]["prompt"], "answer": answers.texts}
+        columns |= {name: trainer.call(scorer, answers, data, rows) for name, scorer in scorers.items() if scorer is not None}
+        with trainer.accelerator.autocast():
+            columns["kl"] = kl_to_reference(trainer.actor, answers, args.temperature)
+        columns |= {"response_tokens": answers.response_mask.sum(1).tolist(), "ended_fraction": list(map(float, answers.ended))}
+        table += [{"row": row} | dict(zip(columns, values, strict=True)) for row, *values in zip(rows, *columns.values(), strict=True)]
+    table = sorted(gather_object(table), key=lambda row: row["row"])
+    return [{name: value for name, value in row.items() if name != "row"} for row in table]
+
+
+@torch.inference_mode()
+def kl_to_reference(actor: ActorCritic, answers: Answers, temperature: float) -> list[float]:
+    """log p − log q summed over each answer (k1): an unbiased sample of the KL of whole answers, in nats."""
+    tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
+    logprobs = actor(*tensors, temperature).logprobs
+    return (logprobs - actor.reference_logprobs(*tensors, temperature)).sum(1).tolist()
+
+
+def warn_of_exploits(trainer: Any, table: list[dict[str, Any]], judge: str) -> None:
+    """Says that the reward has risen since the best evaluation of the `judge`, which has fallen by more than two standard errors: the
+    policy then exploits the reward."""
+    history = [entry for entry in trainer.state.log_history if f"eval_{judge}" in entry]
+    if judge == "reward" or not history or len(table) < 2 or not trainer.args.should_save:
+        return
+    best, now = (max(history, key=lambda entry: entry[f"eval_{judge}"]), history[-1])
+    error = statistics.stdev(row[judge] for row in table) / len(table) ** 0.5
+    if now["eval_reward"] > best["eval_reward"] and best[f"eval_{judge}"] - now[f"eval_{judge}"] > 2 * error:
+        moves = [f"{best[f'eval_{name}']:.3f} to {now[f'eval_{name}']:.3f}" for name in ("reward", judge)]
+        print(
+            f"  step {now['step']}: since step {best['step']} the reward rose from {moves[0]} and the {judge.replace('_', ' ')} fell from "
+            f"{moves[1]}, at a KL of {now['eval_kl']:.2f}: the policy exploits the reward model",
+            flush=True,
+        )

@@ -1,0 +1,94 @@
+"""A scorer that is not trained on sees when the policy exploits its reward, stops the run, and picks the best."""
+
+import json
+
+import pytest
+
+from pipeline import config, models, ppo, reward
+from pipeline.errors import UserError
+from pipeline.ppo.guards import StopAtPeak
+
+from .test_trainer import PROMPTS, evenness, trainer_of
+
+RISING = {
+    "num_rollouts": 40, "num_ppo_epochs": 2, "num_mini_batches": 1, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2, "kl_coef": 0.0, "max_kl": None, "eval_strategy": "steps", "eval_steps": 4, "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+def some_evenness(completion_ids, **_):
+    """What was wanted: half of the tokens even and a little more; the reward takes all of them."""
+    return [1 - abs(share - 0.6) for share in evenness(None, None, completion_ids, None)]
+
+
+@pytest.fixture
+def policy(tiny_gpt2, tiny_tokenizer):
+    return models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+
+
+def watched(policy, tokenizer, folder, patience, **more):
+    trainer = trainer_of(policy, tokenizer, folder, **RISING | more)
+    trainer.scorer = some_evenness
+    trainer.eval_dataset = PROMPTS.select([i % 4 for i in range(64)])
+    trainer.add_callback(StopAtPeak(patience))
+    return trainer
+
+
+def evaluations(trainer):
+    return [entry for entry in trainer.state.log_history if "eval_scorer_reward" in entry]
+
+
+def test_the_run_stops_after_the_peak_and_says_why(policy, tiny_tokenizer, tmp_path, capsys):
+    trainer = watched(policy, tiny_tokenizer, tmp_path, patience=3)
+    trainer.train()
+    seen, said = evaluations(trainer), capsys.readouterr().out
+    best = max(range(len(seen)), key=lambda i: seen[i]["eval_scorer_reward"])
+    assert trainer.state.global_step == seen[best]["step"] + 3 * 4 < 80
+    assert trainer.state.best_global_step == seen[best]["step"]
+    assert seen[-1]["eval_reward"] > seen[best]["eval_reward"]
+    assert seen[-1]["eval_scorer_reward"] < seen[best]["eval_scorer_reward"]
+    assert f"step {trainer.state.global_step}: stopped; the best is of step {seen[best]['step']}, in best/" in said
+    assert said.count("the policy exploits the reward model") >= 1
+    assert (tmp_path / "best" / "model.safetensors").is_file()
+
+
+def test_without_patience_it_goes_on_to_the_end(policy, tiny_tokenizer, tmp_path):
+    trainer = watched(policy, tiny_tokenizer, tmp_path, patience=None, num_rollouts=30)
+    trainer.train()
+    assert trainer.state.global_step == 60
+
+
+def test_stopped_and_resumed_it_stops_where_it_stopped(tiny_gpt2, tiny_tokenizer, tmp_path):
+    ends = []
+    for _ in range(2):  # the second goes on from a checkpoint of the first, which has stopped
+        policy = models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        trainer = watched(policy, tiny_tokenizer, tmp_path, patience=3, save_strategy="steps", save_steps=6)
+        trainer.train(resume_from_checkpoint=any(tmp_path.glob("checkpoint-*")))
+        ends.append((trainer.state.global_step, [entry["eval_scorer_reward"] for entry in evaluations(trainer)]))
+    assert ends[0] == ends[1]
+
+
+def test_the_stage_takes_a_reward_model_that_looks_on(tiny_records, tiny_gpt2, tmp_path, capsys):
+    common = {"runs": str(tmp_path), "records": str(tiny_records)}
+    short = {"max_steps": 1, "per_device_train_batch_size": 4}
+    first, second = (
+        str(reward.run(config.RewardStage(run=name, model=str(tiny_gpt2), max_length=64, seed=seed, training=short, **common)))
+        for seed, name in enumerate("ab")
+    )
+    training = {"num_rollouts": 2, "per_device_train_batch_size": 4, "response_tokens": 6, "eval_strategy": "steps", "eval_steps": 1}
+    given = {"run": "t", "policy": str(tiny_gpt2), "reward": first, "training": training} | common
+    folder = ppo.run(config.PPOStage(evaluation={"scorer": second}, **given))
+    entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    assert all("eval_scorer_reward" in entry for entry in entries if "eval_reward" in entry)
+    assert f"{second}: loaded beside the policy: the policy is trained in full" in capsys.readouterr().out
+
+    copied = tmp_path / "copy"
+    (tmp_path / "a" / "reward").rename(copied)  # what is trained on, under another name
+    with pytest.raises(UserError, match=r"evaluation\.scorer is a copy of what PPO is trained on"):
+        ppo.run(config.PPOStage(**given | {"reward": str(copied), "evaluation": {"scorer": _copy(copied, tmp_path / "again")}}))
+
+
+def _copy(source, target):
+    import shutil
+
+    return str(shutil.copytree(source, target))

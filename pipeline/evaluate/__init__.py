@@ -5,7 +5,6 @@ Figures that need a gold reward are there only where `gold` names one. A wrong i
 """
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import artifact, encoding, sampling
 from pipeline.config import EvaluateStage
 from pipeline.errors import UserError
+from pipeline.evaluate import frontier
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
 from pipeline.reading import read
@@ -29,6 +29,7 @@ from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, function
 from pipeline.sampling import Answers
 
+TEXTS, RENAMED = ("prompt", "text", "ids"), {"ended": "ended_fraction"}
 KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
 
 
@@ -135,31 +136,30 @@ def reward_metrics(reward: RewardModel, inputs: dict[str, artifact.Artifact], go
 
 
 def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Sections sft, best_of_n and ppo: means over answers; a win rate sets each PPO answer against an SFT answer to its prompt."""
+    """Sections sft, best_of_2, best_of_4, … and ppo: means over answers. A win rate sets each PPO answer against one of SFT's."""
     sft, ppo = sampled["sft"], sampled["ppo"]
-    best = [max(range(i, i + config.best_of), key=sft["reward"].__getitem__) for i in range(0, len(sft["text"]), config.best_of)]
-    metrics = {
-        "sft": means(sft),
-        f"best_of_{config.best_of}": means({name: [column[i] for i in best] for name, column in sft.items()})
-        | {"kl_bound": math.log(config.best_of) - (config.best_of - 1) / config.best_of},
-        "ppo": means(ppo),
-    }
+    figures = {name: column for name, column in sft.items() if name not in TEXTS}
+    metrics: dict[str, Any] = {"sft": means(sft)}
+    for n in sorted({config.best_of, *(2**k for k in range(1, config.best_of.bit_length()))}):
+        found = frontier.best_of_n(sft["reward"], figures, config.best_of, n)
+        found["kl_bound"] = frontier.kl_bound(n)
+        metrics[f"best_of_{n}"] = {RENAMED.get(name, name): figure for name, figure in found.items()}
+    metrics["ppo"] = means(ppo)
     rivals = [
         i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of for i in range(len(ppo["text"]))
     ]
+    of_rivals = lambda name: [sft[name][i] for i in rivals]  # noqa: E731
     for column, name in (("reward", "win_rate"), ("gold_reward", "win_rate_gold")):
         if column in ppo:
-            metrics["ppo"][name] = pair_accuracy(ppo[column], [sft[column][i] for i in rivals])
+            won = frontier.win_rate(ppo[column], of_rivals(column), ppo["response_tokens"], of_rivals("response_tokens"))
+            metrics["ppo"] |= {name if key == "rate" else f"{name}_{key}": value for key, value in won.items()}
     return metrics
 
 
 def means(columns: dict[str, list[Any]]) -> dict[str, float]:
-    renamed = {"ended": "ended_fraction"}
-    return {
-        renamed.get(name, name): statistics.fmean(map(float, column))
-        for name, column in columns.items()
-        if name not in ("prompt", "text", "ids")
-    }
+    """Over all answers: each figure, and how varied the answers are."""
+    figures = {RENAMED.get(name, name): statistics.fmean(map(float, column)) for name, column in columns.items() if name not in TEXTS}
+    return figures | {f"distinct_{n}": frontier.distinct(columns["text"], n) for n in (1, 2)}
 
 
 def report_data(
@@ -167,22 +167,14 @@ def report_data(
     reliability: list[dict[str, float]],
 ) -> dict[str, Any]:  # fmt: skip
     """What the report shows."""
-    best = metrics[f"best_of_{config.best_of}"]
-    points = [
-        ("SFT", 0.0, metrics["sft"], False),
-        (f"best-of-{config.best_of}", best["kl_bound"], best, True),
-        ("PPO", metrics["ppo"]["kl"], metrics["ppo"], False),
-    ]
     return {
         "title": config.run,
         "command": config.command,
         "summary": summary_rows(metrics),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
-        "curves": {name: log(source) for name, source in inputs.items() if (source.path / "log.jsonl").is_file()},
-        "frontier": [
-            {"name": n, "kl": kl, "reward": m["reward"], "gold_reward": m.get("gold_reward"), "bound": bound} for n, kl, m, bound in points
-        ],
+        "curves": {name: log(source) for name, source in inputs.items() if log(source)},
+        "frontier": points(metrics, log(inputs["ppo"])),
         "lengths": {name: columns["response_tokens"] for name, columns in sampled.items()},
         "measured": metrics["reward"],
         "calibration": reliability,
@@ -191,8 +183,20 @@ def report_data(
     }
 
 
+def points(metrics: dict[str, Any], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """What the frontier's plot shows: SFT, best-of-n for each n, PPO as it went (on validation prompts), PPO as it is."""
+    found = [{"name": "SFT", "kl": 0.0} | metrics["sft"]]
+    found += [{"name": n.replace("_", "-"), "kl": of_n["kl_bound"], "bound": True, "line": "best-of-n"} | of_n
+              for n, of_n in metrics.items() if n.startswith("best_of_")]  # fmt: skip
+    evaluated = [{key.removeprefix("eval_"): value for key, value in entry.items()} for entry in trained if "eval_reward" in entry]
+    found += [entry | {"name": f"PPO, step {entry['step']}, validation", "line": "PPO"} for entry in evaluated]
+    found.append({"name": "PPO"} | metrics["ppo"])
+    return [{key: point.get(key) for key in ("name", "kl", "reward", "gold_reward", "bound", "line")} for point in found]
+
+
 def log(source: artifact.Artifact) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (source.path / "log.jsonl").open(encoding="utf-8")]
+    file = source.path / "log.jsonl"
+    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
 def before_and_after(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40) -> list[dict[str, Any]]:

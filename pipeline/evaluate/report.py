@@ -84,7 +84,9 @@ POLICY = (
     Curve("Clip fraction", "share of tokens", {"clip fraction": ("policy/clipfrac_avg",)},
           "The share of tokens whose update was clipped: far above 0.2, the steps are too large."),
 )  # fmt: skip
-FRONTIER = "Higher at the same KL is better, gold far below reward was exploited; a hollow mark has an upper bound for its KL."
+FRONTIER = (
+    "Higher at the same KL is better, gold far below reward was exploited; a hollow mark, of best-of-n, has an upper bound for its KL."
+)
 LENGTHS = "A hump of PPO far to the right of SFT's says that it learned to be long; a spike at the limit, that answers are cut off."
 CALIBRATION = "On the diagonal the reward model is right as often as it claims, below it too sure of itself; larger dots hold more pairs."
 
@@ -99,7 +101,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     metrics: nested dict, shown with dotted keys
     rows: {"by_source": {source: {read, kept, quarantined: {reason: count}}}}
     curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…` is drawn as PPO
-    frontier: [{name, kl (nats), reward, gold_reward, bound}]; bound says that `kl` is an upper bound
+    frontier: [{name, kl (nats), reward, gold_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line are joined
     lengths: {name: response tokens, one per answer}
     measured: {kind of records: figures, as the reward stage's metrics.json has them}, first the kind that it learned from
     calibration: [{confidence, accuracy, count}], one per bin
@@ -218,14 +220,25 @@ def draw_frontier(points: Sequence[dict[str, Any]]) -> list[Plot]:
     def paint(axes: Axes) -> None:
         for label, key, colour, marker in zip(REWARDS, ("reward", "gold_reward"), SERIES, MARKERS, strict=False):
             marks = [(distance(point.get("kl")), finite(point.get(key)), PAGE if point.get("bound") else colour) for point in points]
-            if marks := [mark for mark in marks if None not in mark]:
-                xs, ys, fills = zip(*marks, strict=True)
-                axes.scatter(xs, ys, 36, facecolors=fills, edgecolors=colour, marker=marker, label=label, zorder=2)
+            sizes = [9 if on_the_way(points, point) else 36 for point in points]
+            if kept := [(*mark, size) for mark, size in zip(marks, sizes, strict=True) if None not in mark]:
+                xs, ys, fills, areas = zip(*kept, strict=True)
+                axes.scatter(xs, ys, areas, facecolors=fills, edgecolors=colour, marker=marker, label=label, zorder=2)
+            for line, style in zip(dict.fromkeys(point.get("line") for point in points if point.get("line")), LINES, strict=False):
+                ends = [mark[:2] for mark, point in zip(marks, points, strict=True) if point.get("line") == line and None not in mark]
+                axes.plot(*zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, zorder=1) if ends else None
         for point in points:
-            name_point(axes, point)
+            if not on_the_way(points, point):
+                name_point(axes, point)
         axes.margins(x=0.12, y=0.2)
 
     return draw("frontier", "Reward against KL", FRONTIER, DISTANCE, "reward", paint)
+
+
+def on_the_way(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
+    """Whether more points of the same line follow, or the line leads to one that stands alone."""
+    line = [each for each in points if each.get("line") and each.get("line") == point.get("line")]
+    return bool(line) and (point is not line[-1] or any(each.get("name") == point["line"] for each in points))
 
 
 def name_point(axes: Axes, point: dict[str, Any]) -> None:

@@ -20,18 +20,16 @@ def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts["quarantined"].items()))
         found += [_row("rows read", f"{counts['read']:,}"), _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons)]
     found += _reward_rows(reward)
-    policies = [name for name in metrics if name in ("sft", "ppo") or name.startswith("best_of_")]
+    most = [name for name in metrics if name.startswith("best_of_")][-1:]  # they come by n
+    policies = {name.replace("_", "-"): metrics[name] for name in ("sft", *most, "ppo")}
     for figure, title in (
         ("gold_reward", "gold reward"),
         ("reward", "reward"),
         ("response_tokens", "response tokens"),
         ("well_formed", "well formed"),
     ):
-        for name in policies:
-            if figure in metrics[name]:
-                found.append(
-                    _row(f"{title}, {name.replace('_', '-')}", f"{metrics[name][figure]:.{1 if figure == 'response_tokens' else 3}f}")
-                )
+        decimals = 1 if figure == "response_tokens" else 3
+        found += [_row(f"{title}, {name}", f"{figures[figure]:.{decimals}f}") for name, figures in policies.items() if figure in figures]
     ppo = metrics["ppo"]
     for figure, title in (("win_rate_gold", "PPO wins by gold"), ("win_rate", "PPO wins by reward"), ("kl", "KL of PPO to SFT")):
         if figure in ppo:

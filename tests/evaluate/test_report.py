@@ -30,7 +30,8 @@ FULL: dict[str, Any] = {
     },
     "frontier": [
         {"name": "SFT", "kl": 0.0, "reward": -0.2, "gold_reward": -0.04, "bound": False},
-        {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True},
+        {"name": "best-of-4", "kl": 0.636, "reward": 0.3, "gold_reward": 0.2, "bound": True, "line": "best-of-n"},
+        {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True, "line": "best-of-n"},
     ],
     "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
     "measured": {
@@ -208,7 +209,11 @@ def test_tables_hold_the_values(full: Page) -> None:
     assert full.rows["metrics"] == [["reward.comparisons.accuracy", "0.8061"], ["reward.comparisons.pairs", "1,024"], ["seed", "0"]]
     assert full.rows["rows"][1:] == [["pairs.csv", "40", "30", "", "10", "not text\xa07 · exact duplicate\xa03"]]
     assert "width: 75.0%" in (full.attributes("i", "style"))
-    assert full.rows["frontier"][1:] == [["SFT", "0.00", "-0.20", "-0.04"], ["best-of-16", "≤ 1.83", "0.70", "0.50"]]
+    assert full.rows["frontier"][1:] == [
+        ["SFT", "0.00", "-0.20", "-0.04"],
+        ["best-of-4", "≤ 0.64", "0.30", "0.20"],
+        ["best-of-16", "≤ 1.83", "0.70", "0.50"],
+    ]
 
 
 def test_the_reward_model_s_figures_are_told_by_kind_with_intervals(full: Page) -> None:

@@ -1,0 +1,50 @@
+"""Best-of-n against every draw there is, win rates and variety by hand."""
+
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.evaluate.frontier import best_of_n, distinct, kl_bound, win_rate
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=5, max_size=5, unique=True), min_size=1, max_size=3), st.integers(1, 5))
+def test_best_of_n_is_the_mean_over_every_draw(prompts, n):
+    rewards = [reward for prompt in prompts for reward in prompt]
+    gold = [7.0 - reward**2 for reward in rewards]
+    draws = [max(draw, key=rewards.__getitem__) for i in range(0, len(rewards), 5) for draw in combinations(range(i, i + 5), n)]
+    found = best_of_n(rewards, {"reward": rewards, "gold": gold}, 5, n)
+    assert found["reward"] == pytest.approx(fmean(rewards[i] for i in draws), abs=1e-9)
+    assert found["gold"] == pytest.approx(fmean(gold[i] for i in draws), abs=1e-9)
+
+
+def test_the_bound_on_kl():
+    assert kl_bound(1) == 0
+    assert kl_bound(16) == pytest.approx(2.7725887 - 15 / 16)
+
+
+def test_win_rate_by_hand():
+    found = win_rate([1, 2, 3, 0], [0, 2, 1, 1], [5, 5, 5, 5], [5, 5, 5, 5])
+    assert found["rate"] == 0.625  # two won, one tie, one lost
+    assert found["length_controlled"] == pytest.approx(0.625, abs=1e-4)  # all are as long as their rivals
+    assert found["interval"][0] < 0.625 < found["interval"][1]
+    assert "length_controlled" not in win_rate([1, 1], [0, 0], [2, 2], [1, 1])
+
+
+def test_what_length_wins_is_controlled_for():
+    """Answers win where they are longer and lose where they are shorter; three in four are longer."""
+    rng = np.random.default_rng(0)
+    longer = np.where(rng.random(2000) < 0.75, 10, -10)
+    won = rng.random(2000) < np.where(longer > 0, 0.8, 0.2)
+    found = win_rate(won.astype(float), np.full(2000, 0.5), 50 + longer, np.full(2000, 50))
+    assert found["rate"] == pytest.approx(0.65, abs=0.03)
+    assert found["length_controlled"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_distinct_n_grams():
+    assert distinct(["a b a", "a b"], 1) == 2 / 5
+    assert distinct(["a b a", "a b"], 2) == 2 / 3
+    assert distinct(["a"], 2) == 0.0

@@ -270,11 +270,19 @@ class Reward(Strict):
     """One of PPO's rewards: an artifact, a classifier's folder, a hub id or a `module:function`.
 
     Of a foreign classifier with several labels the logit of `positive_label` is the reward. `weight` is 1/n of n where it is not given.
+    `length_penalty` takes off that share (1: all) of what length alone is worth to a reward artifact, by its reference sample.
     """
 
     source: str
     weight: float | None = None
     positive_label: str | None = None
+    length_penalty: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def a_function_has_no_reference_sample(self) -> "Reward":
+        if self.length_penalty and self.is_function:
+            raise ValueError(f"length_penalty: {self.source} is a function, of which no reference sample is known; penalise length in it")
+        return self
 
     @property
     def is_function(self) -> bool:

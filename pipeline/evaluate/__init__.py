@@ -145,6 +145,9 @@ def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]
         found["kl_bound"] = frontier.kl_bound(n)
         metrics[f"best_of_{n}"] = {RENAMED.get(name, name): figure for name, figure in found.items()}
     metrics["ppo"] = means(ppo)
+    for name, columns, samples in (("sft", sft, config.best_of), ("ppo", ppo, config.samples_per_prompt)):
+        correlation = frontier.length_correlation(columns["reward"], columns["response_tokens"], samples)
+        metrics[name] |= {} if correlation is None else {"reward_length_correlation": correlation}
     rivals = [
         i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of for i in range(len(ppo["text"]))
     ]

@@ -44,6 +44,14 @@ def win_rate(scores: Sequence[float], rivals: Sequence[float], lengths: Sequence
     return found
 
 
+def length_correlation(rewards: Sequence[float], lengths: Sequence[int], samples: int) -> float | None:
+    """Pearson's correlation of reward and length among the `samples` answers to a prompt; None where nothing varies."""
+    about = [np.reshape(values, (-1, samples)).astype(float) for values in (rewards, lengths)]
+    x, y = ((values - values.mean(1, keepdims=True)).ravel() for values in about)
+    spread = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / spread if spread > 0 else None
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words over all n-grams (Li et al. 2016): low where answers repeat each other, 0 where there are none."""
     found = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]

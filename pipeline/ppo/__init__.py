@@ -107,8 +107,8 @@ def open_reward(config: PPOStage, name: str, inputs: dict[str, artifact.Artifact
     if is_main_process():
         print(f"  {reward.source}: {f'loaded beside the policy: {apart}' if apart else 'on the backbone of the policy'}", flush=True)
     if apart:
-        return from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options))
-    return join(policy, inputs[name], name, **options)
+        return from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options), reward.length_penalty)
+    return join(policy, inputs[name], name, reward.length_penalty, **options)
 
 
 def load_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:

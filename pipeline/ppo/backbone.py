@@ -45,7 +45,7 @@ def why_apart(config: PPOStage, policy: Artifact, reward: Artifact) -> str | Non
     return None if texts[0] == texts[1] else "its vocabulary is another than the policy's"
 
 
-def join(policy: PeftModel, reward: Artifact, name: str, **options: Any) -> RewardSource:
+def join(policy: PeftModel, reward: Artifact, name: str, length_penalty: float = 0.0, **options: Any) -> RewardSource:
     """The reward model as the adapter `name` of the policy, with its head on the policy's trunk. `options` go to `RewardModel.load`."""
     folder, settings = _adapter(reward), Settings.load(reward.path)
     assert folder, "see why_apart"
@@ -61,7 +61,7 @@ def join(policy: PeftModel, reward: Artifact, name: str, **options: Any) -> Rewa
             parameter.requires_grad_(False)
     classifier = _classifier(policy.get_base_model(), settings, heads)
     with using(policy, name):
-        source = from_model(RewardModel.load(reward.path, model=classifier, **options))
+        source = from_model(RewardModel.load(reward.path, model=classifier, **options), length_penalty)
 
     def score(**answers: Any) -> Sequence[float]:
         with using(policy, name):

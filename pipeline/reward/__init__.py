@@ -6,6 +6,7 @@ id, folder, or `scratch`), decoder or encoder. Out: a sequence-classification ch
 beside it, on a quantized base the adapter alone. A wrong input gets one `UserError`.
 """
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -196,7 +197,7 @@ def publish_metrics(config: RewardStage, records: artifact.Artifact, data: Datas
     reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)
     kind = OBJECTIVES[config.objective].kind
     reference = data["validation"] if len(data["validation"]) else data["train"]
-    reward.settings.reward_mean, reward.settings.reward_std = measure.reference_statistics(reward, reference)
+    reward.settings = dataclasses.replace(reward.settings, **measure.reference_statistics(reward, reference))
     reward.settings.save(output)
     kinds = [kind, *sorted(name for name in ANSWERS if name != kind and (records.path / name).is_dir() and not records.foreign)]
     found = measure.measure(reward, {name: measure.held_out(open_records(records, name)) for name in kinds})

@@ -1,8 +1,8 @@
 """What a reward model is worth on held-out records of every kind there is, as those who use it will read it."""
 
-import statistics
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 from pipeline.encoding import plain
@@ -49,11 +49,17 @@ def on_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
     return metrics.label_metrics(logits, labels["label"][:], reward.settings.outputs, reward.settings.logit)
 
 
-def reference_statistics(reward: RewardModel, rows: Dataset) -> tuple[float, float]:
-    """Mean and standard deviation of the raw reward over all answers of the first rows."""
+def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:
+    """Of all answers of the first rows, as `Settings` names them: mean and standard deviation of the raw reward, the mean of their tokens,
+    and the slope of the reward on these (least squares, each prompt's answers about their own mean where there are several)."""
     sample = rows.select(range(min(REFERENCE_ROWS, len(rows))))
     columns = [sample[name][:] for name in ("chosen", "rejected", "completion") if name in sample.column_names]
     answers = [list(each) for each in zip(*columns, strict=True)] if columns else sample["responses"][:]
     prompts = [prompt for prompt, each in zip(sample["prompt"], answers, strict=True) for _ in each]
-    scores = reward.score(prompts, [answer for each in answers for answer in each], alpha=1.0)
-    return statistics.fmean(scores), statistics.pstdev(scores) or 1.0
+    flat = [answer for each in answers for answer in each]
+    scores, lengths = np.array(reward.score(prompts, flat, alpha=1.0)), np.array(reward.lengths(flat), dtype=float)
+    groups = np.repeat(range(len(answers)), [len(each) for each in answers]) if len(flat) > len(answers) else np.zeros(len(flat), int)
+    about = [values - (np.bincount(groups, values) / np.bincount(groups))[groups] for values in (scores, lengths)]
+    slope = float(about[0] @ about[1] / (about[1] @ about[1] or 1.0))
+    spread = float(scores.std()) or 1.0
+    return {"reward_mean": float(scores.mean()), "reward_std": spread, "length_mean": float(lengths.mean()), "length_slope": slope}

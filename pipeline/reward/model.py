@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import models
-from pipeline.encoding import Text
+from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
 from pipeline.reward import batching
 from pipeline.reward.encoding import Encoding, encode
@@ -34,7 +34,8 @@ class Settings:
 
     `quantization` and `precision` are those of the weights it was trained on. `output` of the output number `logit`: `logit`, `log_odds`
     against the others or softmax `probability`; `ensemble`: the mean over all outputs less `uncertainty_penalty` standard deviations
-    (Coste et al. 2023).
+    (Coste et al. 2023). The last four are of a reference sample's answers: of their rewards, and of their tokens (the slope is that of
+    the reward on the tokens).
     """
 
     objective: str = "pairwise"
@@ -49,6 +50,8 @@ class Settings:
     alpha: float = 1.0
     reward_mean: float | None = None
     reward_std: float | None = None
+    length_mean: float | None = None
+    length_slope: float | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class RewardModel:
         settings = settings or _foreign(str(source), model, tokenizer)
         read = _other_reading(str(source), model, settings, positive_label, encoding)
         if read != settings:
-            read.reward_mean = read.reward_std = None  # those of another reward
+            read.reward_mean = read.reward_std = read.length_mean = read.length_slope = None  # those of another reward
         check_encoding(tokenizer, read.encoding, str(source), models.most_tokens(model))
         return cls(model, tokenizer, read)
 
@@ -162,6 +165,10 @@ class RewardModel:
         types = "token_type_ids" in self.tokenizer.model_input_names
         found = batching.logits(self.model, groups, self.tokenizer.pad_token_id, shared=self._shares, batch_size=batch_size, types=types)
         return found[torch.tensor(order).argsort().to(found.device)].float().cpu()
+
+    def lengths(self, responses: Sequence[Text]) -> list[int]:
+        """How many tokens each response has."""
+        return [len(self.tokenizer(plain(each), add_special_tokens=False, verbose=False)["input_ids"]) for each in responses]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
         """For each response {class: softmax probability}. Raises `UserError` where the model has one output."""

@@ -26,13 +26,24 @@ class RewardSource(NamedTuple):
     model: RewardModel | None = None
 
 
-def from_model(model: RewardModel) -> RewardSource:
-    """A reward model as a source: whatever its tokenizer, it reads the text."""
+def from_model(model: RewardModel, length_penalty: float = 0.0) -> RewardSource:
+    """A reward model as a source: whatever its tokenizer, it reads the text.
+
+    `length_penalty` takes off so much of what an answer's length alone is worth to it, by the slope on its reference sample: 1 all of it.
+    Raises `UserError` where no slope is known.
+    """
+    known, alpha = model.settings, model.settings.alpha
+    if length_penalty and (known.length_slope is None or known.length_mean is None):
+        raise UserError("length_penalty: this reward model knows no reference sample to fit it on; run the reward stage again")
 
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        return model.score(prompts, completions)
+        found = model.score(prompts, completions)
+        if not length_penalty:
+            return found
+        worth = alpha * length_penalty * (known.length_slope or 0.0)
+        more = [length - (known.length_mean or 0.0) for length in model.lengths(completions)]
+        return [value - worth * tokens for value, tokens in zip(found, more, strict=True)]
 
-    known, alpha = model.settings, model.settings.alpha
     return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0), model)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate.frontier import best_of_n, distinct, kl_bound, win_rate
+from pipeline.evaluate.frontier import best_of_n, distinct, kl_bound, length_correlation, win_rate
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=5, max_size=5, unique=True), min_size=1, max_size=3), st.integers(1, 5))
@@ -48,3 +48,10 @@ def test_distinct_n_grams():
     assert distinct(["a b a", "a b"], 1) == 2 / 5
     assert distinct(["a b a", "a b"], 2) == 2 / 3
     assert distinct(["a"], 2) == 0.0
+
+
+def test_reward_and_length_are_correlated_within_prompts():
+    """Among the answers to a prompt the longer is the worse, though the prompt with longer answers has the better ones."""
+    assert length_correlation([2, 1, 9, 8], [1, 2, 11, 12], 2) == pytest.approx(-1)
+    assert length_correlation([1, 2, 3, 1, 5, 3], [1, 2, 3, 7, 7, 7], 3) == pytest.approx(2 / (2 * 10) ** 0.5)
+    assert length_correlation([1, 2], [3, 4], 1) is None

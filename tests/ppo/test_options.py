@@ -325,8 +325,8 @@ def test_an_evaluation_counts_for_no_rollouts_time(make, monkeypatch):
     trainer, now = make(), [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     trainer.clock["since"] = 90.0
-    answer = trainer._answer
-    monkeypatch.setattr(trainer, "_answer", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
+    answer = trainer.answer
+    monkeypatch.setattr(trainer, "answer", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
     trainer.evaluate()
     assert trainer.clock["since"] == 97.0
 

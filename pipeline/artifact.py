@@ -149,7 +149,19 @@ def _problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
         return f"is of kind {manifest['kind']!r}, expected {kind!r}"
     if manifest["identity"] != _identity(manifest["kind"], manifest["files"]):
         return "manifest.json was altered: its identity is not that of its files"
-    return _altered(path, manifest["files"], cached=True)
+    return _altered(path, manifest["files"], cached=True) or _base_moved(path, manifest)
+
+
+def _base_moved(path: Path, manifest: dict[str, Any]) -> str | None:
+    """Of an adapter: whether the model it was trained on, and is worth nothing without, is another now. A hub id stands for one commit."""
+    base = manifest["inputs"].get("model", {})
+    if not (path / "adapter_config.json").is_file() or "path" not in base or "hub" in base:
+        return None
+    folder = Path(base["path"])
+    if not folder.exists():
+        return f"is an adapter of {folder}, which is no longer there: put it back"
+    same = hash_files(folder) == base["files"] if "files" in base else read_manifest(folder).get("identity") == base["identity"]
+    return None if same else f"is an adapter of {folder}, which has changed since: put back what it was trained on"
 
 
 def _altered(path: Path, files: dict[str, str], cached: bool) -> str | None:

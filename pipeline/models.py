@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -87,6 +87,8 @@ def load_policy(
     if is_adapter(source, revision):
         with loading(source, "LoRA adapter"):
             adapter = PeftConfig.from_pretrained(source, revision=revision)
+        if adapter.task_type not in (None, TaskType.CAUSAL_LM):
+            raise UserError(f"{source}: is an adapter of task {adapter.task_type}; a policy needs one of {TaskType.CAUSAL_LM.value}")
         options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
         base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
         with loading(source, "LoRA adapter"):

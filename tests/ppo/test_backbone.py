@@ -1,11 +1,13 @@
 """One backbone computes what separate copies do: scores, log-probabilities, gradients, a whole run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import RewardModel, artifact, config, models, ppo, reward, sft
 from pipeline.errors import UserError
@@ -127,9 +129,26 @@ def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tmp
         ppo.run(at(reward=str(other), one_backbone="always", records=str(tiny_records)))
 
 
-def test_an_adapter_of_another_task_is_no_reward(tiny_llama, tmp_path):
-    base, tokenizer = models.load_policy(str(tiny_llama), models.load_tokenizer(str(tiny_llama))), models.load_tokenizer(str(tiny_llama))
-    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_an_adapter_of_another_task_is_neither_reward_nor_policy(tiny_llama, tmp_path):
+    tokenizer = models.load_tokenizer(str(tiny_llama))
+    for task in ("CAUSAL_LM", "SEQ_CLS"):
+        base = models.load_policy(str(tiny_llama), tokenizer)
+        get_peft_model(base, LoraConfig(r=2, task_type=task, modules_to_save=[])).save_pretrained(tmp_path / task)
+        tokenizer.save_pretrained(tmp_path / task)
     with pytest.raises(UserError, match="is an adapter of task CAUSAL_LM; a reward needs one of SEQ_CLS"):
-        RewardModel.load(tmp_path)
+        RewardModel.load(tmp_path / "CAUSAL_LM")
+    with pytest.raises(UserError, match="is an adapter of task SEQ_CLS; a policy needs one of CAUSAL_LM"):
+        models.load_policy(str(tmp_path / "SEQ_CLS"), tokenizer)
+
+
+def test_an_adapter_whose_base_has_moved_is_refused(tiny_records, tiny_llama, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
+    folder = sft.run(config.SFTStage(model=str(base), lora={"r": 2}, **common))
+    artifact.require(folder, "policy", "")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
+    with pytest.raises(UserError, match=r"is an adapter of .*base, which has changed since: put back what it was trained on; run: make it"):
+        artifact.require(folder, "policy", "make it")
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"which is no longer there: put it back; run: make it"):
+        artifact.require(folder, "policy", "make it")

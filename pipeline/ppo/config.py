@@ -23,6 +23,7 @@ POSITIVE = (
     "response_tokens",
     "temperature",
     "generation_batch_size",
+    "eval_samples",
     "kl_horizon",
 )
 POSITIVE_OR_NONE = ("kl_target", "target_kl", "score_clip", "dual_clip", "max_kl")
@@ -35,7 +36,8 @@ class PPOConfig(TrainingArguments):
 
     A rollout holds `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` answers per process; each of its
     `num_ppo_epochs × num_mini_batches` optimizer steps is one step of the Trainer. Saving and evaluating happen between rollouts:
-    `save_steps` (a tenth of the run by default), `eval_steps` and `logging_steps` are rounded up to whole rollouts.
+    `save_steps` (a tenth of the run by default), `eval_steps` and `logging_steps` are rounded up to whole rollouts. An evaluation draws
+    `eval_samples` answers to each held-out prompt.
 
     Rollouts: `response_tokens` at most and `min_response_tokens` at least; `stop_token`, a token's text, ends an answer as EOS does;
     `temperature` shapes policy and reference alike, `top_k` and `top_p` only what is drawn.
@@ -67,6 +69,7 @@ class PPOConfig(TrainingArguments):
     top_k: int = 0
     top_p: float = 1.0
     generation_batch_size: int = 64
+    eval_samples: int = 1
     score_normalization: str = "reference"
     score_clip: float | None = None
     missing_eos_penalty: float = 1.0

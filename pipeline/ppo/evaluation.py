@@ -1,4 +1,4 @@
-"""What is measured of a policy while PPO trains it: one answer to each held-out prompt, always drawn with the same noise."""
+"""What is measured of a policy while PPO trains it: answers to each held-out prompt, always drawn with the same noise."""
 
 import statistics
 from typing import Any
@@ -14,22 +14,24 @@ EVALUATION = "evaluation"  # stands where a rollout's number stands
 
 
 def answered(trainer: Any, data: Dataset) -> list[dict[str, Any]]:
-    """A row for each prompt of `data`, in order: prompt, answer, the rewards there are, KL, response tokens, whether it ended. The prompts
-    are shared out over the ranks of the `PPOTrainer`."""
+    """`eval_samples` rows for each prompt of `data`: prompt, answer, the rewards there are, KL, response tokens, whether it ended. The
+    prompts are shared out over the ranks of the `PPOTrainer`."""
     args, table = trainer.args, []
     scorers = {"reward": trainer.reward.score, "scorer_reward": trainer.scorer, "gold_reward": trainer.gold}
-    mine = range(args.process_index, len(data), args.world_size)
+    mine = range(args.process_index, len(data) * args.eval_samples, args.world_size)
     for start in range(0, len(mine), args.per_device_eval_batch_size):
-        rows = list(mine[start : start + args.per_device_eval_batch_size])
-        answers = trainer.answer(data, rows, EVALUATION, rows)
+        numbers = list(mine[start : start + args.per_device_eval_batch_size])
+        rows = [number % len(data) for number in numbers]
+        answers = trainer.answer(data, rows, EVALUATION, numbers)
         columns = {"prompt": data[rows]["prompt"], "answer": answers.texts}
         columns |= {name: trainer.call(scorer, answers, data, rows) for name, scorer in scorers.items() if scorer is not None}
         with trainer.accelerator.autocast():
             columns["kl"] = kl_to_reference(trainer.actor, answers, args.temperature)
         columns |= {"response_tokens": answers.response_mask.sum(1).tolist(), "ended_fraction": list(map(float, answers.ended))}
-        table += [{"row": row} | dict(zip(columns, values, strict=True)) for row, *values in zip(rows, *columns.values(), strict=True)]
-    table = sorted(gather_object(table), key=lambda row: row["row"])
-    return [{name: value for name, value in row.items() if name != "row"} for row in table]
+        columns["number"] = numbers
+        table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    table = sorted(gather_object(table), key=lambda row: row["number"])
+    return [{name: value for name, value in row.items() if name != "number"} for row in table]
 
 
 @torch.inference_mode()

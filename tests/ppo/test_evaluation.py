@@ -52,6 +52,18 @@ def test_the_run_stops_after_the_peak_and_says_why(policy, tiny_tokenizer, tmp_p
     assert (tmp_path / "best" / "model.safetensors").is_file()
 
 
+def test_several_answers_to_each_prompt_are_drawn(policy, tiny_tokenizer, tmp_path):
+    trainer = trainer_of(policy, tiny_tokenizer, tmp_path, eval_samples=3)
+    found = trainer.evaluate()
+    rows = [json.loads(line) for line in (tmp_path / "samples" / "step-000000.jsonl").open(encoding="utf-8")]
+    assert [row["prompt"] for row in rows] == PROMPTS["prompt"][:] * 3
+    assert len({row["answer"] for row in rows if row["prompt"] == "Hello."}) == 3
+    assert found["eval_reward"] == pytest.approx(sum(row["reward"] for row in rows) / 12)
+    once = trainer_of(policy, tiny_tokenizer, tmp_path / "once")
+    once.evaluate()
+    assert [json.loads(line) for line in (tmp_path / "once" / "samples" / "step-000000.jsonl").open(encoding="utf-8")] == rows[:4]
+
+
 def test_without_patience_it_goes_on_to_the_end(policy, tiny_tokenizer, tmp_path):
     trainer = watched(policy, tiny_tokenizer, tmp_path, patience=None, num_rollouts=30)
     trainer.train()

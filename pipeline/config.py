@@ -216,6 +216,8 @@ class SFTStage(FromModel, PolicyStage):
     def a_policy_is_a_gpt2(self) -> "SFTStage":
         if self.scratch is not None and self.scratch.architecture != "gpt2":
             raise ValueError(f"scratch.architecture={self.scratch.architecture!r}: a policy made from nothing is a 'gpt2'")
+        if self.scratch is not None and self.lora is not None:
+            raise ValueError("model: scratch is trained in full, since nobody else has its base; remove the 'lora:' section")
         return self
 
 
@@ -421,7 +423,7 @@ def check_run(configs: list[Any]) -> None:
             "set splits.test=0.1, or stop before with --until ppo"
         )
     sft, ppo = by_stage.get("sft"), by_stage.get("ppo")
-    if sft and ppo and sft.lora is not None and ppo.lora is None and ppo.policy == str(sft.folder):
+    if sft and ppo and sft.lora is not None and not sft.merge and ppo.lora is None and ppo.policy == str(sft.folder):
         raise UserError("ppo: sft publishes a LoRA adapter, from which the policy goes on, but ppo has no 'lora:' section; set ppo.lora={}")
 
 

@@ -61,7 +61,7 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None or (distinct_pad and tokenizer.pad_token == tokenizer.eos_token):
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
-        tokenizer.pad_token = spare[0] if spare else PAD  # a new token grows the vocabulary: see `_ready`
+        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD})  # a new one grows the vocabulary: see `_ready`
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
     return tokenizer
@@ -101,6 +101,12 @@ def load_policy(
 def merge_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
     """The adapter in `folder` goes to `folder/adapter`, and the whole model, in fp32, takes its place."""
     model: Any = load_policy(str(folder), tokenizer, **options)
+    base = model.get_base_model()
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if base.config.get_text_config().tie_word_embeddings and any(hasattr(each, "base_layer") for each in embeddings):
+        output = getattr(embeddings[1], "base_layer", embeddings[1])  # what is added to one of the two is not the other's
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+        base.config.get_text_config().tie_word_embeddings = False
     merged = model.merge_and_unload()
     (folder / "adapter").mkdir()
     for file in folder.glob("adapter_*"):

@@ -71,7 +71,7 @@ def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
         "lora.target_modules=[a,b]",
         "lora.r=2",
     )
-    loaded = load(tmp_path, "sft", text, *overrides)
+    loaded = load(tmp_path, "reward", text, *overrides)
     assert (loaded.scratch.layers, loaded.scratch.width) == (3, 8)
     assert loaded.training == {"max_steps": 7, "lr_scheduler_kwargs": {"min_lr": 1e-6}}
     assert loaded.lora == {"target_modules": ["a", "b"], "r": 2}
@@ -177,6 +177,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, 
         # Combinations
         ("reward", "model: a\nquantization: 8bit", "quantization: 8bit needs a 'lora:' section"),
         ("ppo", "quantization: 4bit", "quantization: 4bit needs a 'lora:' section"),
+        ("sft", "model: scratch\nlora: {}", "model: scratch is trained in full"),
         ("sft", "model: a\nmerge: true", "merge: true is only read with a 'lora:' section"),
         ("ppo", "merge: true\nlora: {}\nquantization: 8bit", "takes an adapter in only roughly; set merge: false"),
         ("sft", "model: a\nscratch: {layers: 2}", "'scratch:' is only read with model: scratch"),

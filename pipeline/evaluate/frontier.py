@@ -34,7 +34,7 @@ def win_rate(scores: Sequence[float], rivals: Sequence[float], lengths: Sequence
     won = wins(scores, rivals)
     longer = np.subtract(lengths, rival_lengths).astype(float)
     found: dict[str, Any] = {"rate": fmean(won), "interval": interval(won)}
-    if 0 < won.mean() < 1:
+    if 0 < won.mean() < 1 and longer.min() <= 0 <= longer.max():  # or equal lengths would be beyond all that was seen
         x = np.tanh(longer / (longer.std() or 1.0))[:, None]
         # A tie is half a win and half a loss.
         model = LogisticRegression(C=np.inf).fit(

@@ -17,7 +17,8 @@ from pipeline import artifact, models, training
 from pipeline.config import PPOStage, Reward
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import REFERENCE
-from pipeline.ppo.backbone import join, why_apart
+from pipeline.ppo.apart import why_apart
+from pipeline.ppo.backbone import join
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.guards import StopAtPeak
 from pipeline.ppo.shown import read_samples

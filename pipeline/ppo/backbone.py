@@ -1,13 +1,12 @@
 """One backbone: under LoRA the policy, its reference and its reward models are adapters of one base model in memory, or the bare base.
 
-A reward model joins where it stands on the very weights that the policy stands on, in the same quantization, dtype and vocabulary; its
-scores are then those of its artifact loaded alone.
+In fp32, 8-bit and 4-bit with fp32 arithmetic a reward model's scores are those of its artifact loaded alone; where the trunk computes in
+bf16 they are rounded as the policy is. `pipeline.ppo.apart` tells which reward models can join.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,54 +15,34 @@ from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from pipeline import models, training
 from pipeline.artifact import Artifact
-from pipeline.config import PPOStage
+from pipeline.ppo.apart import adapter_folder, head_weights
 from pipeline.reward.model import RewardModel, Settings
 from pipeline.reward.sources import RewardSource, from_model
 
 
-def why_apart(config: PPOStage, policy: Artifact, reward: Artifact) -> str | None:
-    """Why a reward model cannot stand on the policy's base; None where it can. Reads files, and no weights."""
-    if config.lora is None:
-        return "the policy is trained in full: only adapters share a base"
-    folder, settings = _adapter(reward), Settings.load(reward.path)
-    if folder is None or settings is None:
-        return "it is no LoRA adapter that the reward stage wrote"
-    adapter = PeftConfig.from_pretrained(str(folder))
-    if more := set(adapter.modules_to_save or []) - set(models.HEADS):
-        return f"it trained {', '.join(sorted(more))} as a whole"
-    policy_folder = str(policy.path) if models.is_adapter(policy.path, policy.revision) else None
-    if _base(reward, str(folder)) != _base(policy, policy_folder):
-        return f"its base is {adapter.base_model_name_or_path}, of other content than the policy's"
-    if settings.quantization != config.quantization:
-        return f"its base has quantization: {settings.quantization}, the policy's {config.quantization}"
-    if settings.precision != (precision := training.weight_precision(config)):
-        return f"it was trained on a base in {settings.precision}, the policy's is in {precision}"
-    options: dict[str, Any] = {"generates": False, "distinct_pad": False, "trust_remote_code": config.trust_remote_code}
-    texts = [models.load_tokenizer(str(each.path), revision=each.revision, **options).get_vocab() for each in (reward, policy)]
-    return None if texts[0] == texts[1] else "its vocabulary is another than the policy's"
-
-
 def join(policy: PeftModel, reward: Artifact, name: str, length_penalty: float = 0.0, **options: Any) -> RewardSource:
     """The reward model as the adapter `name` of the policy, with its head on the policy's trunk. `options` go to `RewardModel.load`."""
-    folder, settings = _adapter(reward), Settings.load(reward.path)
+    folder, settings = adapter_folder(reward), Settings.load(reward.path)
     assert folder, "see why_apart"
     assert settings, "see why_apart"
     weights = load_file(folder / "adapter_model.safetensors", device=str(policy.device))
-    heads = {key: weights.pop(key) for key in list(weights) if key.split(".")[-2] in models.HEADS}
+    heads = {key: weights.pop(key) for key in head_weights(list(weights))}
     adapter = PeftConfig.from_pretrained(str(folder))
     adapter.task_type, adapter.modules_to_save = TaskType.CAUSAL_LM, None  # the head is no part of a language model
+    adapter.exclude_modules = None
     policy.add_adapter(name, adapter)
-    set_peft_model_state_dict(policy, weights, adapter_name=name)
+    found: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
+    assert not found.unexpected_keys, found.unexpected_keys
     for key, parameter in policy.named_parameters():
         if f".{name}." in key:
             parameter.requires_grad_(False)
-    classifier = _classifier(policy.get_base_model(), settings, heads)
+    classifier, head = _classifier(policy.get_base_model(), settings, heads, options.get("trust_remote_code", False))
     with using(policy, name):
         source = from_model(RewardModel.load(reward.path, model=classifier, **options), length_penalty)
 
     def score(**answers: Any) -> Sequence[float]:
+        head.to(policy.device)  # which the Trainer may have moved since
         with using(policy, name):
             return source.score(**answers)
 
@@ -88,31 +67,18 @@ def using(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel]:
             parameter.requires_grad_(True)
 
 
-def _classifier(base: Any, settings: Settings, heads: dict[str, torch.Tensor]) -> Any:
-    """A sequence classifier whose trunk is the language model's own."""
+def _classifier(base: Any, settings: Settings, heads: dict[str, torch.Tensor], trust_remote_code: bool) -> tuple[Any, torch.nn.Module]:
+    """A sequence classifier whose trunk is the language model's own, and its head, which computes in its own precision."""
     config = copy.deepcopy(base.config)
     config.update(settings.head)
     with init_empty_weights():
-        classifier = AutoModelForSequenceClassification.from_config(config)
+        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     setattr(classifier, classifier.base_model_prefix, base.base_model)
+    parts = torch.nn.ModuleList()
     for key, weight in heads.items():
-        *_, module, kind = key.split(".")
-        setattr(classifier.get_submodule(module), kind, torch.nn.Parameter(weight, requires_grad=False))
-    return classifier
-
-
-def _adapter(reward: Artifact) -> Path | None:
-    """Where its adapter lies: beside the merged weights, or alone where the base is quantized."""
-    folders = (reward.path / "adapter", reward.path)
-    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
-
-
-def _base(source: Artifact, adapter: str | None) -> Any:
-    """What is equal for two artifacts if and only if they stand on the same weights: their content, or a repository and its commit."""
-    found = source.manifest if adapter is None else source.manifest.get("inputs", {}).get("model")
-    if found is None:  # an adapter that no stage wrote
-        config = PeftConfig.from_pretrained(str(adapter), revision=source.revision)
-        return config.base_model_name_or_path, config.revision
-    if "hub" in found:
-        return found["hub"], found["revision"]
-    return found["files"] if found.get("foreign") else found["identity"]
+        path, _, kind = key.removeprefix("base_model.model.").rpartition(".")
+        part = classifier.get_submodule(path)
+        setattr(part, kind, torch.nn.Parameter(weight, requires_grad=False))
+        part.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+        parts.append(part)
+    return classifier, parts

@@ -11,7 +11,7 @@ from pipeline.ppo.math import KLKind
 CHOICES = {"kl_estimator": ("k1", "k2", "k3"), "score_normalization": ("none", "reference", "running"), "value_init": ("zero", "reward")}
 UNREAD = {  # what TrainingArguments offers and PPO would read wrongly -> the value that leaves it off, what to set instead
     "max_steps": (-1, "num_rollouts"), "load_best_model_at_end": (False, "nothing: best/ holds the best"),
-    "metric_for_best_model": (None, "nothing: best/ holds the best by gold reward, or else by reward"), "fp16": (False, "bf16"),
+    "metric_for_best_model": (None, "nothing: best/ holds the best"), "fp16": (False, "bf16"),
     "greater_is_better": (None, "nothing"), "neftune_noise_alpha": (None, "nothing"), "label_smoothing_factor": (0.0, "nothing"),
 }  # fmt: skip
 BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -114,8 +114,11 @@ class PPOConfig(TrainingArguments):
         _expect(self, "min_response_tokens", 0 <= self.min_response_tokens <= self.response_tokens, "at most response_tokens")
         self.num_train_epochs = self.num_rollouts
         self.remove_unused_columns = False
-        for name in ("save_steps", "eval_steps", "logging_steps"):
-            setattr(self, name, self._whole_rollouts(getattr(self, name)))
+        for name in ("save", "eval", "logging"):
+            if getattr(self, f"{name}_strategy") == "epoch":  # one is a rollout
+                setattr(self, f"{name}_strategy", "steps")
+                setattr(self, f"{name}_steps", 1)
+            setattr(self, f"{name}_steps", self._whole_rollouts(getattr(self, f"{name}_steps")))
         super().__post_init__()
         answers = self.rollout_rows * self.world_size
         if self.kl_target is not None and answers >= 5 * self.kl_horizon:  # the coefficient could turn negative

@@ -42,7 +42,7 @@ class Settings:
     outputs: list[str] = field(default_factory=lambda: ["reward"])
     encoding: Encoding = field(default_factory=Encoding)
     quantization: str = "none"
-    precision: str = "fp32"
+    precision: str | None = None
     output: str = "logit"
     logit: int = 0
     sign: int = 1
@@ -197,7 +197,7 @@ def _load(source: str, tokenizer: PreTrainedTokenizerBase, settings: Settings | 
     # Trained on a quantized base: the artifact is the adapter, and the head.
     with models.loading(source, "LoRA adapter of a sequence classifier"):
         adapter = PeftConfig.from_pretrained(source, revision=revision)
-    if adapter.task_type != TaskType.SEQ_CLS:
+    if adapter.task_type not in (None, TaskType.SEQ_CLS):
         raise UserError(f"{source}: is an adapter of task {adapter.task_type}; a reward needs one of {TaskType.SEQ_CLS.value}")
     options = options | {"revision": adapter.revision, "head": (settings or Settings()).head}
     base: Any = models.load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)

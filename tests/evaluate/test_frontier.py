@@ -32,6 +32,7 @@ def test_win_rate_by_hand():
     assert found["length_controlled"] == pytest.approx(0.625, abs=1e-4)  # all are as long as their rivals
     assert found["interval"][0] < 0.625 < found["interval"][1]
     assert "length_controlled" not in win_rate([1, 1], [0, 0], [2, 2], [1, 1])
+    assert "length_controlled" not in win_rate([1, 0], [0, 1], [9, 8], [2, 2])  # all are longer: of equal lengths nothing is known
 
 
 def test_what_length_wins_is_controlled_for():

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline import RewardModel, artifact, config, models, ppo, reward, sft
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.backbone import join, why_apart
+from pipeline.ppo.apart import why_apart
+from pipeline.ppo.backbone import join
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
 PROMPTS = ["What is the capital of France?", "Name the colour of snow.", "What is the capital of France?"]
@@ -115,7 +116,7 @@ def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_re
 
 
 @pytest.mark.parametrize("artifacts", ["none"], indirect=True)
-def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tmp_path):
+def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tiny_llama, tmp_path):
     _, policy, learned = artifacts
     at = lambda **more: stage(artifacts, tmp_path, **more)  # noqa: E731
     common = {"run": "other", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
@@ -125,8 +126,39 @@ def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tmp
     assert why_apart(at(quantization="8bit"), policy, learned) == "its base has quantization: none, the policy's 8bit"
     assert why_apart(at(precision="bf16"), policy, learned) == "it was trained on a base in fp32, the policy's is in bf16"
     assert "no LoRA adapter" in why_apart(at(), policy, artifact.foreign(tiny_gpt2, "reward"))
+    for meddling in ({"bias": "all"}, {"init_lora_weights": "olora"}, {"trainable_token_indices": [3]}):
+        full = {"policy": str(tiny_llama), "lora": meddling}
+        expected = f"the policy's adapter has {next(iter(meddling))}="
+        assert why_apart(at(**full), artifact.require(tiny_llama, "policy", ""), learned).startswith(expected)
+    assert why_apart(at(policy=str(tiny_llama)), artifact.require(tiny_llama, "policy", ""), learned) is None
     with pytest.raises(UserError, match=r"one_backbone: always, but its base is .*; change that, or set one_backbone: auto"):
         ppo.run(at(reward=str(other), one_backbone="always", records=str(tiny_records)))
+
+
+def test_in_bf16_the_head_reads_a_trunk_in_bf16(tiny_records, tiny_llama, tmp_path):
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "lora": LORA, "precision": "bf16"}
+    learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **common))
+    given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
+    tokenizer, source = models.load_tokenizer(given.policy), artifact.require(learned, "reward", "")
+    assert why_apart(given, artifact.require(tiny_llama, "policy", ""), source) is None
+    policy = ppo.load_policy(given, tokenizer)
+    assert policy.dtype == torch.bfloat16
+    found = join(policy, source, "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
+    assert found == pytest.approx(RewardModel.load(learned).score(PROMPTS, ANSWERS), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["classes", "ensemble"])
+def test_other_heads_join_too(kind, tiny_feedback, tiny_llama, tmp_path):
+    what = (
+        {"objective": "classification", "positive_label": "nothate"} if kind == "classes" else {"ensemble": 3, "uncertainty_penalty": 0.5}
+    )
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_feedback), "lora": LORA}
+    learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **what, **common))
+    given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
+    policy = ppo.load_policy(given, models.load_tokenizer(given.policy))
+    found = join(policy, artifact.require(learned, "reward", ""), "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
+    assert found == pytest.approx(RewardModel.load(learned).score(PROMPTS, ANSWERS), abs=1e-5)
+    assert len(set(found)) == 3
 
 
 def test_an_adapter_of_another_task_is_neither_reward_nor_policy(tiny_llama, tmp_path):

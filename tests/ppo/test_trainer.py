@@ -193,6 +193,17 @@ def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama
     assert (logits[2] - logits[1]).abs().max() > 1e-3
 
 
+def test_what_is_added_to_a_tied_output_is_not_the_inputs(tiny_gpt2, tiny_tokenizer, tmp_path):
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["lm_head", "c_attn"], init_lora_weights=False)
+    adapted = get_peft_model(models.load_policy(str(tiny_gpt2), tiny_tokenizer), lora).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    models.merge_adapter(tmp_path, tiny_tokenizer)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_policy_without_lora_is_refused(tiny_records, tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "adapter_config.json").write_text("{}")
@@ -212,6 +223,13 @@ def test_an_adapter_policy_without_lora_is_refused(tiny_records, tmp_path):
 def test_impossible_settings_are_refused(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         PPOConfig(output_dir=str(tmp_path), **wrong)
+
+
+def test_an_epoch_is_a_rollout(tmp_path):
+    epochs = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch", "eval_steps": 8}
+    args = PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=4, num_mini_batches=2, **epochs)
+    assert {args.save_strategy.value, args.eval_strategy.value, args.logging_strategy.value} == {"steps"}
+    assert (args.save_steps, args.eval_steps, args.logging_steps) == (8, 8, 8)
 
 
 def test_checkpoints_fall_between_rollouts(tmp_path):

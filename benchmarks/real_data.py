@@ -73,8 +73,9 @@ def measured(name: str, model: str, data: Path, converted: Path, peer: bool) -> 
     return found | ({"peer": trl_accuracy(folder)} if peer else {})
 
 
-def trl_accuracy(folder: Path) -> float | str:
-    """TRL's trainer as it comes: the same model, pairs, LoRA and steps, its own tokenisation; accuracy over the rows of the test split."""
+def trl_accuracy(folder: Path) -> dict[str, float] | str:
+    """TRL's trainer as it comes: the same model, pairs, LoRA and steps, its own tokenisation; accuracy over the test pairs it does not drop
+    for their length, and how many these are; or why there is none."""
     import torch
     import trl
     import yaml
@@ -109,7 +110,7 @@ def trl_accuracy(folder: Path) -> float | str:
     with torch.inference_mode():
         reward = lambda ids: model(input_ids=torch.tensor([ids])).logits.item()  # noqa: E731
         wins = [reward(row["chosen_ids"]) > reward(row["rejected_ids"]) for row in rows]
-    return sum(wins) / len(pairs["test"]) if wins else "every pair is over max_length"
+    return {"accuracy": sum(wins) / len(wins), "rows": len(wins)} if wins else "every pair is over max_length"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -123,7 +124,7 @@ def table(results: dict[str, Any]) -> str:
         shown = f"accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}]" + (f", {extra} {figures[extra]:.3f}" if extra else "")
         longer = f"{pairs['accuracy_longer']:.3f}" if pairs else "–"
         peer = result.get("peer", "–")
-        peer = f"{peer:.3f}" if isinstance(peer, float) else peer
+        peer = f"{peer['accuracy']:.3f} of {peer['rows']}" if isinstance(peer, dict) else peer
         lines.append(f"| {result['name']} | {result['model']} | {count} {kind} | {shown} | {longer} | {peer} |")
     return "\n".join(lines)
 

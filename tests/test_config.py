@@ -281,3 +281,15 @@ def test_a_config_extends_another_and_knows_its_own_folder(tmp_path):
     assert config.load("prepare", tmp_path / "b/tiny/prepare.yaml").run == "b-tiny"
     with pytest.raises(UserError, match="extends itself, by way of"):
         config.load("prepare", tmp_path / "c/prepare.yaml")
+
+
+def test_ppo_in_full_goes_on_from_a_merged_policy(tmp_path: Path) -> None:
+    common = {"run": "t", "runs": str(tmp_path)}
+    prepare = config.PrepareStage(source=[{"format": "demo"}], **common)
+    for merge in (True, False):
+        configs = [prepare, config.SFTStage(model="a", lora={}, merge=merge, **common), config.PPOStage(**common)]
+        if merge:
+            config.check_run(configs)
+        else:
+            with pytest.raises(UserError, match="sft publishes a LoRA adapter"):
+                config.check_run(configs)

@@ -346,7 +346,11 @@ class PPOStage(PolicyStage):
 
     @model_validator(mode="after")
     def a_scorer_looks_on(self) -> "PPOStage":
+        if self.evaluation.scorer is None and "patience" in self.evaluation.model_fields_set:
+            raise ValueError("evaluation.patience is only read with an evaluation.scorer; name one, or remove it")
         if self.evaluation.scorer is not None:
+            if self.evaluation.scorer.weight is not None:
+                raise ValueError("evaluation.scorer.weight is not read: a scorer looks on alone; remove it")
             if self.training.get("eval_strategy", "no") in ("no", False):
                 raise ValueError("evaluation.scorer looks on at evaluations, and there are none; set training.eval_strategy: steps")
             if self.evaluation.scorer.source in [each.source for each in self.reward]:

@@ -109,7 +109,7 @@ def merge_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, **options: A
         base.config.get_text_config().tie_word_embeddings = False
     merged = model.merge_and_unload()
     (folder / "adapter").mkdir()
-    for file in folder.glob("adapter_*"):
+    for file in [*folder.glob("adapter_*"), *folder.glob("README.md")]:  # the card is PEFT's, of an adapter
         file.rename(folder / "adapter" / file.name)
     merged.save_pretrained(folder)
 

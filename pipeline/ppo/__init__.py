@@ -52,8 +52,7 @@ def run(config: PPOStage) -> Path:
     for name, reward in rewards(config).items():
         if not reward.is_function:
             inputs[name] = artifact.require(reward.source, "reward", config.fix("reward"))
-            apart = why_apart(config, inputs["policy"], inputs[name])
-            if apart and config.one_backbone == "always":
+            if config.one_backbone == "always" and (apart := why_apart(config, inputs["policy"], inputs[name])):
                 raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
     for name in inputs:
         if name.startswith("reward_") and "scorer" in inputs and inputs[name].identity == inputs["scorer"].identity:

@@ -292,26 +292,32 @@ class Reward(Strict):
         return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+def named_by_text(value: Any) -> Any:
+    """A reward's section, of which the source alone may be given."""
+    return {"source": value} if isinstance(value, str) else value
+
+
 class Watch(Strict):
     """What looks on while PPO trains: `scorer`, a reward that it is not trained on. After `patience` evaluations in a row without a new
-    best of it the run stops; `best/` holds the best."""
+    best of it the run stops; `best/` holds the best. `keep` keeps each evaluation's policy too, for `evaluate` to measure."""
 
     scorer: Reward | None = None
     patience: int = Field(3, gt=0)
+    keep: bool = False
 
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def named_by_text(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+    _scorer = field_validator("scorer", mode="before")(named_by_text)
 
 
 class PPOStage(PolicyStage):
-    """`policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
+    """`algorithm` says whose trainer it is and whose `training:`: `pipeline.PPOConfig`, `trl.RLOOConfig` or `trl.GRPOConfig`.
+
+    `policy` and `reward` default to the run's own artifacts. Of several rewards, each named as text or as a section of its own, the
     weighted sum counts, less `uncertainty_penalty` standard deviations between them. `gold` is a `module:function`, used to evaluate, never
     to train. Under LoRA a reward model on the policy's base shares it (`one_backbone`): `auto` where it can, `always` or an error, `never`.
     """
 
     stage: ClassVar[str] = "ppo"
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
     policy: str | None = None
     reward: list[Reward] = []
     records: str | None = None
@@ -325,7 +331,7 @@ class PPOStage(PolicyStage):
     @classmethod
     def one_or_many(cls, value: Any) -> Any:
         given = value if isinstance(value, list) else [] if value is None else [value]
-        return [{"source": each} if isinstance(each, str) else each for each in given]
+        return list(map(named_by_text, given))
 
     @model_validator(mode="after")
     def defaults(self) -> "PPOStage":
@@ -346,12 +352,15 @@ class PPOStage(PolicyStage):
 
     @model_validator(mode="after")
     def a_scorer_looks_on(self) -> "PPOStage":
+        watched = self.training.get("eval_strategy", "no") not in ("no", False)
+        if self.evaluation.keep and not watched:
+            raise ValueError("evaluation.keep keeps the policies of evaluations, and there are none; set training.eval_strategy: steps")
         if self.evaluation.scorer is None and "patience" in self.evaluation.model_fields_set:
             raise ValueError("evaluation.patience is only read with an evaluation.scorer; name one, or remove it")
         if self.evaluation.scorer is not None:
             if self.evaluation.scorer.weight is not None:
                 raise ValueError("evaluation.scorer.weight is not read: a scorer looks on alone; remove it")
-            if self.training.get("eval_strategy", "no") in ("no", False):
+            if not watched:
                 raise ValueError("evaluation.scorer looks on at evaluations, and there are none; set training.eval_strategy: steps")
             if self.evaluation.scorer.source in [each.source for each in self.reward]:
                 raise ValueError(f"evaluation.scorer: {self.evaluation.scorer.source} is what PPO is trained on; name one that it is not")
@@ -361,7 +370,8 @@ class PPOStage(PolicyStage):
 class EvaluateStage(StageConfig):
     """On at most `prompts` test prompts: `samples_per_prompt` answers from PPO, `best_of` from SFT.
 
-    `gold` and `well_formed` are `module:function` scorers; where absent the figures that need them are left out.
+    `gold` and `well_formed` are `module:function` scorers, `scorer` a reward that PPO was not trained on (see `Watch`); where absent the
+    figures that need them are left out.
     """
 
     stage: ClassVar[str] = "evaluate"
@@ -370,6 +380,7 @@ class EvaluateStage(StageConfig):
     reward: str | None = None
     ppo: str | None = None
     positive_label: str | None = None
+    scorer: Reward | None = None
     gold: str | None = None
     well_formed: str | None = None
     prompts: int = Field(100, gt=0)
@@ -380,6 +391,8 @@ class EvaluateStage(StageConfig):
     max_prompt_tokens: int = Field(256, gt=0)
     batch_size: int = Field(64, gt=0)
     trust_remote_code: bool = False
+
+    _scorer = field_validator("scorer", mode="before")(named_by_text)
 
     @model_validator(mode="after")
     def defaults(self) -> "EvaluateStage":

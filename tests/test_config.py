@@ -9,11 +9,11 @@ import pytest
 from peft import TaskType
 from trl import RewardConfig, SFTConfig
 
-from pipeline import config, training
+from pipeline import config, ppo, training
 from pipeline.errors import UserError
 from pipeline.ppo.trainer import PPOConfig
 
-ARGUMENTS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+ARGUMENTS: dict[str, Any] = {"sft": lambda _: SFTConfig, "reward": lambda _: RewardConfig, "ppo": ppo.arguments_class}
 SHIPPED = [path for path in sorted(config.RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
 
 
@@ -39,7 +39,7 @@ def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
     loaded = config.load(path.stem, path)
     assert loaded.folder == Path("runs", path.parent.name, path.stem)
     if path.stem in ARGUMENTS:
-        built = training.arguments(loaded, ARGUMENTS[path.stem], tmp_path)
+        built = training.arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
         for key, value in loaded.training.items():
             if key not in ("eval_steps", "save_steps", "logging_steps"):  # PPO rounds these up to whole rollouts
                 assert getattr(built, key) == value
@@ -59,7 +59,7 @@ def test_the_demo_recipe_is_whole() -> None:
 def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
     base = "" if stage == "ppo" else "model: some/model\n"
     loaded = load(tmp_path, stage, f"{base}training:\n  learning_rate: {text}\n", *override)
-    assert training.arguments(loaded, ARGUMENTS[stage], tmp_path).learning_rate == 5e-5
+    assert training.arguments(loaded, ARGUMENTS[stage](loaded), tmp_path).learning_rate == 5e-5
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, v
     common = {"run": "x"} if stage == "ppo" else {"run": "x", "model": "a"}
     loaded = config.STAGES[stage](**common, **{section: {key: value}})
     with pytest.raises(UserError) as error:
-        training.check(loaded, ARGUMENTS[stage])  # type: ignore[arg-type]
+        training.check(loaded, ARGUMENTS[stage](loaded))
     assert str(error.value).startswith(f"{stage}: {section}.{key}")
     assert expected in str(error.value)
 

@@ -1,7 +1,8 @@
 """Evaluation: what the reward model knows and what PPO changed, in `metrics.json` and one self-contained `report.html`.
 
-In: the prepare, sft, reward and ppo artifacts, on prompts of the test split. Out: the two files and `samples.jsonl`.
-Figures that need a gold reward are there only where `gold` names one. A wrong input gets one `UserError`.
+In: the prepare, sft, reward and ppo artifacts, on prompts of the test split; of ppo also the policies on the way, where it kept them.
+Out: the two files. Figures that need a gold reward or a `scorer` are there only where the config names one. A wrong input gets one
+`UserError`.
 """
 
 import json
@@ -16,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, encoding, sampling
-from pipeline.config import EvaluateStage
+from pipeline.config import EvaluateStage, Reward
 from pipeline.errors import UserError
 from pipeline.evaluate import frontier
 from pipeline.evaluate.report import write_report
@@ -26,7 +27,7 @@ from pipeline.records import open_records
 from pipeline.reward.measure import held_out, measure
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel
-from pipeline.reward.sources import RewardFunction, function
+from pipeline.reward.sources import RewardFunction, from_model, function
 from pipeline.sampling import Answers
 
 TEXTS, RENAMED = ("prompt", "text", "ids"), {"ended": "ended_fraction"}
@@ -35,22 +36,26 @@ KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": 
 
 def check(config: EvaluateStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
-    for spec in filter(None, (config.gold, config.well_formed)):
+    scorer = config.scorer.source if config.scorer and config.scorer.is_function else None
+    for spec in filter(None, (config.gold, config.well_formed, scorer)):
         function(spec)
 
 
 def run(config: EvaluateStage) -> Path:
     check(config)
     inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
+    if config.scorer and not config.scorer.is_function:
+        inputs["scorer"] = artifact.require(config.scorer.source, "reward", config.fix("reward"))
     return artifact.build(config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output))
 
 
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    options: dict[str, Any] = {"revision": inputs["reward"].revision, "trust_remote_code": config.trust_remote_code}
-    reward = RewardModel.load(inputs["reward"].path, positive_label=config.positive_label, **options)
+    reward = load_reward(config, inputs["reward"], config.positive_label)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
+    if config.scorer:
+        scorers["scorer_reward"] = looking_on(config, config.scorer, inputs.get("scorer"))
     sampled = sample_policies(config, inputs, prompts)
     for answers in sampled.values():
         answers |= {name: scored(scorer, answers, prompts) for name, scorer in scorers.items()}
@@ -71,6 +76,18 @@ def scored(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Datas
     return list(map(float, scorer(**given, **records)))
 
 
+def load_reward(config: EvaluateStage, reward: artifact.Artifact, positive_label: str | None) -> RewardModel:
+    options: dict[str, Any] = {"revision": reward.revision, "trust_remote_code": config.trust_remote_code}
+    return RewardModel.load(reward.path, positive_label=positive_label, **options)
+
+
+def looking_on(config: EvaluateStage, scorer: Reward, opened: artifact.Artifact | None) -> RewardFunction:
+    """The held-out scorer, as a function."""
+    if opened is None:
+        return function(scorer.source)
+    return from_model(load_reward(config, opened, scorer.positive_label), scorer.length_penalty).score
+
+
 def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
     prompts = held_out(open_records(records, "prompts"))
     if not len(prompts):
@@ -79,16 +96,17 @@ def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
 
 
 def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
-    """Answers in columns, a prompt's samples together: `best_of` from SFT, `samples_per_prompt` from PPO with their KL to SFT."""
-    sft, tokenizer = load(config, inputs["sft"])
+    """Answers in columns, a prompt's samples together: `best_of` from SFT, and `samples_per_prompt` with their KL to SFT from PPO: `ppo_N`
+    after N steps, then `ppo`."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    sft, tokenizer = sampling.load(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
     sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
-    ppo, tokenizer = load(config, inputs["ppo"])
-    sampled["ppo"] = sample(config, ppo, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+    ppo = inputs["ppo"]
+    kept = {f"ppo_{int(folder.name.removeprefix('step-'))}": folder for folder in sorted(ppo.path.glob("policies/step-*"))}
+    for name, folder in (kept | {"ppo": ppo.path}).items():
+        policy, tokenizer = sampling.load(str(folder), revision=ppo.revision, **options)
+        sampled[name] = sample(config, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
     return sampled
-
-
-def load(config: EvaluateStage, policy: artifact.Artifact) -> tuple[Any, PreTrainedTokenizerBase]:
-    return sampling.load(str(policy.path), revision=policy.revision, trust_remote_code=config.trust_remote_code)
 
 
 def sample(
@@ -136,7 +154,8 @@ def reward_metrics(reward: RewardModel, inputs: dict[str, artifact.Artifact], go
 
 
 def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Sections sft, best_of_2, best_of_4, … and ppo: means over answers. A win rate sets each PPO answer against one of SFT's."""
+    """Sections sft, best_of_2, best_of_4, …, ppo_N of PPO after N steps, and ppo: means over answers; then `fits`. A win rate sets each PPO
+    answer against one of SFT's."""
     sft, ppo = sampled["sft"], sampled["ppo"]
     figures = {name: column for name, column in sft.items() if name not in TEXTS}
     metrics: dict[str, Any] = {"sft": means(sft)}
@@ -144,7 +163,7 @@ def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]
         found = frontier.best_of_n(sft["reward"], figures, config.best_of, n)
         found["kl_bound"] = frontier.kl_bound(n)
         metrics[f"best_of_{n}"] = {RENAMED.get(name, name): figure for name, figure in found.items()}
-    metrics["ppo"] = means(ppo)
+    metrics |= {name: means(columns) for name, columns in sampled.items() if name.startswith("ppo")}
     for name, columns, samples in (("sft", sft, config.best_of), ("ppo", ppo, config.samples_per_prompt)):
         correlation = frontier.length_correlation(columns["reward"], columns["response_tokens"], samples)
         metrics[name] |= {} if correlation is None else {"reward_length_correlation": correlation}
@@ -152,11 +171,11 @@ def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]
         i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of for i in range(len(ppo["text"]))
     ]
     of_rivals = lambda name: [sft[name][i] for i in rivals]  # noqa: E731
-    for column, name in (("reward", "win_rate"), ("gold_reward", "win_rate_gold")):
+    for column, name in (("reward", "win_rate"), ("gold_reward", "win_rate_gold"), ("scorer_reward", "win_rate_scorer")):
         if column in ppo:
             won = frontier.win_rate(ppo[column], of_rivals(column), ppo["response_tokens"], of_rivals("response_tokens"))
             metrics["ppo"] |= {name if key == "rate" else f"{name}_{key}": value for key, value in won.items()}
-    return metrics
+    return metrics | {"fits": frontier.fits(points(metrics))}
 
 
 def means(columns: dict[str, list[Any]]) -> dict[str, float]:
@@ -177,8 +196,9 @@ def report_data(
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "curves": {name: log(source) for name, source in inputs.items() if log(source)},
-        "frontier": points(metrics, log(inputs["ppo"])),
-        "lengths": {name: columns["response_tokens"] for name, columns in sampled.items()},
+        "frontier": points(metrics),
+        "fits": metrics["fits"],
+        "lengths": {name: sampled[name]["response_tokens"] for name in ("sft", "ppo")},
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": before_and_after(config, sampled),
@@ -186,15 +206,15 @@ def report_data(
     }
 
 
-def points(metrics: dict[str, Any], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """What the frontier's plot shows: SFT, best-of-n for each n, PPO as it went (on validation prompts), PPO as it is."""
+def points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the frontier's plot shows: SFT, best-of-n for each n, PPO as it went on where it kept its policies, PPO as it is."""
     found = [{"name": "SFT", "kl": 0.0} | metrics["sft"]]
     found += [{"name": n.replace("_", "-"), "kl": of_n["kl_bound"], "bound": True, "line": "best-of-n"} | of_n
               for n, of_n in metrics.items() if n.startswith("best_of_")]  # fmt: skip
-    evaluated = [{key.removeprefix("eval_"): value for key, value in entry.items()} for entry in trained if "eval_reward" in entry]
-    found += [entry | {"name": f"PPO, step {entry['step']}, validation", "line": "PPO"} for entry in evaluated]
+    found += [{"name": f"PPO, step {name.removeprefix('ppo_')}", "line": "PPO"} | of_step
+              for name, of_step in metrics.items() if name.startswith("ppo_")]  # fmt: skip
     found.append({"name": "PPO"} | metrics["ppo"])
-    return [{key: point.get(key) for key in ("name", "kl", "reward", "gold_reward", "bound", "line")} for point in found]
+    return [{key: point.get(key) for key in ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")} for point in found]
 
 
 def log(source: artifact.Artifact) -> list[dict[str, float]]:

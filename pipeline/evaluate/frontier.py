@@ -10,10 +10,33 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.reward.metrics import interval, wins
 
+REWARDS = ("reward", "gold_reward", "scorer_reward")
+
 
 def kl_bound(n: int) -> float:
     """No less than the KL of best-of-n to what it samples from, in nats: log n − (n − 1)/n (Beirami et al. 2024, theorem 1)."""
     return math.log(n) - (n - 1) / n
+
+
+def gao(distance: float, alpha: float, beta: float, line: str) -> float:
+    """What is gained at a distance d = √KL: d(α − β d) by best-of-n, d(α − β log d) by reinforcement learning (Gao et al. 2022, "Scaling
+    laws for reward model overoptimization", eq. 1)."""
+    return distance * (alpha - beta * (distance if line == "best-of-n" else math.log(distance))) if distance else 0.0
+
+
+def fits(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By line of the frontier and reward the α and β of `gao` that fit its points best (least squares), and where it starts: SFT's reward.
+    Left out where fewer than three points have gone anywhere."""
+    found: dict[str, Any] = {}
+    for line in dict.fromkeys(point["line"] for point in points if point.get("line")):
+        of_line = [point for point in points if line in (point.get("line"), point["name"]) and (point["kl"] or 0) > 0]
+        for reward in REWARDS:
+            seen = [(math.sqrt(point["kl"]), point[reward] - points[0][reward]) for point in of_line if point.get(reward) is not None]
+            if len(seen) >= 3:
+                design = [[gao(distance, 1, 0, line), gao(distance, 0, 1, line)] for distance, _ in seen]
+                (alpha, beta), *_ = np.linalg.lstsq(np.array(design), np.array([gain for _, gain in seen]), rcond=None)
+                found.setdefault(line, {})[reward] = {"start": points[0][reward], "alpha": float(alpha), "beta": float(beta)}
+    return found
 
 
 def best_of_n(rewards: Sequence[float], figures: Mapping[str, Sequence[float]], samples: int, n: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from pipeline.evaluate import frontier
 from pipeline.reward import tables
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ KL = ("objective/kl", "eval_objective/kl", "eval_kl")
 REWARDS = {
     "reward": ("objective/scores", "eval_reward", "eval_objective/scores"),
     "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
+    "held-out reward": ("eval_scorer_reward",),
 }
 
 
@@ -85,7 +87,9 @@ POLICY = (
           "The share of tokens whose update was clipped: far above 0.2, the steps are too large."),
 )  # fmt: skip
 FRONTIER = (
-    "Higher at the same KL is better, gold far below reward was exploited; a hollow mark, of best-of-n, has an upper bound for its KL."
+    "Higher at the same KL is better; gold that bends down where the reward does not was exploited. A hollow mark, of best-of-n, has an "
+    "upper bound for its KL. "
+    "Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks (Gao et al. 2022)."
 )
 LENGTHS = "A hump of PPO far to the right of SFT's says that it learned to be long; a spike at the limit, that answers are cut off."
 CALIBRATION = "On the diagonal the reward model is right as often as it claims, below it too sure of itself; larger dots hold more pairs."
@@ -101,7 +105,9 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     metrics: nested dict, shown with dotted keys
     rows: {"by_source": {source: {read, kept, quarantined: {reason: count}}}}
     curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…` is drawn as PPO
-    frontier: [{name, kl (nats), reward, gold_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line are joined
+    frontier: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line
+        are joined, or follow a curve:
+    fits: {line: {reward: {start, alpha, beta}}}
     lengths: {name: response tokens, one per answer}
     measured: {kind of records: figures, as the reward stage's metrics.json has them}, first the kind that it learned from
     calibration: [{confidence, accuracy, count}], one per bin
@@ -120,7 +126,8 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         sources=(data.get("rows") or {}).get("by_source"),
         curves={stage: plots for stage, entries in (data.get("curves") or {}).items() if (plots := draw_curves(stage, entries or []))},
         frontier=data.get("frontier"),
-        frontier_plot=draw_frontier(data.get("frontier") or []),
+        held_out=any(finite(point.get("scorer_reward")) is not None for point in data.get("frontier") or []),
+        frontier_plot=draw_frontier(data.get("frontier") or [], data.get("fits") or {}),
         lengths=draw_lengths(data.get("lengths") or {}),
         measured={kind: tables.of_kind(figures) for kind, figures in (data.get("measured") or {}).items()},
         calibration=draw_calibration(data.get("calibration") or []),
@@ -216,37 +223,49 @@ def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> l
     return draw(f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint)
 
 
-def draw_frontier(points: Sequence[dict[str, Any]]) -> list[Plot]:
+def draw_frontier(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
+    """A plot for each reward that any point has."""
+    return [
+        plot
+        for label, key, colour in zip(REWARDS, frontier.REWARDS, SERIES, strict=True)
+        for plot in draw_reward(label, key, colour, points, {line: of_line[key] for line, of_line in fits.items() if key in of_line})
+    ]
+
+
+def draw_reward(label: str, key: str, colour: str, points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
+    marks = [
+        (x, y, point) for point in points if (x := distance(point.get("kl"))) is not None and (y := finite(point.get(key))) is not None
+    ]
+
     def paint(axes: Axes) -> None:
-        for label, key, colour, marker in zip(REWARDS, ("reward", "gold_reward"), SERIES, MARKERS, strict=False):
-            marks = [(distance(point.get("kl")), finite(point.get(key)), PAGE if point.get("bound") else colour) for point in points]
-            sizes = [9 if on_the_way(points, point) else 36 for point in points]
-            if kept := [(*mark, size) for mark, size in zip(marks, sizes, strict=True) if None not in mark]:
-                xs, ys, fills, areas = zip(*kept, strict=True)
-                axes.scatter(xs, ys, areas, facecolors=fills, edgecolors=colour, marker=marker, label=label, zorder=2)
-            for line, style in zip(dict.fromkeys(point.get("line") for point in points if point.get("line")), LINES, strict=False):
-                ends = [mark[:2] for mark, point in zip(marks, points, strict=True) if point.get("line") == line and None not in mark]
-                axes.plot(*zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, zorder=1) if ends else None
-        for point in points:
+        for x, y, point in marks:
+            fill = PAGE if point.get("bound") else colour
+            axes.scatter(x, y, 9 if on_the_way(points, point) else 36, facecolors=fill, edgecolors=colour, zorder=2)
             if not on_the_way(points, point):
-                name_point(axes, point)
+                axes.annotate(str(point.get("name", "")), (x, y), (0, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
+        lines = dict.fromkeys(str(point["line"]) for _, _, point in marks if point.get("line"))
+        for line, style in zip(lines, LINES, strict=False):
+            ends = [(x, y) for x, y, point in marks if line in (point.get("line"), point.get("name"))]
+            if line in fits:
+                ends = list(curve(line, fits[line], max(x for x, _ in ends)))
+            axes.plot(*zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1)
         axes.margins(x=0.12, y=0.2)
 
-    return draw("frontier", "Reward against KL", FRONTIER, DISTANCE, "reward", paint)
+    title = f"{label.capitalize()} against KL"
+    return draw(f"frontier {title}", title, FRONTIER, DISTANCE, label, paint)
+
+
+def curve(line: str, fit: Mapping[str, float], most: float, parts: int = 60) -> Iterator[tuple[float, float]]:
+    """The points of a fitted line, up to the distance `most`."""
+    for part in range(parts + 1):
+        x = most * part / parts
+        yield x, fit["start"] + frontier.gao(x, fit["alpha"], fit["beta"], line)
 
 
 def on_the_way(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
     """Whether more points of the same line follow, or the line leads to one that stands alone."""
     line = [each for each in points if each.get("line") and each.get("line") == point.get("line")]
     return bool(line) and (point is not line[-1] or any(each.get("name") == point["line"] for each in points))
-
-
-def name_point(axes: Axes, point: dict[str, Any]) -> None:
-    """The name above the higher of a point's two marks, and a thin line between them: the gap is what was exploited."""
-    x, ys = distance(point.get("kl")), [y for key in ("reward", "gold_reward") if (y := finite(point.get(key))) is not None]
-    if x is not None and ys:
-        axes.plot([x, x], [min(ys), max(ys)], color=MUTED, linewidth=0.6, zorder=1)
-        axes.annotate(str(point.get("name", "")), (x, max(ys)), (0, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
 
 
 def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:

@@ -1,17 +1,19 @@
-"""PPO: a policy and a reward in, a tuned policy out.
+"""PPO (or TRL's RLOO or GRPO): a policy and a reward in, a tuned policy out.
 
 In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
-Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), the critic in
-`value_head.safetensors`, the same of the best evaluation in `best/`, `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
+Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), of PPO also the critic in
+`value_head.safetensors`; the same of the best evaluation in `best/`, and with `evaluation.keep` of all of them in `policies/step-N/`;
+`samples.jsonl` (answers of each evaluation) and `log.jsonl`.
 A wrong input gets one `UserError`.
 """
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from peft import TaskType, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pipeline import artifact, models, training
 from pipeline.config import PPOStage, Reward
@@ -20,6 +22,7 @@ from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.apart import why_apart
 from pipeline.ppo.backbone import join
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.evaluation import POLICIES, Watched
 from pipeline.ppo.guards import StopAtPeak
 from pipeline.ppo.shown import read_samples
 from pipeline.ppo.trainer import PPOTrainer
@@ -31,10 +34,15 @@ from pipeline.reward.sources import RewardSource, combine, from_model, function
 
 def check(config: PPOStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
-    training.check(config, PPOConfig)
+    training.check(config, arguments_class(config))
     for spec in (config.gold, *(reward.source for reward in rewards(config).values() if reward.is_function)):
         if spec:
             function(spec)
+
+
+def arguments_class(config: PPOStage) -> type[TrainingArguments]:
+    """What `training:` is handed to. TRL's trainers are imported only where they are asked for: they take their time."""
+    return PPOConfig if config.algorithm == "ppo" else import_module("pipeline.ppo.algorithms").ARGUMENTS[config.algorithm]
 
 
 def rewards(config: PPOStage) -> dict[str, Reward]:
@@ -62,39 +70,47 @@ def run(config: PPOStage) -> Path:
 
 def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, work: Path) -> dict[str, Any]:
     """Train, save, and measure on the validation prompts; returns the headline metrics."""
-    args = training.arguments(config, PPOConfig, work, logging_steps=1)
-    data = open_records(inputs["records"], "prompts")
+    args = training.arguments(config, arguments_class(config), work, logging_steps=1)
     set_seed(config.seed)
-    revision = inputs["policy"].revision
-    tokenizer = models.load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
-    policy = load_policy(config, tokenizer, revision)
-    sources = {name: open_reward(config, name, inputs, policy) for name in rewards(config)}
-    scorer = sources.pop("scorer", None)
-    weights = [reward.weight for reward in config.reward if reward.weight is not None]
-    trainer = PPOTrainer(
-        policy=policy,
-        reward=combine(list(sources.values()), weights or None, config.uncertainty_penalty),
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
-        processing_class=tokenizer,
-        gold=function(config.gold) if config.gold else None,
-        scorer=scorer.score if scorer else None,
-        demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None,
-        max_prompt_tokens=config.max_prompt_tokens,
-        callbacks=[training.Say(), StopAtPeak(config.evaluation.patience if scorer else None)],
-    )
+    trainer = trainer_of(config, inputs, args)
     training.fit(trainer, work)
     metrics = trainer.evaluate()
     if not is_main_process():
         return {}
     trainer.publish(output)
-    shutil.copytree(work / "best", output / "best")  # a copy: who is killed now needs it again
-    for folder in (output, output / "best") if config.merge else ():
-        models.merge_adapter(folder, tokenizer, trust_remote_code=config.trust_remote_code)
+    for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
+        shutil.copytree(work / name, output / name)  # a copy: who is killed now needs it again
+    for folder in (output, output / "best", *output.glob(f"{POLICIES}/*")) if config.merge else ():
+        models.merge_adapter(folder, trainer.processing_class, trust_remote_code=config.trust_remote_code)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     training.write_log(trainer, output)
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
+
+
+def trainer_of(config: PPOStage, inputs: dict[str, artifact.Artifact], args: Any) -> Watched:
+    """The algorithm's trainer, with all it needs loaded."""
+    data, revision = open_records(inputs["records"], "prompts"), inputs["policy"].revision
+    tokenizer = models.load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
+    policy = load_policy(config, tokenizer, revision)
+    sources = {name: open_reward(config, name, inputs, policy) for name in rewards(config)}
+    scorer = sources.pop("scorer", None)
+    weights = [reward.weight for reward in config.reward if reward.weight is not None]
+    common: dict[str, Any] = {
+        "policy": policy,
+        "reward": combine(list(sources.values()), weights or None, config.uncertainty_penalty),
+        "args": args,
+        "train_dataset": data["train"],
+        "eval_dataset": data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
+        "processing_class": tokenizer,
+        "gold": function(config.gold) if config.gold else None,
+        "scorer": scorer.score if scorer else None,
+        "keep": config.evaluation.keep,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "callbacks": [training.Say(), StopAtPeak(config.evaluation.patience if scorer else None)],
+    }
+    if config.algorithm != "ppo":
+        return import_module("pipeline.ppo.algorithms").trl_trainer(config.algorithm, revision=revision, **common)
+    return PPOTrainer(**common, demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None)
 
 
 def open_reward(config: PPOStage, name: str, inputs: dict[str, artifact.Artifact], policy: Any) -> RewardSource:

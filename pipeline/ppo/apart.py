@@ -25,6 +25,8 @@ INITIAL = (True, False, "gaussian")  # the others take what they begin with out 
 
 def why_apart(config: PPOStage, policy: Artifact, reward: Artifact) -> str | None:
     """None where they can share a base."""
+    if config.algorithm != "ppo":
+        return f"algorithm: {config.algorithm} is TRL's own trainer, which keeps the policy to itself"
     if config.lora is None:
         return "the policy is trained in full: only adapters share a base"
     folder, settings = adapter_folder(reward), Settings.load(reward.path)

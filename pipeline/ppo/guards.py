@@ -51,8 +51,9 @@ class StopAtPeak(TrainerCallback):
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        since = state.global_step - (state.best_global_step or 0)
-        late = self.patience is not None and since >= self.patience * args.eval_steps
+        best = state.best_global_step or 0
+        since = {entry["step"] for entry in state.log_history if "eval_reward" in entry and entry["step"] > best}
+        late = self.patience is not None and len(since) >= self.patience
         if late and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_training_stop, control.should_save = True, False
             if state.is_world_process_zero:

@@ -9,35 +9,34 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 
-from pipeline import encoding, models, sampling
+from pipeline import sampling
 from pipeline.errors import UserError
 from pipeline.ppo import math as ppo
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.evaluation import answered, warn_of_exploits
+from pipeline.ppo.evaluation import Drawing, Watched, room
 from pipeline.ppo.experience import Experience, assess
 from pipeline.ppo.guards import SkipNonFinite, check_kl
-from pipeline.ppo.shown import Progress, write_samples
+from pipeline.ppo.shown import Progress
 from pipeline.ppo.stream import RolloutStream
 from pipeline.reward import batching
 from pipeline.reward.sources import RewardFunction, RewardSource
-from pipeline.sampling import Answers, noise, permutation
+from pipeline.sampling import Answers, permutation
 
 VALUE_HEAD = "value_head.safetensors"
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Watched):
     """PPO on `transformers.Trainer`.
 
     `policy`: a causal language model, or a `PeftModel` around one (its reference is then the adapter named `reference`, or the bare base).
@@ -48,10 +47,7 @@ class PPOTrainer(Trainer):
     """
 
     args: PPOConfig
-    model: Any
-    processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
-    eval_dataset: Any
 
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole minibatch
 
@@ -65,6 +61,7 @@ class PPOTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         gold: RewardFunction | None = None,
         scorer: RewardFunction | None = None,
+        keep: bool = False,
         demonstrations: Dataset | None = None,
         max_prompt_tokens: int = 256,
         generate: Callable[..., Answers] = sampling.generate,
@@ -75,8 +72,9 @@ class PPOTrainer(Trainer):
         if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
             raise UserError("ppo: train_dataset and eval_dataset need a prompt at least, and one of them has none")
         self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
-        self.gold, self.scorer, self.demonstrations, self.generate = gold, scorer, demonstrations, generate
-        self.max_prompt_tokens = _room(policy, args, max_prompt_tokens)
+        self.gold, self.scorer, self.keep, self.demonstrations, self.generate = gold, scorer, keep, demonstrations, generate
+        self.max_prompt_tokens = room(policy, args.response_tokens, max_prompt_tokens)
+        self.drawing = Drawing(args.response_tokens, args.eval_samples, args.drawing)
         self._figures: dict[str, list[Any]] = defaultdict(list)
         self.clock: dict[str, float] = defaultdict(float)
         self._left_out = False  # the rest of this rollout's minibatches: see `target_kl`
@@ -171,22 +169,11 @@ class PPOTrainer(Trainer):
         logs.pop("train_loss", None)  # a mean that a resumed run takes over its own steps alone
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Means over one answer to each held-out prompt: reward, the scorer's and the gold reward (where they are), KL to the reference,
-        length. The best so far, by the scorer, or else by gold, or else by reward, is published in `best/`."""
-        args, start_time = self.args, time.perf_counter()
-        table = answered(self, self.eval_dataset if eval_dataset is None else eval_dataset)
-        figures = [name for name in table[0] if name not in ("prompt", "answer")]
-        metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
-        self.log(dict(metrics))
-        if args.should_save:
-            write_samples(self, table)
-        judge = next(name for name in ("scorer_reward", "gold_reward", "reward") if name in figures)
-        warn_of_exploits(self, table, judge)
-        self._keep_best(metrics[f"{metric_key_prefix}_{judge}"])
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
         if "since" in self.clock:
-            self.clock["since"] += time.perf_counter() - start_time  # the rollouts' figures are without it
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+            self.clock["since"] += time.perf_counter() - start  # the rollouts' figures are without it
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -198,11 +185,7 @@ class PPOTrainer(Trainer):
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     def publish(self, folder: Path) -> None:
-        """Write the policy (of a LoRA policy the adapter) as others load it, its tokenizer, and the value head."""
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(self.actor.policy, PeftModel) else {}
-        self.actor.policy.save_pretrained(folder, **options)
-        self.processing_class.save_pretrained(folder)
+        super().publish(folder)
         save_file(self.actor.value_head.state_dict(), folder / VALUE_HEAD)
 
     # Parts of a rollout
@@ -216,32 +199,6 @@ class PPOTrainer(Trainer):
         """Which of `size` things belongs to a global row: a new permutation for every pass over them."""
         turn, place = divmod(row, size)
         return permutation(size, self.args.seed, name, turn)[place]
-
-    def answer(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Answers:
-        tokenizer, args = self.processing_class, self.args
-        # A template may render nothing at all of an empty prompt: an answer then follows EOS, as it does in training.
-        prompts = [
-            encoding.prompt_ids(tokenizer, data[i]["prompt"])[-self.max_prompt_tokens :] or [tokenizer.eos_token_id] for i in indices
-        ]
-        drawn = noise(args.seed, rollout, rows, args.response_tokens)
-        with self.accelerator.autocast():
-            return self.generate(self.actor.policy, tokenizer, prompts, drawn, **args.drawing)
-
-    def call(self, function: RewardFunction, answers: Answers, data: Dataset, indices: Sequence[int]) -> list[float]:
-        records = data.select(indices)[:]
-        prompts = records.pop("prompt")
-        given = {"prompts": prompts, "completions": answers.texts, "completion_ids": answers.token_lists(), "ended": answers.ended}
-        try:
-            scores = [float(score) for score in function(**records | given)]
-        except TypeError as error:
-            signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
-            raise UserError(f"ppo: the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
-        if len(scores) != len(prompts):
-            raise UserError(f"ppo: the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
-        for score, prompt, text in zip(scores, prompts, answers.texts, strict=True):
-            if not math.isfinite(score):
-                raise UserError(f"ppo: the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
-        return scores
 
     def _scores(self, scores: Tensor, answers: Answers) -> Tensor:
         """(B,) raw scores -> as PPO sees them: normalised, clipped, less the penalty of an answer that did not end."""
@@ -293,13 +250,6 @@ class PPOTrainer(Trainer):
         clock["since"] = now
         return {name: seconds / rollouts for name, seconds in found.items()} | {"tokens_per_second": speed}
 
-    def _keep_best(self, figure: float) -> None:
-        """What is best so far is part of the Trainer's own state, and so of every checkpoint."""
-        if self.state.best_metric is None or figure > self.state.best_metric:
-            self.state.best_metric, self.state.best_global_step = figure, self.state.global_step
-            if self.args.should_save:
-                self.publish(Path(str(self.args.output_dir)) / "best")
-
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         worst = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
         if worst != 0.0 and math.isfinite(worst):  # what is not finite is left to `SkipNonFinite`
@@ -326,12 +276,3 @@ def value_head_of(reward: RewardSource, width: int, normalization: str) -> dict[
     scale, centre = (reward.std, reward.mean) if normalization == "reference" else (1.0, 0.0)
     weight = reward.model.settings.sign * reward.model.settings.alpha * scorer.weight.detach().cpu().float() / scale
     return {"weight": weight, "bias": torch.tensor([-centre / scale])}
-
-
-def _room(policy: Any, args: PPOConfig, max_prompt_tokens: int) -> int:
-    """How much of a prompt fits before an answer. Raises `UserError` where nothing does."""
-    positions = models.most_tokens(policy)
-    room = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - args.response_tokens)
-    if room < 1:
-        raise UserError(f"ppo: response_tokens={args.response_tokens} leaves no room for a prompt in the policy's {positions} positions")
-    return room

@@ -4,6 +4,7 @@
 answers as text, their token ids, whether each ended by itself, and the other columns of the prompt's record.
 """
 
+import math
 import operator
 import statistics
 from collections.abc import Callable, Sequence
@@ -68,6 +69,25 @@ def combine(sources: Sequence[RewardSource], weights: Sequence[float] | None = N
     # Of the sum's own spread only a bound is known: that of rewards which rise and fall together.
     std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
     return RewardSource(score, sum(weight * source.mean for weight, source in zip(weights, sources, strict=True)), std)
+
+
+def ask(
+    function: RewardFunction, prompts: Sequence[Any], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],
+    ended: Sequence[bool], columns: dict[str, Any],
+) -> list[float]:  # fmt: skip
+    """The scores of a function, one finite number for each answer. Raises `UserError`."""
+    given = columns | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "ended": ended}
+    try:
+        scores = [float(score) for score in function(**given)]
+    except TypeError as error:
+        signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
+        raise UserError(f"ppo: the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
+    if len(scores) != len(prompts):
+        raise UserError(f"ppo: the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
+    for score, prompt, text in zip(scores, prompts, completions, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"ppo: the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
+    return scores
 
 
 def function(spec: str) -> RewardFunction:

@@ -2,7 +2,10 @@
 
 import json
 
-from pipeline import config, evaluate, prepare, reward
+import pytest
+
+from pipeline import config, evaluate, ppo, prepare, reward
+from pipeline.errors import UserError
 from pipeline.evaluate.summary import table
 
 
@@ -28,3 +31,35 @@ def test_records_without_comparisons(tmp_path, tiny_gpt2):
     assert f'<th scope="row" dir="auto">RMSE</th><td class="number">{rmse}</td>' in page
     assert 'aria-label="RMSE. ' in page
     assert '<section id="calibration">' not in page
+
+
+def length(prompts, completions, completion_ids, ended, **_):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2, tiny_feedback):
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_feedback)}
+    learned = {"model": str(tiny_gpt2), "max_length": 96, "training": {"max_steps": 2}}
+    scored = reward.run(config.RewardStage(**learned, **common))
+    other = reward.run(config.RewardStage(**learned, **common | {"run": "other", "seed": 1}))
+    training = {"num_rollouts": 3, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 4, "learning_rate": 1e-2}
+    training |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    tuned = ppo.run(config.PPOStage(policy=str(tiny_gpt2), training=training, evaluation={"keep": True}, **common))
+    few = {"prompts": 2, "best_of": 8, "samples_per_prompt": 2, "response_tokens": 4, "sft": str(tiny_gpt2), "reward": str(scored)}
+    metrics = {}
+    for scorer in (str(other), f"{__name__}:length"):
+        folder = evaluate.run(config.EvaluateStage(scorer=scorer, **few, **common))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert list(metrics)[1:] == ["sft", "best_of_2", "best_of_4", "best_of_8", "ppo_1", "ppo_2", "ppo_3", "ppo", "fits", "rows"]
+        assert all("scorer_reward" in metrics[name] for name in ("sft", "best_of_8", "ppo_1", "ppo"))
+        assert "win_rate_scorer" in metrics["ppo"]
+        assert metrics["fits"]["best-of-n"].keys() == {"reward", "scorer_reward"}
+    assert metrics["ppo_3"] == {name: metrics["ppo"][name] for name in metrics["ppo_3"]}  # the last one is the artifact itself
+    assert metrics["ppo_1"] != metrics["ppo_3"]
+    assert metrics["sft"]["scorer_reward"] == metrics["sft"]["response_tokens"]
+    assert [folder.name for folder in sorted((tuned / "policies").iterdir())] == ["step-000001", "step-000002", "step-000003"]
+    page = (folder / "report.html").read_text()
+    assert 'aria-label="Held-out reward against KL. ' in page
+    assert "PPO, step 2" in page
+    with pytest.raises(UserError, match="is of kind 'policy', expected 'reward'"):
+        evaluate.run(config.EvaluateStage(scorer=str(tuned), **few, **common))

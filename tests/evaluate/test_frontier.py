@@ -1,6 +1,7 @@
 """Best-of-n against every draw there is, win rates and variety by hand."""
 
 from itertools import combinations
+from math import log
 from statistics import fmean
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate.frontier import best_of_n, distinct, kl_bound, length_correlation, win_rate
+from pipeline.evaluate.frontier import best_of_n, distinct, fits, gao, kl_bound, length_correlation, win_rate
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=5, max_size=5, unique=True), min_size=1, max_size=3), st.integers(1, 5))
@@ -56,3 +57,17 @@ def test_reward_and_length_are_correlated_within_prompts():
     assert length_correlation([2, 1, 9, 8], [1, 2, 11, 12], 2) == pytest.approx(-1)
     assert length_correlation([1, 2, 3, 1, 5, 3], [1, 2, 3, 7, 7, 7], 3) == pytest.approx(2 / (2 * 10) ** 0.5)
     assert length_correlation([1, 2], [3, 4], 1) is None
+
+
+def test_the_fits_are_gao_et_als_forms():
+    """Points made from α = 1.5, β = 0.5 and a start of 0.2 give them back; a line with two points has no fit, nor a reward nobody has."""
+    start = {"name": "SFT", "kl": 0.0, "reward": 0.0, "gold_reward": 0.2, "scorer_reward": None}
+    sampled = [{"name": f"best-of-{n}", "line": "best-of-n", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * n)} for n in (1, 2, 3)]
+    trained = [{"name": f"step {n}", "line": "PPO", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * log(n))} for n in (1, 2)]
+    last = {"name": "PPO", "kl": 9.0, "gold_reward": 0.2 + 3 * (1.5 - 0.5 * log(3))}
+    found = fits([start, *sampled, *trained, last])
+    assert found == {line: {"gold_reward": pytest.approx({"start": 0.2, "alpha": 1.5, "beta": 0.5})} for line in ("best-of-n", "PPO")}
+    assert fits([start, *sampled, *trained]).keys() == {"best-of-n"}
+    assert gao(2.0, 1.5, 0.5, "best-of-n") == pytest.approx(1.0)
+    assert gao(2.0, 1.5, 0.5, "PPO") == pytest.approx(3 - log(2))
+    assert gao(0.0, 1.5, 0.5, "PPO") == 0

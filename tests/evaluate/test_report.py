@@ -241,10 +241,10 @@ def test_lineage_links_an_input_to_the_stage_that_made_it(full: Page) -> None:
 
 def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
     labels = [attributes["aria-label"] or "" for _, attributes in full.tags if attributes.get("role") == "img"]
-    frontier, sft, reward = ["Reward against KL"], ["Loss"], ["Loss", "Accuracy"]
+    frontier, sft, reward = ["Reward against KL", "Gold reward against KL"], ["Loss"], ["Loss", "Accuracy"]
     ppo = ["Reward", "Reward against KL", "KL", "Response length"]  # its loss says nothing, and no entropy was logged
     assert [label.split(".")[0] for label in labels] == [*frontier, *sft, *reward, *ppo, "Response length", "Calibration"]
-    assert full.html.count("<svg ") == full.html.count("<figcaption>") == 10
+    assert full.html.count("<svg ") == full.html.count("<figcaption>") == 11
     assert "Reward rising while gold falls" in full.text["curves"]
 
 

@@ -1,0 +1,120 @@
+"""TRL's RLOO and GRPO under the stage: the reward reads the exact ids, and artifact and evaluation are PPO's."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import config, encoding, models, ppo, sft
+from pipeline.errors import UserError
+from pipeline.ppo.algorithms import PROMPT, readable, scorer_of
+from pipeline.ppo.apart import why_apart
+from pipeline.reward.sources import RewardSource
+
+TRAINING = {
+    "max_steps": 4, "num_iterations": 2, "num_generations": 2, "per_device_train_batch_size": 8, "max_completion_length": 6,
+    "learning_rate": 1e-2, "beta": 0.1, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_generations_eval": 2,
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+def evenness(prompts, completions, completion_ids, ended, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def stage(records, folder, **more):
+    given = {"run": "t", "runs": str(folder), "records": str(records), "reward": f"{__name__}:evenness", "training": TRAINING}
+    return config.PPOStage(**given | {"algorithm": "rloo", "evaluation": {"keep": True}} | more)
+
+
+def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(tiny_tokenizer):
+    seen = {}
+
+    def reward(**given):
+        seen.update(given)
+        return [3.0, 5.0]
+
+    eos, ids = tiny_tokenizer.eos_token_id, tiny_tokenizer("Paris.")["input_ids"]
+    messages = [{"role": "user", "content": "Hello."}]
+    told = {}
+    trl = {"trainer_state": None, "log_extra": None, "log_metric": told.__setitem__}
+    scores = scorer_of(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer)(
+        prompts=[messages] * 2, completions=[[{"role": "assistant", "content": "Paris."}]] * 2, completion_ids=[[*ids, eos], ids],
+        topic=["a", "b"], **{PROMPT: ["Hello.", "Hello."]}, **trl,
+    )  # fmt: skip
+    assert seen == {
+        "prompts": ["Hello."] * 2, "completions": ["Paris."] * 2, "completion_ids": [[*ids, eos], ids], "ended": [True, False],
+        "topic": ["a", "b"],
+    }  # fmt: skip
+    assert scores == [(3 - 1) / 2, (5 - 1) / 2 - 1]  # the penalty of a missing EOS is 1
+    assert told == {"raw_reward": 4.0}
+
+
+def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_tokenizer, capsys):
+    rows = Dataset.from_list([{"prompt": "Hello.", "topic": "a"}, {"prompt": "Hello. " * 40, "topic": "b"}])
+    kept = readable(rows, tiny_tokenizer, 20)
+    assert kept["topic"][:] == ["a"]
+    assert kept[PROMPT][:] == ["Hello."]
+    rendered = tiny_tokenizer.apply_chat_template(kept["prompt"][0], add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert rendered == encoding.prompt_ids(tiny_tokenizer, "Hello.")
+    assert "1 of 2 prompts are left out: they are empty, or over 20 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the 1 prompts has 1 to 2 tokens"):
+        readable(rows.select([1]), tiny_tokenizer, 2)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_it_learns(algorithm, tiny_records, tiny_gpt2, tmp_path):
+    more = {"max_steps": 60, "per_device_train_batch_size": 32, "num_generations": 8, "learning_rate": 5e-3, "beta": 0.0}
+    more |= {"eval_on_start": True, "eval_steps": 60, "save_steps": 60}
+    folder = ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), algorithm=algorithm, training=TRAINING | more))
+    entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    before, after = [entry for entry in entries if "eval_reward" in entry][:2]
+    assert after["eval_reward"] > before["eval_reward"] + 0.05
+    assert before["eval_kl"] == pytest.approx(0, abs=1e-4)
+    assert after["eval_kl"] > 1
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("form", ["full", "lora on an adapter"])
+def test_the_artifact_is_ppos_and_goes_on_after_a_kill(algorithm, form, tiny_records, tiny_gpt2, tmp_path, monkeypatch):
+    policy, lora = str(tiny_gpt2), None
+    if form != "full":
+        learning = {"max_steps": 2, "learning_rate": 1e-2}
+        given = {"model": policy, "max_length": 96, "lora": {"r": 4}, "training": learning}
+        policy, lora = str(sft.run(config.SFTStage(run="t", runs=str(tmp_path), records=str(tiny_records), **given))), {}
+    given = stage(tiny_records, tmp_path, policy=policy, algorithm=algorithm, lora=lora)
+    write = ppo.training.write_log
+    monkeypatch.setattr(ppo.training, "write_log", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ppo.run(given)
+    monkeypatch.setattr(ppo.training, "write_log", write)
+    folder = ppo.run(given)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["kind"] == "policy"
+    assert {"eval_reward", "eval_kl", "eval_ended_fraction", "best_step"} <= manifest["metrics"].keys()
+    assert sorted(file.name for file in (folder / "policies").iterdir()) == ["step-000002", "step-000004"]
+    assert {json.loads(line)["step"] for line in (folder / "samples.jsonl").open(encoding="utf-8")} == {2, 4}
+    weights = "model.safetensors" if form == "full" else "adapter_model.safetensors"
+    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000004", config.Path(policy)))
+    assert last.keys() == kept.keys() == source.keys()
+    assert all(last[name].equal(kept[name]) for name in last)
+    assert not all(last[name].equal(source[name]) for name in last)
+    AutoModelForCausalLM.from_pretrained(folder)
+    models.load_tokenizer(str(folder / "best"))
+
+
+def test_keys_are_those_of_trls_own_class(tiny_records, tiny_gpt2, tmp_path):
+    for wrong, message in (
+        ({"kl_coef": 0.1}, "RLOOConfig has no such key"),
+        ({"num_generations": 1}, "at least 2 generations"),
+        ({"reward_weights": [1.0]}, "the weights of 'reward'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ppo.check(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | wrong))
+
+
+def test_trls_trainers_keep_the_policy_to_themselves(tiny_records, tmp_path):
+    given = stage(tiny_records, tmp_path, policy="p", lora={})
+    assert why_apart(given, None, None) == "algorithm: rloo is TRL's own trainer, which keeps the policy to itself"

@@ -1,0 +1,83 @@
+"""Was PPO worth it? The demo world, in which the true (gold) reward is known, over several seeds; about half an hour of two cores.
+
+    python benchmarks/study.py [--runs runs/study] [--lanes 2]
+
+Prints tables and writes them to `benchmarks/study.md`, all figures to `study.json`, the plots to `study.svg`. Interrupted and started
+again it goes on: every step is a command of `rlhf`, whose stages are reused or resumed.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluate import frontier
+
+SEEDS, FEWER = range(8), range(4)  # FEWER: of those that want more runs for each
+ALGORITHMS = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
+HERE = Path(__file__).parent
+NEAR = 0.05  # of gold reward: how near to best-of-16 PPO must come
+# The trap: no KL penalty, and many evaluations to see the turn.
+TRAP = ["training.kl_coef=0", "training.num_rollouts=60", "training.eval_steps=8", "training.eval_samples=8", "evaluation.keep=false"]
+Command = list[str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--lanes", type=int, default=2, help="processes at a time, of one thread each (default: 2)")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.lanes) as lanes:
+        for phase in (learned, tuned_otherwise, trapped):
+            list(lanes.map(run_all, [list(phase(args.runs, seed)) for seed in (SEEDS if phase is learned else FEWER)]))
+    report(args.runs)
+
+
+# What is run
+
+
+def learned(runs: Path, seed: int) -> Iterator[Command]:
+    """The recipe, with best-of-64."""
+    yield ["run", "--recipe", "demo", "--run", f"seed-{seed}", "--seed", str(seed), f"runs={runs}", "evaluate.best_of=64"]
+
+
+def tuned_otherwise(runs: Path, seed: int) -> Iterator[Command]:
+    """The same with TRL's algorithms."""
+    for name in ("rloo", "grpo"):
+        run = f"seed-{seed}-{name}"
+        yield stage("ppo", runs, seed, run, f"configs/{name}/ppo.yaml")
+        yield stage("evaluate", runs, seed, run, "configs/demo/evaluate.yaml")
+
+
+def trapped(runs: Path, seed: int) -> Iterator[Command]:
+    """Without a KL penalty: watched by another seed's reward model, to the end and with patience; and with an ensemble of four."""
+    scorer = f"evaluation.scorer={runs}/seed-{(seed + 1) % len(SEEDS)}/reward"
+    yield trap(runs, seed, "trap", scorer, "evaluation.patience=1000")
+    yield trap(runs, seed, "stopped", scorer)
+    members = [f"seed-{seed}", *(f"seed-{seed}-member-{number}" for number in (1, 2, 3))]
+    for number, member in enumerate(members[1:], 1):
+        yield stage("reward", runs, 100 * number + seed, member, "configs/demo/reward.yaml", f"model={runs}/seed-{seed}/sft", sft=False)
+    every = ", ".join(f"{runs}/{member}/reward" for member in members)
+    yield trap(runs, seed, "ensemble", scorer, "evaluation.patience=1000", f"reward=[{every}]", "uncertainty_penalty=1")
+
+
+def trap(runs: Path, seed: int, name: str, *overrides: str) -> Command:
+    return stage("ppo", runs, seed, f"seed-{seed}-{name}", "configs/demo/ppo.yaml", *TRAP, *overrides)
+
+
+def stage(name: str, runs: Path, seed: int, run: str, file: str, *overrides: str, sft: bool = True) -> Command:
+    """A stage of a run beside `seed-N`, whose artifacts it reads unless told otherwise."""
+    of_seed = run.split("-")[1]
+    inputs = {"ppo": ("records", "policy", "reward"), "evaluate": ("records", "sft", "reward"), "reward": ("records",)}[name]
+    folders = {"records": "prepare", "policy": "sft", "sft": "sft", "reward": "reward"}
+    given = [f"{key}={runs}/seed-{of_seed}/{folders[key]}" for key in inputs]
+    return [name, "--config", file, "--run", run, "--seed", str(seed), f"runs={runs}", *given, *overrides]

@@ -6,7 +6,7 @@ STAGES := prepare sft reward ppo evaluate
 RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu oracle lint bench-reward bench-ppo clean
+.PHONY: help setup run $(STAGES) test test-gpu oracle lint bench-reward bench-ppo study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -47,6 +47,9 @@ bench-reward: setup  ## reward training and scoring beside TRL's and transformer
 
 bench-ppo: setup build/trl-1.12  ## PPO beside the last one TRL had (minutes; alone on the machine)
 	$(BIN)/python benchmarks/ppo.py --trl build/trl-1.12 $(ARGS)
+
+study: setup  ## was PPO worth it? eight seeds, best-of-n, TRL's algorithms, the trap, an ensemble (an hour of 2 cores; resumable)
+	$(BIN)/python benchmarks/study/run.py $(ARGS)
 
 build/trl-1.12: | setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ trl==1.12.0

@@ -1,33 +1,29 @@
 """Was PPO worth it? The demo world, in which the true (gold) reward is known, over several seeds; about half an hour of two cores.
 
-    python benchmarks/study.py [--runs runs/study] [--lanes 2]
+    python benchmarks/study/run.py [--runs runs/study] [--lanes 2]
 
-Prints tables and writes them to `benchmarks/study.md`, all figures to `study.json`, the plots to `study.svg`. Interrupted and started
-again it goes on: every step is a command of `rlhf`, whose stages are reused or resumed.
+Prints tables, and writes them to `study.md` beside this file, all figures to `study.json`, the plots to `study.svg`. Interrupted and
+started again it goes on: every step is a command of `rlhf`, whose stages are reused or resumed.
 """
 
 import argparse
-import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from pipeline.evaluate import frontier
+from report import report
 
 SEEDS, FEWER = range(8), range(4)  # FEWER: of those that want more runs for each
-ALGORITHMS = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
-HERE = Path(__file__).parent
-NEAR = 0.05  # of gold reward: how near to best-of-16 PPO must come
 # The trap: no KL penalty, and many evaluations to see the turn.
 TRAP = ["training.kl_coef=0", "training.num_rollouts=60", "training.eval_steps=8", "training.eval_samples=8", "evaluation.keep=false"]
+INPUTS = {  # of a stage: the key of its config, the stage that made it
+    "reward": {"records": "prepare"},
+    "ppo": {"records": "prepare", "policy": "sft", "reward": "reward"},
+    "evaluate": {"records": "prepare", "sft": "sft", "reward": "reward"},
+}
 Command = list[str]
 
 
@@ -39,7 +35,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.lanes) as lanes:
         for phase in (learned, tuned_otherwise, trapped):
             list(lanes.map(run_all, [list(phase(args.runs, seed)) for seed in (SEEDS if phase is learned else FEWER)]))
-    report(args.runs)
+    report(args.runs, SEEDS, FEWER)
 
 
 # What is run
@@ -65,7 +61,7 @@ def trapped(runs: Path, seed: int) -> Iterator[Command]:
     yield trap(runs, seed, "stopped", scorer)
     members = [f"seed-{seed}", *(f"seed-{seed}-member-{number}" for number in (1, 2, 3))]
     for number, member in enumerate(members[1:], 1):
-        yield stage("reward", runs, 100 * number + seed, member, "configs/demo/reward.yaml", f"model={runs}/seed-{seed}/sft", sft=False)
+        yield stage("reward", runs, 100 * number + seed, member, "configs/demo/reward.yaml", f"model={runs}/seed-{seed}/sft")
     every = ", ".join(f"{runs}/{member}/reward" for member in members)
     yield trap(runs, seed, "ensemble", scorer, "evaluation.patience=1000", f"reward=[{every}]", "uncertainty_penalty=1")
 
@@ -74,10 +70,21 @@ def trap(runs: Path, seed: int, name: str, *overrides: str) -> Command:
     return stage("ppo", runs, seed, f"seed-{seed}-{name}", "configs/demo/ppo.yaml", *TRAP, *overrides)
 
 
-def stage(name: str, runs: Path, seed: int, run: str, file: str, *overrides: str, sft: bool = True) -> Command:
+def stage(name: str, runs: Path, seed: int, run: str, file: str, *overrides: str) -> Command:
     """A stage of a run beside `seed-N`, whose artifacts it reads unless told otherwise."""
-    of_seed = run.split("-")[1]
-    inputs = {"ppo": ("records", "policy", "reward"), "evaluate": ("records", "sft", "reward"), "reward": ("records",)}[name]
-    folders = {"records": "prepare", "policy": "sft", "sft": "sft", "reward": "reward"}
-    given = [f"{key}={runs}/seed-{of_seed}/{folders[key]}" for key in inputs]
+    of_seed = runs / "-".join(run.split("-")[:2])
+    given = [f"{key}={of_seed}/{folder}" for key, folder in INPUTS[name].items()]
     return [name, "--config", file, "--run", run, "--seed", str(seed), f"runs={runs}", *given, *overrides]
+
+
+def run_all(commands: Sequence[Command]) -> None:
+    for command in commands:
+        print("rlhf", *command, flush=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "pipeline", *command], env=one_thread, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: rlhf {' '.join(command)}: {done.stderr.strip()}")
+
+
+if __name__ == "__main__":
+    main()

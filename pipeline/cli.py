@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
   rlhf run --recipe demo --until reward reward.training.max_steps=100
   rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
+  rlhf doctor --config configs/demo            keys, inputs, template, a batch, memory: before anything loads
   rlhf show runs/demo/reward --verify
   rlhf score --reward runs/demo/reward --input answers.csv --output scored.csv
   rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."
@@ -33,7 +34,8 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
-        {"run": run, "show": show, "score": score, "best-of-n": best_of_n, "compare": compare}.get(args.command, run_stage)(args)
+        own = {"run": run, "doctor": doctor, "show": show, "score": score, "best-of-n": best_of_n, "compare": compare}
+        own.get(args.command, run_stage)(args)
         return 0
     except (KeyboardInterrupt, Exception) as error:
         known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _disk_is_full(error)
@@ -101,6 +103,29 @@ def run_stage(args: argparse.Namespace) -> None:
         print(f"{loaded.stage}: would write {loaded.folder}")
     else:
         _run(loaded)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """A recipe's stages, or one of them, looked at before anything loads."""
+    path = Path(args.config)
+    folder = path if path.is_dir() else path.parent
+    files = {stage: folder / f"{stage}.yaml" for stage in config.STAGES}
+    wanted = [stage for stage, file in files.items() if file.exists()] if path.is_dir() else [path.stem]
+    if not wanted or wanted[0] not in config.STAGES:
+        raise UserError(f"{path}: expected a recipe's folder, or one of its files: {', '.join(f'{stage}.yaml' for stage in config.STAGES)}")
+    overrides = _by_stage(args.overrides, wanted[-1], list(config.STAGES))
+    known = [stage for stage, file in files.items() if stage in wanted or file.exists()]
+    recipe = {stage: config.load(stage, files[stage], overrides[stage], **_common(args)) for stage in known}
+    _quiet_libraries()
+    from pipeline.doctor import examine
+
+    wrong = 0
+    for stage in wanted:
+        found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory)
+        wrong += errors
+        print("\n".join([f"{stage}: {recipe[stage].folder}", *(f"  {what:<10} {text}" for what, text in found)]), flush=True)
+    if wrong:
+        raise UserError(f"doctor: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong: see the lines that begin with 'error:'")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -231,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     for stage, cls in config.STAGES.items():
         single = commands.add_parser(stage, help=f"the {stage} stage alone", description=cls.__doc__)
         single.add_argument("--config", required=True, help=f"its YAML file, such as configs/demo/{stage}.yaml")
+    examined = commands.add_parser("doctor", help="a config, its inputs, its data and its memory, before anything loads")
+    examined.add_argument("--config", required=True, help="a recipe's folder, such as configs/demo, or one of its files")
+    above_0 = _number(float, lambda value: value > 0, "a number above 0")
+    examined.add_argument("--device-memory", type=above_0, metavar="GB", help="of the device it is for (default: what is here)")
     for command in commands.choices.values():
         command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("--seed", type=int, help="seeds everything")

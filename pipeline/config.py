@@ -110,6 +110,7 @@ class StageConfig(Strict):
     force: bool = False
 
     _recipe: str | None = PrivateAttr(None)  # as `rlhf run --recipe` takes it
+    _recipe_folder: Path | None = PrivateAttr(None)
 
     @property
     def folder(self) -> Path:
@@ -145,11 +146,15 @@ class PrepareStage(StageConfig):
         return [value] if isinstance(value, dict) else value
 
 
+Quantization = Literal["none", "8bit", "4bit"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
 class TrainedStage(StageConfig):
     """A stage that trains a model: `training` goes to the trainer's own arguments class, `lora` to `peft.LoraConfig`."""
 
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    quantization: Quantization = "none"
+    precision: Precision = "auto"
     lora: dict[str, Any] | None = None
     training: dict[str, Any] = {}
     trust_remote_code: bool = False
@@ -368,7 +373,8 @@ class PPOStage(PolicyStage):
 
 
 class EvaluateStage(StageConfig):
-    """On at most `prompts` test prompts: `samples_per_prompt` answers from PPO, `best_of` from SFT.
+    """On at most `prompts` test prompts: `samples_per_prompt` answers from PPO, `best_of` from SFT, both loaded with this `quantization`
+    and `precision` (a reward artifact knows its own).
 
     `gold` and `well_formed` are `module:function` scorers, `scorer` a reward that PPO was not trained on (see `Watch`); where absent the
     figures that need them are left out.
@@ -390,6 +396,8 @@ class EvaluateStage(StageConfig):
     response_tokens: int = Field(48, gt=0)
     max_prompt_tokens: int = Field(256, gt=0)
     batch_size: int = Field(64, gt=0)
+    quantization: Quantization = "none"
+    precision: Precision = "fp32"
     trust_remote_code: bool = False
 
     _scorer = field_validator("scorer", mode="before")(named_by_text)
@@ -425,6 +433,7 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
     config = validate(STAGES[stage], values, str(path))
+    config._recipe_folder = path.parent
     if not (path.parent / "manifest.json").exists():  # else it is the resolved config of an artifact, whose recipe nobody knows
         config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
     return config

@@ -23,6 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -172,23 +173,23 @@ def new_head(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
 def scratch_policy(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """A new GPT-2 and its tokenizer. Seed torch first."""
     tokenizer = scratch_tokenizer(texts, size, separator)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=size.positions,
-            n_embd=size.width,
-            n_layer=size.layers,
-            n_head=size.heads,
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return GPT2LMHeadModel(scratch_decoder(size, len(tokenizer), **ids)), tokenizer
+
+
+def scratch_decoder(size: Scratch, vocabulary: int, **more: Any) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=size.positions,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **more,
     )
-    return model, tokenizer
 
 
 def scratch_classifier(
@@ -197,21 +198,24 @@ def scratch_classifier(
     """A new encoder that classifies sequences, and its tokenizer. Seed torch first. Raises `UserError` for what is no encoder."""
     tokenizer = scratch_tokenizer(texts, size, separator, encoder=True)
     with loading(size.architecture, "architecture of an encoder"):
-        config = AutoConfig.for_model(  # each has its own names for these, and ignores the others
-            size.architecture,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=size.positions + 2,  # RoBERTa counts on from the pad token's id
-            hidden_size=size.width,
-            intermediate_size=4 * size.width,
-            hidden_dim=4 * size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            pad_token_id=tokenizer.pad_token_id,
-            **head,
-        )
+        config = scratch_encoder(size, len(tokenizer), pad_token_id=tokenizer.pad_token_id, **head)
         if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
             raise ValueError("it is no encoder; of decoders the reward model starts from a policy: model: runs/demo/sft")
         return AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def scratch_encoder(size: Scratch, vocabulary: int, **more: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(  # each has its own names for these, and ignores the others
+        size.architecture,
+        vocab_size=vocabulary,
+        max_position_embeddings=size.positions + 2,  # RoBERTa counts on from the pad token's id
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        hidden_dim=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        **more,
+    )
 
 
 def scratch_tokenizer(texts: Iterable[str], size: Scratch, separator: str, encoder: bool = False) -> PreTrainedTokenizerBase:

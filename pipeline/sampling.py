@@ -70,11 +70,13 @@ def generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def load(source: str, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(source: str, quantization: str = "none", precision: str = "fp32", **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """A policy ready to sample from, on the GPU where there is one, and its tokenizer."""
     tokenizer = models.load_tokenizer(source, **options)
-    model: Any = models.load_policy(source, tokenizer, **options)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    model: Any = models.load_policy(source, tokenizer, quantization=quantization, precision=precision, **options)
+    if quantization == "none":  # else it is where it was quantized
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), tokenizer
 
 
 def sample(

@@ -13,6 +13,7 @@ import shutil
 import typing
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
     for key in config.training:
         if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
+    if config.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{config.stage}: quantization: {config.quantization} needs bitsandbytes, which is not installed here; "
+            "pip install bitsandbytes, or set quantization: none"
+        )
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:
         for key in {"task_type", "revision"} & config.lora.keys():

@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import artifact, encoding, sampling
+from pipeline import artifact, encoding, sampling, training
 from pipeline.config import EvaluateStage, Reward
 from pipeline.errors import UserError
 from pipeline.evaluate import frontier
@@ -98,7 +98,8 @@ def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:
 def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
     """Answers in columns, a prompt's samples together: `best_of` from SFT, and `samples_per_prompt` with their KL to SFT from PPO: `ppo_N`
     after N steps, then `ppo`."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "quantization": config.quantization}
+    options["precision"] = training.resolve_precision(config.precision)
     sft, tokenizer = sampling.load(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
     sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo = inputs["ppo"]

@@ -1,0 +1,131 @@
+"""`rlhf doctor`: a config looked at before anything loads: its keys, its inputs, tokenizer and template, a batch of its data, its memory.
+
+In: stage configs. Out: a page of text, and how many things are wrong.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline import artifact, encoding, hub, models
+from pipeline.config import StageConfig
+from pipeline.doctor import memory, stages
+from pipeline.doctor.stages import Recipe
+from pipeline.errors import UserError
+from pipeline.files import list_files
+from pipeline.records import open_records
+
+INPUTS = {  # of a stage: the key of its config, the kind of artifact, the stage that makes it
+    "sft": [("records", "records", "prepare"), ("model", "model", "")],
+    "reward": [("records", "records", "prepare"), ("model", "model", "sft")],
+    "ppo": [("records", "records", "prepare"), ("policy", "policy", "sft")],
+    "evaluate": [("records", "records", "prepare"), ("sft", "policy", "sft"), ("reward", "reward", "reward"), ("ppo", "policy", "ppo")],
+}
+FEEDS = {"sft": "demonstrations", "ppo": "prompts", "evaluate": "prompts"}
+GB = 1e9
+CUDA_CONTEXT = 0.5 * GB  # what a process takes on a GPU before its first tensor
+
+
+def examine(config: StageConfig, recipe: Recipe, device_memory: float | None) -> tuple[list[tuple[str, str]], int]:
+    """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes."""
+    found: list[tuple[str, str]] = []
+    looks = [_config, _inputs, _tokenizer, _batch] if config.stage in INPUTS else [_config]
+    for look in looks:
+        found += look(config, recipe)
+    if config.stage in INPUTS and not found[0][1].startswith("error: "):
+        found += _memory(config, recipe, device_memory)
+    return found, sum(text.startswith("error: ") for _, text in found)
+
+
+def _config(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    from importlib import import_module
+
+    yield _try("config", lambda: import_module(f"pipeline.{config.stage}").check(config) or "every key is known, every value allowed")
+
+
+def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    named = [(key, getattr(config, key), kind, maker) for key, kind, maker in INPUTS[config.stage]]
+    if config.stage == "ppo":
+        given = stages.rewards(config).items()
+        named += [(name, reward.source, "reward", "reward") for name, reward in given if not reward.is_function]
+    for key, source, kind, maker in named:
+        if source != "scratch":
+            yield _try(key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker))
+
+
+def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: str) -> str:
+    if not Path(source).exists() and any(source == str(stage.folder) for stage in recipe.values()):
+        return f"{source}: not made yet; {config.fix(maker)} makes it"
+    if hub.is_hub_id(source):
+        commit = stages.reachable(source)
+        return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
+    opened = artifact.require(source, kind, config.fix(maker) if maker else "name another")
+    return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.foreign else 'as its stage wrote them'}"
+
+
+def _tokenizer(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if tokenizer := _words(config):
+        ids = encoding.prompt_ids(tokenizer, "Hello.")
+        text = f"{len(tokenizer):,} tokens, pad {tokenizer.pad_token!r}, EOS {tokenizer.eos_token!r}"
+        yield "tokenizer", text
+        yield "template", f"'Hello.' is {tokenizer.decode(ids)!r}, {len(ids)} tokens"
+
+
+def _words(config: Any) -> Any:
+    """The tokenizer of what the stage starts from, where it is on this machine."""
+    source = str(getattr(config, "policy", None) or getattr(config, "sft", None) or getattr(config, "model", ""))
+    if source == "scratch" or not Path(source).exists():
+        return None
+    return models.load_tokenizer(source, generates=config.stage != "reward", trust_remote_code=config.trust_remote_code)
+
+
+def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The first rows to train on, tokenised."""
+    if not Path(config.records).exists() or (tokenizer := _words(config)) is None:
+        return
+    kind = FEEDS.get(config.stage) or stages.OBJECTIVES[config.objective].kind
+    rows = open_records(artifact.require(config.records, "records", config.fix("prepare")), kind)["train"]
+    prompts = [len(encoding.prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
+    most = getattr(config, "max_prompt_tokens", None) or config.max_length
+    over = sum(length > most for length in prompts)
+    yield (
+        "batch",
+        f"of {len(rows):,} {kind} the first {len(prompts)}: prompts of {min(prompts)} to {max(prompts)} tokens, {over} over {most}",
+    )
+
+
+def longest_prompt(config: Any) -> int | None:
+    """Tokens of the longest prompt that PPO will answer, where its records are there."""
+    if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists() or (tokenizer := _words(config)) is None:
+        return None
+    rows = open_records(artifact.require(config.records, "records", config.fix("prepare")), "prompts")["train"]
+    return max((len(encoding.prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]), default=None)
+
+
+def _memory(config: StageConfig, recipe: Recipe, given: float | None) -> Iterator[tuple[str, str]]:
+    try:
+        found = memory.reckon(*stages.plan(config, recipe, stages.arguments(config), longest_prompt(config)))
+    except UserError as error:
+        yield "memory", f"error: {error}"
+        return
+    on_gpu = torch.cuda.is_available()
+    libraries = CUDA_CONTEXT if on_gpu or given else float(psutil.Process().memory_info().rss)
+    there = given or (torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total)
+    yield (
+        "memory",
+        f"of one process, in GB: libraries {libraries / GB:.2f}, "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.items() if size and name != "peak"),
+    )
+    peak = libraries + found["peak"]
+    fits = "" if peak <= there else "error: "
+    yield "peak", f"{fits}{peak / GB:.2f} of {there / GB:.1f} GB{'' if not fits else ': it does not fit'}"
+
+
+def _try(what: str, look: Any) -> tuple[str, str]:
+    try:
+        return what, str(look())
+    except UserError as error:
+        return what, f"error: {error}"

@@ -1,0 +1,129 @@
+"""What a stage will hold in memory, reckoned from architectures alone: nothing is loaded.
+
+The peak is what stays (weights, adapters, optimizer) and the larger of what comes and goes: a training step, or drawing answers.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.doctor import shapes
+from pipeline.models import DTYPES, UNQUANTIZED
+from pipeline.reading import ROWS
+
+# Bytes of a quantized weight, with its scales: a float for each row, or for each 64.
+QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+BUFFERS = 64e6  # rows, tokenizer, kernels' own: over what is reckoned 65 to 71 MB were measured, whatever the size
+STATES = {"8bit": 2, "32bit": 8, "sgd": 0, "adafactor": 0, "": 8}  # optimizer bytes of a trained weight, by what its name holds
+
+
+class Held(NamedTuple):
+    """A model in memory. `adapters` are how many LoRA adapters of the shape `lora` it has, of which one is trained; without `lora` all of
+    it is trained, if it is `trained`."""
+
+    config: PreTrainedConfig
+    auto: Any = AutoModelForCausalLM
+    precision: str = "fp32"
+    quantization: str = "none"
+    lora: LoraConfig | None = None
+    adapters: int = 1
+    trained: bool = False
+
+
+class Step(NamedTuple):
+    """A training step: micro-batches of (rows, width) tokens, and over how many of a row's tokens the output layer's logits are kept.
+
+    `rows_at_a_time` go through the output layer together; `computed` is the precision.
+    """
+
+    rows: int
+    width: int
+    logits: int
+    rows_at_a_time: int
+    computed: str
+    optim: str
+    accumulates: bool
+    checkpointing: bool
+    dropout: bool = False
+
+
+class Drawing(NamedTuple):
+    """Answers drawn together: so many rows of at most so many tokens."""
+
+    rows: int
+    width: int
+    computed: str
+
+
+def reckon(held: list[Held], step: Step | None, drawing: Drawing | None) -> dict[str, float]:
+    """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together. The
+    first model is the one that draws."""
+    found = dict.fromkeys(("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0) | {"buffers": BUFFERS}
+    passing = [0.0]
+    for each in held:
+        model = shapes.build(each.config, each.auto, DTYPES[each.precision], each.lora)
+        base = {id(p): p for p in model.parameters() if each.lora is None or not p.requires_grad}
+        learned = sum(p.numel() for p in model.parameters() if each.lora is not None and p.requires_grad)
+        found["weights"] += weights(model, set(base), each.quantization)
+        found["adapters"] += 4 * learned * each.adapters
+        if each.trained and step:
+            count = learned if each.lora else sum(p.numel() for p in base.values())
+            states = next(size for name, size in STATES.items() if name in step.optim)
+            found["optimizer"] += states * count
+            found["gradients"] += 4 * count
+            found["activations"], passing_step = activations(each, step)
+            # Activations go as gradients come, unless those of earlier micro-batches are there already.
+            together = found["gradients"] + found["activations"] if step.accumulates else max(found["gradients"], found["activations"])
+            passing.append(together + passing_step)
+        if each is held[0] and drawing:
+            found["KV cache"] = cache(each.config, drawing)
+            passing.append(found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size)
+    staying = sum(found[name] for name in ("weights", "adapters", "optimizer", "buffers"))
+    return found | {"peak": staying + max(passing)}
+
+
+def weights(model: nn.Module, base: set[int], quantization: str) -> float:
+    """Bytes of a model's base; tied weights count once."""
+    total, seen = 0.0, set[int]()
+    for name, module in model.named_modules():
+        whole = quantization == "none" or not isinstance(module, nn.Linear | Conv1D) or any(re.fullmatch(p, name) for p in UNQUANTIZED)
+        for kind, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in base - seen:
+                seen.add(id(parameter))
+                size = parameter.element_size() if whole or kind != "weight" else QUANTIZED[quantization]
+                total += size * parameter.numel()
+    return total
+
+
+def activations(held: Held, step: Step) -> tuple[float, float]:
+    """(bytes that a micro-batch keeps for its backward, bytes that come and go with it)."""
+    dtype = DTYPES[step.computed]
+    model = shapes.build(held.config, held.auto, dtype, held.lora)
+    text = held.config.get_text_config()
+    kept: float = shapes.kept_for_backward(model, step.rows, step.width, step.dropout)
+    if step.checkpointing:  # the states between layers, and one layer made again
+        states = step.rows * step.width * text.hidden_size * dtype.itemsize
+        kept = text.num_hidden_layers * states + kept / text.num_hidden_layers
+    if step.computed != held.precision and held.lora is None:  # autocast's copies of the weights
+        kept += dtype.itemsize * sum(p.numel() for p in model.parameters())
+    logits = 4.0 * step.logits * text.vocab_size
+    output = model.get_output_embeddings() if step.logits else None
+    gradient = 4 * output.weight.numel() if output is not None and output.weight.requires_grad else 0
+    return kept + step.rows * logits, min(step.rows, step.rows_at_a_time) * logits + gradient
+
+
+def cache(config: PreTrainedConfig, drawing: Drawing) -> float:
+    """Keys and values of all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * size * DTYPES[drawing.computed].itemsize * drawing.rows * drawing.width
+
+
+def rows_at_a_time(device: str, rows: int) -> int:
+    """As `pipeline.reading.read` has it."""
+    return min(ROWS, rows) if device == "cpu" else rows

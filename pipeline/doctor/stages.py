@@ -1,0 +1,156 @@
+"""What each stage will hold in memory: its models by their architectures, its training step, the answers it draws."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, TaskType
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+
+from pipeline import artifact, hub, models, training
+from pipeline.config import EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
+from pipeline.doctor.memory import Drawing, Held, Step, rows_at_a_time
+from pipeline.errors import UserError
+from pipeline.ppo import arguments_class, rewards
+from pipeline.ppo.apart import why_apart
+from pipeline.reward.model import Settings
+from pipeline.reward.trainer import OBJECTIVES
+
+ANSWERS = {"comparisons": 2, "rankings": 4}  # of a row; rankings are demo's, where no records tell
+Recipe = Mapping[str, StageConfig]  # the stages of a recipe, some of which have not been run
+
+
+def plan(config: StageConfig, recipe: Recipe, args: Any, longest: int | None) -> tuple[list[Held], Step | None, Drawing | None]:
+    """For `memory.reckon`. `longest` are the tokens of the longest prompt there is, where records tell."""
+    plans: dict[str, Any] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}
+    held, step, drawing = plans[config.stage](config, recipe, args, longest)
+    return held, step, drawing
+
+
+def _sft(config: SFTStage, recipe: Recipe, args: Any, _: int | None) -> Any:
+    lora = training.lora_config(config, TaskType.CAUSAL_LM)
+    held = Held(shape(config, config.model, recipe), lora=lora, trained=True, **_weights(config))
+    # TRL makes the logits in parts, so that they do not count.
+    return [held], _step(config, args, args.per_device_train_batch_size, config.max_length, 0, dropout=True), None
+
+
+def _reward(config: RewardStage, recipe: Recipe, args: Any, _: int | None) -> Any:
+    lora = training.lora_config(config, TaskType.SEQ_CLS)
+    held = Held(shape(config, config.model, recipe), AutoModelForSequenceClassification, lora=lora, trained=True, **_weights(config))
+    rows = args.per_device_train_batch_size * ANSWERS.get(OBJECTIVES[config.objective].kind, 1)
+    return [held], _step(config, args, rows, config.max_length, 0, dropout=True), None
+
+
+def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> Any:
+    policy, computed = shape(config, config.policy or "", recipe), training.resolve_precision(config.precision)
+    lora = _policys_adapter(config, recipe)
+    beside = [given.source for name, given in rewards(config).items() if not given.is_function and not _joins(config, name, recipe)]
+    joined = sum(not given.is_function for given in rewards(config).values()) - len(beside)
+    held = [
+        Held(
+            policy,
+            lora=lora,
+            adapters=2 + joined,  # with the reference's
+            trained=True,
+            **_weights(config),
+        )
+    ]
+    if lora is None:  # the reference; TRL's trainers have one of their own, where they have a KL penalty
+        held += [Held(policy)] * (2 if config.algorithm != "ppo" and args.beta else 1)
+    held += [_scorer(config, source, recipe) for source in beside]
+    tokens = args.response_tokens if config.algorithm == "ppo" else args.max_completion_length
+    rows, width = args.per_device_train_batch_size, min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + tokens
+    drawn = min(args.generation_batch_size, args.rollout_rows) if config.algorithm == "ppo" else args.generation_batch_size
+    return held, _step(config, args, rows, width, tokens), Drawing(drawn, width, computed)
+
+
+def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None) -> Any:
+    computed = training.resolve_precision(config.precision)
+    as_loaded: dict[str, Any] = {"precision": computed, "quantization": config.quantization}
+    scorers = [config.reward or "", *([config.scorer.source] if config.scorer and not config.scorer.is_function else [])]
+    held = [Held(shape(config, source or "", recipe), **as_loaded) for source in (config.sft, config.ppo)]
+    held += [_scorer(config, source, recipe) for source in scorers]
+    width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens
+    return held, None, Drawing(config.batch_size, width, computed)
+
+
+def arguments(config: StageConfig) -> Any:
+    """The stage's training arguments, or None for one that trains nothing."""
+    import trl
+
+    classes: dict[str, Any] = {"sft": lambda _: trl.SFTConfig, "reward": lambda _: trl.RewardConfig, "ppo": arguments_class}
+    return training.arguments(config, classes[config.stage](config), Path("unused")) if config.stage in classes else None  # type: ignore[arg-type]
+
+
+def shape(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
+    """The architecture of a model by its files, or of what the stage that has not run yet will make. Raises `UserError`."""
+    if source == "scratch":
+        size, vocabulary = config.scratch, config.scratch.vocabulary
+        made = models.scratch_decoder if size.architecture == "gpt2" else models.scratch_encoder
+        return made(size, vocabulary, bos_token_id=0, eos_token_id=0)
+    for stage in recipe.values():
+        if source == str(stage.folder) and not Path(source).exists():
+            return shape(stage, str(getattr(stage, "policy", None) or getattr(stage, "model", "")), recipe)
+    if not hub.is_hub_id(source) and not Path(source).exists():
+        raise UserError(f"{source}: does not exist, and no stage of this recipe makes it")
+    beside = Path(config._recipe_folder or ".") / "config.json"
+    if hub.is_hub_id(source) and beside.is_file() and not reachable(source):
+        return AutoConfig.from_pretrained(beside)
+    try:
+        if models.is_adapter(source):
+            adapter = PeftConfig.from_pretrained(source)
+            return shape(config, str(adapter.base_model_name_or_path), recipe)
+        return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: its config.json cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+@cache
+def reachable(hub_id: str) -> str | None:
+    """The commit of a repository, where it is on this machine or the hub can be asked."""
+    return hub.commit(hub_id)
+
+
+def _scorer(config: Any, source: str, recipe: Recipe) -> Held:
+    """A reward model as `RewardModel.load` has it: quantized as it was trained."""
+    settings, made = Settings.load(Path(source)), recipe.get("reward")
+    of_recipe = made.quantization if isinstance(made, RewardStage) and source == str(made.folder) else "none"
+    quantization = settings.quantization if settings else of_recipe
+    return Held(shape(config, source, recipe), AutoModelForSequenceClassification, quantization=quantization)
+
+
+def _policys_adapter(config: PPOStage, recipe: Recipe) -> LoraConfig | None:
+    """What PPO trains under LoRA: it goes on from SFT's adapter, where SFT has published one, or will."""
+    source, sft = config.policy or "", recipe.get("sft")
+    if config.lora is not None and Path(source).exists() and models.is_adapter(source):
+        return cast(LoraConfig, PeftConfig.from_pretrained(source))
+    if config.lora is not None and isinstance(sft, SFTStage) and source == str(sft.folder) and sft.lora is not None and not sft.merge:
+        return training.lora_config(sft, TaskType.CAUSAL_LM)
+    return training.lora_config(config, TaskType.CAUSAL_LM)
+
+
+def _weights(config: Any) -> dict[str, Any]:
+    return {"precision": training.weight_precision(config), "quantization": config.quantization}
+
+
+def _step(config: Any, args: Any, rows: int, width: int, logits: int, dropout: bool = False) -> Step:
+    at_a_time = rows_at_a_time("cuda" if torch.cuda.is_available() else "cpu", rows)
+    options: dict[str, Any] = {"optim": str(args.optim.value if hasattr(args.optim, "value") else args.optim), "dropout": dropout}
+    options |= {"accumulates": args.gradient_accumulation_steps > 1, "checkpointing": bool(args.gradient_checkpointing)}
+    return Step(rows, width, logits, at_a_time, training.resolve_precision(config.precision), **options)
+
+
+def _joins(config: PPOStage, name: str, recipe: Recipe) -> bool:
+    """Whether a reward model will stand on the policy's backbone: by the artifacts, or where there are none yet by the recipe."""
+    source = rewards(config)[name].source
+    if config.one_backbone == "never" or config.lora is None or config.algorithm != "ppo":
+        return False
+    made = [Path(path).exists() for path in (config.policy or "", source)]
+    if all(made):
+        return not why_apart(config, artifact.require(config.policy or "", "policy", ""), artifact.require(source, "reward", ""))
+    policy, reward = recipe.get("sft"), recipe.get("reward")
+    own = isinstance(policy, SFTStage) and isinstance(reward, RewardStage) and source == str(reward.folder)
+    same = ("model", "revision", "quantization", "precision")
+    return bool(own and policy.lora and reward.lora and all(getattr(policy, key) == getattr(reward, key) for key in same))  # type: ignore[union-attr]

@@ -115,7 +115,7 @@ def doctor(args: argparse.Namespace) -> None:
         raise UserError(f"{path}: expected a recipe's folder, or one of its files: {', '.join(f'{stage}.yaml' for stage in config.STAGES)}")
     overrides = _by_stage(args.overrides, wanted[-1], list(config.STAGES))
     known = [stage for stage, file in files.items() if stage in wanted or file.exists()]
-    recipe = {stage: config.load(stage, files[stage], overrides[stage], **_common(args)) for stage in known}
+    recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
     _quiet_libraries()
     from pipeline.doctor import examine
 
@@ -256,15 +256,16 @@ def _parser() -> argparse.ArgumentParser:
     for stage, cls in config.STAGES.items():
         single = commands.add_parser(stage, help=f"the {stage} stage alone", description=cls.__doc__)
         single.add_argument("--config", required=True, help=f"its YAML file, such as configs/demo/{stage}.yaml")
-    examined = commands.add_parser("doctor", help="a config, its inputs, its data and its memory, before anything loads")
-    examined.add_argument("--config", required=True, help="a recipe's folder, such as configs/demo, or one of its files")
-    above_0 = _number(float, lambda value: value > 0, "a number above 0")
-    examined.add_argument("--device-memory", type=above_0, metavar="GB", help="of the device it is for (default: what is here)")
     for command in commands.choices.values():
-        command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("--seed", type=int, help="seeds everything")
         command.add_argument("--force", action="store_true", help="run even what is unchanged; drop a partial run")
         command.add_argument("--dry-run", action="store_true", help="check the configs and say what would be written")
+    examined = commands.add_parser("doctor", help="a config, its inputs, its data and its memory, before anything loads")
+    examined.add_argument("--config", required=True, help="a recipe's folder, such as configs/demo, or one of its files")
+    above_0 = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    examined.add_argument("--device-memory", type=above_0, metavar="GB", help="of the device it is for (default: what is here)")
+    for command in commands.choices.values():
+        command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     shown = commands.add_parser("show", help="what an artifact is and was made from")
     shown.add_argument("folder", help="a stage's folder, such as runs/demo/reward")

@@ -177,7 +177,7 @@ def draw(found: dict[str, Any]) -> None:
                 curve, fit = seed[name]["curve"], seed[name]["fit"]
                 xs = [math.sqrt(max(entry["kl"], 0)) for entry in curve]
                 right.plot(xs, [entry["gold_reward"] for entry in curve], ".", color=colour, markersize=3, alpha=0.6)
-                grid = np.linspace(0, max(xs), 80)
+                grid = np.linspace(min(xs[1:]), max(xs), 80)
                 fitted = [fit["start"] + frontier.gao(x, fit["alpha"], fit["beta"], "PPO") for x in grid]
                 right.plot(grid, fitted, color=colour, linewidth=0.8, label=None if number else f"{title}: d(α − β log d)")
         left.set(xlabel="√KL from SFT (√nats)", ylabel="gold reward, test prompts", title="What is bought at which distance")

@@ -247,7 +247,7 @@ def draw_reward(label: str, key: str, colour: str, points: Sequence[dict[str, An
         for line, style in zip(lines, LINES, strict=False):
             ends = [(x, y) for x, y, point in marks if line in (point.get("line"), point.get("name"))]
             if line in fits:
-                ends = list(curve(line, fits[line], max(x for x, _ in ends)))
+                ends = list(curve(line, fits[line], min(ends)[0], max(ends)[0]))
             axes.plot(*zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1)
         axes.margins(x=0.12, y=0.2)
 
@@ -255,10 +255,10 @@ def draw_reward(label: str, key: str, colour: str, points: Sequence[dict[str, An
     return draw(f"frontier {title}", title, FRONTIER, DISTANCE, label, paint)
 
 
-def curve(line: str, fit: Mapping[str, float], most: float, parts: int = 60) -> Iterator[tuple[float, float]]:
-    """The points of a fitted line, up to the distance `most`."""
+def curve(line: str, fit: Mapping[str, float], least: float, most: float, parts: int = 60) -> Iterator[tuple[float, float]]:
+    """The points of a fitted line between two distances: where nothing was measured a fit says nothing."""
     for part in range(parts + 1):
-        x = most * part / parts
+        x = least + (most - least) * part / parts
         yield x, fit["start"] + frontier.gao(x, fit["alpha"], fit["beta"], line)
 
 

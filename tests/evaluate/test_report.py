@@ -277,6 +277,12 @@ def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     assert "<metadata>" not in svgs
 
 
+def test_a_fit_is_drawn_where_something_was_measured() -> None:
+    fit = {"start": 1.0, "alpha": 2.0, "beta": 0.5}
+    assert list(report.curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]
+    assert list(report.curve("PPO", fit, 0.0, 1.0, parts=1)) == [(0.0, 1.0), (1.0, 3.0)]
+
+
 def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
     page = render(tmp_path, {
         "curves": {"sft": [{"step": 1, "loss": NAN}, {"step": None, "loss": 1.0}], "ppo": [{"step": 1, "objective/kl": None}]},

@@ -72,7 +72,7 @@ def compared(runs: Path, seed: int) -> dict[str, Any]:
 
 def of_trap(runs: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": seed}
-    for name in ("trap", "stopped", "ensemble"):
+    for name in ("trap", "gold", "watched", "ensemble"):
         entries = [entry for entry in log(runs, f"seed-{seed}-{name}") if "eval_kl" in entry]
         found[name] = {"curve": [{key: entry[f"eval_{key}"] for key in ("kl", "reward", "gold_reward", "scorer_reward")}
                                  | {"step": entry["step"]} for entry in entries]}  # fmt: skip
@@ -132,16 +132,18 @@ def algorithm_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def trap_rows(found: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [["seed", "gold at the peak", "its KL", "gold at the end", "reward, peak → end", "stopped at step", "gold in best/",
-                        "of the peak"]]  # fmt: skip
+    watchers = [column for name in ("gold", "other data") for column in (f"by {name}: stopped at", "gold in best/", "of the peak")]
+    rows: list[Row] = [
+        ["seed", "gold at the peak", "its KL", "gold at the end", "reward, peak → end", "another seed's reward model", *watchers]
+    ]
     for seed in found["trap"]:
-        trap, stopped = seed["trap"], seed["stopped"]
-        at_peak = max(trap["curve"], key=lambda entry: entry["gold_reward"])
-        rows.append([
-            seed["seed"], trap["peak"], trap["peak_kl"], trap["curve"][-1]["gold_reward"],
-            f"{at_peak['reward']:.2f} → {trap['curve'][-1]['reward']:.2f}", stopped["curve"][-1]["step"], stopped["best"],
-            f"{stopped['best'] / trap['peak']:.1%}",
-        ])  # fmt: skip
+        trap = seed["trap"]
+        peak, end = max(trap["curve"], key=lambda entry: entry["gold_reward"]), trap["curve"][-1]
+        moves = [f"{peak[name]:.2f} → {end[name]:.2f}" for name in ("reward", "scorer_reward")]
+        gold = [trap["peak"], trap["peak_kl"], end["gold_reward"]]
+        stops = [[seed[name]["curve"][-1]["step"], seed[name]["best"], f"{seed[name]['best'] / trap['peak']:.1%}"]
+                 for name in ("gold", "watched")]  # fmt: skip
+        rows.append([seed["seed"], *gold, *moves, *stops[0], *stops[1]])
     return rows
 
 

@@ -113,9 +113,11 @@ def doctor(args: argparse.Namespace) -> None:
     wanted = [stage for stage, file in files.items() if file.exists()] if path.is_dir() else [path.stem]
     if not wanted or wanted[0] not in config.STAGES:
         raise UserError(f"{path}: expected a recipe's folder, or one of its files: {', '.join(f'{stage}.yaml' for stage in config.STAGES)}")
-    overrides = _by_stage(args.overrides, wanted[-1], list(config.STAGES))
     known = [stage for stage, file in files.items() if stage in wanted or file.exists()]
+    overrides = _by_stage(args.overrides, wanted[-1], known)
     recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
+    if "prepare" in recipe:
+        config.check_run(list(recipe.values()))
     _quiet_libraries()
     from pipeline.doctor import examine
 

@@ -41,17 +41,22 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
     for key in config.training:
         if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
-    if config.quantization != "none" and find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{config.stage}: quantization: {config.quantization} needs bitsandbytes, which is not installed here; "
-            "pip install bitsandbytes, or set quantization: none"
-        )
+    check_quantization(config.stage, config.quantization)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:
         for key in {"task_type", "revision"} & config.lora.keys():
             raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
     arguments(config, arguments_class, Path("unused"))
+
+
+def check_quantization(stage: str, quantization: str) -> None:
+    """Raises `UserError` where this machine cannot quantize."""
+    if quantization != "none" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{stage}: quantization: {quantization} needs bitsandbytes, which is not installed here; "
+            "pip install bitsandbytes, or set quantization: none"
+        )
 
 
 def lora_config(config: TrainedStage, task: TaskType, revision: str | None = None, heads: Sequence[str] = ()) -> LoraConfig | None:

@@ -34,9 +34,9 @@ def examine(config: StageConfig, recipe: Recipe, device_memory: float | None) ->
     found: list[tuple[str, str]] = []
     looks = [_config, _inputs, _tokenizer, _batch] if config.stage in INPUTS else [_config]
     for look in looks:
-        found += look(config, recipe)
+        found += _safely(look.__name__.strip("_"), lambda look=look: list(look(config, recipe)))
     if config.stage in INPUTS and not found[0][1].startswith("error: "):
-        found += _memory(config, recipe, device_memory)
+        found += _safely("memory", lambda: list(_memory(config, recipe, device_memory)))
     return found, sum(text.startswith("error: ") for _, text in found)
 
 
@@ -51,6 +51,8 @@ def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     if config.stage == "ppo":
         given = stages.rewards(config).items()
         named += [(name, reward.source, "reward", "reward") for name, reward in given if not reward.is_function]
+    if config.stage == "evaluate" and config.scorer and not config.scorer.is_function:
+        named.append(("scorer", config.scorer.source, "reward", "reward"))
     for key, source, kind, maker in named:
         if source != "scratch":
             yield _try(key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker))
@@ -88,6 +90,8 @@ def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     kind = FEEDS.get(config.stage) or stages.OBJECTIVES[config.objective].kind
     rows = open_records(artifact.require(config.records, "records", config.fix("prepare")), kind)["train"]
+    if not len(rows):
+        raise UserError(f"{config.records}: holds no {kind} to train on")
     prompts = [len(encoding.prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
     most = getattr(config, "max_prompt_tokens", None) or config.max_length
     over = sum(length > most for length in prompts)
@@ -106,11 +110,7 @@ def longest_prompt(config: Any) -> int | None:
 
 
 def _memory(config: StageConfig, recipe: Recipe, given: float | None) -> Iterator[tuple[str, str]]:
-    try:
-        found = memory.reckon(*stages.plan(config, recipe, stages.arguments(config), longest_prompt(config)))
-    except UserError as error:
-        yield "memory", f"error: {error}"
-        return
+    found = memory.reckon(*stages.plan(config, recipe, stages.arguments(config), longest_prompt(config)))
     on_gpu = torch.cuda.is_available()
     libraries = CUDA_CONTEXT if on_gpu or given else float(psutil.Process().memory_info().rss)
     there = given or (torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total)
@@ -125,7 +125,14 @@ def _memory(config: StageConfig, recipe: Recipe, given: float | None) -> Iterato
 
 
 def _try(what: str, look: Any) -> tuple[str, str]:
+    return _safely(what, lambda: [(what, str(look()))])[0]
+
+
+def _safely(what: str, look: Any) -> list[tuple[str, str]]:
+    """What a look found, or the one thing that it tripped over: a doctor looks at what is broken, and goes on to the next."""
     try:
-        return what, str(look())
+        return list(look())
     except UserError as error:
-        return what, f"error: {error}"
+        return [(what, f"error: {error}")]
+    except Exception as error:
+        return [(what, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}")]

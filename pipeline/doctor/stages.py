@@ -7,14 +7,16 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from pipeline import artifact, hub, models, training
 from pipeline.config import EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
+from pipeline.doctor import shapes
 from pipeline.doctor.memory import Drawing, Held, Step, rows_at_a_time
 from pipeline.errors import UserError
 from pipeline.ppo import arguments_class, rewards
 from pipeline.ppo.apart import why_apart
+from pipeline.ppo.evaluation import room
 from pipeline.reward.model import Settings
 from pipeline.reward.trainer import OBJECTIVES
 
@@ -48,22 +50,19 @@ def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> An
     lora = _policys_adapter(config, recipe)
     beside = [given.source for name, given in rewards(config).items() if not given.is_function and not _joins(config, name, recipe)]
     joined = sum(not given.is_function for given in rewards(config).values()) - len(beside)
-    held = [
-        Held(
-            policy,
-            lora=lora,
-            adapters=2 + joined,  # with the reference's
-            trained=True,
-            **_weights(config),
-        )
-    ]
-    if lora is None:  # the reference; TRL's trainers have one of their own, where they have a KL penalty
-        held += [Held(policy)] * (2 if config.algorithm != "ppo" and args.beta else 1)
+    # The reference's is another where the policy goes on from one, and TRL keeps its own.
+    adapters = 1 + joined + (lora is not None and _goes_on(config, recipe)) + (config.algorithm != "ppo")
+    held = [Held(policy, lora=lora, adapters=adapters, trained=True, **_weights(config))]
+    if lora is None:
+        held.append(Held(policy))  # the reference
     held += [_scorer(config, source, recipe) for source in beside]
     tokens = args.response_tokens if config.algorithm == "ppo" else args.max_completion_length
+    room(shapes.build(policy, AutoModelForCausalLM, torch.float32), tokens, config.max_prompt_tokens)
     rows, width = args.per_device_train_batch_size, min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + tokens
-    drawn = min(args.generation_batch_size, args.rollout_rows) if config.algorithm == "ppo" else args.generation_batch_size
-    return held, _step(config, args, rows, width, tokens), Drawing(drawn, width, computed)
+    own = config.algorithm == "ppo"
+    drawn = min(args.generation_batch_size, args.rollout_rows) if own else args.generation_batch_size // args.world_size
+    # TRL makes the logits in parts.
+    return held, _step(config, args, rows, width, tokens if own else 0), Drawing(drawn, width, computed)
 
 
 def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None) -> Any:
@@ -124,11 +123,21 @@ def _scorer(config: Any, source: str, recipe: Recipe) -> Held:
 def _policys_adapter(config: PPOStage, recipe: Recipe) -> LoraConfig | None:
     """What PPO trains under LoRA: it goes on from SFT's adapter, where SFT has published one, or will."""
     source, sft = config.policy or "", recipe.get("sft")
-    if config.lora is not None and Path(source).exists() and models.is_adapter(source):
-        return cast(LoraConfig, PeftConfig.from_pretrained(source))
-    if config.lora is not None and isinstance(sft, SFTStage) and source == str(sft.folder) and sft.lora is not None and not sft.merge:
-        return training.lora_config(sft, TaskType.CAUSAL_LM)
-    return training.lora_config(config, TaskType.CAUSAL_LM)
+    if config.lora is None or not _goes_on(config, recipe):
+        return training.lora_config(config, TaskType.CAUSAL_LM)
+    if Path(source).exists():
+        found = cast(LoraConfig, PeftConfig.from_pretrained(source))
+        found.inference_mode = False
+        return found
+    return training.lora_config(cast(SFTStage, sft), TaskType.CAUSAL_LM)
+
+
+def _goes_on(config: PPOStage, recipe: Recipe) -> bool:
+    """Whether the policy is an adapter that SFT has published, or will."""
+    source, sft = config.policy or "", recipe.get("sft")
+    if Path(source).exists():
+        return models.is_adapter(source)
+    return isinstance(sft, SFTStage) and source == str(sft.folder) and sft.lora is not None and not sft.merge
 
 
 def _weights(config: Any) -> dict[str, Any]:

@@ -36,6 +36,8 @@ KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": 
 
 def check(config: EvaluateStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
+    training.check_quantization(config.stage, config.quantization)
+    training.resolve_precision(config.precision)
     scorer = config.scorer.source if config.scorer and config.scorer.is_function else None
     for spec in filter(None, (config.gold, config.well_formed, scorer)):
         function(spec)
@@ -107,6 +109,7 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
     for name, folder in (kept | {"ppo": ppo.path}).items():
         policy, tokenizer = sampling.load(str(folder), revision=ppo.revision, **options)
         sampled[name] = sample(config, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+        del policy  # before the next one comes
     return sampled
 
 

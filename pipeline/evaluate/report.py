@@ -36,8 +36,8 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "D", "s")
 STEP, DISTANCE = "step", "√KL from SFT (√nats)"
 KL = ("objective/kl", "eval_objective/kl", "eval_kl")
-REWARDS = {
-    "reward": ("objective/scores", "eval_reward", "eval_objective/scores"),
+REWARDS = {  # the last names are those of TRL's trainers
+    "reward": ("objective/scores", "eval_reward", "eval_objective/scores", "reward"),
     "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
     "held-out reward": ("eval_scorer_reward",),
 }
@@ -79,11 +79,11 @@ POLICY = (
           "Each mark is a moment in training, from SFT at the left: where gold bends down under a rising reward, KL only buys exploits.",
           DISTANCE),
     Curve("KL", "KL (nats)", {"KL": KL}, "How far the policy is from SFT: a climb that levels off is healthy, a sudden jump is not."),
-    Curve("Response length", "tokens", {"tokens": ("response/tokens", "eval_response_tokens")},
+    Curve("Response length", "tokens", {"tokens": ("response/tokens", "completions/mean_length", "eval_response_tokens")},
           "Length that grows with the reward is often the reward being gamed, not earned."),
-    Curve("Entropy", "entropy (nats)", {"entropy": ("policy/entropy_avg", "objective/entropy")},
+    Curve("Entropy", "entropy (nats)", {"entropy": ("policy/entropy_avg", "objective/entropy", "entropy")},
           "Entropy falling to zero means the policy gives one answer, whatever is sampled."),
-    Curve("Clip fraction", "share of tokens", {"clip fraction": ("policy/clipfrac_avg",)},
+    Curve("Clip fraction", "share of tokens", {"clip fraction": ("policy/clipfrac_avg", "clip_ratio/region_mean")},
           "The share of tokens whose update was clipped: far above 0.2, the steps are too large."),
 )  # fmt: skip
 FRONTIER = (
@@ -104,7 +104,8 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     summary: [{name, value, note}], already formatted
     metrics: nested dict, shown with dotted keys
     rows: {"by_source": {source: {read, kept, quarantined: {reason: count}}}}
-    curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…` is drawn as PPO
+    curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…`, as PPO does, or TRL's
+        `raw_reward` is drawn as a policy's
     frontier: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line
         are joined, or follow a curve:
     fits: {line: {reward: {start, alpha, beta}}}
@@ -206,7 +207,7 @@ def draw(name: str, title: str, caption: str, x_label: str, y_label: str, paint:
 
 
 def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
-    is_policy = any(key.startswith("objective/") for entry in entries for key in entry)
+    is_policy = any(key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry)
     return [plot for curve in (POLICY if is_policy else SUPERVISED) for plot in draw_curve(stage, curve, entries)]
 
 

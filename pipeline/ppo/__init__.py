@@ -2,8 +2,8 @@
 
 In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
 Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), of PPO also the critic in
-`value_head.safetensors`; the same of the best evaluation in `best/`, and with `evaluation.keep` of all of them in `policies/step-N/`;
-`samples.jsonl` (answers of each evaluation) and `log.jsonl`.
+`value_head.safetensors`; the same of the best evaluation in `best/`, and with `evaluation.keep` of those before the last in
+`policies/step-N/`; `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
 A wrong input gets one `UserError`.
 """
 
@@ -35,6 +35,8 @@ from pipeline.reward.sources import RewardSource, combine, from_model, function
 def check(config: PPOStage) -> None:
     """Refuse what is wrong with the config alone. Raises `UserError`."""
     training.check(config, arguments_class(config))
+    if config.algorithm != "ppo":
+        import_module("pipeline.ppo.algorithms").check(config.algorithm, config.training)
     for spec in (config.gold, *(reward.source for reward in rewards(config).values() if reward.is_function)):
         if spec:
             function(spec)
@@ -80,6 +82,7 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     trainer.publish(output)
     for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
         shutil.copytree(work / name, output / name)  # a copy: who is killed now needs it again
+    shutil.rmtree(output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True)  # that is the artifact's own
     for folder in (output, output / "best", *output.glob(f"{POLICIES}/*")) if config.merge else ():
         models.merge_adapter(folder, trainer.processing_class, trust_remote_code=config.trust_remote_code)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
@@ -109,7 +112,8 @@ def trainer_of(config: PPOStage, inputs: dict[str, artifact.Artifact], args: Any
         "callbacks": [training.Say(), StopAtPeak(config.evaluation.patience if scorer else None)],
     }
     if config.algorithm != "ppo":
-        return import_module("pipeline.ppo.algorithms").trl_trainer(config.algorithm, revision=revision, **common)
+        options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+        return import_module("pipeline.ppo.algorithms").trl_trainer(config.algorithm, **options, **common)
     return PPOTrainer(**common, demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None)
 
 

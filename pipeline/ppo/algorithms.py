@@ -2,28 +2,32 @@
 
 TRL decodes answers without special tokens, so that one that was cut off looks like one that ended. Here the reward reads the exact
 completion ids, and is what PPO's is by default: normalised by the reference sample, less `MISSING_EOS_PENALTY` for a missing EOS.
+Evaluations draw with `temperature`, `top_k` and `top_p`; what else bends TRL's samples is left to training.
 """
 
+import shutil
 import statistics
+from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from pipeline import encoding
 from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.evaluation import Drawing, Watched, room
+from pipeline.ppo.evaluation import BEST_STEP, POLICIES, Drawing, Watched, room
 from pipeline.ranks import is_main_process
 from pipeline.reward.sources import RewardFunction, RewardSource, ask
 
 MISSING_EOS_PENALTY = PPOConfig.missing_eos_penalty
-PROMPT = "prompt_as_given"  # the column beside the messages that TRL renders
+RECORD = "record"  # the one column beside the messages that TRL renders, so that no name of the user's meets one of TRL's
 SET_BY_STAGE = {
     "model_init_kwargs": "policy", "trust_remote_code": "trust_remote_code", "reward_weights": "the weights of 'reward'",
     "remove_unused_columns": "nothing: the reward is given all columns", "disable_dropout": "nothing: there is no dropout",
+    "chat_template_kwargs": "nothing: one template everywhere",
     "load_best_model_at_end": "nothing: best/ holds the best", "metric_for_best_model": "nothing: best/ holds the best",
 }  # fmt: skip
 
@@ -48,27 +52,46 @@ ARGUMENTS: dict[str, type[TrainingArguments]] = {"ppo": PPOConfig, "rloo": _RLOO
 TRAINERS: dict[str, Any] = {"rloo": _RLOO, "grpo": _GRPO}
 
 
+def check(algorithm: str, given: dict[str, Any]) -> None:
+    """Refuse what TRL would trip over once it trains. Raises `UserError`."""
+    unread = {"save_strategy": "best", "lr_scheduler_type": "reduce_lr_on_plateau"}
+    for key, value in unread.items():
+        if given.get(key) == value:
+            raise UserError(f"ppo: training.{key}: {value} is not for algorithm: {algorithm}; best/ is kept anyway; choose another")
+
+
 def trl_trainer(
     algorithm: str, policy: Any, reward: RewardSource, args: Any, train_dataset: Dataset, processing_class: PreTrainedTokenizerBase,
-    max_prompt_tokens: int, revision: str | None = None, **watched: Any,
+    max_prompt_tokens: int, revision: str | None = None, trust_remote_code: bool = False, **watched: Any,
 ) -> Watched:  # fmt: skip
     """The trainer of an algorithm. `watched` are `eval_dataset`, `callbacks`, and the attributes of a `Watched`.
 
     Prompts over `max_prompt_tokens` are left out, and counted. `revision` is the policy's commit, from which TRL reads the reference.
+    Raises `UserError` for what TRL refuses.
     """
     tokens = room(policy, args.max_completion_length, max_prompt_tokens)
     rows = readable(train_dataset, processing_class, tokens)
+    if len(rows) < (least := args.generation_batch_size // args.num_generations):
+        raise UserError(
+            f"ppo: {len(rows)} prompts to train on, and algorithm: {algorithm} draws answers to {least} at a time, of which it leaves out "
+            "what does not fill a batch; lower training.generation_batch_size, or raise training.num_generations"
+        )
     # One EOS for all algorithms: TRL's would also end answers with others that the checkpoint declares.
     policy.generation_config.eos_token_id = processing_class.eos_token_id
-    args.model_init_kwargs = {"revision": revision} if revision else None
-    given = {name: watched.pop(name) for name in ("eval_dataset", "callbacks")}
+    args.model_init_kwargs, args.trust_remote_code = ({"revision": revision} if revision else None), trust_remote_code
+    given = {"eval_dataset": watched.pop("eval_dataset"), "callbacks": [*watched.pop("callbacks"), ForgetWhatWasLost()]}
     actor = ActorCritic(policy, kl_coef=0.0)  # for the KL of evaluations: TRL drops the reference where beta is 0
-    trainer: Watched = TRAINERS[algorithm](
-        model=policy, reward_funcs=scorer_of(reward, processing_class), args=args, train_dataset=rows,
-        processing_class=processing_class, **given,
-    )  # fmt: skip
-    if actor.reference is not None:
-        actor.reference.to(args.device)
+    if actor.reference is not None and args.beta:
+        give_reference(policy, Path(str(args.output_dir)) / "reference", revision, trust_remote_code)
+    try:
+        trainer: Any = TRAINERS[algorithm](
+            model=policy, reward_funcs=scorer_of(reward, processing_class), args=args, train_dataset=rows,
+            processing_class=processing_class, **given,
+        )  # fmt: skip
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise UserError(f"ppo: algorithm: {algorithm}: {' '.join(str(error).split())}") from error
+    if actor.reference is not None:  # TRL's own, where it has one: the same model
+        actor.reference = trainer.ref_model if trainer.ref_model is not None else actor.reference.to(args.device)
     actor.value_head.to(args.device)
     trainer.actor, trainer.reward, trainer.max_prompt_tokens = actor, reward, tokens
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "batch_size": args.per_device_eval_batch_size}
@@ -76,6 +99,30 @@ def trl_trainer(
     for name, value in watched.items():
         setattr(trainer, name, value)
     return trainer
+
+
+def give_reference(policy: Any, folder: Path, revision: str | None, trust_remote_code: bool) -> None:
+    """TRL reads the reference from where the policy came from. Where that has fewer tokens than the tokenizer, so that the policy has
+    grown, the policy is written to `folder`, and read from there."""
+    there = AutoConfig.from_pretrained(policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    if there.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
+        policy.save_pretrained(folder)
+        policy.config._name_or_path = str(folder)
+
+
+class ForgetWhatWasLost(TrainerCallback):
+    """A run that goes on from a checkpoint draws other samples than the one that died: what that one left behind of later steps goes, and
+    where `best/` is of such a step, the best is found anew."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        work = Path(str(args.output_dir))
+        if not state.global_step or not state.is_world_process_zero:
+            return
+        for left in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
+            if int(left.stem.removeprefix("step-")) > state.global_step:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if (work / BEST_STEP).is_file() and int((work / BEST_STEP).read_text()) > state.global_step:
+            state.best_metric = state.best_global_step = None
 
 
 def scorer_of(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> RewardFunction:
@@ -87,7 +134,9 @@ def scorer_of(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> Rewar
         texts = [
             str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True)) for ids, end in zip(completion_ids, ended, strict=True)
         ]
-        raw = ask(reward.score, columns.pop(PROMPT), texts, completion_ids, ended, columns)
+        records = columns[RECORD]
+        given = {name: [record[name] for record in records] for name in records[0]}
+        raw = ask(reward.score, given.pop("prompt"), texts, completion_ids, ended, given)
         log_metric("raw_reward", statistics.fmean(raw))
         scores = [(score - reward.mean) / (reward.std or 1.0) for score in raw]
         return [score - MISSING_EOS_PENALTY * (not end) for score, end in zip(scores, ended, strict=True)]
@@ -102,8 +151,7 @@ def readable(rows: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> 
         raise UserError(f"ppo: none of the {len(rows)} prompts has 1 to {tokens} tokens; raise max_prompt_tokens, or shorten the answers")
     if len(kept) < len(rows) and is_main_process():
         print(f"  {len(rows) - len(kept)} of {len(rows)} prompts are left out: they are empty, or over {tokens} tokens", flush=True)
-    as_given = [rows[i]["prompt"] for i in kept]
-    messages = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in as_given]
-    return Dataset.from_list(
-        [{**rows[i], "prompt": rendered, PROMPT: given} for i, rendered, given in zip(kept, messages, as_given, strict=True)]
-    )
+    records = [rows[i] for i in kept]
+    given = [record["prompt"] for record in records]
+    messages = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in given]
+    return Dataset.from_list([{"prompt": rendered, RECORD: record} for rendered, record in zip(messages, records, strict=True)])

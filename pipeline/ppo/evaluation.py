@@ -20,6 +20,7 @@ from pipeline.sampling import Answers, noise
 
 EVALUATION = "evaluation"  # stands where a rollout's number stands
 POLICIES = "policies"  # where a policy of each evaluation lies, if it is kept
+BEST_STEP = "best_step"  # the file that says of which step best/ is
 
 
 class Drawing(NamedTuple):
@@ -94,6 +95,7 @@ class Watched(Trainer):
             self.state.best_metric, self.state.best_global_step = figure, self.state.global_step
         if best and self.args.should_save:
             self.publish(folder / "best")
+            (folder / BEST_STEP).write_text(str(self.state.global_step))
         if self.keep and self.state.global_step and self.args.should_save:  # at step 0 it is SFT's
             self.publish(folder / POLICIES / f"step-{self.state.global_step:06}")
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from pipeline import config
+from pipeline import config, sft
 from pipeline.cli import main
 from pipeline.doctor import examine
+from pipeline.doctor.memory import reckon
+from pipeline.doctor.stages import arguments, plan
 
 
 def lines(text: str) -> dict[str, str]:
@@ -64,6 +66,31 @@ def test_what_is_wrong_is_named_and_counted(tiny_records, tmp_path, capsys):
     assert "error: " in lines(said.out)["policy"]
     assert "nowhere: does not exist" in lines(said.out)["policy"]
     assert said.err == "error: doctor: 2 things are wrong: see the lines that begin with 'error:'\n"
+
+
+def test_what_it_trips_over_is_one_line_and_the_rest_is_looked_at(tiny_records, tiny_gpt2, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text("{")
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "reward": "math:sqrt"}
+    found, wrong = examine(config.PPOStage(policy=str(tmp_path / "policy"), **common), {}, None)
+    assert wrong >= 2
+    assert dict(found)["records"].startswith(f"{tiny_records}: ")
+    found, wrong = examine(config.PPOStage(policy=str(tiny_gpt2), lora={"target_modules": ["nope"]}, **common), {}, None)
+    assert wrong == 1
+    assert "nope" in dict(found)["memory"]
+    found, wrong = examine(config.PPOStage(policy=str(tiny_gpt2), training={"response_tokens": 400}, **common), {}, None)
+    assert "response_tokens=400 leaves no room for a prompt" in dict(found)["memory"]
+
+
+def test_an_adapter_that_is_there_counts_as_one_to_come(tiny_records, tiny_llama, tmp_path):
+    """A published adapter's own config says that it is frozen."""
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records)}
+    learned = config.SFTStage(model=str(tiny_llama), max_length=96, lora={"r": 4}, training={"max_steps": 1}, **common)
+    stage = config.PPOStage(lora={}, reward="math:sqrt", **common)
+    before = reckon(*plan(stage, {"sft": learned, "ppo": stage}, arguments(stage), 20))
+    sft.run(learned)
+    assert reckon(*plan(stage, {"sft": learned, "ppo": stage}, arguments(stage), 20)) == before
+    assert before["adapters"] == 2 * before["gradients"] > 0
 
 
 def test_what_is_no_config_is_told(tmp_path, capsys):

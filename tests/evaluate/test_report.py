@@ -277,6 +277,14 @@ def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     assert "<metadata>" not in svgs
 
 
+def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
+    log = [
+        {"step": 1, "loss": 0.1, "reward": 0.2, "raw_reward": 1.0, "completions/mean_length": 9.0, "entropy": 0.5, "kl": 0.01},
+        {"step": 1, "eval_reward": 1.0, "eval_kl": 0.4},
+    ]
+    assert [plot.title for plot in draw_curves("ppo", log)] == ["Reward", "Reward against KL", "KL", "Response length", "Entropy"]
+
+
 def test_a_fit_is_drawn_where_something_was_measured() -> None:
     fit = {"start": 1.0, "alpha": 2.0, "beta": 0.5}
     assert list(report.curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]

@@ -5,11 +5,11 @@ import json
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import config, encoding, models, ppo, sft
 from pipeline.errors import UserError
-from pipeline.ppo.algorithms import PROMPT, readable, scorer_of
+from pipeline.ppo.algorithms import RECORD, readable, scorer_of
 from pipeline.ppo.apart import why_apart
 from pipeline.reward.sources import RewardSource
 
@@ -42,11 +42,11 @@ def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(
     trl = {"trainer_state": None, "log_extra": None, "log_metric": told.__setitem__}
     scores = scorer_of(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer)(
         prompts=[messages] * 2, completions=[[{"role": "assistant", "content": "Paris."}]] * 2, completion_ids=[[*ids, eos], ids],
-        topic=["a", "b"], **{PROMPT: ["Hello.", "Hello."]}, **trl,
+        **{RECORD: [{"prompt": "Hello.", "topic": "a", "images": "none"}, {"prompt": "Hello.", "topic": "b", "images": "none"}]}, **trl,
     )  # fmt: skip
     assert seen == {
         "prompts": ["Hello."] * 2, "completions": ["Paris."] * 2, "completion_ids": [[*ids, eos], ids], "ended": [True, False],
-        "topic": ["a", "b"],
+        "topic": ["a", "b"], "images": ["none", "none"],
     }  # fmt: skip
     assert scores == [(3 - 1) / 2, (5 - 1) / 2 - 1]  # the penalty of a missing EOS is 1
     assert told == {"raw_reward": 4.0}
@@ -55,8 +55,8 @@ def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(
 def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_tokenizer, capsys):
     rows = Dataset.from_list([{"prompt": "Hello.", "topic": "a"}, {"prompt": "Hello. " * 40, "topic": "b"}])
     kept = readable(rows, tiny_tokenizer, 20)
-    assert kept["topic"][:] == ["a"]
-    assert kept[PROMPT][:] == ["Hello."]
+    assert kept.column_names == ["prompt", RECORD]  # an `images` of the user's would be TRL's
+    assert kept[RECORD][:] == [{"prompt": "Hello.", "topic": "a"}]
     rendered = tiny_tokenizer.apply_chat_template(kept["prompt"][0], add_generation_prompt=True, tokenize=True)["input_ids"]
     assert rendered == encoding.prompt_ids(tiny_tokenizer, "Hello.")
     assert "1 of 2 prompts are left out: they are empty, or over 20 tokens" in capsys.readouterr().out
@@ -94,12 +94,12 @@ def test_the_artifact_is_ppos_and_goes_on_after_a_kill(algorithm, form, tiny_rec
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["kind"] == "policy"
     assert {"eval_reward", "eval_kl", "eval_ended_fraction", "best_step"} <= manifest["metrics"].keys()
-    assert sorted(file.name for file in (folder / "policies").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(file.name for file in (folder / "policies").iterdir()) == ["step-000002"]  # the last is the artifact itself
     assert {json.loads(line)["step"] for line in (folder / "samples.jsonl").open(encoding="utf-8")} == {2, 4}
     weights = "model.safetensors" if form == "full" else "adapter_model.safetensors"
-    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000004", config.Path(policy)))
+    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000002", config.Path(policy)))
     assert last.keys() == kept.keys() == source.keys()
-    assert all(last[name].equal(kept[name]) for name in last)
+    assert not all(last[name].equal(kept[name]) for name in last)
     assert not all(last[name].equal(source[name]) for name in last)
     AutoModelForCausalLM.from_pretrained(folder)
     models.load_tokenizer(str(folder / "best"))
@@ -118,3 +118,53 @@ def test_keys_are_those_of_trls_own_class(tiny_records, tiny_gpt2, tmp_path):
 def test_trls_trainers_keep_the_policy_to_themselves(tiny_records, tmp_path):
     given = stage(tiny_records, tmp_path, policy="p", lora={})
     assert why_apart(given, None, None) == "algorithm: rloo is TRL's own trainer, which keeps the policy to itself"
+
+
+def test_after_a_kill_the_best_is_of_the_run_that_lives(tiny_records, tiny_gpt2, tmp_path, monkeypatch):
+    """The dead run's best came after its last checkpoint: the one that goes on draws other samples, and finds its own."""
+    given = stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"max_steps": 6, "save_steps": 4})
+    from pipeline.ppo.evaluation import Watched
+
+    keep = Watched._keep
+
+    def best_then_killed(trainer, figure):
+        if trainer.state.global_step == 6:
+            keep(trainer, 9.0)
+            raise KeyboardInterrupt
+        keep(trainer, figure)
+
+    monkeypatch.setattr(Watched, "_keep", best_then_killed)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.run(given)
+    monkeypatch.setattr(Watched, "_keep", keep)
+    folder = ppo.run(given)
+    step = json.loads((folder / "manifest.json").read_text())["metrics"]["best_step"]
+    best = load_file(folder / "best" / "model.safetensors")
+    same = load_file((folder if step == 6 else folder / "policies" / f"step-{step:06}") / "model.safetensors")
+    assert all(best[name].equal(same[name]) for name in best)
+    assert step == 6
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_a_policy_that_grew_has_a_reference_as_large(algorithm, tiny_records, tiny_gpt2, tmp_path):
+    """As GPT-2's does, whose tokenizer brings no pad token."""
+    AutoModelForCausalLM.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    grown = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|another pad|>"})
+    tokenizer.save_pretrained(tmp_path / "policy")
+    folder = ppo.run(stage(tiny_records, tmp_path, policy=str(tmp_path / "policy"), algorithm=algorithm))
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == grown + 1
+
+
+def test_too_few_prompts_to_fill_a_batch_are_an_error(tiny_records, tiny_gpt2, tmp_path):
+    wrong = TRAINING | {"per_device_train_batch_size": 512}
+    with pytest.raises(UserError, match=r"\d+ prompts to train on, and algorithm: rloo draws answers to 256 at a time"):
+        ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=wrong))
+
+
+def test_what_trl_refuses_late_is_one_line(tiny_records, tiny_gpt2, tmp_path):
+    with pytest.raises(UserError, match="save_strategy: best is not for algorithm: rloo"):
+        ppo.check(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"save_strategy": "best"}))
+    with pytest.raises(UserError, match=r"algorithm: rloo: .*sync_ref_model"):
+        ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"sync_ref_model": True, "beta": 0.0}))

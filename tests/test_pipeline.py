@@ -13,7 +13,7 @@ SMALL = [
     "sft.scratch.layers=1", "sft.scratch.width=16", "sft.scratch.heads=2", "sft.training.max_steps=4", "sft.training.eval_strategy=no",
     "sft.training.save_steps=2", "reward.training.max_steps=4", "reward.training.eval_strategy=no", "reward.training.save_steps=2",
     "ppo.training.num_rollouts=2", "ppo.training.per_device_train_batch_size=8", "ppo.training.response_tokens=8",
-    "ppo.training.eval_strategy=no", "ppo.training.eval_on_start=false",
+    "ppo.training.eval_strategy=no", "ppo.evaluation.keep=false", "ppo.training.eval_on_start=false",
     "evaluate.prompts=3", "evaluate.response_tokens=8",
 ]  # fmt: skip
 

@@ -43,7 +43,7 @@ def of_seed(runs: Path, seed: int) -> dict[str, Any]:
     sampled += [{"n": int(name.rsplit("_", 1)[1]), "kl": of_n["kl_bound"], "gold": of_n["gold_reward"]}
                 for name, of_n in metrics.items() if name.startswith("best_of_")]  # fmt: skip
     trained = [{"name": name, "kl": of["kl"], "gold": of["gold_reward"], "well_formed": of["well_formed"]}
-               for name, of in metrics.items() if name.startswith("ppo_")]  # fmt: skip
+               for name, of in metrics.items() if name.startswith("ppo")]  # fmt: skip
     for policy in trained:
         policy["over_best_of_n"] = policy["gold"] - at(sampled, policy["kl"])
     return {
@@ -81,8 +81,20 @@ def of_trap(runs: Path, seed: int) -> dict[str, Any]:
         found[name] |= {"peak": peak["eval_gold_reward"], "peak_kl": peak["eval_kl"], "best": best["eval_gold_reward"]}
         points = [{"name": "SFT", **entry_point(entries[0])}, *({"name": "", "line": "PPO", **entry_point(entry)} for entry in entries[1:])]
         fit = frontier.fits(points)["PPO"]["gold_reward"]
-        found[name] |= {"fit": fit, "turn_kl": math.exp(2 * (fit["alpha"] / fit["beta"] - 1)) if fit["beta"] > 0 else None}
+        found[name] |= {"fit": fit, "turn_kl": lost_at(entries)}
     return found
+
+
+def lost_at(entries: Sequence[dict[str, float]], share: float = 0.1) -> float | None:
+    """The KL at which gold has lost this share of its peak for the first time after it, on a straight line between two evaluations: the
+    peak's own place is noise where the top is flat."""
+    golds = [entry["eval_gold_reward"] for entry in entries]
+    first = golds.index(max(golds))
+    for before, after in zip(entries[first:], entries[first + 1 :], strict=False):
+        if after["eval_gold_reward"] < (1 - share) * max(golds):
+            ends = sorted((entry["eval_gold_reward"], entry["eval_kl"]) for entry in (before, after))
+            return float(np.interp((1 - share) * max(golds), *zip(*ends, strict=True)))
+    return None
 
 
 def entry_point(entry: dict[str, float]) -> dict[str, float]:
@@ -148,13 +160,12 @@ def trap_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def ensemble_rows(found: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [
-        ["seed", "one: peak gold", "at KL", "fitted turn", "at the end", "four: peak gold", "at KL", "fitted turn", "at the end"]
-    ]
+    columns = ["peak gold", "at KL", "a tenth of it lost at KL", "at the end"]
+    rows: list[Row] = [["seed", *(f"{many}: {column}" for many in ("one", "four") for column in columns)]]
     for seed in found["trap"]:
-        cells = [[seed[name]["peak"], seed[name]["peak_kl"], seed[name]["turn_kl"] or "none", seed[name]["curve"][-1]["gold_reward"]]
-                 for name in ("trap", "ensemble")]  # fmt: skip
-        rows.append([seed["seed"], *cells[0], *cells[1]])
+        of_both = [[seed[name][key] for key in ("peak", "peak_kl", "turn_kl")] + [seed[name]["curve"][-1]["gold_reward"]]
+                   for name in ("trap", "ensemble")]  # fmt: skip
+        rows.append([seed["seed"], *of_both[0], *of_both[1]])
     return rows
 
 
@@ -174,7 +185,7 @@ def draw(found: dict[str, Any]) -> None:
         for colour, marker, name in (("C2", "D", "rloo"), ("C4", "s", "grpo")):
             xs, ys = zip(*((math.sqrt(seed[name]["kl"]), seed[name]["gold"]) for seed in found["algorithms"]), strict=True)
             left.plot(xs, ys, marker, color=colour, markersize=4, label=f"{ALGORITHMS[name]}, at the end")
-        for colour, name, title in (("C3", "trap", "one reward model"), ("C0", "ensemble", "four, less a deviation")):
+        for colour, name, title in (("C3", "trap", "one reward model"), ("C0", "ensemble", "four, less two deviations")):
             for number, seed in enumerate(found["trap"]):
                 curve, fit = seed[name]["curve"], seed[name]["fit"]
                 xs = [math.sqrt(max(entry["kl"], 0)) for entry in curve]

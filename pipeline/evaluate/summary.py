@@ -20,8 +20,9 @@ def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts["quarantined"].items()))
         found += [_row("rows read", f"{counts['read']:,}"), _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons)]
     found += _reward_rows(reward)
-    most = [name for name in metrics if name.startswith("best_of_")][-1:]  # they come by n
-    policies = {name.replace("_", "-"): metrics[name] for name in ("sft", *most, "ppo")}
+    sampled = [name for name in metrics if name.startswith("best_of_")]  # they come by n
+    told = [name for name in sampled if name in ("best_of_16", sampled[-1])]
+    policies = {name.replace("_", "-"): metrics[name] for name in ("sft", *told, "ppo")}
     for figure, title in (
         ("gold_reward", "gold reward"),
         ("reward", "reward"),

@@ -47,6 +47,12 @@ def test_what_is_undefined_or_was_not_measured_is_left_out() -> None:
     assert told({}) == []
 
 
+def test_of_best_of_n_16_and_the_most_are_told() -> None:
+    by_n = {f"best_of_{n}": {"gold_reward": n / 100} for n in (8, 16, 32, 64)}
+    found = [tuple(row.values())[:2] for row in rows({"reward": {}, "sft": {}, **by_n, "ppo": {}})]
+    assert found == [("gold reward, best-of-16", "0.160"), ("gold reward, best-of-64", "0.640")]
+
+
 def test_the_table_says_where_the_report_is(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"reward": {"ratings": RATINGS}, "sft": {}, "ppo": {}}))
     assert table(tmp_path).splitlines() == [

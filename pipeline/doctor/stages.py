@@ -95,8 +95,10 @@ def shape(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
     if not hub.is_hub_id(source) and not Path(source).exists():
         raise UserError(f"{source}: does not exist, and no stage of this recipe makes it")
     beside = Path(config._recipe_folder or ".") / "config.json"
-    if hub.is_hub_id(source) and beside.is_file() and not reachable(source):
-        return AutoConfig.from_pretrained(beside)
+    if hub.is_hub_id(source) and not reachable(source):  # else the hub's library would try for minutes
+        if beside.is_file():
+            return AutoConfig.from_pretrained(beside)
+        raise UserError(f"{source}: is not on this machine, and the hub cannot be asked; put its config.json beside the recipe's files")
     try:
         if models.is_adapter(source):
             adapter = PeftConfig.from_pretrained(source)

@@ -32,7 +32,7 @@ def test_a_recipe_of_real_size_fits_where_it_says(recipe, tmp_path, capsys, monk
     said = capsys.readouterr()
     if recipe == "smollm2":  # has no shape beside it, and there is no hub here
         assert code == 2
-        assert "HuggingFaceTB/SmolLM2-135M-Instruct: its config.json cannot be read" in said.out
+        assert "HuggingFaceTB/SmolLM2-135M-Instruct: is not on this machine, and the hub cannot be asked" in said.out
         assert said.err.startswith("error: doctor: 4 things are wrong")
         return
     assert code == 0

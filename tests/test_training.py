@@ -1,4 +1,4 @@
-"""Checkpoints: which one a run goes on from."""
+"""What trained stages share: the checkpoint a run goes on from, the values of their sections, what this machine can do."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from pipeline import config, models, training
+from pipeline import config, evaluate, models, ppo, sft, training
 from pipeline.errors import UserError
 
 
@@ -70,3 +70,21 @@ def test_dropout_is_off_wherever_a_model_keeps_its_probability():
     module[1].scale = 0.5
     models.disable_dropout(module)
     assert (module[0].p, module[1].dropout, module[1].attention_dropout, module[1].layerdrop, module[1].scale) == (0, 0, 0, 0, 0.5)
+
+
+def test_what_cannot_be_quantized_here_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    common = {"run": "t", "quantization": "4bit"}
+    for stage, module in (
+        (config.SFTStage(model="m", lora={}, **common), sft),
+        (config.PPOStage(lora={}, reward="math:sqrt", **common), ppo),
+        (config.EvaluateStage(**common), evaluate),
+    ):
+        with pytest.raises(UserError, match=f"{stage.stage}: quantization: 4bit needs bitsandbytes, which is not installed here"):
+            module.check(stage)
+
+
+def test_evaluate_refuses_a_precision_that_is_not_there():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="precision: fp16 needs a GPU"):
+            evaluate.check(config.EvaluateStage(run="t", precision="fp16"))

@@ -48,7 +48,7 @@ bench-reward: setup  ## reward training and scoring beside TRL's and transformer
 bench-ppo: setup build/trl-1.12  ## PPO beside the last one TRL had (minutes; alone on the machine)
 	$(BIN)/python benchmarks/ppo.py --trl build/trl-1.12 $(ARGS)
 
-study: setup  ## was PPO worth it? eight seeds, best-of-n, TRL's algorithms, the trap, an ensemble (an hour of 2 cores; resumable)
+study: setup  ## was PPO worth it? eight seeds, best-of-n, TRL's algorithms, the trap, an ensemble (100 minutes of 2 cores; resumable)
 	$(BIN)/python benchmarks/study/run.py $(ARGS)
 
 build/trl-1.12: | setup

@@ -1,4 +1,4 @@
-"""Was PPO worth it? The demo world, in which the true (gold) reward is known, over several seeds; about half an hour of two cores.
+"""Was PPO worth it? The demo world, in which the true (gold) reward is known, over several seeds; 100 minutes of two cores.
 
     python benchmarks/study/run.py [--runs runs/study] [--lanes 2]
 

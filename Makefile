@@ -35,7 +35,7 @@ test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use o
 	$(BIN)/python -m pytest tests/test_sft.py tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
 
 oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
-	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo $(ARGS)
+	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo/test_trl112.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

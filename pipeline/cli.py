@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read)
 
 import argparse
 import errno
+import logging
 import math
 import os
 import sys
@@ -218,12 +219,15 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # TRL turns checkpointing on by default under its old name, so that it must be turned off under that name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+    # `generate` drops a mask that masks nothing, and then warns of the padding that it writes after an EOS itself.
+    unpadded = logging.getLogger("transformers.modeling_utils")
+    unpadded.addFilter(lambda record: "strongly recommend passing in an `attention_mask`" not in record.getMessage())
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 class Parser(argparse.ArgumentParser):

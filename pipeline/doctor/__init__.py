@@ -105,8 +105,8 @@ def longest_prompt(config: Any) -> int | None:
     """Tokens of the longest prompt that PPO will answer, where its records are there."""
     if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists() or (tokenizer := _words(config)) is None:
         return None
-    rows = open_records(artifact.require(config.records, "records", config.fix("prepare")), "prompts")["train"]
-    return max((len(encoding.prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]), default=None)
+    splits = open_records(artifact.require(config.records, "records", config.fix("prepare")), "prompts").values()
+    return max((len(encoding.prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None)
 
 
 def _memory(config: StageConfig, recipe: Recipe, given: float | None) -> Iterator[tuple[str, str]]:

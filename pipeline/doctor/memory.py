@@ -37,7 +37,7 @@ class Held(NamedTuple):
 class Step(NamedTuple):
     """A training step: micro-batches of (rows, width) tokens, and over how many of a row's tokens the output layer's logits are kept.
 
-    `rows_at_a_time` go through the output layer together; `computed` is the precision.
+    `rows_at_a_time` go through the model together; `computed` is the precision.
     """
 
     rows: int
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     dropout: bool = False
 
 
-class Drawing(NamedTuple):
+class Drawn(NamedTuple):
     """Answers drawn together: so many rows of at most so many tokens."""
 
     rows: int
@@ -59,7 +59,7 @@ class Drawing(NamedTuple):
     computed: str
 
 
-def reckon(held: list[Held], step: Step | None, drawing: Drawing | None) -> dict[str, float]:
+def reckon(held: list[Held], step: Step | None, drawing: Drawn | None) -> dict[str, float]:
     """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together. The
     first model is the one that draws."""
     found = dict.fromkeys(("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0) | {"buffers": BUFFERS}
@@ -105,9 +105,9 @@ def activations(held: Held, step: Step) -> tuple[float, float]:
     model = shapes.build(held.config, held.auto, dtype, held.lora)
     text = held.config.get_text_config()
     kept: float = shapes.kept_for_backward(model, step.rows, step.width, step.dropout)
-    if step.checkpointing:  # the states between layers, and one layer made again
+    if step.checkpointing:  # the states between layers, and one layer made again, of the rows that go together
         states = step.rows * step.width * text.hidden_size * dtype.itemsize
-        kept = text.num_hidden_layers * states + kept / text.num_hidden_layers
+        kept = text.num_hidden_layers * states + kept / text.num_hidden_layers * step.rows_at_a_time / step.rows
     if step.computed != held.precision and held.lora is None:  # autocast's copies of the weights
         kept += dtype.itemsize * sum(p.numel() for p in model.parameters())
     logits = 4.0 * step.logits * text.vocab_size
@@ -116,7 +116,7 @@ def activations(held: Held, step: Step) -> tuple[float, float]:
     return kept + step.rows * logits, min(step.rows, step.rows_at_a_time) * logits + gradient
 
 
-def cache(config: PreTrainedConfig, drawing: Drawing) -> float:
+def cache(config: PreTrainedConfig, drawing: Drawn) -> float:
     """Keys and values of all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from pipeline import artifact, hub, models, training
 from pipeline.config import EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
 from pipeline.doctor import shapes
-from pipeline.doctor.memory import Drawing, Held, Step, rows_at_a_time
+from pipeline.doctor.memory import Drawn, Held, Step, rows_at_a_time
 from pipeline.errors import UserError
 from pipeline.ppo import arguments_class, rewards
 from pipeline.ppo.apart import why_apart
@@ -24,7 +24,7 @@ ANSWERS = {"comparisons": 2, "rankings": 4}  # of a row; rankings are demo's, wh
 Recipe = Mapping[str, StageConfig]  # the stages of a recipe, some of which have not been run
 
 
-def plan(config: StageConfig, recipe: Recipe, args: Any, longest: int | None) -> tuple[list[Held], Step | None, Drawing | None]:
+def plan(config: StageConfig, recipe: Recipe, args: Any, longest: int | None) -> tuple[list[Held], Step | None, Drawn | None]:
     """For `memory.reckon`. `longest` are the tokens of the longest prompt there is, where records tell."""
     plans: dict[str, Any] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}
     held, step, drawing = plans[config.stage](config, recipe, args, longest)
@@ -62,7 +62,7 @@ def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> An
     own = config.algorithm == "ppo"
     drawn = min(args.generation_batch_size, args.rollout_rows) if own else args.generation_batch_size // args.world_size
     # TRL makes the logits in parts.
-    return held, _step(config, args, rows, width, tokens if own else 0), Drawing(drawn, width, computed)
+    return held, _step(config, args, rows, width, tokens if own else 0), Drawn(drawn, width, computed)
 
 
 def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None) -> Any:
@@ -72,7 +72,7 @@ def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None
     held = [Held(shape(config, source or "", recipe), **as_loaded) for source in (config.sft, config.ppo)]
     held += [_scorer(config, source, recipe) for source in scorers]
     width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens
-    return held, None, Drawing(config.batch_size, width, computed)
+    return held, None, Drawn(config.batch_size, width, computed)
 
 
 def arguments(config: StageConfig) -> Any:
@@ -147,7 +147,8 @@ def _weights(config: Any) -> dict[str, Any]:
 
 
 def _step(config: Any, args: Any, rows: int, width: int, logits: int, dropout: bool = False) -> Step:
-    at_a_time = rows_at_a_time("cuda" if torch.cuda.is_available() else "cpu", rows)
+    # TRL's trainers read a micro-batch whole.
+    at_a_time = rows_at_a_time("cuda" if torch.cuda.is_available() else "cpu", rows) if logits else rows
     options: dict[str, Any] = {"optim": str(args.optim.value if hasattr(args.optim, "value") else args.optim), "dropout": dropout}
     options |= {"accumulates": args.gradient_accumulation_steps > 1, "checkpointing": bool(args.gradient_checkpointing)}
     return Step(rows, width, logits, at_a_time, training.resolve_precision(config.precision), **options)

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.evaluation import BEST_STEP, POLICIES, Drawing, Watched, room
-from pipeline.ranks import is_main_process
+from pipeline.ranks import agree, is_main_process
 from pipeline.reward.sources import RewardFunction, RewardSource, ask
 
 MISSING_EOS_PENALTY = PPOConfig.missing_eos_penalty
@@ -115,13 +115,15 @@ class ForgetWhatWasLost(TrainerCallback):
     where `best/` is of such a step, the best is found anew."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        work = Path(str(args.output_dir))
-        if not state.global_step or not state.is_world_process_zero:
+        if not state.global_step:
             return
-        for left in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
-            if int(left.stem.removeprefix("step-")) > state.global_step:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        if (work / BEST_STEP).is_file() and int((work / BEST_STEP).read_text()) > state.global_step:
+        work, best = Path(str(args.output_dir)), 0
+        if is_main_process():
+            for left in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
+                if int(left.stem.removeprefix("step-")) > state.global_step:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            best = int((work / BEST_STEP).read_text()) if (work / BEST_STEP).is_file() else 0
+        if agree(best) > state.global_step:  # on all ranks, which stop by it together
             state.best_metric = state.best_global_step = None
 
 

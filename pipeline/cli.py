@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from pipeline import __version__, config
 from pipeline.errors import UserError
-from pipeline.ranks import is_main_process, leave
+from pipeline.ranks import have_joined, is_main_process, join, leave
 
 EXAMPLES = """examples:
   rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or not known:
             raise
         message, code = _explain(error)
-        print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+        if is_main_process() or have_joined():  # before they join all ranks come upon the same
+            print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
         return code
 
 
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")
     config.check_run(configs)
     _quiet_libraries()
+    join()
     for loaded in configs:
         import_module(f"pipeline.{loaded.stage}").check(loaded)
     for loaded in configs:
@@ -99,6 +101,7 @@ def run_stage(args: argparse.Namespace) -> None:
     """One stage from its own config file."""
     loaded = config.load(args.command, args.config, args.overrides, **_common(args))
     _quiet_libraries()
+    join()
     import_module(f"pipeline.{loaded.stage}").check(loaded)
     if args.dry_run:
         print(f"{loaded.stage}: would write {loaded.folder}")
@@ -144,6 +147,7 @@ def score(args: argparse.Namespace) -> None:
 
     work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
+    join()
     scoring.score(work, args.reward, **_given(args, "positive_label", "batch_size", "alpha", "normalize"))
 
 
@@ -153,6 +157,7 @@ def best_of_n(args: argparse.Namespace) -> None:
 
     work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
+    join()
     drawn = _given(args, "n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size", "positive_label")
     scoring.best_of_n(work, args.reward, args.policy, **drawn)
 

@@ -1,12 +1,18 @@
-"""The processes of a run under `accelerate launch`: rank 0 decides and writes, the others wait for it."""
+"""The processes of a run under `accelerate launch`: rank 0 decides and writes, the others wait for it; long work is shared out."""
 
 import gc
 import os
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from pipeline.errors import UserError
+from pipeline.launch import why_not
+
 Value = TypeVar("Value")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 # How long the others wait for rank 0 to prepare, to publish, to evaluate; a process that dies ends them all at once, by its launcher.
 PATIENCE = timedelta(days=7)
 
@@ -16,24 +22,63 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def world_size() -> int:
+    """The number of processes that were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def agree(value: Value) -> Value:
     """Rank 0's value on every rank, once all have come here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return value
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(timeout=PATIENCE)  # joins the process group, where nothing has yet
+    join()
     return broadcast_object_list([value])[0]
 
 
-def leave() -> None:
-    """Leaves the process group, if one was joined: its threads must be gone before the interpreter is, or they abort the process
-    (pytorch/pytorch#179291)."""
-    if "torch" not in sys.modules:
-        return
-    from torch import distributed
+def spread(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+    """`work` on all items, each process doing its share of them; every process gets all results, in the order of the items."""
+    processes = world_size()
+    if processes == 1:
+        return work(items)
+    from accelerate.utils import gather_object
 
-    if distributed.is_available() and distributed.is_initialized():
+    join()
+    first, end = (len(items) * rank // processes for rank in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1))
+    return list(gather_object(work(items[first:end])))
+
+
+def have_joined() -> bool:
+    """Whether this process has entered the group of those it was started with."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+
+
+def join() -> None:
+    """Enter that group. Raises `UserError` where the launch did not get what it asked for."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if problem := why_not(os.environ, gpus):
+        raise UserError(f"the launch: {problem}")
+    if world_size() == 1 or have_joined():
+        return
+    from accelerate import PartialState
+
+    try:
+        found = PartialState(cpu=not gpus, timeout=PATIENCE).num_processes
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the launch: the processes cannot meet at {place}: {error}; name another port: --main_process_port 0") from None
+    if found != world_size():
+        raise UserError(
+            f"the launch: {world_size()} processes were asked for, and {found} came together; start them with accelerate launch"
+        )
+
+
+def leave() -> None:
+    """Leaves the group, if it was joined: its threads must be gone before the interpreter is, or they abort the process
+    (pytorch/pytorch#179291)."""
+    if have_joined():
         gc.collect()  # a model wrapped for several processes may hold the group
-        distributed.destroy_process_group()
+        sys.modules["torch"].distributed.destroy_process_group()

@@ -35,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.prepare import json_line, write_quarantine
 from pipeline.prepare.checks import clean
 from pipeline.prepare.readers import READERS, Fault, Item
+from pipeline.ranks import agree, is_main_process, spread, world_size
 
 KINDS = {"score": "answers", "best-of-n": "prompts"}  # as `checks` knows them
 NEW = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
@@ -191,20 +192,26 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
 
 
 def _fill(work: Work, made_from: dict[str, Any], compute: Callable[[Sequence[Item]], list[Columns]], chunk: int) -> None:
-    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time; go on where the same was interrupted.
+    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time and process; go on where the same was
+    interrupted. Rank 0 writes.
 
     `made_from` is what decides them: no batch size, which may be lowered after a run out of memory.
     """
     made_from = {"command": work.command, "version": __version__, "input": artifact.foreign(work.source, "source").identity} | made_from
     partial = _sibling(work.output, "partial.jsonl")
-    rows = work.sound
+    rows, chunk = work.sound, chunk * world_size()
+    if not is_main_process():
+        for start in range(agree(0), len(rows), chunk):
+            spread(compute, rows[start : start + chunk])
+        return
     with _locked(work.output):
         done = _resume(partial, made_from)
+        agree(len(done))
         if done:
             print(f"{work.command}: resuming {partial}: {len(done):,} of {len(rows):,} rows are done", flush=True)
         with tqdm(total=len(rows), initial=len(done), unit=" rows", disable=None) as bar:
             for start in range(len(done), len(rows), chunk):
-                done += _append(partial, compute(rows[start : start + chunk]))
+                done += _append(partial, spread(compute, rows[start : start + chunk]))
                 bar.update(len(done) - start)
         _publish(work, done)
         partial.unlink()

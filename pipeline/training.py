@@ -26,13 +26,15 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.config import TrainedStage, nearest
 from pipeline.errors import UserError
-from pipeline.ranks import agree, is_main_process
+from pipeline.files import read_json, write_json
+from pipeline.ranks import agree, is_main_process, world_size
 
 # Set by the stage itself -> what to set instead.
 RESERVED = {
     "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
     "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
 }  # fmt: skip
+PROCESSES = "processes.json"  # in the work folder: how many began the run
 LAUNCH = re.compile("runtime|per_second|^time/")  # figures of one launch, which an interrupted run has several of
 
 
@@ -85,16 +87,39 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
         "report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "logging_steps": 10, "dataloader_pin_memory": False,
         "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
     }  # fmt: skip
+    given = defaults | _section(config.training, cls) | fixed
     try:
-        built = cls(**defaults | _section(config.training, cls) | fixed)
+        built = cls(**given)
+        if shares := _shares(config, built, read_json(work / PROCESSES).get("processes", world_size())):
+            built = cls(**given | shares)
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
+    if built.mixed_precision != (expected := precision.replace("fp32", "no")):
+        raise UserError(
+            f"{config.stage}: precision is {precision}, and accelerate launch was told mixed_precision: {built.mixed_precision}; "
+            f"set mixed_precision: '{expected}' in its file, and 'precision' in the config"
+        )
     if built.n_gpu > 1:  # the Trainer would split each batch over them by nn.DataParallel, which no stage here reckons with
         raise UserError(
             f"{config.stage}: {built.n_gpu} GPUs are visible to one process; start one process for each with "
             f"'accelerate launch -m pipeline {config.stage} …', or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     return built
+
+
+def _shares(config: TrainedStage, args: TrainingArguments, begun: int) -> dict[str, int]:
+    """What makes a step of the rows that it had when the run was `begun` by another number of processes; {} by the same number."""
+    here, most = world_size(), args.per_device_train_batch_size
+    if here == begun:
+        return {}
+    rows = most * args.gradient_accumulation_steps * begun
+    if rows % here:
+        raise UserError(
+            f"{config.stage}: was begun by {begun} processes, with steps of {rows} rows, which {here} cannot share evenly; "
+            f"start a number that divides {rows}, or add --force to start afresh"
+        )
+    size = max(size for size in range(1, most + 1) if rows // here % size == 0)
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // here // size}
 
 
 def to_evaluate(args: TrainingArguments, rows: Dataset | None) -> Dataset | None:
@@ -123,6 +148,7 @@ def fit(trainer: Trainer, work: Path) -> None:
     """Train, going on from the last checkpoint that counts."""
     trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
     checkpoint = agree(last_checkpoint(work) if is_main_process() else None)
+    trainer.add_callback(RememberProcesses)
     if checkpoint:
         trainer.args.eval_on_start = False  # that was done
     try:
@@ -153,6 +179,15 @@ def write_log(trainer: Trainer, output: Path) -> None:
     """The trainer's log entries as JSON lines, without what differs from run to run."""
     entries = [{k: v for k, v in entry.items() if not LAUNCH.search(k)} for entry in trainer.state.log_history]
     (output / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))
+
+
+class RememberProcesses(TrainerCallback):
+    """Writes beside the first checkpoint by how many processes the run was begun; see `_shares`."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        file = Path(str(args.output_dir)) / PROCESSES
+        if state.is_world_process_zero and not file.exists():
+            write_json(file, {"processes": args.world_size})
 
 
 class Say(TrainerCallback):

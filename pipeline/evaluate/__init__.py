@@ -22,11 +22,12 @@ from pipeline.errors import UserError
 from pipeline.evaluate import frontier
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
+from pipeline.ranks import is_main_process, spread
 from pipeline.reading import read
 from pipeline.records import open_records
 from pipeline.reward.measure import held_out, measure
 from pipeline.reward.metrics import pair_accuracy
-from pipeline.reward.model import RewardModel
+from pipeline.reward.model import RewardModel, SharedRewardModel
 from pipeline.reward.sources import RewardFunction, from_model, function
 from pipeline.sampling import Answers
 
@@ -48,12 +49,14 @@ def run(config: EvaluateStage) -> Path:
     inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
     if config.scorer and not config.scorer.is_function:
         inputs["scorer"] = artifact.require(config.scorer.source, "reward", config.fix("reward"))
-    return artifact.build(config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output))
+    return artifact.build(
+        config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output), on_every_rank=True
+    )
 
 
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    reward = load_reward(config, inputs["reward"], config.positive_label)
+    reward = load_reward(config, inputs["reward"], config.positive_label, SharedRewardModel)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
     if config.scorer:
@@ -64,6 +67,8 @@ def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output
         answers["reward"] = reward.score(answers["prompt"], answers["text"])
     metrics: dict[str, Any] = {"reward": reward_metrics(reward, inputs, scorers.get("gold_reward"))}
     reliability = metrics["reward"].get("comparisons", {}).pop("calibration", [])
+    if not is_main_process():
+        return {}
     metrics |= policy_metrics(config, sampled) | {"rows": inputs["records"].manifest.get("rows", {})}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_report(output / "report.html", report_data(config, inputs, metrics, sampled, reliability))
@@ -73,14 +78,21 @@ def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output
 def scored(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Dataset) -> list[float]:
     """Called as PPO calls it: by TRL's signature, with the other columns of each prompt's record."""
     repeats = len(answers["text"]) // len(prompts)
-    records = {name: [value for value in column for _ in range(repeats)] for name, column in prompts[:].items()}
-    given = {"prompts": records.pop("prompt"), "completions": answers["text"], "completion_ids": answers["ids"], "ended": answers["ended"]}
-    return list(map(float, scorer(**given, **records)))
+
+    def share(rows: Sequence[int]) -> list[float]:
+        records = prompts.select([row // repeats for row in rows])[:]
+        texts, ids, ended = ([answers[name][row] for row in rows] for name in ("text", "ids", "ended"))
+        given = {"prompts": records.pop("prompt"), "completions": texts, "completion_ids": ids, "ended": ended}
+        return list(map(float, scorer(**given, **records)))
+
+    return spread(share, range(len(answers["text"])))
 
 
-def load_reward(config: EvaluateStage, reward: artifact.Artifact, positive_label: str | None) -> RewardModel:
+def load_reward(
+    config: EvaluateStage, reward: artifact.Artifact, positive_label: str | None, kind: type[RewardModel] = RewardModel
+) -> RewardModel:
     options: dict[str, Any] = {"revision": reward.revision, "trust_remote_code": config.trust_remote_code}
-    return RewardModel.load(reward.path, positive_label=positive_label, **options)
+    return kind.load(reward.path, positive_label=positive_label, **options)
 
 
 def looking_on(config: EvaluateStage, scorer: Reward, opened: artifact.Artifact | None) -> RewardFunction:
@@ -117,20 +129,21 @@ def sample(
     config: EvaluateStage, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int, reference: Any = None
 ) -> dict[str, list[Any]]:
     """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "text", "ids", "response_tokens", "ended", *(["kl"] if reference is not None else []))
-    }
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    columns["prompt"] += wanted
     given = {name: getattr(config, name) for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")}
-    for answers in sampling.sample(policy, tokenizer, wanted, range(len(wanted)), **given):
-        columns["text"] += answers.texts
-        columns["ids"] += answers.token_lists()
-        columns["response_tokens"] += answers.response_mask.sum(1).tolist()
-        columns["ended"] += answers.ended
-        if reference is not None:
-            columns["kl"] += answer_kl(policy, reference, answers, config.temperature)
-    return columns
+
+    def share(rows: Sequence[int]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for answers in sampling.sample(policy, tokenizer, [wanted[row] for row in rows], rows, **given):
+            columns = {"text": answers.texts, "ids": answers.token_lists(), "response_tokens": answers.response_mask.sum(1).tolist()}
+            columns["ended"] = answers.ended
+            if reference is not None:
+                columns["kl"] = answer_kl(policy, reference, answers, config.temperature)
+            found += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return found
+
+    drawn = spread(share, range(len(wanted)))
+    return {"prompt": wanted} | {name: [row[name] for row in drawn] for name in drawn[0]}
 
 
 @torch.inference_mode()

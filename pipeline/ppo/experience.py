@@ -41,10 +41,15 @@ class Experience:
 def plan(answers: Answers, args: PPOConfig, rollout: int, ppo_epoch: int) -> Plan:
     """Minibatches partition the rollout; each is cut into micro-batches of like lengths."""
     lengths = (answers.query_mask.sum(1) + answers.response_mask.sum(1)).tolist()
-    order = permutation(args.rollout_rows, args.seed, "minibatches", rollout, ppo_epoch, args.process_index)
-    size, micro = args.rollout_rows // args.num_mini_batches, args.per_device_train_batch_size
-    minibatches = [sorted(order[start : start + size], key=lambda i: lengths[i]) for start in range(0, len(order), size)]
-    return [[minibatch[start : start + micro] for start in range(0, size, micro)] for minibatch in minibatches]
+    micro, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    minibatches: list[list[int]] = [[] for _ in range(args.num_mini_batches)]
+    for part in range(parts):  # each shuffled by itself, by its number among those of all processes: whose it is changes no minibatch
+        start = part * micro * args.num_mini_batches
+        order = permutation(micro * args.num_mini_batches, args.seed, "minibatches", rollout, ppo_epoch, args.process_index * parts + part)
+        for number, minibatch in enumerate(minibatches):
+            minibatch += [start + row for row in order[number * micro : (number + 1) * micro]]
+    by_length = [sorted(minibatch, key=lambda row: lengths[row]) for minibatch in minibatches]
+    return [[minibatch[start : start + micro] for start in range(0, len(minibatch), micro)] for minibatch in by_length]
 
 
 @torch.no_grad()

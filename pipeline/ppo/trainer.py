@@ -232,7 +232,7 @@ class PPOTrainer(Watched):
             "objective/entropy": experience.entropy[mask].mean(), "objective/scores": experience.scores.mean(),
             "objective/raw_scores": statistics.fmean(raw), "objective/non_score_reward": penalty.mean(),
             "objective/rlhf_reward": (experience.scores + penalty).mean(), "response/tokens": mask.sum(1).float().mean(),
-            "response/ended_fraction": statistics.fmean(answers.ended), "val/num_eos_tokens": (ends & mask).sum(),
+            "response/ended_fraction": statistics.fmean(answers.ended), "val/num_eos_tokens": (ends & mask).sum() * self.args.world_size,
             "val/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
         }  # fmt: skip
         for name, figure in figures.items():

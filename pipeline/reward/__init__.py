@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from pipeline import artifact, models, training
 from pipeline.config import RewardStage
 from pipeline.errors import UserError
-from pipeline.ranks import is_main_process
+from pipeline.ranks import agree, is_main_process
 from pipeline.records import open_records
 from pipeline.reward import batching, card, measure
 from pipeline.reward.encoding import Encoding, flat
 from pipeline.reward.encoding import check as check_encoding
 from pipeline.reward.examples import ANSWERS, examples
-from pipeline.reward.model import RewardModel, Settings
+from pipeline.reward.model import Settings, SharedRewardModel
 from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
 
 SHARE_OF_AN_ENSEMBLE = 0.7  # of the rows each member learns from
@@ -91,14 +91,16 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
         # PEFT's, of modules that this model has not, or has by other names
         raise UserError(f"reward: lora: {' '.join(str(error).split())}; try lora.target_modules=all-linear") from None
     training.fit(trainer, work)
-    if not is_main_process():
-        return {}
     trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
     trainer.accelerator.free_memory()
     built = card.architecture(trainer.model)
-    save(trainer, config, settings, output)
-    training.write_log(trainer, output)
+    if is_main_process():
+        save(trainer, config, settings, output)
+        training.write_log(trainer, output)
+    agree("saved")
     found = publish_metrics(config, records, data, output)
+    if not is_main_process():
+        return {}
     counted = {split: {"rows": len(kept)} | counts for split, (kept, counts) in rows.items()}
     card.write(output, config, settings, records, trainer, built, counted)
     return found | {"rows": counted}
@@ -194,12 +196,13 @@ def save(trainer: RewardTrainer, config: RewardStage, settings: Settings, output
 
 def publish_metrics(config: RewardStage, records: artifact.Artifact, data: DatasetDict, output: Path) -> dict[str, Any]:
     """Measure what was saved as all will read it, in fp32; the first line is on the records it learned from."""
-    reward = RewardModel.load(output, trust_remote_code=config.trust_remote_code)
+    reward = SharedRewardModel.load(output, trust_remote_code=config.trust_remote_code)
     kind = OBJECTIVES[config.objective].kind
     reference = data["validation"] if len(data["validation"]) else data["train"]
     reward.settings = dataclasses.replace(reward.settings, **measure.reference_statistics(reward, reference))
-    reward.settings.save(output)
     kinds = [kind, *sorted(name for name in ANSWERS if name != kind and (records.path / name).is_dir() and not records.foreign)]
     found = measure.measure(reward, {name: measure.held_out(open_records(records, name)) for name in kinds})
-    (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
+    if is_main_process():
+        reward.settings.save(output)
+        (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
     return {"metrics": {name: {k: v for k, v in figures.items() if isinstance(v, int | float)} for name, figures in found.items()}}

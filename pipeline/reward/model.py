@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import models
 from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
+from pipeline.ranks import spread
 from pipeline.reward import batching
 from pipeline.reward.encoding import Encoding, encode
 from pipeline.reward.encoding import check as check_encoding
@@ -187,6 +188,17 @@ class RewardModel:
         scores = self.score([prompt] * len(responses), responses)
         best = max(range(len(scores)), key=scores.__getitem__)
         return best, scores[best]
+
+
+class SharedRewardModel(RewardModel):
+    """One that every process has loaded: each computes its share. To be called by all of them, with the same."""
+
+    def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
+        def share(rows: Sequence[int]) -> list[list[float]]:
+            mine = ([texts[row] for row in rows] for texts in (prompts, responses))
+            return super(SharedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
+
+        return torch.tensor(spread(share, range(len(prompts)))).reshape(len(prompts), self.model.config.num_labels)
 
 
 def _load(source: str, tokenizer: PreTrainedTokenizerBase, settings: Settings | None, precision: str, options: dict[str, Any]) -> Any:

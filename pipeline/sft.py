@@ -13,7 +13,7 @@ from peft import TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import artifact, encoding, models, training
+from pipeline import artifact, encoding, models, sharding, training
 from pipeline.config import SFTStage
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
@@ -51,10 +51,11 @@ def train(config: SFTStage, records: artifact.Artifact, output: Path, work: Path
     )
     training.fit(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
+    weights = sharding.gathered(trainer)
     if not is_main_process():
         return {}
     policy: Any = trainer.model
-    policy.save_pretrained(output, **({} if config.lora is None else {"save_embedding_layers": False}))
+    policy.save_pretrained(output, state_dict=weights, **({} if config.lora is None else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
     if config.merge:
         models.merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)

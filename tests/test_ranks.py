@@ -21,10 +21,10 @@ ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for numbe
 STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo")
 
 
-def start(processes: int, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`command`, which follows `python`, run by so many processes."""
-    launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
-    module = [sys.executable, "-m", *launcher] if processes > 1 else [sys.executable]
+def start(processes: int, *command: str, how: str = "cpu", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`command`, which follows `python`, run by so many processes, launched by a file of configs/accelerate."""
+    launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ROOT / f"configs/accelerate/{how}.yaml")]
+    module = [sys.executable, "-m", *launcher, "--num_processes", str(processes)] if processes > 1 else [sys.executable]
     given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*module, *command], env=given, capture_output=True, text=True, timeout=300)
 
@@ -101,6 +101,14 @@ def test_two_processes_learn_what_one_does(trained, stage):
     one, two = (learned(trained[processes], stage) for processes in (1, 2))
     assert len(one[0]) == (3 if stage == "ppo" else 4)
     assert_the_same(one, two)
+
+
+def test_two_processes_that_share_the_weights_learn_what_one_does(trained, tiny_feedback, tiny_llama, tmp_path):
+    """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
+    stages = ("sft", "ranking", "ppo")
+    launch(2, str(ROOT / "tests/sharded.py"), str(tmp_path), str(tiny_feedback), str(tiny_llama), *stages, how="fsdp2")
+    for stage in stages:
+        assert_the_same(learned(trained[1], stage), learned(tmp_path, stage))
 
 
 def test_a_process_killed_takes_the_run_down_and_one_process_goes_on_from_there(trained, tiny_feedback, tiny_llama, tmp_path):

@@ -68,8 +68,8 @@ def ppo(folder: Path, model: str) -> None:
     )
     trainer.train()
     trainer.evaluate()
+    trainer.publish(folder / "ppo")
     if is_main_process():
-        trainer.publish(folder / "ppo")
         training.write_log(trainer, folder / "ppo")
 
 

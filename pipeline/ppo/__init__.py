@@ -77,9 +77,9 @@ def train(config: PPOStage, inputs: dict[str, artifact.Artifact], output: Path, 
     trainer = trainer_of(config, inputs, args)
     training.fit(trainer, work)
     metrics = trainer.evaluate()
+    trainer.publish(output)
     if not is_main_process():
         return {}
-    trainer.publish(output)
     for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
         shutil.copytree(work / name, output / name)  # a copy: who is killed now needs it again
     shutil.rmtree(output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True)  # that is the artifact's own

@@ -17,6 +17,7 @@ from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.shown import write_samples
 from pipeline.reward.sources import RewardFunction, RewardSource, ask
 from pipeline.sampling import Answers, noise
+from pipeline.sharding import at_leisure, gathered
 
 EVALUATION = "evaluation"  # stands where a rollout's number stands
 POLICIES = "policies"  # where a policy of each evaluation lies, if it is kept
@@ -53,7 +54,7 @@ class Watched(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Means over the answers to held-out prompts: reward, the scorer's and the gold reward, KL to the reference, length."""
         self.model.eval()  # by which TRL's trainers tell whose figures are logged
-        table = answered(self, self.eval_dataset if eval_dataset is None else eval_dataset)
+        table = at_leisure(self.actor, lambda: answered(self, self.eval_dataset if eval_dataset is None else eval_dataset))
         figures = [name for name in table[0] if name not in ("prompt", "answer")]
         metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))
@@ -82,10 +83,16 @@ class Watched(Trainer):
         return ask(function, records.pop("prompt"), answers.texts, answers.token_lists(), answers.ended, records)
 
     def publish(self, folder: Path) -> None:
-        """Write the policy (of a LoRA policy the adapter) as others load it, and its tokenizer."""
+        """Write the policy (of a LoRA policy the adapter) as others load it, and its tokenizer. All ranks call it, one writes."""
+        weights = gathered(self)
+        if self.args.should_save:
+            self.write(folder, weights)
+
+    def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
+        """What `publish` does on rank 0, with the weights where they were sharded."""
         folder.mkdir(parents=True, exist_ok=True)
         options = {"selected_adapters": ["default"], "save_embedding_layers": False} if isinstance(self.actor.policy, PeftModel) else {}
-        self.actor.policy.save_pretrained(folder, **options)
+        self.actor.policy.save_pretrained(folder, state_dict=part(weights, "policy"), **options)
         self.processing_class.save_pretrained(folder)
 
     def _keep(self, figure: float) -> None:
@@ -93,11 +100,17 @@ class Watched(Trainer):
         best, folder = self.state.best_metric is None or figure > self.state.best_metric, Path(str(self.args.output_dir))
         if best:
             self.state.best_metric, self.state.best_global_step = figure, self.state.global_step
-        if best and self.args.should_save:
+        if best:
             self.publish(folder / "best")
-            (folder / BEST_STEP).write_text(str(self.state.global_step))
-        if self.keep and self.state.global_step and self.args.should_save:  # at step 0 it is SFT's
+            if self.args.should_save:
+                (folder / BEST_STEP).write_text(str(self.state.global_step))
+        if self.keep and self.state.global_step:  # at step 0 it is SFT's
             self.publish(folder / POLICIES / f"step-{self.state.global_step:06}")
+
+
+def part(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """Those of the submodule `name`, by their names in it."""
+    return weights and {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
 
 
 def answered(trainer: Watched, data: Dataset) -> list[dict[str, Any]]:

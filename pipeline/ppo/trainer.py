@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.ppo import math as ppo
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.evaluation import Drawing, Watched, room
+from pipeline.ppo.evaluation import Drawing, Watched, part, room
 from pipeline.ppo.experience import Experience, assess
 from pipeline.ppo.guards import SkipNonFinite, check_kl
 from pipeline.ppo.shown import Progress
@@ -32,6 +32,7 @@ from pipeline.ppo.stream import RolloutStream
 from pipeline.reward import batching
 from pipeline.reward.sources import RewardFunction, RewardSource
 from pipeline.sampling import Answers, permutation
+from pipeline.sharding import at_leisure, gathered
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -97,6 +98,9 @@ class PPOTrainer(Watched):
 
     def collect(self, rollout: int) -> Experience:
         """Sample and score the answers of one rollout, by its absolute number."""
+        return at_leisure(self.actor, lambda: self._collect(rollout))
+
+    def _collect(self, rollout: int) -> Experience:
         start = time.perf_counter()
         rows = self._rows(rollout)
         prompts = [self.pick(len(self.train_dataset), "prompts", row) for row in rows]
@@ -178,15 +182,16 @@ class PPOTrainer(Watched):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained (policy or adapter, value head, KL coefficient) as one safetensors file."""
+        weights = gathered(self)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            weights = {k: v.contiguous() for k, v in self.accelerator.unwrap_model(self.actor).state_dict().items()}
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            weights = self.accelerator.unwrap_model(self.actor).state_dict() if weights is None else weights
+            save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def publish(self, folder: Path) -> None:
-        super().publish(folder)
-        save_file(self.actor.value_head.state_dict(), folder / VALUE_HEAD)
+    def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
+        super().write(folder, weights)
+        save_file(part(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD)
 
     # Parts of a rollout
 

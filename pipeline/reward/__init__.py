@@ -14,10 +14,10 @@ from typing import Any
 
 import trl
 from datasets import Dataset, DatasetDict
-from peft import TaskType
+from peft import PeftModel, TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from pipeline import artifact, models, training
+from pipeline import artifact, models, sharding, training
 from pipeline.config import RewardStage
 from pipeline.errors import UserError
 from pipeline.ranks import agree, is_main_process
@@ -94,8 +94,9 @@ def train(config: RewardStage, records: artifact.Artifact, output: Path, work: P
     trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
     trainer.accelerator.free_memory()
     built = card.architecture(trainer.model)
+    weights = sharding.gathered(trainer)
     if is_main_process():
-        save(trainer, config, settings, output)
+        save(trainer, weights, config, settings, output)
         training.write_log(trainer, output)
     agree("saved")
     found = publish_metrics(config, records, data, output)
@@ -180,18 +181,28 @@ def with_members(config: RewardStage, rows: Dataset) -> Dataset:
     return rows.add_column("members", [[rng.random() < SHARE_OF_AN_ENSEMBLE for _ in range(config.ensemble)] for _ in range(len(rows))])
 
 
-def save(trainer: RewardTrainer, config: RewardStage, settings: Settings, output: Path) -> None:
-    """Write the checkpoint in the form its quantization asks for, and `reward.json`."""
+def save(trainer: RewardTrainer, weights: dict[str, Any] | None, config: RewardStage, settings: Settings, output: Path) -> None:
+    """Write the checkpoint in the form its quantization asks for, and `reward.json`; `weights` are the model's where they were sharded."""
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
-    if config.quantization == "none":
+    if config.quantization == "none" and weights is None:
         model = model.cpu()
     if config.lora is not None and config.quantization == "none":
-        model.save_pretrained(output / "adapter", save_embedding_layers=False)
+        model.save_pretrained(output / "adapter", state_dict=weights, save_embedding_layers=False)
+        if weights is not None:
+            model, weights = reloaded(output / "adapter", config, settings, tokenizer), None
         model = model.float().merge_and_unload()  # in bf16 most of what was learned would be rounded away
-    model.save_pretrained(output, **({} if config.quantization == "none" else {"save_embedding_layers": False}))
+    model.save_pretrained(output, state_dict=weights, **({} if config.quantization == "none" else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(output)
     settings.save(output)
+
+
+def reloaded(adapter: Path, config: RewardStage, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """The base, whole in this process, with the adapter and head that were trained on its shards."""
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    weights: dict[str, Any] = {"quantization": config.quantization, "precision": training.weight_precision(config)}
+    base: Any = models.load_classifier(config.model, tokenizer, head=settings.head, **weights, **options)
+    return PeftModel.from_pretrained(base, str(adapter))
 
 
 def publish_metrics(config: RewardStage, records: artifact.Artifact, data: DatasetDict, output: Path) -> dict[str, Any]:

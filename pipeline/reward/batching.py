@@ -34,10 +34,20 @@ class Tree(NamedTuple):
         return len(self.common) + sum(map(len, self.rests))
 
 
-def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared: bool, batch_size: int = 64, types: bool = False) -> Tensor:
+def logits(
+    model: Any,
+    groups: Sequence[Sequence[Encoded]],
+    pad: int,
+    *,
+    shared: bool,
+    batch_size: int = 64,
+    types: bool = False,
+    at_once: bool = False,
+) -> Tensor:
     """(answers of all groups, C): the logits of each answer, in order. A group is the answers to one prompt.
 
-    `shared` computes what they have in common once (see `can_share`). At most `batch_size` answers go through the model together.
+    `shared` computes what they have in common once (see `can_share`). At most `batch_size` answers go through the model together; `at_once`
+    all, whatever the padding: where weights are sharded over ranks, these must agree in how many forwards they take.
     """
     answers = [answer for group in groups for answer in group]
     rows = (
@@ -47,7 +57,7 @@ def logits(model: Any, groups: Sequence[Sequence[Encoded]], pad: int, *, shared:
     )
     found: list[Tensor] = []
     order: list[int] = []
-    for batch in _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
+    for batch in [rows] if at_once else _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
         order += [answer for tree in batch for answer in tree.answers]
         if any(tree.common for tree in batch):
             found.append(_forward_trees(model, batch, pad))

@@ -91,7 +91,8 @@ class RewardTrainer(trl.RewardTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         batch, targets = inputs["batch"], inputs["labels"]
-        logits = batching.logits(model, batch.groups, self.pad, shared=self.shared, types=self.types).float()
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        logits = batching.logits(model, batch.groups, self.pad, shared=self.shared, types=self.types, at_once=sharded).float()
         if self.objective == "classification":
             weights = None if self.class_weights is None else self.class_weights.to(logits.device)
             loss = objectives.classification(logits, targets, weights, self.args.label_smoothing_factor)

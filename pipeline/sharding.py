@@ -1,0 +1,41 @@
+"""Weights that are sharded over the processes (FSDP2, DeepSpeed ZeRO): gathered to be saved, and whole while each rank reads on its own."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import Trainer
+
+Result = TypeVar("Result")
+
+
+def gathered(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained model's state, whole on rank 0, as `save_pretrained` takes it; None where each rank has the model whole. All call it."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.accelerator.get_state_dict(trainer.deepspeed)
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def at_leisure(model: Any, work: Callable[[], Result]) -> Result:
+    """`work()`, while which every rank has all weights of `model`: a sharded forward waits for all ranks, and they differ in how many they
+    need, as generation does. All call it; it costs the memory of a whole model in the precision that it computes in."""
+    if not isinstance(model, FSDPModule):
+        return work()
+    root: Any = model
+    if not hasattr(root, "_at_leisure"):
+        root._at_leisure = lambda work: work()
+        register_fsdp_forward_method(root, "_at_leisure")  # a first forward through a layer alone would make that the root
+    return root._at_leisure(lambda: _unsharded(root, work))
+
+
+def _unsharded(model: Any, work: Callable[[], Result]) -> Result:
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for shard in shards:
+        shard.unshard()
+    try:
+        return work()
+    finally:
+        for shard in shards:
+            shard.reshard()
+        model.set_reshard_after_forward(True)

@@ -331,8 +331,9 @@ def _identity(kind: str, files: dict[str, str]) -> str:
 
 
 def _describe(artifact: Artifact) -> dict[str, Any]:
-    """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision."""
-    described = {"path": artifact.path.as_posix(), "identity": artifact.identity}
+    """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision; and who serves it."""
+    described: dict[str, Any] = {"path": artifact.path.as_posix(), "identity": artifact.identity}
+    described |= {"served": artifact.manifest["served"]} if "served" in artifact.manifest else {}
     if not artifact.foreign:
         return described | {"manifest_hash": sha256(artifact.path / "manifest.json")}
     return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}

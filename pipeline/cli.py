@@ -145,29 +145,37 @@ def score(args: argparse.Namespace) -> None:
     """A file's answers, each with its reward."""
     from pipeline import scoring
 
+    reward = _reward(args)
     work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
     join()
-    scoring.score(work, args.reward, **_given(args, "positive_label", "batch_size", "alpha", "normalize"))
+    scoring.score(work, reward, **_given(args, "batch_size", "alpha", "normalize"))
 
 
 def best_of_n(args: argparse.Namespace) -> None:
     """To each prompt of a file the best of n sampled answers."""
     from pipeline import scoring
 
+    reward = _reward(args)
     work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
     join()
-    drawn = _given(args, "n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size", "positive_label")
-    scoring.best_of_n(work, args.reward, args.policy, **drawn)
+    drawn = _given(args, "n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size")
+    scoring.best_of_n(work, reward, args.policy, **drawn)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Answers to one prompt, best first."""
     from pipeline import scoring
 
+    reward = _reward(args)
     _quiet_libraries()
-    print(scoring.compare(args.reward, args.prompt, args.answers, positive_label=args.positive_label))
+    print(scoring.compare(reward, args.prompt, args.answers))
+
+
+def _reward(args: argparse.Namespace) -> config.Reward:
+    given = {"source": args.reward, "positive_label": args.positive_label, "reads": args.reads}
+    return config.validate(config.Reward, given, f"--reward {args.reward}")
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -293,7 +301,8 @@ def _add_scoring(commands: Any) -> None:
     best = commands.add_parser("best-of-n", help="to each prompt of a file the best of n sampled answers")
     compared = commands.add_parser("compare", help="answers to one prompt, best first")
     for command in (scored, best, compared):
-        command.add_argument("--reward", required=True, help="a reward artifact, a classifier's folder or a hub id")
+        command.add_argument("--reward", required=True, help="a reward artifact, a classifier's folder, a hub id, or the URL of a server")
+        command.add_argument("--reads", metavar="NAME", help="the folder or hub id of what a server serves, where it does not tell")
         command.add_argument("--positive-label", metavar="NAME", help="of a classifier with several labels the good one")
     best.add_argument("--policy", required=True, help="a policy artifact, a model's folder or a hub id")
     for command in (scored, best):

@@ -274,22 +274,41 @@ class RewardStage(FromModel):
 
 
 class Reward(Strict):
-    """One of PPO's rewards: an artifact, a classifier's folder, a hub id or a `module:function`.
+    """One of PPO's rewards: an artifact, a classifier's folder, a hub id, a `module:function`, or the URL of an engine that serves one.
 
     Of a foreign classifier with several labels the logit of `positive_label` is the reward. `weight` is 1/n of n where it is not given.
     `length_penalty` takes off that share (1: all) of what length alone is worth to a reward artifact, by its reference sample.
+    `reads` is the folder or hub id of what a URL serves (see `pipeline.reward.served`), `timeout` the seconds that an answer may take.
     """
 
     source: str
     weight: float | None = None
     positive_label: str | None = None
     length_penalty: float = Field(0.0, ge=0)
+    reads: str | None = None
+    timeout: float = Field(60.0, gt=0, exclude=True)  # decides no score
 
     @model_validator(mode="after")
     def a_function_has_no_reference_sample(self) -> "Reward":
         if self.length_penalty and self.is_function:
             raise ValueError(f"length_penalty: {self.source} is a function, of which no reference sample is known; penalise length in it")
         return self
+
+    @model_validator(mode="after")
+    def what_is_served_has_a_url(self) -> "Reward":
+        for key in ("reads", "timeout"):
+            if key in self.model_fields_set and getattr(self, key) is not None and not self.is_url:
+                raise ValueError(f"{key!r} is only read with the URL of a server as the source, but that is {self.source!r}; remove it")
+        return self
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it is a model in this process."""
+        return not self.is_url and not self.is_function
+
+    @property
+    def is_url(self) -> bool:
+        return self.source.startswith(("http://", "https://"))
 
     @property
     def is_function(self) -> bool:

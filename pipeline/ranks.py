@@ -38,7 +38,8 @@ def agree(value: Value) -> Value:
 
 
 def spread(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
-    """`work` on all items, each process doing its share of them; every process gets all results, in the order of the items."""
+    """`work` on all items, each process doing its share of them, if it has one; every process gets all results, in
+    the order of the items."""
     processes = world_size()
     if processes == 1:
         return work(items)
@@ -46,7 +47,7 @@ def spread(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]
 
     join()
     first, end = (len(items) * rank // processes for rank in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1))
-    return list(gather_object(work(items[first:end])))
+    return list(gather_object(work(items[first:end]) if end > first else []))
 
 
 def have_joined() -> bool:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pipeline import __version__, artifact, files
-from pipeline.config import nearest
+from pipeline.config import Reward, nearest
 from pipeline.errors import UserError
 from pipeline.prepare import json_line, write_quarantine
 from pipeline.prepare.checks import clean
@@ -60,28 +60,25 @@ class Work(NamedTuple):
         return [item for item in self.items if not item.fault]
 
 
-def score(work: Work, reward: str, *, positive_label: str | None, batch_size: int, alpha: float | None, normalize: bool) -> None:
+def score(work: Work, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool) -> None:
     """The reward of each answer."""
-    opened = artifact.require(reward, "reward", f"{FIX} reward")
-    rewards = _scorer(opened, positive_label, batch_size=batch_size, alpha=alpha, normalize=normalize)
+    identity, rewards = _scorer(reward, batch_size=batch_size, alpha=alpha, normalize=normalize)
 
     def compute(items: Sequence[Item]) -> list[Columns]:
         found = rewards([item.record["prompt"] for item in items], [item.record["response"] for item in items])
         return [{"reward": value} for value in found]
 
-    _fill(work, {"reward": opened.identity, "positive_label": positive_label, "alpha": alpha, "normalize": normalize}, compute, CHUNK)
+    made_from = {"reward": identity, "positive_label": reward.positive_label, "alpha": alpha, "normalize": normalize}
+    _fill(work, made_from, compute, CHUNK)
 
 
-def best_of_n(
-    work: Work, reward: str, policy: str, *, positive_label: str | None, n: int, max_prompt_tokens: int, batch_size: int, **drawn: Any
-) -> None:
+def best_of_n(work: Work, reward: Reward, policy: str, *, n: int, max_prompt_tokens: int, batch_size: int, **drawn: Any) -> None:
     """Of `n` answers to each prompt the best, its reward, and the mean of all; `drawn` is seed, temperature and response_tokens.
 
     The noise of an answer is that of its row and its number in it. A policy of few positions reads as much of a prompt as leaves room.
     """
-    opened = artifact.require(reward, "reward", f"{FIX} reward")
     source = artifact.require(policy, "policy", f"{FIX} sft")
-    rewards = _scorer(opened, positive_label)
+    identity, rewards = _scorer(reward)
     from pipeline import sampling
 
     model, tokenizer = sampling.load(str(source.path), revision=source.revision)
@@ -101,19 +98,18 @@ def best_of_n(
         means = [statistics.fmean(found[i] for i in group) for group in groups]
         return [{"response": texts[i], "reward": found[i], "reward_mean": mean} for i, mean in zip(best, means, strict=True)]
 
-    made_from = {"reward": opened.identity, "positive_label": positive_label, "policy": source.identity, "n": n, "room": room} | drawn
+    made_from = {"reward": identity, "positive_label": reward.positive_label, "policy": source.identity, "n": n, "room": room} | drawn
     _fill(work, made_from, compute, max(1, CHUNK // n))
 
 
-def compare(reward: str, prompt: str, answers: Sequence[str], *, positive_label: str | None) -> str:
+def compare(reward: Reward, prompt: str, answers: Sequence[str]) -> str:
     """A table of the answers, best first, no wider than the terminal. Raises `UserError` where one is no text."""
     for number, answer in enumerate(answers, 1):
         try:
             asked = clean("answers", {"prompt": prompt, "response": answer}, [])["prompt"]
         except Fault as fault:
             raise UserError(f"answer {number} of {len(answers)}: {fault.detail}") from None
-    opened = artifact.require(reward, "reward", f"{FIX} reward")
-    scores = _scorer(opened, positive_label)([asked] * len(answers), answers)
+    scores = _scorer(reward)[1]([asked] * len(answers), answers)
     ranked = sorted(zip(scores, answers, strict=True), key=lambda pair: -pair[0])
     rows = [("rank", "score", "answer"), *((str(rank), f"{value:.4f}", answer) for rank, (value, answer) in enumerate(ranked, 1))]
     width = max(len(value) for _, value, _ in rows)
@@ -121,11 +117,12 @@ def compare(reward: str, prompt: str, answers: Sequence[str], *, positive_label:
     return "\n".join(f"{rank:>4}  {value:>{width}}  {_shortened(answer, room)}" for rank, value, answer in rows)
 
 
-def _scorer(opened: artifact.Artifact, positive_label: str | None, **options: Any) -> Score:
-    """(prompts, answers) -> rewards, finite ones."""
-    from pipeline.reward.model import RewardModel
+def _scorer(reward: Reward, **options: Any) -> tuple[str, Score]:
+    """(identity, (prompts, answers) -> rewards, finite ones); `options` go to `RewardModel.score`."""
+    from pipeline.reward import sources
 
-    model = RewardModel.load(opened.path, revision=opened.revision, positive_label=positive_label)
+    opened = sources.require(reward, f"{FIX} reward")
+    model = sources.load(reward, opened)
 
     def rewards(prompts: Sequence[Any], answers: Sequence[Any]) -> list[float]:
         found = model.score(prompts, answers, **options)
@@ -133,7 +130,7 @@ def _scorer(opened: artifact.Artifact, positive_label: str | None, **options: An
             raise UserError(f"{opened.path}: gives the reward {wrong[0]}; expected finite ones; its weights are broken: train it again")
         return found
 
-    return rewards
+    return opened.identity, rewards
 
 
 def _shortened(text: str, room: int) -> str:

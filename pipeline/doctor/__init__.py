@@ -11,12 +11,13 @@ import psutil
 import torch
 
 from pipeline import artifact, encoding, hub, models
-from pipeline.config import StageConfig
+from pipeline.config import Reward, StageConfig
 from pipeline.doctor import memory, stages
 from pipeline.doctor.stages import Recipe
 from pipeline.errors import UserError
 from pipeline.files import list_files
 from pipeline.records import open_records
+from pipeline.reward import sources
 
 INPUTS = {  # of a stage: the key of its config, the kind of artifact, the stage that makes it
     "sft": [("records", "records", "prepare"), ("model", "model", "")],
@@ -48,24 +49,35 @@ def _config(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     named = [(key, getattr(config, key), kind, maker) for key, kind, maker in INPUTS[config.stage]]
-    if config.stage == "ppo":
-        given = stages.rewards(config).items()
-        named += [(name, reward.source, "reward", "reward") for name, reward in given if not reward.is_function]
-    if config.stage == "evaluate" and config.scorer and not config.scorer.is_function:
-        named.append(("scorer", config.scorer.source, "reward", "reward"))
+    given = stages.rewards(config) if config.stage == "ppo" else {"scorer": config.scorer} if getattr(config, "scorer", None) else {}
+    named += [(name, reward.source, "reward", "reward") for name, reward in given.items() if reward.is_loaded]
     for key, source, kind, maker in named:
         if source != "scratch":
             yield _try(key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker))
+    for name, reward in given.items():
+        if reward.is_url:
+            yield _try(name, lambda reward=reward: _served(config, recipe, reward))
+
+
+def _to_come(recipe: Recipe, source: str) -> bool:
+    return not Path(source).exists() and any(source == str(stage.folder) for stage in recipe.values())
 
 
 def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: str) -> str:
-    if not Path(source).exists() and any(source == str(stage.folder) for stage in recipe.values()):
+    if _to_come(recipe, source):
         return f"{source}: not made yet; {config.fix(maker)} makes it"
     if hub.is_hub_id(source):
         commit = stages.reachable(source)
         return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
     opened = artifact.require(source, kind, config.fix(maker) if maker else "name another")
     return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.foreign else 'as its stage wrote them'}"
+
+
+def _served(config: Any, recipe: Recipe, reward: Reward) -> str:
+    if reward.reads and _to_come(recipe, reward.reads):
+        return f"{reward.source}: reads {_input(config, recipe, reward.reads, 'reward', 'reward')}"
+    opened = sources.require(reward, config.fix("reward"), config.trust_remote_code)
+    return f"{reward.source}: {opened.manifest['served']['engine']} serves {opened.manifest['served']['model']}, read as {opened.path}"
 
 
 def _tokenizer(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -48,8 +48,8 @@ def _reward(config: RewardStage, recipe: Recipe, args: Any, _: int | None) -> An
 def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> Any:
     policy, computed = shape(config, config.policy or "", recipe), training.resolve_precision(config.precision)
     lora = _policys_adapter(config, recipe)
-    beside = [given.source for name, given in rewards(config).items() if not given.is_function and not _joins(config, name, recipe)]
-    joined = sum(not given.is_function for given in rewards(config).values()) - len(beside)
+    beside = [given.source for name, given in rewards(config).items() if given.is_loaded and not _joins(config, name, recipe)]
+    joined = sum(given.is_loaded for given in rewards(config).values()) - len(beside)
     # The reference's is another where the policy goes on from one, and TRL keeps its own.
     adapters = 1 + joined + (lora is not None and _goes_on(config, recipe)) + (config.algorithm != "ppo")
     held = [Held(policy, lora=lora, adapters=adapters, trained=True, **_weights(config))]
@@ -68,7 +68,7 @@ def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> An
 def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None) -> Any:
     computed = training.resolve_precision(config.precision)
     as_loaded: dict[str, Any] = {"precision": computed, "quantization": config.quantization}
-    scorers = [config.reward or "", *([config.scorer.source] if config.scorer and not config.scorer.is_function else [])]
+    scorers = [config.reward or "", *([config.scorer.source] if config.scorer and config.scorer.is_loaded else [])]
     held = [Held(shape(config, source or "", recipe), **as_loaded) for source in (config.sft, config.ppo)]
     held += [_scorer(config, source, recipe) for source in scorers]
     width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens

@@ -25,6 +25,7 @@ from pipeline.evaluate.summary import rows as summary_rows
 from pipeline.ranks import is_main_process, spread
 from pipeline.reading import read
 from pipeline.records import open_records
+from pipeline.reward import sources
 from pipeline.reward.measure import held_out, measure
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel, SharedRewardModel
@@ -48,7 +49,7 @@ def run(config: EvaluateStage) -> Path:
     check(config)
     inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
     if config.scorer and not config.scorer.is_function:
-        inputs["scorer"] = artifact.require(config.scorer.source, "reward", config.fix("reward"))
+        inputs["scorer"] = sources.require(config.scorer, config.fix("reward"), config.trust_remote_code)
     return artifact.build(
         config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output), on_every_rank=True
     )
@@ -56,7 +57,8 @@ def run(config: EvaluateStage) -> Path:
 
 def evaluate(config: EvaluateStage, inputs: dict[str, artifact.Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    reward = load_reward(config, inputs["reward"], config.positive_label, SharedRewardModel)
+    options: dict[str, Any] = {"revision": inputs["reward"].revision, "trust_remote_code": config.trust_remote_code}
+    reward = SharedRewardModel.load(inputs["reward"].path, positive_label=config.positive_label, **options)
     prompts = test_prompts(config, inputs["records"])
     scorers = {name: function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
     if config.scorer:
@@ -88,18 +90,11 @@ def scored(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Datas
     return spread(share, range(len(answers["text"])))
 
 
-def load_reward(
-    config: EvaluateStage, reward: artifact.Artifact, positive_label: str | None, kind: type[RewardModel] = RewardModel
-) -> RewardModel:
-    options: dict[str, Any] = {"revision": reward.revision, "trust_remote_code": config.trust_remote_code}
-    return kind.load(reward.path, positive_label=positive_label, **options)
-
-
 def looking_on(config: EvaluateStage, scorer: Reward, opened: artifact.Artifact | None) -> RewardFunction:
     """The held-out scorer, as a function."""
     if opened is None:
         return function(scorer.source)
-    return from_model(load_reward(config, opened, scorer.positive_label), scorer.length_penalty).score
+    return from_model(sources.load(scorer, opened, trust_remote_code=config.trust_remote_code), scorer.length_penalty).score
 
 
 def test_prompts(config: EvaluateStage, records: artifact.Artifact) -> Dataset:

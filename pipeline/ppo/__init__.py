@@ -1,6 +1,7 @@
 """PPO (or TRL's RLOO or GRPO): a policy and a reward in, a tuned policy out.
 
-In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or `module:function`).
+In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or who serves one, or a
+`module:function`).
 Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), of PPO also the critic in
 `value_head.safetensors`; the same of the best evaluation in `best/`, and with `evaluation.keep` of those before the last in
 `policies/step-N/`; `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
@@ -28,7 +29,7 @@ from pipeline.ppo.shown import read_samples
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.ranks import is_main_process
 from pipeline.records import open_records
-from pipeline.reward.model import RewardModel
+from pipeline.reward import sources
 from pipeline.reward.sources import RewardSource, combine, from_model, function
 
 
@@ -61,11 +62,12 @@ def run(config: PPOStage) -> Path:
     }
     for name, reward in rewards(config).items():
         if not reward.is_function:
-            inputs[name] = artifact.require(reward.source, "reward", config.fix("reward"))
+            inputs[name] = sources.require(reward, config.fix("reward"), config.trust_remote_code)
             if config.one_backbone == "always" and (apart := why_apart(config, inputs["policy"], inputs[name])):
                 raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
+    weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}
     for name in inputs:
-        if name.startswith("reward_") and "scorer" in inputs and inputs[name].identity == inputs["scorer"].identity:
+        if name.startswith("reward_") and "scorer" in inputs and weights[name] == weights["scorer"]:
             raise UserError(f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; name one that it is not")
     return artifact.build(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
 
@@ -95,12 +97,12 @@ def trainer_of(config: PPOStage, inputs: dict[str, artifact.Artifact], args: Any
     data, revision = open_records(inputs["records"], "prompts"), inputs["policy"].revision
     tokenizer = models.load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
     policy = load_policy(config, tokenizer, revision)
-    sources = {name: open_reward(config, name, inputs, policy) for name in rewards(config)}
-    scorer = sources.pop("scorer", None)
+    opened = {name: open_reward(config, name, inputs, policy) for name in rewards(config)}
+    scorer = opened.pop("scorer", None)
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
     common: dict[str, Any] = {
         "policy": policy,
-        "reward": combine(list(sources.values()), weights or None, config.uncertainty_penalty),
+        "reward": combine(list(opened.values()), weights or None, config.uncertainty_penalty),
         "args": args,
         "train_dataset": data["train"],
         "eval_dataset": data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
@@ -118,16 +120,18 @@ def trainer_of(config: PPOStage, inputs: dict[str, artifact.Artifact], args: Any
 
 
 def open_reward(config: PPOStage, name: str, inputs: dict[str, artifact.Artifact], policy: Any) -> RewardSource:
-    """A reward as a source: a reward model stands on the policy's backbone where it can, or beside it."""
+    """A reward as a source: a reward model stands on the policy's backbone where it can, or beside it, or elsewhere."""
     reward = rewards(config)[name]
     if reward.is_function:
         return RewardSource(function(reward.source))
-    options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
     apart = why_apart(config, inputs["policy"], inputs[name]) if config.one_backbone != "never" else "one_backbone: never"
+    where = f"loaded beside the policy: {apart}" if apart else "on the backbone of the policy"
     if is_main_process():
-        print(f"  {reward.source}: {f'loaded beside the policy: {apart}' if apart else 'on the backbone of the policy'}", flush=True)
+        print(f"  {reward.source}: {f'read as {inputs[name].path}' if reward.is_url else where}", flush=True)
     if apart:
-        return from_model(RewardModel.load(reward.source, revision=inputs[name].revision, **options), reward.length_penalty)
+        source = from_model(sources.load(reward, inputs[name], trust_remote_code=config.trust_remote_code), reward.length_penalty)
+        return source._replace(model=None) if reward.is_url else source
+    options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
     return join(policy, inputs[name], name, reward.length_penalty, **options)
 
 

@@ -29,6 +29,8 @@ def why_apart(config: PPOStage, policy: Artifact, reward: Artifact) -> str | Non
         return f"algorithm: {config.algorithm} is TRL's own trainer, which keeps the policy to itself"
     if config.lora is None:
         return "the policy is trained in full: only adapters share a base"
+    if "served" in reward.manifest:
+        return f"{reward.manifest['served']['url']} serves it"
     folder, settings = adapter_folder(reward), Settings.load(reward.path)
     if folder is None or settings is None or "model" not in reward.manifest.get("inputs", {}):
         return "it is no LoRA adapter that the reward stage wrote"

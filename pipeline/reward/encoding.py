@@ -63,6 +63,12 @@ def flat(text: Text, separator: str) -> str:
     return separator.join(f"{message['role']}: {message['content']}" for message in text)
 
 
+def joined(how: Encoding, prompt: Text, answer: Text) -> str:
+    """The one text of a concatenation."""
+    question = flat(prompt, how.separator)
+    return question + how.separator + plain(answer) if question else plain(answer)
+
+
 def _chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
     before = encoding.prompt_ids(tokenizer, prompt)
@@ -87,8 +93,7 @@ def _pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answe
 
 def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
-    question = flat(prompt, how.separator)
-    text = question + how.separator + plain(answer) if question else plain(answer)
+    text = joined(how, prompt, answer)
     whole = tokenizer(text, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
     if len(whole) <= room:

@@ -159,6 +159,9 @@ class RewardModel:
             raise UserError(f"score: {len(prompts)} prompts but {len(responses)} responses; expected as many of one as of the other")
         if not prompts:
             return torch.zeros(0, self.model.config.num_labels)
+        return self._logits(prompts, responses, batch_size)
+
+    def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
         encoded = [encode(self.tokenizer, self.settings.encoding, p, r) for p, r in zip(prompts, responses, strict=True)]
         # Answers to one prompt, wherever they stand, are a group.
         order = sorted(range(len(prompts)), key=lambda i: str(prompts[i]))

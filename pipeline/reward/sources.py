@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from pipeline.artifact import Artifact
+from pipeline.artifact import require as require_artifact
+from pipeline.config import Reward
 from pipeline.errors import UserError
+from pipeline.reward import served
 from pipeline.reward.model import RewardModel
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -25,6 +29,18 @@ class RewardSource(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     model: RewardModel | None = None
+
+
+def require(reward: Reward, fix: str, trust_remote_code: bool = False) -> Artifact:
+    """A reward model as an input of a stage; `fix` is the command that makes it. A server is asked for a score. Raises `UserError`."""
+    return served.require(reward, fix, trust_remote_code) if reward.is_url else require_artifact(reward.source, "reward", fix)
+
+
+def load(reward: Reward, opened: Artifact, **options: Any) -> RewardModel:
+    """The reward model that `require` opened; `options` go to `RewardModel.load`. Raises `UserError`."""
+    if reward.is_url:
+        return served.load(reward, opened, **options)
+    return RewardModel.load(opened.path, revision=opened.revision, positive_label=reward.positive_label, **options)
 
 
 def from_model(model: RewardModel, length_penalty: float = 0.0) -> RewardSource:

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   rlhf run --recipe demo --until reward reward.training.max_steps=100
   rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
   rlhf doctor --config configs/demo            keys, inputs, template, a batch, memory: before anything loads
+  rlhf show runs/demo                          the state of each stage; of two runs, what differs
   rlhf show runs/demo/reward --verify
   rlhf score --reward runs/demo/reward --input answers.csv --output scored.csv
   rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."
@@ -132,10 +133,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """What an artifact is and was made from."""
+    """The state of a run, what an artifact is and was made from, or what differs between two."""
     from pipeline.show import show
 
-    print(show(Path(args.folder), args.verify))
+    print(show([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -273,8 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
-    shown = commands.add_parser("show", help="what an artifact is and was made from")
-    shown.add_argument("folder", help="a stage's folder, such as runs/demo/reward")
+    shown = commands.add_parser("show", help="the state of a run, what an artifact is, or what differs between two")
+    shown.add_argument("folder", help="a run, such as runs/demo, or a stage's folder in it")
+    shown.add_argument("other", nargs="?", help="another of the same, to compare")
     shown.add_argument("--verify", action="store_true", help="read every file again, whatever its size and time say")
     _add_scoring(commands)
     for command in commands.choices.values():

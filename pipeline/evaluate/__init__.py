@@ -199,6 +199,7 @@ def report_data(
         "summary": summary_rows(metrics),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
+        "records": records_by_split(inputs["records"]),
         "curves": {name: log(source) for name, source in inputs.items() if log(source)},
         "frontier": points(metrics),
         "fits": metrics["fits"],
@@ -206,7 +207,7 @@ def report_data(
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": before_and_after(config, sampled),
-        "lineage": [lineage(name, source) for name, source in inputs.items()],
+        "lineage": [*(lineage(name, source) for name, source in inputs.items()), own_lineage(config, inputs)],
     }
 
 
@@ -240,6 +241,22 @@ def before_and_after(config: EvaluateStage, sampled: dict[str, dict[str, list[An
 
 def shown(prompt: encoding.Text) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def records_by_split(records: artifact.Artifact) -> dict[str, dict[str, int]]:
+    """How many of each kind; nothing is known of records that no stage made."""
+    found: dict[str, dict[str, int]] = {}
+    for key, count in records.manifest.get("metrics", {}).items():
+        kind, _, split = key.partition(".")
+        found.setdefault(kind, {})[split] = count
+    return found
+
+
+def own_lineage(config: EvaluateStage, inputs: dict[str, artifact.Artifact]) -> dict[str, Any]:
+    """Of the evaluation itself, which is not published yet."""
+    shown = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+    identities = {name: source.identity for name, source in inputs.items()}
+    return {"stage": config.stage, "path": str(config.folder), "inputs": identities, "config": shown}
 
 
 def lineage(name: str, source: artifact.Artifact) -> dict[str, Any]:

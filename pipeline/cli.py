@@ -220,15 +220,24 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # TRL turns checkpointing on by default under its old name, so that it must be turned off under that name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+    # So must the sending of buffers before each forward, which reward models turn off themselves; what replaces it still sends them once.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     # `generate` drops a mask that masks nothing, and then warns of the padding that it writes after an EOS itself.
-    unpadded = logging.getLogger("transformers.modeling_utils")
-    unpadded.addFilter(lambda record: "strongly recommend passing in an `attention_mask`" not in record.getMessage())
+    _hush("transformers.modeling_utils", "strongly recommend passing in an `attention_mask`")
+    # Checkpoints within a second of each other go by their numbers, which is their order.
+    _hush("transformers.trainer_utils", "mtime may not be reliable on this filesystem")
+    # Weights that are tied to the embeddings are saved once.
+    _hush("transformers.trainer", "missing keys in the checkpoint model loaded: ['lm_head.weight'].")
     import datasets
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
+
+
+def _hush(logger: str, message: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: message not in record.getMessage())
 
 
 class Parser(argparse.ArgumentParser):

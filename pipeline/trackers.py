@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
 
 from pipeline import artifact
 from pipeline.config import nearest
@@ -84,6 +84,11 @@ def begin(trainer: Trainer, work: Path, step: int) -> None:
             # An earlier stage of this process leaves its run open, into which this one would write
             if wandb.run is not None and wandb.run.config.get("output_dir", str(work)) != str(work):
                 wandb.finish()
+
+
+def end(trainer: Trainer) -> None:
+    """After training: MLflow's run ends with it, and a later evaluation would open another one without a name."""
+    trainer.remove_callback(MLflowCallback)
 
 
 def events_folder(folder: Path, resume: bool) -> Path:

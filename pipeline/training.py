@@ -135,6 +135,7 @@ def fit(trainer: Trainer, work: Path) -> None:
         if "inline_container" in str(error) and shutil.disk_usage(work).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
         raise
+    trackers.end(trainer)
 
 
 def last_checkpoint(work: Path) -> Path | None:

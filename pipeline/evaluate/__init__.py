@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, encoding, sampling, training
@@ -103,19 +104,20 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "quantization": config.quantization}
     options["precision"] = training.resolve_precision(config.precision)
     sft, tokenizer = sampling.load(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
-    sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
+    sampled = {"sft": sample(config, "sft", sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo = inputs["ppo"]
     kept = {f"ppo_{int(folder.name.removeprefix('step-'))}": folder for folder in sorted(ppo.path.glob("policies/step-*"))}
     for name, folder in (kept | {"ppo": ppo.path}).items():
         policy, tokenizer = sampling.load(str(folder), revision=ppo.revision, **options)
-        sampled[name] = sample(config, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+        sampled[name] = sample(config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
         del policy  # before the next one comes
     return sampled
 
 
 def sample(
-    config: EvaluateStage, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int, reference: Any = None
-) -> dict[str, list[Any]]:
+    config: EvaluateStage, name: str, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int,
+    reference: Any = None,
+) -> dict[str, list[Any]]:  # fmt: skip
     """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("prompt", "text", "ids", "response_tokens", "ended", *(["kl"] if reference is not None else []))
@@ -123,13 +125,17 @@ def sample(
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
     columns["prompt"] += wanted
     given = {name: getattr(config, name) for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")}
-    for answers in sampling.sample(policy, tokenizer, wanted, range(len(wanted)), **given):
-        columns["text"] += answers.texts
-        columns["ids"] += answers.token_lists()
-        columns["response_tokens"] += answers.response_mask.sum(1).tolist()
-        columns["ended"] += answers.ended
-        if reference is not None:
-            columns["kl"] += answer_kl(policy, reference, answers, config.temperature)
+    with tqdm(desc=f"  {name}", total=len(wanted), unit=" answers", disable=None, leave=False) as bar:
+        for answers in sampling.sample(policy, tokenizer, wanted, range(len(wanted)), **given):
+            columns["text"] += answers.texts
+            columns["ids"] += answers.token_lists()
+            columns["response_tokens"] += answers.response_mask.sum(1).tolist()
+            columns["ended"] += answers.ended
+            if reference is not None:
+                columns["kl"] += answer_kl(policy, reference, answers, config.temperature)
+            bar.update(len(answers.texts))
+            if elapsed := bar.format_dict["elapsed"]:
+                bar.set_postfix({"tokens/s": f"{sum(columns['response_tokens']) / elapsed:,.0f}"})
     return columns
 
 

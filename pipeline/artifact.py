@@ -132,12 +132,12 @@ def verify(artifact: Artifact) -> None:
 
 
 def condition(folder: Path) -> tuple[str, str]:
-    """Of a stage's folder: "done", "altered", "out of date" (an input is another now) or "not made", and why."""
+    """Of a stage's folder: "done", "altered", "out of date" (an input is another now, or an adapter's base is gone) or "not made"; why."""
     manifest = read_manifest(folder)
     if not manifest:
         return ("altered", "no valid manifest.json") if (folder / "config.yaml").exists() else ("not made", "")
     if problem := _problem(folder, manifest, manifest["kind"]):
-        return "altered", problem
+        return "out of date" if problem == _base_moved(folder, manifest) else "altered", problem
     config = manifest["fingerprint"]["config"]
     own = Path(config["runs"], config["run"])
     for name, made_from in manifest["inputs"].items():

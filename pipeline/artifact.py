@@ -131,6 +131,23 @@ def verify(artifact: Artifact) -> None:
         raise UserError(f"{artifact.path}: {problem}; run its stage again, or fetch it again if no stage made it")
 
 
+def condition(folder: Path) -> tuple[str, str]:
+    """Of a stage's folder: "done", "altered", "out of date" (an input is another now, or an adapter's base is gone) or "not made"; why."""
+    manifest = read_manifest(folder)
+    if not manifest:
+        return ("altered", "no valid manifest.json") if (folder / "config.yaml").exists() else ("not made", "")
+    if problem := _problem(folder, manifest, manifest["kind"]):
+        return "out of date" if problem == _base_moved(folder, manifest) else "altered", problem
+    config = manifest["fingerprint"]["config"]
+    own = Path(config["runs"], config["run"])
+    for name, made_from in manifest["inputs"].items():
+        path = Path(made_from["path"])
+        here = folder.parent / path.relative_to(own) if path.is_relative_to(own) else path  # a run may have been moved as a whole
+        if "hub" not in made_from and here.exists() and not _is_still(made_from, here):
+            return "out of date", f"{name} was {made_from['identity'][:8]}, and {here} is another now"
+    return "done", ""
+
+
 def _foreign(path: Path, kind: str, **facts: Any) -> Artifact:
     return Artifact(path, {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": digest([kind, facts])})
 
@@ -160,8 +177,12 @@ def _base_moved(path: Path, manifest: dict[str, Any]) -> str | None:
     folder = Path(base["path"])
     if not folder.exists():
         return f"is an adapter of {folder}, which is no longer there: put it back"
-    same = hash_files(folder) == base["files"] if "files" in base else read_manifest(folder).get("identity") == base["identity"]
-    return None if same else f"is an adapter of {folder}, which has changed since: put back what it was trained on"
+    return None if _is_still(base, folder) else f"is an adapter of {folder}, which has changed since: put back what it was trained on"
+
+
+def _is_still(described: dict[str, Any], path: Path) -> bool:
+    """Whether `path` holds what a manifest describes as an input."""
+    return hash_files(path) == described["files"] if "files" in described else read_manifest(path).get("identity") == described["identity"]
 
 
 def _altered(path: Path, files: dict[str, str], cached: bool) -> str | None:
@@ -208,7 +229,8 @@ def build(
     settings would be lost; ValueError for another key in make's result; what `make` raises, and a full disk, pass through.
     """
     folder, fingerprint = config.folder, _fingerprint(config, inputs)
-    output, work = _sibling(folder, "partial") / "output", _sibling(folder, "partial") / "work"
+    work = work_folder(folder)
+    output = work.parent / "output"
     if not is_main_process():
         if agree(None) == "make":
             if on_every_rank:
@@ -234,6 +256,19 @@ def _fingerprint(config: Config, inputs: dict[str, Artifact]) -> dict[str, Any]:
     identities = {name: artifact.identity for name, artifact in inputs.items()}
     made_from = {"config": config.resolved(), "inputs": identities, "version": _versions().get("pipeline", "not installed")}
     return dict(json.loads(json.dumps(made_from, default=str)))  # as it will be read back, to be compared
+
+
+def is_being_written(run: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    if not (run / ".lock").exists():
+        return False
+    try:
+        with _locked(run):
+            return False
+    except UserError:
+        return True
+    except OSError:  # not ours to write in
+        return False
 
 
 @contextmanager
@@ -366,6 +401,16 @@ def _swap(output: Path, folder: Path) -> None:
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(output.parent, ignore_errors=True)
+
+
+def work_folder(folder: Path) -> Path:
+    """Where checkpoints are while `folder` is made; what is beside it goes with it."""
+    return _sibling(folder, "partial") / "work"
+
+
+def folder_of(work: Path) -> Path:
+    """The folder that is made of a `work_folder`."""
+    return work.parent.with_name(work.parent.name.removeprefix(".").removesuffix(".partial"))
 
 
 def _sibling(folder: Path, suffix: str) -> Path:

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   rlhf run --recipe demo --until reward reward.training.max_steps=100
   rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
   rlhf doctor --config configs/demo            keys, inputs, template, a batch, memory: before anything loads
+  rlhf show runs/demo                          the state of each stage; of two runs, what differs
   rlhf show runs/demo/reward --verify
   rlhf score --reward runs/demo/reward --input answers.csv --output scored.csv
   rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."
@@ -135,10 +136,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """What an artifact is and was made from."""
+    """The state of a run, what an artifact is and was made from, or what differs between two."""
     from pipeline.show import show
 
-    print(show(Path(args.folder), args.verify))
+    print(show([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -232,15 +233,24 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # TRL turns checkpointing on by default under its old name, so that it must be turned off under that name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+    # So must the sending of buffers before each forward, which reward models turn off themselves; what replaces it still sends them once.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     # `generate` drops a mask that masks nothing, and then warns of the padding that it writes after an EOS itself.
-    unpadded = logging.getLogger("transformers.modeling_utils")
-    unpadded.addFilter(lambda record: "strongly recommend passing in an `attention_mask`" not in record.getMessage())
+    _hush("transformers.modeling_utils", "strongly recommend passing in an `attention_mask`")
+    # Checkpoints within a second of each other go by their numbers, which is their order.
+    _hush("transformers.trainer_utils", "mtime may not be reliable on this filesystem")
+    # Weights that are tied to the embeddings are saved once.
+    _hush("transformers.trainer", "missing keys in the checkpoint model loaded: ['lm_head.weight'].")
     import datasets
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
+
+
+def _hush(logger: str, message: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: message not in record.getMessage())
 
 
 class Parser(argparse.ArgumentParser):
@@ -286,8 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
-    shown = commands.add_parser("show", help="what an artifact is and was made from")
-    shown.add_argument("folder", help="a stage's folder, such as runs/demo/reward")
+    shown = commands.add_parser("show", help="the state of a run, what an artifact is, or what differs between two")
+    shown.add_argument("folder", help="a run, such as runs/demo, or a stage's folder in it")
+    shown.add_argument("other", nargs="?", help="another of the same, to compare")
     shown.add_argument("--verify", action="store_true", help="read every file again, whatever its size and time say")
     _add_scoring(commands)
     for command in commands.choices.values():

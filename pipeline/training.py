@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import IntervalStrategy, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from pipeline import trackers
 from pipeline.config import TrainedStage, nearest
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -44,6 +45,7 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
         if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     check_quantization(config.stage, config.quantization)
+    trackers.check(config.stage, config.training)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:
         for key in {"task_type", "revision"} & config.lora.keys():
@@ -84,8 +86,8 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
         "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     defaults = {
-        "report_to": "none", "save_total_limit": 2, "gradient_checkpointing": False, "logging_steps": 10, "dataloader_pin_memory": False,
-        "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
+        "report_to": "none", "run_name": f"{config.run}-{config.stage}", "save_total_limit": 2, "gradient_checkpointing": False,
+        "logging_steps": 10, "dataloader_pin_memory": False, "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
     }  # fmt: skip
     given = defaults | _section(config.training, cls) | fixed
     try:
@@ -151,6 +153,7 @@ def fit(trainer: Trainer, work: Path) -> None:
     trainer.add_callback(RememberProcesses)
     if checkpoint:
         trainer.args.eval_on_start = False  # that was done
+    trackers.begin(trainer, work, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
@@ -158,6 +161,7 @@ def fit(trainer: Trainer, work: Path) -> None:
         if "inline_container" in str(error) and shutil.disk_usage(work).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
         raise
+    trackers.end(trainer)
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -48,7 +48,12 @@ def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(tmp_p
 
     monkeypatch.setattr(training.shutil, "disk_usage", lambda place: {tmp_path: SimpleNamespace(free=free)}[place])
     with pytest.raises(expected) as error:
-        training.fit(SimpleNamespace(add_callback=print, train=train, remove_callback=lambda _: None), tmp_path)
+        training.fit(
+            SimpleNamespace(
+                add_callback=print, train=train, remove_callback=lambda _: None, callback_handler=SimpleNamespace(callbacks=[])
+            ),
+            tmp_path,
+        )
     assert expected is RuntimeError or (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 

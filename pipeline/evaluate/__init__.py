@@ -7,13 +7,14 @@ Out: the two files. Figures that need a gold reward or a `scorer` are there only
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, encoding, sampling, training
@@ -110,26 +111,27 @@ def sample_policies(config: EvaluateStage, inputs: dict[str, artifact.Artifact],
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "quantization": config.quantization}
     options["precision"] = training.resolve_precision(config.precision)
     sft, tokenizer = sampling.load(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
-    sampled = {"sft": sample(config, sft, tokenizer, prompts["prompt"][:], config.best_of)}
+    sampled = {"sft": sample(config, "sft", sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo = inputs["ppo"]
     kept = {f"ppo_{int(folder.name.removeprefix('step-'))}": folder for folder in sorted(ppo.path.glob("policies/step-*"))}
     for name, folder in (kept | {"ppo": ppo.path}).items():
         policy, tokenizer = sampling.load(str(folder), revision=ppo.revision, **options)
-        sampled[name] = sample(config, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+        sampled[name] = sample(config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
         del policy  # before the next one comes
     return sampled
 
 
 def sample(
-    config: EvaluateStage, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int, reference: Any = None
-) -> dict[str, list[Any]]:
+    config: EvaluateStage, name: str, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int,
+    reference: Any = None,
+) -> dict[str, list[Any]]:  # fmt: skip
     """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
     given = {name: getattr(config, name) for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")}
 
     def share(rows: Sequence[int]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for answers in sampling.sample(policy, tokenizer, [wanted[row] for row in rows], rows, **given):
+        for answers in progress(f"  {name}", len(rows), sampling.sample(policy, tokenizer, [wanted[row] for row in rows], rows, **given)):
             columns = {"text": answers.texts, "ids": answers.token_lists(), "response_tokens": answers.response_mask.sum(1).tolist()}
             columns["ended"] = answers.ended
             if reference is not None:
@@ -139,6 +141,18 @@ def sample(
 
     drawn = spread(share, range(len(wanted)))
     return {"prompt": wanted} | {name: [row[name] for row in drawn] for name in drawn[0]}
+
+
+def progress(name: str, total: int, batches: Iterable[Answers]) -> Iterator[Answers]:
+    """The batches, with a bar of this process's answers and tokens on the terminal of rank 0."""
+    tokens = 0
+    with tqdm(desc=name, total=total, unit=" answers", disable=None if is_main_process() else True, leave=False) as bar:
+        for answers in batches:
+            yield answers
+            tokens += int(answers.response_mask.sum())
+            bar.update(len(answers.texts))
+            if elapsed := bar.format_dict["elapsed"]:
+                bar.set_postfix({"tokens/s": f"{tokens / elapsed:,.0f}"})
 
 
 @torch.inference_mode()
@@ -207,6 +221,7 @@ def report_data(
         "summary": summary_rows(metrics),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
+        "records": records_by_split(inputs["records"]),
         "curves": {name: log(source) for name, source in inputs.items() if log(source)},
         "frontier": points(metrics),
         "fits": metrics["fits"],
@@ -214,7 +229,7 @@ def report_data(
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": before_and_after(config, sampled),
-        "lineage": [lineage(name, source) for name, source in inputs.items()],
+        "lineage": [*(lineage(name, source) for name, source in inputs.items()), own_lineage(config, inputs)],
     }
 
 
@@ -248,6 +263,22 @@ def before_and_after(config: EvaluateStage, sampled: dict[str, dict[str, list[An
 
 def shown(prompt: encoding.Text) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def records_by_split(records: artifact.Artifact) -> dict[str, dict[str, int]]:
+    """How many of each kind; nothing is known of records that no stage made."""
+    found: dict[str, dict[str, int]] = {}
+    for key, count in records.manifest.get("metrics", {}).items():
+        kind, _, split = key.partition(".")
+        found.setdefault(kind, {})[split] = count
+    return found
+
+
+def own_lineage(config: EvaluateStage, inputs: dict[str, artifact.Artifact]) -> dict[str, Any]:
+    """Of the evaluation itself, which is not published yet."""
+    shown = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+    identities = {name: source.identity for name, source in inputs.items()}
+    return {"stage": config.stage, "path": str(config.folder), "inputs": identities, "config": shown}
 
 
 def lineage(name: str, source: artifact.Artifact) -> dict[str, Any]:

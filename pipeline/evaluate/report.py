@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import math
@@ -103,7 +104,8 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     title, command: str
     summary: [{name, value, note}], already formatted
     metrics: nested dict, shown with dotted keys
-    rows: {"by_source": {source: {read, kept, quarantined: {reason: count}}}}
+    rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}}, derived: {kind: count}}
+    records: {kind: {split: count}}
     curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…`, as PPO does, or TRL's
         `raw_reward` is drawn as a policy's
     frontier: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line
@@ -118,13 +120,17 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=number, sort_key=finite)
-    samples = data.get("samples") or []
+    samples = [compared(sample) for sample in data.get("samples") or []]
+    records = data.get("records") or {}
     page = environment.get_template("report.html.j2").render(
         title=data.get("title") or "run",
         command=data.get("command"),
         summary=data.get("summary"),
         metrics=list(dotted(data.get("metrics") or {})),
-        sources=(data.get("rows") or {}).get("by_source"),
+        rows=data.get("rows"),
+        records=records,
+        splits=list(dict.fromkeys(split for counts in records.values() for split in counts)),
+        most=max((sum(counts.values()) for counts in records.values()), default=0) or 1,
         curves={stage: plots for stage, entries in (data.get("curves") or {}).items() if (plots := draw_curves(stage, entries or []))},
         frontier=data.get("frontier"),
         held_out=any(finite(point.get("scorer_reward")) is not None for point in data.get("frontier") or []),
@@ -138,6 +144,30 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         stages={artifact.get("identity"): artifact.get("stage") for artifact in data.get("lineage") or []},
     )
     path.write_bytes(page.encode("utf-8", "replace"))  # a model's bytes can decode to half a surrogate pair
+
+
+def compared(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample with what PPO gained, and each answer as [(words, whether the other answer has others there)]."""
+    shown = dict(sample)
+    shown["sft"], shown["ppo"] = word_diff(sample.get("sft") or "–", sample.get("ppo") or "–")
+    for name in ("reward", "gold"):
+        before, after = (finite(sample.get(f"{policy}_{name}")) for policy in ("sft", "ppo"))
+        shown[f"{name}_gain"] = None if before is None or after is None else after - before
+    return shown
+
+
+def word_diff(a: str, b: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Both texts in parts, each with whether the other has other words there; joined, the parts are the text."""
+    words = [re.findall(r"\s*\S+|\s+$", text) for text in (a, b)]
+    plain_a, plain_b = ([word.strip() for word in of_text] for of_text in words)
+    parts_a: list[tuple[str, bool]] = []
+    parts_b: list[tuple[str, bool]] = []
+    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, plain_a, plain_b, autojunk=False).get_opcodes():
+        for parts, found in ((parts_a, words[0][a0:a1]), (parts_b, words[1][b0:b1])):
+            text = "".join(found)
+            blank = len(text) - len(text.lstrip())
+            parts += [(part, changed) for part, changed in ((text[:blank], False), (text[blank:], tag != "equal")) if part]
+    return parts_a, parts_b
 
 
 def finite(value: object) -> float | None:

@@ -15,7 +15,8 @@ class Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.training_bar is not None and logs and "objective/scores" in logs:
-            self.training_bar.set_postfix(reward=f"{logs['objective/raw_scores']:.3f}", kl=f"{logs['objective/kl']:.3f}")
+            figures = {"reward": f"{logs['objective/raw_scores']:.3f}", "kl": f"{logs['objective/kl']:.3f}"}
+            self.training_bar.set_postfix(figures | {"tokens/s": f"{logs['tokens_per_second']:,.0f}"})
 
 
 def write_samples(trainer: Trainer, rows: list[dict[str, Any]]) -> None:

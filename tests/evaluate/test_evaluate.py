@@ -31,6 +31,8 @@ def test_records_without_comparisons(tmp_path, tiny_gpt2):
     assert f'<th scope="row" dir="auto">RMSE</th><td class="number">{rmse}</td>' in page
     assert 'aria-label="RMSE. ' in page
     assert '<section id="calibration">' not in page
+    assert '<th scope="row">ratings</th><td class="number">' in page
+    assert '<li id="stage-evaluate">' in page
 
 
 def length(prompts, completions, completion_ids, ended, **_):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.evaluate import report
-from pipeline.evaluate.report import Plot, column, distance, dotted, draw_curve, draw_curves, number, write_report
+from pipeline.evaluate.report import Plot, column, distance, dotted, draw_curve, draw_curves, number, word_diff, write_report
 
 NAN = float("nan")
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
@@ -18,7 +18,17 @@ FULL: dict[str, Any] = {
     "command": "rlhf run --recipe demo",
     "summary": [{"name": "Gold reward, PPO", "value": "0.56", "note": "scale −1 to 1"}],
     "metrics": {"reward": {"comparisons": {"accuracy": 0.8061234, "pairs": 1024}}, "seed": 0},
-    "rows": {"by_source": {"pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}}}},
+    "rows": {
+        "read": 1240,
+        "kept": 1230,
+        "quarantined": {"not text": 7, "exact duplicate": 3},
+        "by_source": {
+            "pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}},
+            "more.csv": {"read": 1200, "kept": 1200, "quarantined": {}},
+        },
+        "derived": {"prompts": 20},
+    },
+    "records": {"comparisons": {"train": 1000, "validation": 100, "test": 130}, "prompts": {"train": 16, "validation": 2, "test": 2}},
     "curves": {
         "sft": [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1}],
         "reward": [{"step": 10, "loss": 0.7, "accuracy": 0.5}, {"step": 20, "loss": 0.5}, {"step": 20, "eval_accuracy": 0.75}],
@@ -184,31 +194,49 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags].count("script") == 1  # the sorting
     assert "b" not in {tag for tag, _ in page.tags}
     assert "alert(" not in page.html.split("<script>")[-1]
-    assert page.rows["samples"][1] == [HOSTILE, HOSTILE, "–", HOSTILE, "–"]
+    assert page.rows["samples"][1] == [HOSTILE, HOSTILE, "–", HOSTILE, "–", "–"]
 
 
 def test_samples_are_one_row_each_with_scores_to_sort_by(full: Page) -> None:
     head, *rows = full.rows["samples"]
-    assert head == ["Prompt", "SFT answer", "Reward", "Gold", "PPO answer", "Reward", "Gold"]
+    assert head == ["Prompt", "SFT answer", "Reward", "Gold", "PPO answer", "Reward", "Gold", "Δ reward", "Δ gold"]
     assert rows == [
-        ["a?", "yes", "0.12", "-0.50", "no", "2.00", "1.00"],
-        ["b?", HOSTILE, "–", "–", "مرحبا 🎉", "–", "0.25"],
-        ["c?", "half a pair: ?", "–", "–", "–", "–", "–"],
+        ["a?", "yes", "0.12", "-0.50", "no", "2.00", "1.00", "+1.88", "+1.50"],
+        ["b?", HOSTILE, "–", "–", "مرحبا 🎉", "–", "0.25", "–", "–"],
+        ["c?", "half a pair: ?", "–", "–", "–", "–", "–", "–", "–"],
     ]
-    assert full.attributes("td", "data-sort")[:6] == ["0.125", "-0.5", "2.0", "1.0", "None", "None"]
+    assert full.attributes("td", "data-sort")[:8] == ["0.125", "-0.5", "2.0", "1.0", "1.875", "1.5", "None", "None"]
     assert full.attributes("div", "dir") == ["auto"] * 9
 
 
 def test_gold_columns_need_a_gold_reward(tmp_path: Path) -> None:
     page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": "b", "ppo": "c", "sft_reward": 1.0, "ppo_reward": 2, "ppo_gold": NAN}]})
-    assert page.rows["samples"] == [["Prompt", "SFT answer", "Reward", "PPO answer", "Reward"], ["a?", "b", "1.00", "c", "2"]]
+    head = ["Prompt", "SFT answer", "Reward", "PPO answer", "Reward", "Δ reward"]
+    assert page.rows["samples"] == [head, ["a?", "b", "1.00", "c", "2", "+1.00"]]
+
+
+def test_words_that_only_one_answer_has_are_marked(tmp_path: Path) -> None:
+    before, after = "Good question!  The capital is Lyon.", "The capital is Paris. Surely.\n"
+    found = word_diff(before, after)
+    assert found == (
+        [("Good question!", True), ("  ", False), ("The capital is", False), (" ", False), ("Lyon.", True)],
+        [("The capital is", False), (" ", False), ("Paris. Surely.\n", True)],
+    )
+    assert ["".join(words for words, _ in parts) for parts in found] == [before, after]
+    assert word_diff("the same", "the same") == ([("the same", False)],) * 2
+    page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": before, "ppo": after}]})
+    assert re.findall(r"<(del|ins)>([^<]*)<", page.html)[2:] == [("del", "Good question!"), ("del", "Lyon."), ("ins", "Paris. Surely.\n")]
 
 
 def test_tables_hold_the_values(full: Page) -> None:
     assert full.rows["summary"] == [["Gold reward, PPO", "0.56", "scale −1 to 1"]]
     assert full.rows["metrics"] == [["reward.comparisons.accuracy", "0.8061"], ["reward.comparisons.pairs", "1,024"], ["seed", "0"]]
-    assert full.rows["rows"][1:] == [["pairs.csv", "40", "30", "", "10", "not text\xa07 · exact duplicate\xa03"]]
-    assert "width: 75.0%" in (full.attributes("i", "style"))
+    by_source, records = full.rows["rows"][1:3], full.rows["rows"][4:]
+    assert by_source == [["pairs.csv", "40", "30", "10", "not text\xa07 · exact duplicate\xa03"], ["more.csv", "1,200", "1,200", "0", ""]]
+    assert records == [["comparisons", "1,000", "100", "130", "", "the sources"], ["prompts", "16", "2", "2", "", "other kinds"]]
+    assert full.attributes("i", "style")[:4] == ["width: 81.3%", "width: 8.1%", "width: 10.6%", "width: 1.3%"]
+    flow = " ".join(full.text["rows"].split())
+    assert "1,240 read 1,230 kept 10 quarantined: not text 7 · exact duplicate 3" in flow
     assert full.rows["frontier"][1:] == [
         ["SFT", "0.00", "-0.20", "-0.04"],
         ["best-of-4", "≤ 0.64", "0.30", "0.20"],

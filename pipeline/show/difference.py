@@ -1,0 +1,68 @@
+"""What differs between two runs, or two artifacts of one stage: in their settings, what they were made from, and their figures."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.config import STAGES
+from pipeline.errors import UserError
+from pipeline.show import words
+
+Stages = dict[str, Path]
+Manifest = dict[str, Any]
+
+
+def difference(a: Path, b: Path, of_a: Stages, of_b: Stages) -> str:
+    """The text for two folders, whose artifacts are given by stage. Raises `UserError` where they cannot be compared."""
+    kinds = [f"of stage {next(iter(found))}" if folder in found.values() else "a run" for folder, found in ((a, of_a), (b, of_b))]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{a} is {kinds[0]}, {b} is {kinds[1]}; expected two runs, or two artifacts of one stage")
+    shared = [stage for stage in STAGES if stage in of_a and stage in of_b]
+    pairs = {stage: (artifact.read_manifest(of_a[stage]), artifact.read_manifest(of_b[stage])) for stage in shared}
+    set_otherwise, measured = [], []
+    for stage, pair in pairs.items():
+        found = [figures(stage, manifest, headlines=kinds[0] == "a run") for manifest in pair]
+        set_otherwise += [[f"{stage}.{key}", *map(value, values)] for key, values in unequal(*map(settings, pair))]
+        measured += [[f"{stage}.{key}", *map(value, values), gap(*values)] for key, values in unequal(*found)]
+    alone = [f"{stage}: only in {a if stage in of_a else b}" for stage in STAGES if (stage in of_a) != (stage in of_b)]
+    parts = ["\n".join(alone), section(["settings", str(a), str(b)], set_otherwise)]
+    parts.append(section(["figures", str(a), str(b), "difference"], measured, right=(1, 2, 3)))
+    if kinds[0] == "a run" and measured:
+        parts.append(f"every figure of a stage: rlhf show {of_a[shared[-1]]} {of_b[shared[-1]]}")
+    return "\n\n".join(filter(None, parts))
+
+
+def section(head: list[str], rows: Sequence[list[str]], right: Sequence[int] = ()) -> str:
+    return words.table([head, *rows], right) if rows else f"{head[0]}: the same"
+
+
+def unequal(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in dict.fromkeys([*a, *b]):
+        if a.get(key) != b.get(key):
+            yield key, (a.get(key), b.get(key))
+
+
+def settings(manifest: Manifest) -> dict[str, Any]:
+    """By dotted key the config, the versions, and what no stage of ours made; the run's own name and folder always differ."""
+    config = manifest["fingerprint"]["config"]
+    own, found = f"{config['runs']}/{config['run']}/", artifact.flatten({key: config[key] for key in config.keys() - {"run", "runs"}})
+    found = {key: each.replace(own, "<run>/") if isinstance(each, str) else each for key, each in sorted(found.items())}
+    inputs = {f"made from {name}": each["identity"][:8] for name, each in manifest["inputs"].items() if each.get("foreign")}
+    return found | inputs | {f"version of {name}": each for name, each in manifest["versions"].items()}
+
+
+def figures(stage: str, manifest: Manifest, headlines: bool) -> dict[str, Any]:
+    """By dotted key the counts and metrics, or those that stand for the stage, by name."""
+    if headlines:
+        return words.headlines(stage, manifest)
+    found = artifact.flatten(manifest["rows"]) | artifact.flatten(manifest["metrics"])
+    return {key: each for key, each in found.items() if isinstance(each, int | float)}
+
+
+def value(found: Any) -> str:
+    return "–" if found is None else words.number(found) if isinstance(found, float) else str(found)
+
+
+def gap(a: Any, b: Any) -> str:
+    return "" if None in (a, b) else words.number(b - a, sign="+")

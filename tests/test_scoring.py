@@ -166,7 +166,7 @@ def test_the_best_of_n_are_the_best_of_what_evaluate_samples(best: Callable[...,
     found = best("out.jsonl", PROMPTS, "--seed", "5", "--temperature", "1.5")
     settings = {"seed": 5, "temperature": 1.5, "response_tokens": 8, "max_prompt_tokens": 120, "batch_size": 4}  # of 128 positions
     stage = config.EvaluateStage.model_construct(**settings)
-    sampled = evaluate.sample(stage, *sampling.load(str(tiny_gpt2)), [row["prompt"] for row in PROMPTS], 3)
+    sampled = evaluate.sample(stage, "sft", *sampling.load(str(tiny_gpt2)), [row["prompt"] for row in PROMPTS], 3)
     scores = RewardModel.load(model).score(sampled["prompt"], sampled["text"])
     for i, (row, given) in enumerate(zip(found, PROMPTS, strict=True)):
         group = range(3 * i, 3 * i + 3)

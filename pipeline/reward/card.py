@@ -3,22 +3,20 @@
 All of it is read from what the artifact was made from and from what was measured on it: no times, no absolute paths.
 """
 
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-import jinja2
 import yaml
 from datasets import Dataset
 from peft import PeftModel
 
-from pipeline import hub, models, training
+from pipeline import hub, markdown, models, training
 from pipeline.artifact import Artifact
 from pipeline.config import COMPARATIVE, RewardStage
 from pipeline.files import read_json
+from pipeline.markdown import place
 from pipeline.reward import tables
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.model import Settings
@@ -40,10 +38,8 @@ def write(
     rows: dict[str, dict[str, int]],
 ) -> None:  # fmt: skip
     """Write README.md and summary.md; metrics.json is there. `built` is `architecture`'s, `rows` counts rows and their fates by split."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {"autoescape": False, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(loader=folder, keep_trailing_newline=True, **options)
-    environment.filters.update(cell=cell, code=partial(json.dumps, ensure_ascii=False), place=place, shown=tables.shown)
+    environment = markdown.environment(Path(__file__).parent)
+    environment.filters["shown"] = tables.shown
     metrics, examples = read_json(output / "metrics.json"), cast(Dataset, trainer.train_dataset)
     values = {
         "config": config,
@@ -85,19 +81,6 @@ def front_matter(config: RewardStage) -> str:
     base = {"base_model": config.model} if config.model != "scratch" and hub.is_hub_id(config.model) else {}
     fixed = {"pipeline_tag": "text-classification", "library_name": "transformers", "tags": ["reward-model", "trl"]}
     return yaml.safe_dump(fixed | base, sort_keys=False)
-
-
-def place(path: str | Path) -> str:
-    """A hub id, or a path from the working directory; of one that lies elsewhere the name, since where it lies is nobody's business."""
-    path = Path(path)
-    if not path.is_absolute():
-        return path.as_posix()
-    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
-
-
-def cell(text: str) -> str:
-    """Text as a Markdown table takes it."""
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def reward_lines(settings: Settings) -> list[str]:

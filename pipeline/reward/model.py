@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import models
+from pipeline import hub, models
 from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
 from pipeline.reward import batching
@@ -114,7 +114,8 @@ class RewardModel:
         reads where its defaults are wrong. `model` is the classifier, where it is in memory already. Raises `UserError` where `source` is
         no such checkpoint.
         """
-        settings = Settings.load(Path(source))
+        found = hub.file(str(source), SETTINGS, options.get("revision"))
+        settings = Settings.load(found.parent) if found else None
         tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
         if model is None:
             model = _load(str(source), tokenizer, settings, precision, options)

@@ -361,7 +361,7 @@ class PPOStage(PolicyStage):
         watched = self.training.get("eval_strategy", "no") not in ("no", False)
         if self.evaluation.keep and not watched:
             raise ValueError("evaluation.keep keeps the policies of evaluations, and there are none; set training.eval_strategy: steps")
-        if self.evaluation.scorer is None and "patience" in self.evaluation.model_fields_set:
+        if self.evaluation.scorer is None and self.evaluation.patience != Watch().patience:  # a resolved config names all keys
             raise ValueError("evaluation.patience is only read with an evaluation.scorer; name one, or remove it")
         if self.evaluation.scorer is not None:
             if self.evaluation.scorer.weight is not None:

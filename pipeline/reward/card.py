@@ -14,22 +14,15 @@ from peft import PeftModel
 
 from pipeline import hub, markdown, models, training
 from pipeline.artifact import Artifact
-from pipeline.config import COMPARATIVE, RewardStage
+from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.files import read_json
 from pipeline.markdown import place
 from pipeline.reward import tables
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.model import Settings
 from pipeline.reward.tables import Table
-from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
+from pipeline.reward.trainer import RewardTrainer
 
-OBJECTIVE = {
-    "pairwise": "−log σ(chosen − rejected), Bradley and Terry 1952, as Ouyang et al. 2022 (InstructGPT)",
-    "ranking": "−log σ(better − worse) over all ordered pairs of a prompt's answers, Ouyang et al. 2022 (InstructGPT, eq. 1)",
-    "plackett_luce": "−log of the chance that the answers are picked in order of rank, Luce 1959 and Plackett 1975",
-    "classification": "cross-entropy of the softmax over the classes",
-    "regression": "mean squared error to the ratings, as Wang et al. 2024 (HelpSteer2)",
-}
 MOST_ROWS = 20  # of the table of losses
 
 
@@ -58,7 +51,7 @@ def write(
         "state": trainer.state,
         "margins": config.objective == "pairwise" and "margin" in examples.column_names,
         "precision": training.resolve_precision(config.precision),
-        "objective": OBJECTIVE[config.objective],
+        "objective": OBJECTIVES[config.objective].loss,
         "progress": progress(trainer.state.log_history),
         "measured": {kind: tables.of_kind(figures) for kind, figures in metrics.items()},
         "limits": limits(config, settings, metrics),
@@ -140,7 +133,7 @@ def limits(config: RewardStage, settings: Settings, metrics: dict[str, Any]) -> 
         f"All it knows it learned from these {kind}: on other prompts and answers, and on those of a policy trained against it, its reward "
         "may mean nothing."
     ]
-    if config.objective in COMPARATIVE:
+    if OBJECTIVES[config.objective].compares:
         centred = "; centring drew it towards zero" if config.training.get("center_rewards_coefficient") else ""
         found.append(f"Only differences between answers to one prompt mean something: a constant for each prompt is left open{centred}.")
     if config.objective == "classification" and settings.output == "logit":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
-TOOLS = ("score", "compare", "best-of-n", "doctor")
+TOOLS = ("score", "compare", "best-of-n", "doctor", "push")
 INLINE = re.findall(r"`(make [^`]+)`", README)
 
 

@@ -87,7 +87,17 @@ class Settings:
 
 
 class RewardModel:
-    """Scores answers. Build one with `load`; higher is better."""
+    """Scores answers. Build one with `load`; higher is better.
+
+    >>> from pipeline import RewardModel
+    >>> rm = RewardModel.load("runs/demo/reward")
+    >>> answers = ["An apple.", "No.", "A carrot."]
+    >>> scores = rm.score(["Name a fruit."] * 3, answers)
+    >>> rm.rank("Name a fruit.", answers) == sorted(range(3), key=lambda i: -scores[i])
+    True
+    >>> rm.best_of_n("Name a fruit.", answers)[1] == max(scores)
+    True
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings):
         self.model: Any = model.eval()

@@ -6,37 +6,27 @@ Exit codes: 0 done; 1 the machine failed (disk full, a file that cannot be read)
 import argparse
 import errno
 import logging
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from pipeline import __version__, config
+import shtab
+
+from pipeline import config
+from pipeline.arguments import parse, parser
 from pipeline.errors import UserError
 from pipeline.ranks import have_joined, is_main_process, join, leave
 
-EXAMPLES = """examples:
-  rlhf run --recipe demo                       every stage of a recipe, reusing what is unchanged
-  rlhf run --recipe demo --until reward reward.training.max_steps=100
-  rlhf ppo --config configs/demo/ppo.yaml training.learning_rate=1e-5
-  rlhf doctor --config configs/demo            keys, inputs, template, a batch, memory: before anything loads
-  rlhf show runs/demo                          the state of each stage; of two runs, what differs
-  rlhf show runs/demo/reward --verify
-  rlhf score --reward runs/demo/reward --input answers.csv --output scored.csv
-  rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."
-  rlhf best-of-n --reward runs/demo/reward --policy runs/demo/sft --input prompts.jsonl --output best.jsonl
-  accelerate launch -m pipeline reward --config configs/demo/reward.yaml"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    args = parse(argv)
     try:
         own = {"run": run, "doctor": doctor, "show": show, "score": score, "best-of-n": best_of_n, "compare": compare}
+        own |= {"push": push, "completion": completion}
         own.get(args.command, run_stage)(args)
         return 0
     except (KeyboardInterrupt, Exception) as error:
@@ -140,6 +130,18 @@ def show(args: argparse.Namespace) -> None:
     from pipeline.show import show
 
     print(show([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
+
+
+def push(args: argparse.Namespace) -> None:
+    """A model and its card, to the hub."""
+    from pipeline.push import push
+
+    print(push(Path(args.folder), args.to, private=args.private, revision=args.revision))
+
+
+def completion(args: argparse.Namespace) -> None:
+    """A script for a shell to read."""
+    print(shtab.complete(parser(), args.shell))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -251,97 +253,3 @@ def _quiet_libraries() -> None:
 
 def _hush(logger: str, message: str) -> None:
     logging.getLogger(logger).addFilter(lambda record: message not in record.getMessage())
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; overrides may stand anywhere among the options."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if rest:
-        args.overrides += rest
-    return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="rlhf", description="Reward models and PPO, stage by stage: prepare, sft, reward, ppo, evaluate.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    whole = commands.add_parser("run", help="every stage of a recipe")
-    whole.add_argument("--recipe", default="demo", help="a folder of configs/, or a path to one (default: demo)")
-    whole.add_argument("--tiny", action="store_true", help="a small model made from nothing and the demo world's feedback in their place")
-    whole.add_argument("--until", default="evaluate", choices=list(config.STAGES), help="stop after this stage")
-    for stage, cls in config.STAGES.items():
-        single = commands.add_parser(stage, help=f"the {stage} stage alone", description=cls.__doc__)
-        single.add_argument("--config", required=True, help=f"its YAML file, such as configs/demo/{stage}.yaml")
-    for command in commands.choices.values():
-        command.add_argument("--seed", type=int, help="seeds everything")
-        command.add_argument("--force", action="store_true", help="run even what is unchanged; drop a partial run")
-        command.add_argument("--dry-run", action="store_true", help="check the configs and say what would be written")
-    examined = commands.add_parser("doctor", help="a config, its inputs, its data and its memory, before anything loads")
-    examined.add_argument("--config", required=True, help="a recipe's folder, such as configs/demo, or one of its files")
-    above_0 = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-    examined.add_argument("--device-memory", type=above_0, metavar="GB", help="of the device it is for (default: what is here)")
-    for command in commands.choices.values():
-        command.add_argument("--run", help="name of the run (default: the recipe's)")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
-    shown = commands.add_parser("show", help="the state of a run, what an artifact is, or what differs between two")
-    shown.add_argument("folder", help="a run, such as runs/demo, or a stage's folder in it")
-    shown.add_argument("other", nargs="?", help="another of the same, to compare")
-    shown.add_argument("--verify", action="store_true", help="read every file again, whatever its size and time say")
-    _add_scoring(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
-
-
-def _add_scoring(commands: Any) -> None:
-    """The commands that use what the stages made; they take no overrides."""
-    scored = commands.add_parser("score", help="a file's answers, each with its reward")
-    best = commands.add_parser("best-of-n", help="to each prompt of a file the best of n sampled answers")
-    compared = commands.add_parser("compare", help="answers to one prompt, best first")
-    for command in (scored, best, compared):
-        command.add_argument("--reward", required=True, help="a reward artifact, a classifier's folder, a hub id, or the URL of a server")
-        command.add_argument("--reads", metavar="NAME", help="the folder or hub id of what a server serves, where it does not tell")
-        command.add_argument("--positive-label", metavar="NAME", help="of a classifier with several labels the good one")
-    best.add_argument("--policy", required=True, help="a policy artifact, a model's folder or a hub id")
-    for command in (scored, best):
-        command.add_argument("--input", required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet")
-        command.add_argument("--output", required=True, metavar="FILE", help="the same rows with new columns: .csv, .jsonl or .parquet")
-        command.add_argument("--force", action="store_true", help="replace an output that exists")
-    count = _number(int, lambda value: value > 0, "a whole number above 0")
-    scored.add_argument("--batch-size", type=count, default=64, help="answers scored together (default: 64)")
-    scored.add_argument("--alpha", type=_number(float, math.isfinite, "a number"), help="scales the rewards (default: the artifact's own)")
-    scored.add_argument("--normalize", action="store_true", help="centre and scale on the artifact's reference sample first")
-    best.add_argument("--n", type=count, default=16, help="answers to each prompt (default: 16)")
-    warm = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-    best.add_argument("--temperature", type=warm, default=0.7, help="(default: 0.7)")
-    best.add_argument("--response-tokens", type=count, default=48, help="of an answer at most (default: 48)")
-    best.add_argument("--max-prompt-tokens", type=count, default=256, help="the last so many are read (default: 256)")
-    best.add_argument("--seed", type=int, default=0, help="seeds the answers, each by its row (default: 0)")
-    best.add_argument("--batch-size", type=count, default=32, help="answers sampled together (default: 32)")
-    compared.add_argument("prompt", help="what was asked")
-    compared.add_argument("answers", nargs="+", metavar="answer", help="two or more; after -- they may begin with a dash")
-
-
-def _number(kind: Callable[[str], Any], is_right: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    """A type for argparse that says what was expected."""
-
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if is_right(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
-
-    return parse

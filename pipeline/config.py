@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from pipeline.errors import UserError
 
-RECIPES = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent
+RECIPES = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # of a wheel, of a checkout
 
 
 class Strict(BaseModel):
@@ -236,7 +237,28 @@ class EncodingSection(Strict):
     token_types: bool = True
 
 
-COMPARATIVE = ("pairwise", "ranking", "plackett_luce")
+class Objective(NamedTuple):
+    """The records it learns from, whether it compares the answers to a prompt or judges each alone, and its loss, as the card tells it.
+
+    One that compares, but for `pairwise`, is the function of its name in `pipeline.reward.objectives`, of scores, ranks and mask.
+    """
+
+    kind: str
+    compares: bool
+    loss: str
+
+
+OBJECTIVES = {
+    "pairwise": Objective("comparisons", True, "−log σ(chosen − rejected), Bradley and Terry 1952, as Ouyang et al. 2022 (InstructGPT)"),
+    "ranking": Objective(
+        "rankings", True, "−log σ(better − worse) over all ordered pairs of a prompt's answers, Ouyang et al. 2022 (InstructGPT, eq. 1)"
+    ),
+    "plackett_luce": Objective(
+        "rankings", True, "−log of the chance that the answers are picked in order of rank, Luce 1959 and Plackett 1975"
+    ),
+    "classification": Objective("labels", False, "cross-entropy of the softmax over the classes"),
+    "regression": Objective("ratings", False, "mean squared error to the ratings, as Wang et al. 2024 (HelpSteer2)"),
+}
 
 
 class RewardStage(FromModel):
@@ -248,7 +270,7 @@ class RewardStage(FromModel):
     """
 
     stage: ClassVar[str] = "reward"
-    objective: Literal["pairwise", "ranking", "plackett_luce", "classification", "regression"] = "pairwise"
+    objective: Literal[tuple(OBJECTIVES)] = "pairwise"  # type: ignore[valid-type]
     encoding: EncodingSection = EncodingSection()
     overlong: Literal["truncate_left", "truncate_right", "drop"] = "truncate_left"
     positive_label: str | None = None
@@ -379,7 +401,7 @@ class PPOStage(PolicyStage):
         watched = self.training.get("eval_strategy", "no") not in ("no", False)
         if self.evaluation.keep and not watched:
             raise ValueError("evaluation.keep keeps the policies of evaluations, and there are none; set training.eval_strategy: steps")
-        if self.evaluation.scorer is None and "patience" in self.evaluation.model_fields_set:
+        if self.evaluation.scorer is None and self.evaluation.patience != Watch().patience:  # a resolved config names all keys
             raise ValueError("evaluation.patience is only read with an evaluation.scorer; name one, or remove it")
         if self.evaluation.scorer is not None:
             if self.evaluation.scorer.weight is not None:

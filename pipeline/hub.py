@@ -25,3 +25,16 @@ def commit(hub_id: str, revision: str | None = None, repo_type: str = "model") -
         with suppress(Exception):  # the HTTP library's own errors among them, whose classes change with it
             return HfApi().resolve_revision(hub_id, repo_type=repo_type, revision=revision, local_files_only=fetched).resolved
     return revision
+
+
+def file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder, or of a hub repository, fetched; None where it has none, where there is no such repository (which the load that
+    follows tells), or where the hub cannot be asked."""
+    if not is_hub_id(source):
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    with suppress(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return Path(hf_hub_download(source, name, revision=revision))
+    return None

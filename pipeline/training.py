@@ -35,6 +35,8 @@ RESERVED = {
     "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
     "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
 }  # fmt: skip
+HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
+RESERVED |= dict.fromkeys(HUB, "nothing: rlhf push takes to the hub what a stage has made, with its card")
 PROCESSES = "processes.json"  # in the work folder: how many began the run
 LAUNCH = re.compile("runtime|per_second|^time/")  # figures of one launch, which an interrupted run has several of
 

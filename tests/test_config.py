@@ -38,6 +38,7 @@ def refused(folder: Path, stage: str, text: str, *overrides: str) -> str:
 def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
     loaded = config.load(path.stem, path)
     assert loaded.folder == Path("runs", path.parent.name, path.stem)
+    assert type(loaded)(**loaded.resolved()).resolved() == loaded.resolved()  # an artifact's config.yaml makes it again
     if path.stem in ARGUMENTS:
         built = training.arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
         for key, value in loaded.training.items():

@@ -59,3 +59,17 @@ def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
     assert [hub.is_hub_id(name) for name in ("gpt2", "gpt2/x", "org/name", "distilgpt2", "runs/x", "a/b/c")] == [
         False, False, True, True, False, False,
     ]  # fmt: skip
+
+
+def test_a_file_is_found_in_a_folder_or_fetched_or_absent(tmp_path, monkeypatch):
+    from httpx2 import Request, Response
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    (tmp_path / "reward.json").touch()
+    assert hub.file(str(tmp_path), "reward.json") == tmp_path / "reward.json"
+    assert hub.file(str(tmp_path), "none.json") is None
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, revision: f"/cache/{source}/{revision}/{name}")
+    assert hub.file("org/name", "reward.json", "v1") == Path("/cache/org/name/v1/reward.json")
+    missing = RepositoryNotFoundError("none", response=Response(404, request=Request("GET", "https://hub")))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(missing))
+    assert hub.file("org/name", "reward.json") is None

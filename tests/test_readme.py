@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.cli import _parse, main
+from pipeline.arguments import parse
+from pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
-TOOLS = ("score", "compare", "best-of-n", "doctor")
+TOOLS = ("score", "compare", "best-of-n", "doctor", "push")
 INLINE = re.findall(r"`(make [^`]+)`", README)
 
 
@@ -29,7 +30,7 @@ STAGES = [command for command in COMMANDS if command.split()[0] in ("rlhf", "acc
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] in TOOLS])
 def test_the_tools_are_understood(command):
-    assert _parse(argv_of(command)).command == command.split()[1]
+    assert parse(argv_of(command)).command == command.split()[1]
 
 
 @pytest.mark.parametrize("command", STAGES)

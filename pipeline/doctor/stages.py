@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from pipeline import artifact, hub, models, training
-from pipeline.config import EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
+from pipeline.config import OBJECTIVES, EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
 from pipeline.doctor import shapes
 from pipeline.doctor.memory import Drawn, Held, Step, rows_at_a_time
 from pipeline.errors import UserError
@@ -18,7 +18,6 @@ from pipeline.ppo import arguments_class, rewards
 from pipeline.ppo.apart import why_apart
 from pipeline.ppo.evaluation import room
 from pipeline.reward.model import Settings
-from pipeline.reward.trainer import OBJECTIVES
 
 ANSWERS = {"comparisons": 2, "rankings": 4}  # of a row; rankings are demo's, where no records tell
 Recipe = Mapping[str, StageConfig]  # the stages of a recipe, some of which have not been run

@@ -51,6 +51,14 @@ class PPOConfig(TrainingArguments):
 
     Losses: `policy + vf_coef · value − entropy_coef · entropy + ptx_coef · cross-entropy of demonstrations`. During the first
     `critic_warmup_rollouts` only the value head learns; `value_init` starts it at zero, or as the reward model's head.
+
+    >>> from pipeline import PPOConfig
+    >>> args = PPOConfig("out", num_rollouts=50, num_mini_batches=2, per_device_train_batch_size=16, kl_target=6.0)
+    >>> args.rollout_rows, args.steps_per_rollout
+    (32, 8)
+    >>> PPOConfig("out", clip_low=1.5)
+    Traceback (most recent call last):
+    ValueError: clip_low=1.5: expected less than 1
     """
 
     RESERVED: ClassVar[dict[str, str]] = {"num_train_epochs": "training.num_rollouts"}

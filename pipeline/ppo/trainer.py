@@ -30,7 +30,8 @@ from pipeline.ppo.guards import SkipNonFinite, check_kl
 from pipeline.ppo.shown import Progress
 from pipeline.ppo.stream import RolloutStream
 from pipeline.reward import batching
-from pipeline.reward.sources import RewardFunction, RewardSource
+from pipeline.reward.model import RewardModel
+from pipeline.reward.sources import RewardFunction, RewardSource, from_model
 from pipeline.sampling import Answers, permutation
 from pipeline.sharding import at_leisure, gathered
 
@@ -41,10 +42,22 @@ class PPOTrainer(Watched):
     """PPO on `transformers.Trainer`.
 
     `policy`: a causal language model, or a `PeftModel` around one (its reference is then the adapter named `reference`, or the bare base).
-    `reward`: a `RewardSource`, or a function of TRL's signature. `train_dataset`, `eval_dataset`: rows with a `prompt` (text or
-    messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
+    `reward`: a `RewardModel`, a function of TRL's signature, or a `RewardSource`. `train_dataset`, `eval_dataset`: rows with a `prompt`
+    (text or messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
     `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`. `generate`: what draws the answers, of the signature of
     `pipeline.sampling.generate`.
+
+    >>> from datasets import load_from_disk
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from pipeline import PPOConfig, PPOTrainer, RewardModel
+    >>> policy, tokenizer = AutoModelForCausalLM.from_pretrained("runs/demo/sft"), AutoTokenizer.from_pretrained("runs/demo/sft")
+    >>> prompts = load_from_disk("runs/demo/prepare/prompts")["train"]
+    >>> args = PPOConfig("out", num_rollouts=2, per_device_train_batch_size=4, response_tokens=8, report_to="none")
+    >>> trainer = PPOTrainer(policy, RewardModel.load("runs/demo/reward"), args, train_dataset=prompts, processing_class=tokenizer)
+    >>> trainer.train().global_step
+    8
+    >>> trainer.save_model("out/policy")
+    >>> tuned = AutoModelForCausalLM.from_pretrained("out/policy")
     """
 
     args: PPOConfig
@@ -55,7 +68,7 @@ class PPOTrainer(Watched):
     def __init__(
         self,
         policy: Any,
-        reward: RewardSource | RewardFunction,
+        reward: RewardModel | RewardSource | RewardFunction,
         args: PPOConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
@@ -72,7 +85,8 @@ class PPOTrainer(Watched):
             raise UserError(f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none")
         if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
             raise UserError("ppo: train_dataset and eval_dataset need a prompt at least, and one of them has none")
-        self.reward = reward if isinstance(reward, RewardSource) else RewardSource(reward)
+        source = from_model(reward) if isinstance(reward, RewardModel) else reward
+        self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
         self.gold, self.scorer, self.keep, self.demonstrations, self.generate = gold, scorer, keep, demonstrations, generate
         self.max_prompt_tokens = room(policy, args.response_tokens, max_prompt_tokens)
         self.drawing = Drawing(args.response_tokens, args.eval_samples, args.drawing)
@@ -181,10 +195,12 @@ class PPOTrainer(Watched):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained (policy or adapter, value head, KL coefficient) as one safetensors file."""
+        """The policy and its value head, as `publish` writes them; in a checkpoint all that is trained, as one safetensors file."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            return self.publish(folder)
         weights = gathered(self)
         if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             weights = self.accelerator.unwrap_model(self.actor).state_dict() if weights is None else weights
             save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})

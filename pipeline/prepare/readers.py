@@ -28,6 +28,7 @@ SHAPES: dict[str, list[tuple[str, ...]]] = {
     "demonstrations": [("prompt", "completion"), ("messages",)],
     "prompts": [("prompt",)],
 }
+KINDS = {"dialogues": "comparisons"}  # of records that a format makes, where that is not its own name
 OPTIONAL = {"comparisons": ("margin", "source"), "dialogues": ("margin", "source")}
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 ANSWER = "\n\nAssistant:"
@@ -172,7 +173,7 @@ def _shape(source: Source, rows: list[Row]) -> tuple[str, ...]:
 
 
 def _item(source: Source, shape: tuple[str, ...], row: Row) -> Item:
-    kind = "comparisons" if source.format == "dialogues" else source.format
+    kind = KINDS.get(source.format, source.format)
     try:
         if row.fault:
             raise row.fault

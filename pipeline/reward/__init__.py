@@ -18,7 +18,7 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline import artifact, models, sharding, training
-from pipeline.config import RewardStage
+from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.errors import UserError
 from pipeline.ranks import agree, is_main_process
 from pipeline.records import open_records
@@ -27,7 +27,7 @@ from pipeline.reward.encoding import Encoding, flat
 from pipeline.reward.encoding import check as check_encoding
 from pipeline.reward.examples import ANSWERS, examples
 from pipeline.reward.model import Settings, SharedRewardModel
-from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
+from pipeline.reward.trainer import RewardTrainer
 
 SHARE_OF_AN_ENSEMBLE = 0.7  # of the rows each member learns from
 

@@ -3,35 +3,26 @@
 All of it is read from what the artifact was made from and from what was measured on it: no times, no absolute paths.
 """
 
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-import jinja2
 import yaml
 from datasets import Dataset
 from peft import PeftModel
 
-from pipeline import hub, models, training
+from pipeline import hub, markdown, models, training
 from pipeline.artifact import Artifact
-from pipeline.config import COMPARATIVE, RewardStage
+from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.files import read_json
+from pipeline.markdown import place
 from pipeline.reward import tables
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.model import Settings
 from pipeline.reward.tables import Table
-from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
+from pipeline.reward.trainer import RewardTrainer
 
-OBJECTIVE = {
-    "pairwise": "−log σ(chosen − rejected), Bradley and Terry 1952, as Ouyang et al. 2022 (InstructGPT)",
-    "ranking": "−log σ(better − worse) over all ordered pairs of a prompt's answers, Ouyang et al. 2022 (InstructGPT, eq. 1)",
-    "plackett_luce": "−log of the chance that the answers are picked in order of rank, Luce 1959 and Plackett 1975",
-    "classification": "cross-entropy of the softmax over the classes",
-    "regression": "mean squared error to the ratings, as Wang et al. 2024 (HelpSteer2)",
-}
 MOST_ROWS = 20  # of the table of losses
 
 
@@ -40,10 +31,8 @@ def write(
     rows: dict[str, dict[str, int]],
 ) -> None:  # fmt: skip
     """Write README.md and summary.md; metrics.json is there. `built` is `architecture`'s, `rows` counts rows and their fates by split."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    options: dict[str, Any] = {"autoescape": False, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(loader=folder, keep_trailing_newline=True, **options)
-    environment.filters.update(cell=cell, code=partial(json.dumps, ensure_ascii=False), place=place, shown=tables.shown)
+    environment = markdown.environment(Path(__file__).parent)
+    environment.filters["shown"] = tables.shown
     metrics, examples = read_json(output / "metrics.json"), cast(Dataset, trainer.train_dataset)
     values = {
         "config": config,
@@ -62,7 +51,7 @@ def write(
         "state": trainer.state,
         "margins": config.objective == "pairwise" and "margin" in examples.column_names,
         "precision": training.resolve_precision(config.precision),
-        "objective": OBJECTIVE[config.objective],
+        "objective": OBJECTIVES[config.objective].loss,
         "progress": progress(trainer.state.log_history),
         "measured": {kind: tables.of_kind(figures) for kind, figures in metrics.items()},
         "limits": limits(config, settings, metrics),
@@ -85,19 +74,6 @@ def front_matter(config: RewardStage) -> str:
     base = {"base_model": config.model} if config.model != "scratch" and hub.is_hub_id(config.model) else {}
     fixed = {"pipeline_tag": "text-classification", "library_name": "transformers", "tags": ["reward-model", "trl"]}
     return yaml.safe_dump(fixed | base, sort_keys=False)
-
-
-def place(path: str | Path) -> str:
-    """A hub id, or a path from the working directory; of one that lies elsewhere the name, since where it lies is nobody's business."""
-    path = Path(path)
-    if not path.is_absolute():
-        return path.as_posix()
-    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
-
-
-def cell(text: str) -> str:
-    """Text as a Markdown table takes it."""
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def reward_lines(settings: Settings) -> list[str]:
@@ -157,7 +133,7 @@ def limits(config: RewardStage, settings: Settings, metrics: dict[str, Any]) -> 
         f"All it knows it learned from these {kind}: on other prompts and answers, and on those of a policy trained against it, its reward "
         "may mean nothing."
     ]
-    if config.objective in COMPARATIVE:
+    if OBJECTIVES[config.objective].compares:
         centred = "; centring drew it towards zero" if config.training.get("center_rewards_coefficient") else ""
         found.append(f"Only differences between answers to one prompt mean something: a constant for each prompt is left open{centred}.")
     if config.objective == "classification" and settings.output == "logit":

@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import models
+from pipeline import hub, models
 from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
 from pipeline.ranks import spread
@@ -88,7 +88,17 @@ class Settings:
 
 
 class RewardModel:
-    """Scores answers. Build one with `load`; higher is better."""
+    """Scores answers. Build one with `load`; higher is better.
+
+    >>> from pipeline import RewardModel
+    >>> rm = RewardModel.load("runs/demo/reward")
+    >>> answers = ["An apple.", "No.", "A carrot."]
+    >>> scores = rm.score(["Name a fruit."] * 3, answers)
+    >>> rm.rank("Name a fruit.", answers) == sorted(range(3), key=lambda i: -scores[i])
+    True
+    >>> rm.best_of_n("Name a fruit.", answers)[1] == max(scores)
+    True
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings):
         self.model: Any = model.eval()
@@ -115,7 +125,8 @@ class RewardModel:
         reads where its defaults are wrong. `model` is the classifier, where it is in memory already. Raises `UserError` where `source` is
         no such checkpoint.
         """
-        settings = Settings.load(Path(source))
+        found = hub.file(str(source), SETTINGS, options.get("revision"))
+        settings = Settings.load(found.parent) if found else None
         tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
         if model is None:
             model = _load(str(source), tokenizer, settings, precision, options)

@@ -6,7 +6,7 @@ tests/reward/test_trainer.py fails where TRL changes it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +15,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from pipeline.config import OBJECTIVES
 from pipeline.reward import batching, metrics, objectives
 from pipeline.reward.encoding import Encoded
 
 ABSENT = -100  # a rank that pads a prompt with fewer answers
-
-
-class Objective(NamedTuple):
-    """The records it learns from, and whether it compares the answers to a prompt or judges each alone."""
-
-    kind: str
-    compares: bool
-
-
-OBJECTIVES = {
-    "pairwise": Objective("comparisons", True),
-    "ranking": Objective("rankings", True),
-    "plackett_luce": Objective("rankings", True),
-    "classification": Objective("labels", False),
-    "regression": Objective("ratings", False),
-}
 
 
 @dataclass
@@ -118,7 +103,7 @@ class RewardTrainer(trl.RewardTrainer):
             margin = None if batch.margins is None else batch.margins.to(rows.device)[rows]
             loss = objectives.bradley_terry(scores[:, 0], scores[:, 1], margin, self.args.label_smoothing_factor)
         else:
-            loss = {"ranking": objectives.ranking, "plackett_luce": objectives.plackett_luce}[self.objective](scores, targets, mask)
+            loss = getattr(objectives, self.objective)(scores, targets, mask)
         centring = self.args.center_rewards_coefficient
         return loss + centring * objectives.centring(scores, mask) if centring else loss
 

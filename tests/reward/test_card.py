@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import RewardModel, artifact, config, reward
+from pipeline import RewardModel, artifact, config, markdown, reward
 from pipeline.reward import card
 from pipeline.reward.encoding import Encoding, encode
 from pipeline.reward.model import Settings
@@ -169,8 +169,8 @@ def test_the_limits_are_those_of_the_objective(made):
 def test_paths_are_told_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"runs/t": "runs/t", tmp_path / "runs" / "t": "runs/t", tmp_path.parent / "elsewhere": "elsewhere", "org/name": "org/name"}
-    assert [card.place(path) for path in places] == list(places.values())
+    assert [markdown.place(path) for path in places] == list(places.values())
 
 
 def test_a_cell_stays_one_cell():
-    assert card.cell("a | b\nc") == "a \\| b c"
+    assert markdown.cell("a | b\nc") == "a \\| b c"

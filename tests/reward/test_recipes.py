@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from pipeline import RewardModel, config, encoding, reward
 from pipeline.reward import sources
 from pipeline.reward.examples import examples
-from pipeline.reward.trainer import OBJECTIVES, RewardTrainer
+from pipeline.reward.trainer import RewardTrainer
 
 FIVE = ("gpt2-ranked", "toxicity", "gpt2-acceptance", "bert-regression", "distilbert-ranked")
 SMALL = ["training.max_steps=3", "training.per_device_train_batch_size=4", "training.eval_strategy=no", "max_length=96"]
@@ -77,7 +77,7 @@ def trainer_outputs(loaded, folder, prompts, responses, tmp_path):
     made_up = {"comparisons": {"chosen": responses, "rejected": responses}, "ratings": {"completion": responses, "rating": [0.0] * 200}}
     made_up["rankings"] = {"responses": [[r, r + "!"] for r in responses], "ranks": [[1, 2]] * 200}
     made_up["labels"] = {"completion": responses, "label": [0] * 200}
-    kind = OBJECTIVES[loaded.objective].kind
+    kind = config.OBJECTIVES[loaded.objective].kind
     rows, _ = examples(Dataset.from_dict({"prompt": prompts} | made_up[kind]), kind, rm.tokenizer, rm.settings.encoding, False)
     args = RewardConfig(
         str(tmp_path), per_device_eval_batch_size=8, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False,
@@ -114,10 +114,10 @@ def test_one_reading_everywhere(five, answered, tiny_tokenizer, tmp_path):
 def test_what_is_measured(five):
     _, loaded, folder = five
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert next(iter(metrics)) == OBJECTIVES[loaded.objective].kind  # what it learned from comes first
+    assert next(iter(metrics)) == config.OBJECTIVES[loaded.objective].kind  # what it learned from comes first
     assert {"accuracy", "accuracy_longer", "calibration"} <= metrics["comparisons"].keys()
     wanted = {"rankings": {"kendall_tau", "top_1"}, "ratings": {"rmse", "spearman"}, "labels": {"auroc", "f1", "confusion"}}
-    kind = OBJECTIVES[loaded.objective].kind
+    kind = config.OBJECTIVES[loaded.objective].kind
     assert wanted[kind] <= metrics[kind].keys()
 
 

@@ -16,26 +16,25 @@ def gathered(trainer: Trainer) -> dict[str, Any] | None:
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
-def at_leisure(model: Any, work: Callable[[], Result]) -> Result:
-    """`work()`, while which every rank has all weights of `model`: a sharded forward waits for all ranks, and they differ in how many they
-    need, as generation does. All call it; it costs the memory of a whole model in the precision that it computes in."""
+def at_leisure(model: Any, part: Any, work: Callable[[], Result]) -> Result:
+    """`work()`, while which every rank has all weights of `part` of `model`: a sharded forward waits for all ranks, and in generation they
+    differ in how many they need. All call it; it costs the memory of the whole part in the precision that it computes in."""
     if not isinstance(model, FSDPModule):
         return work()
     root: Any = model
     if not hasattr(root, "_at_leisure"):
         root._at_leisure = lambda work: work()
         register_fsdp_forward_method(root, "_at_leisure")  # a first forward through a layer alone would make that the root
-    return root._at_leisure(lambda: _unsharded(root, work))
+    return root._at_leisure(lambda: _unsharded([module for module in part.modules() if isinstance(module, FSDPModule)], work))
 
 
-def _unsharded(model: Any, work: Callable[[], Result]) -> Result:
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.set_reshard_after_forward(False)
+def _unsharded(shards: list[FSDPModule], work: Callable[[], Result]) -> Result:
     for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
         shard.unshard()
     try:
         return work()
     finally:
         for shard in shards:
             shard.reshard()
-        model.set_reshard_after_forward(True)
+            shard.set_reshard_after_forward(True, recurse=False)

@@ -39,6 +39,7 @@ class ActorCritic(nn.Module):
         self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
         if getattr(policy.config, "output_router_logits", False):
             policy.config.output_router_logits = False  # a mixture's balance loss, which nothing here reads and `generate` trips over
+        self._no_split_modules = policy._no_split_modules  # the layers that FSDP shards one by one: accelerate asks for them by this name
         self.value_head = nn.Linear(policy.get_output_embeddings().weight.shape[-1], 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)

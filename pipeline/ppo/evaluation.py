@@ -1,5 +1,6 @@
 """What is measured of a policy while it trains: answers to each held-out prompt, always drawn with the same noise."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ class Watched(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Means over the answers to held-out prompts: reward, the scorer's and the gold reward, KL to the reference, length."""
         self.model.eval()  # by which TRL's trainers tell whose figures are logged
-        table = at_leisure(self.actor, lambda: answered(self, self.eval_dataset if eval_dataset is None else eval_dataset))
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        table = at_leisure(self.actor, self.actor.policy, lambda: answered(self, data))
         figures = [name for name in table[0] if name not in ("prompt", "answer")]
         metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))
@@ -118,7 +120,9 @@ def answered(trainer: Watched, data: Dataset) -> list[dict[str, Any]]:
     prompts are shared out over the ranks."""
     args, drawing, table = trainer.args, trainer.drawing, []
     scorers = {"reward": trainer.reward.score, "scorer_reward": trainer.scorer, "gold_reward": trainer.gold}
-    mine = range(args.process_index, len(data) * drawing.samples, args.world_size)
+    total = len(data) * drawing.samples
+    # As many for each rank, who may share a reference: some are drawn twice.
+    mine = range(args.process_index, math.ceil(total / args.world_size) * args.world_size, args.world_size)
     for start in range(0, len(mine), args.per_device_eval_batch_size):
         numbers = list(mine[start : start + args.per_device_eval_batch_size])
         rows = [number % len(data) for number in numbers]
@@ -130,11 +134,11 @@ def answered(trainer: Watched, data: Dataset) -> list[dict[str, Any]]:
         columns |= {"response_tokens": answers.response_mask.sum(1).tolist(), "ended_fraction": list(map(float, answers.ended))}
         columns["number"] = numbers
         table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    table = sorted(gather_object(table), key=lambda row: row["number"])
+    table = sorted(gather_object(table), key=lambda row: row["number"])[:total]
     return [{name: value for name, value in row.items() if name != "number"} for row in table]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which sharded weights would be gathered into tensors that training cannot fill again
 def kl_to_reference(actor: ActorCritic, answers: Answers, temperature: float) -> list[float]:
     """log p − log q summed over each answer (k1): an unbiased sample of the KL of whole answers, in nats."""
     tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)

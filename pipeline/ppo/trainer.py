@@ -112,7 +112,7 @@ class PPOTrainer(Watched):
 
     def collect(self, rollout: int) -> Experience:
         """Sample and score the answers of one rollout, by its absolute number."""
-        return at_leisure(self.actor, lambda: self._collect(rollout))
+        return at_leisure(self.actor, self.actor.policy, lambda: self._collect(rollout))
 
     def _collect(self, rollout: int) -> Experience:
         start = time.perf_counter()

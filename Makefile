@@ -6,7 +6,7 @@ STAGES := prepare sft reward ppo evaluate
 RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu oracle lint bench-reward bench-ppo study clean
+.PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint bench-reward bench-ppo study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -36,6 +36,9 @@ test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use o
 
 oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
 	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo/test_trl112.py $(ARGS)
+
+notebooks: setup  ## every notebook from end to end, in a scratch folder (minutes)
+	$(BIN)/python -m pytest -m notebooks --durations=0 tests/test_notebooks.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

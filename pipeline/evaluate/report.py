@@ -27,6 +27,10 @@ THEME = {
     "#050505": "--series-0", "#060606": "--series-1", "#070707": "--series-2",
 }  # fmt: skip
 INK, MUTED, LINE, PAGE, *SERIES = THEME
+LIGHT = (
+    "--page: #fcfcfa; --ink: #1d1f22; --muted: #60656d; --line: #dddcd5; --series-0: #2a63a5; --series-1: #b4640c; --series-2: #437a48; "
+    "--less: #fbe3dc; --more: #dcefdd;"
+)
 STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "axes.grid": True,
@@ -58,6 +62,11 @@ class Plot(NamedTuple):
     title: str
     caption: str
     svg: str
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a light ground, whatever its theme."""
+        style = f"{LIGHT} max-width: 30rem; padding: 1rem; background: var(--page); color: var(--ink)"
+        return f'<figure style="{style}"><b>{self.title}</b>{self.svg}<figcaption>{self.caption}</figcaption></figure>'
 
 
 SUPERVISED = (
@@ -123,6 +132,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     samples = [compared(sample) for sample in data.get("samples") or []]
     records = data.get("records") or {}
     page = environment.get_template("report.html.j2").render(
+        light=LIGHT,
         title=data.get("title") or "run",
         command=data.get("command"),
         summary=data.get("summary"),

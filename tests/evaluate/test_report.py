@@ -305,6 +305,12 @@ def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     assert "<metadata>" not in svgs
 
 
+def test_a_plot_in_a_notebook_brings_its_colours() -> None:
+    shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
+    assert set(re.findall(r"(--[\w-]+):", shown)) == set(report.THEME.values())
+    assert "<b>Loss</b><svg/><figcaption>Should fall.</figcaption>" in shown
+
+
 def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
     log = [
         {"step": 1, "loss": 0.1, "reward": 0.2, "raw_reward": 1.0, "completions/mean_length": 9.0, "entropy": 0.5, "kl": 0.01},

@@ -3,7 +3,10 @@ RECIPE ?= demo
 PYTHON ?= python3
 BIN := .venv/bin
 STAGES := prepare sft reward ppo evaluate
-RLHF = $(BIN)/rlhf run --recipe $(RECIPE) $(if $(TINY),--tiny) $(if $(SEED),--seed $(SEED))
+SEEDED := $(if $(SEED),--seed $(SEED))
+LAUNCHED = $(BIN)/accelerate launch --config_file configs/accelerate/$(LAUNCH).yaml $(if $(PROCESSES),--num_processes $(PROCESSES)) -m pipeline
+RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY),--tiny) $(SEEDED)
+STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint bench-reward bench-ppo study clean
@@ -12,6 +15,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
 	@echo
 	@echo 'RECIPE=demo picks a folder of configs/; TINY=1 runs it in small, without a hub; SEED=0 seeds everything; ARGS="key=value …" is passed on.'
+	@echo 'LAUNCH=multi-gpu starts it by a file of configs/accelerate, a stage then alone; PROCESSES=2 are how many.'
 
 setup: .venv/ready  ## only the environment
 
@@ -22,10 +26,10 @@ setup: .venv/ready  ## only the environment
 	@touch $@
 
 run: setup  ## every stage of RECIPE, then the table and the report
-	$(RLHF) $(ARGS)
+	$(RUN) $(ARGS)
 
 $(STAGES): setup  ## up to this stage, reusing what is unchanged
-	$(RLHF) --until $@ $(ARGS)
+	$(if $(LAUNCH),$(if $(TINY),$(error TINY=1 is for 'make run LAUNCH=$(LAUNCH)'),$(STAGE)),$(RUN) --until $@) $(ARGS)
 
 test: setup  ## the tests (REAL_DATA=folder adds those on real files)
 	$(BIN)/python -m pytest $(ARGS)

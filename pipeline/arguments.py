@@ -110,6 +110,7 @@ def _add_stages(commands: Any) -> None:
     examined.add_argument("--config", required=True, type=_file, help="a recipe's folder, such as configs/demo, or one of its files")
     above_0 = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
     examined.add_argument("--device-memory", type=above_0, metavar="GB", help="of the device it is for (default: what is here)")
+    examined.add_argument("--launch", metavar="NAME", help="by this file of configs/accelerate, which may shard what is trained")
     for command in commands.choices.values():
         command.add_argument("--run", help="name of the run (default: the recipe's)")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")

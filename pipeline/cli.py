@@ -115,10 +115,11 @@ def doctor(args: argparse.Namespace) -> None:
         config.check_run(list(recipe.values()))
     _quiet_libraries()
     from pipeline.doctor import examine
+    from pipeline.launch import shards
 
-    wrong = 0
+    parts, wrong = shards(args.launch) if args.launch else 1, 0
     for stage in wanted:
-        found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory)
+        found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory, parts)
         wrong += errors
         print("\n".join([f"{stage}: {recipe[stage].folder}", *(f"  {what:<10} {text}" for what, text in found)]), flush=True)
     if wrong:

@@ -1,11 +1,39 @@
-"""What was asked of `accelerate launch` and did not come, told by the environment it leaves: it says nothing of these itself."""
+"""Launches: what `accelerate launch` was asked for and did not bring, told by the environment it leaves (it says nothing of it itself);
+and what its files in configs/accelerate ask for."""
 
 import re
 from collections.abc import Mapping
 
+import yaml
+
+from pipeline.config import RECIPES, nearest
+from pipeline.errors import UserError
+
 ON_CPU = "--config_file configs/accelerate/cpu.yaml, with --num_processes"
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 NAMES_A_GPU = re.compile(r"\d|GPU-|MIG-")
+
+
+def shards(name: str) -> int:
+    """Into how many parts a launch by `configs/accelerate/NAME.yaml` cuts the weights. Raises `UserError` where there is no such file."""
+    files = {file.stem: file for file in sorted((RECIPES / "accelerate").glob("*.yaml"))}
+    if name not in files:
+        raise UserError(f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; there are: {', '.join(files)}")
+    asked = yaml.safe_load(files[name].read_text())
+    cuts = asked["distributed_type"] == "FSDP" or asked.get("deepspeed_config", {}).get("zero_stage") == 3
+    return int(asked["num_processes"]) if cuts else 1
+
+
+def unfit(environment: Mapping[str, str], stage: str, algorithm: str) -> str | None:
+    """Why a stage does not run on weights that are sharded so; None where it does."""
+    on = {name for variable, name in SHARDED.items() if environment.get(variable, "").lower() == "true"}
+    if "FSDP" in on and environment.get("FSDP_VERSION", "1") != "2":
+        return "FSDP of version 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml has it"
+    if "FSDP" in on and algorithm != "ppo":
+        return f"FSDP, with algorithm: {algorithm}, whose policy could not draw the evaluations; use deepspeed-zero2 or multi-gpu"
+    if "DeepSpeed" in on and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and stage != "sft":
+        return "DeepSpeed ZeRO-3, under which a model reads only what it is trained on; use fsdp2, which shards as much"
+    return None
 
 
 def why_not(environment: Mapping[str, str], gpus: int) -> str | None:

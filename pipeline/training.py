@@ -28,6 +28,7 @@ from pipeline import trackers
 from pipeline.config import TrainedStage, nearest
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
+from pipeline.launch import unfit
 from pipeline.ranks import agree, is_main_process, world_size
 
 # Set by the stage itself -> what to set instead.
@@ -47,6 +48,8 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
         if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     check_quantization(config.stage, config.quantization)
+    if problem := unfit(os.environ, config.stage, getattr(config, "algorithm", "ppo")):
+        raise UserError(f"{config.stage}: was launched with {problem}")
     trackers.check(config.stage, config.training)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:

@@ -1,8 +1,12 @@
 """What a launch left in the environment tells whether it got what it asked for."""
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
-from pipeline.launch import why_not
+from pipeline.config import RECIPES
+from pipeline.launch import shards, unfit, why_not
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -40,3 +44,41 @@ def test_what_was_asked_for_came(environment, gpus):
 )
 def test_what_did_not_come_is_told(environment, gpus, found):
     assert found in str(why_not(ACCELERATE | environment, gpus))
+
+
+FSDP, ZERO = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "stage", "algorithm", "found"),
+    [
+        ({}, "ppo", "grpo", None),
+        (FSDP | {"FSDP_VERSION": "2"}, "ppo", "ppo", None),
+        (FSDP | {"FSDP_VERSION": "2"}, "ppo", "grpo", "FSDP, with algorithm: grpo"),
+        (FSDP, "sft", "ppo", "FSDP of version 1; set fsdp_version: 2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ppo", "rloo", None),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "sft", "ppo", None),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "reward", "ppo", "DeepSpeed ZeRO-3"),
+    ],
+)
+def test_sharding_that_a_stage_cannot_use_is_refused(environment, stage, algorithm, found):
+    problem = unfit(environment, stage, algorithm)
+    assert problem is None if found is None else str(problem).startswith(found)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("cpu", 1), ("multi-gpu", 1), ("deepspeed-zero2", 1), ("deepspeed-zero3", 8), ("fsdp2", 8)])
+def test_which_files_cut_the_weights(name, parts):
+    assert shards(name) == parts
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_understands_the_files(file):
+    """As far as its own parser goes, without starting anything."""
+    parsed = load_config_from_file(str(file))
+    args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "pipeline"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert args.num_processes == parsed.num_processes == {"single-gpu": 1, "cpu": 2}.get(file.stem, 8)
+    assert (args.use_fsdp, args.use_deepspeed) == (file.stem == "fsdp2", file.stem.startswith("deepspeed"))
+    if args.use_fsdp:
+        assert prepare_multi_gpu_env(args) | {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} == prepare_multi_gpu_env(args)
+    assert defaults.mixed_precision == "no"

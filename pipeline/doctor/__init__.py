@@ -30,14 +30,15 @@ GB = 1e9
 CUDA_CONTEXT = 0.5 * GB  # what a process takes on a GPU before its first tensor
 
 
-def examine(config: StageConfig, recipe: Recipe, device_memory: float | None) -> tuple[list[tuple[str, str]], int]:
-    """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes."""
+def examine(config: StageConfig, recipe: Recipe, device_memory: float | None, shards: int = 1) -> tuple[list[tuple[str, str]], int]:
+    """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes, of each of the devices that hold a
+    shard of what is trained."""
     found: list[tuple[str, str]] = []
     looks = [_config, _inputs, _tokenizer, _batch] if config.stage in INPUTS else [_config]
     for look in looks:
         found += _safely(look.__name__.strip("_"), lambda look=look: list(look(config, recipe)))
     if config.stage in INPUTS and not found[0][1].startswith("error: "):
-        found += _safely("memory", lambda: list(_memory(config, recipe, device_memory)))
+        found += _safely("memory", lambda: list(_memory(config, recipe, device_memory, shards)))
     return found, sum(text.startswith("error: ") for _, text in found)
 
 
@@ -121,8 +122,8 @@ def longest_prompt(config: Any) -> int | None:
     return max((len(encoding.prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None)
 
 
-def _memory(config: StageConfig, recipe: Recipe, given: float | None) -> Iterator[tuple[str, str]]:
-    found = memory.reckon(*stages.plan(config, recipe, stages.arguments(config), longest_prompt(config)))
+def _memory(config: StageConfig, recipe: Recipe, given: float | None, shards: int) -> Iterator[tuple[str, str]]:
+    found = memory.reckon(*stages.plan(config, recipe, stages.arguments(config), longest_prompt(config)), shards)
     on_gpu = torch.cuda.is_available()
     libraries = CUDA_CONTEXT if on_gpu or given else float(psutil.Process().memory_info().rss)
     there = given or (torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total)

@@ -18,12 +18,13 @@ from pipeline.reading import ROWS
 # Bytes of a quantized weight, with its scales: a float for each row, or for each 64.
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 BUFFERS = 64e6  # rows, tokenizer, kernels' own: over what is reckoned 65 to 71 MB were measured, whatever the size
+LAYER = re.compile(r"\.\d+\.")  # in the name of a weight that one of many layers holds
 STATES = {"8bit": 2, "32bit": 8, "sgd": 0, "adafactor": 0, "": 8}  # optimizer bytes of a trained weight, by what its name holds
 
 
 class Held(NamedTuple):
     """A model in memory. `adapters` are how many LoRA adapters of the shape `lora` it has, of which one is trained; without `lora` all of
-    it is trained, if it is `trained`."""
+    it is trained, if it is `trained`. A launch that shards does so to what is trained and what is `beside` it in one module."""
 
     config: PreTrainedConfig
     auto: Any = AutoModelForCausalLM
@@ -32,6 +33,7 @@ class Held(NamedTuple):
     lora: LoraConfig | None = None
     adapters: int = 1
     trained: bool = False
+    beside: bool = False
 
 
 class Step(NamedTuple):
@@ -59,29 +61,31 @@ class Drawn(NamedTuple):
     computed: str
 
 
-def reckon(held: list[Held], step: Step | None, drawing: Drawn | None) -> dict[str, float]:
-    """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together. The
-    first model is the one that draws."""
+def reckon(held: list[Held], step: Step | None, drawing: Drawn | None, shards: int = 1) -> dict[str, float]:
+    """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together, in
+    one of the processes that hold a shard each. The first model is the one that draws."""
     found = dict.fromkeys(("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0) | {"buffers": BUFFERS}
     passing = [0.0]
     for each in held:
         model = shapes.build(each.config, each.auto, DTYPES[each.precision], each.lora)
         base = {id(p): p for p in model.parameters() if each.lora is None or not p.requires_grad}
         learned = sum(p.numel() for p in model.parameters() if each.lora is not None and p.requires_grad)
-        found["weights"] += weights(model, set(base), each.quantization)
-        found["adapters"] += 4 * learned * each.adapters
+        parts = shards if each.trained or each.beside else 1
+        found["weights"] += weights(model, set(base), each.quantization) / parts
+        found["adapters"] += 4 * learned * each.adapters / parts
         if each.trained and step:
             count = learned if each.lora else sum(p.numel() for p in base.values())
             states = next(size for name, size in STATES.items() if name in step.optim)
-            found["optimizer"] += states * count
-            found["gradients"] += 4 * count
-            found["activations"], passing_step = activations(each, step)
+            found["optimizer"] += states * count / parts
+            found["gradients"] += 4 * count / parts
+            found["activations"], passing_step = activations(each, step, shards)
             # Activations go as gradients come, unless those of earlier micro-batches are there already.
             together = found["gradients"] + found["activations"] if step.accumulates else max(found["gradients"], found["activations"])
             passing.append(together + passing_step)
         if each is held[0] and drawing:
             found["KV cache"] = cache(each.config, drawing)
-            passing.append(found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size)
+            gathered = DTYPES[drawing.computed].itemsize * sum(p.numel() for p in base.values()) if parts > 1 else 0
+            passing.append(found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size + gathered)
     staying = sum(found[name] for name in ("weights", "adapters", "optimizer", "buffers"))
     return found | {"peak": staying + max(passing)}
 
@@ -99,7 +103,7 @@ def weights(model: nn.Module, base: set[int], quantization: str) -> float:
     return total
 
 
-def activations(held: Held, step: Step) -> tuple[float, float]:
+def activations(held: Held, step: Step, shards: int) -> tuple[float, float]:
     """(bytes that a micro-batch keeps for its backward, bytes that come and go with it)."""
     dtype = DTYPES[step.computed]
     model = shapes.build(held.config, held.auto, dtype, held.lora)
@@ -108,8 +112,12 @@ def activations(held: Held, step: Step) -> tuple[float, float]:
     if step.checkpointing:  # the states between layers, and one layer made again, of the rows that go together
         states = step.rows * step.width * text.hidden_size * dtype.itemsize
         kept = text.num_hidden_layers * states + kept / text.num_hidden_layers * step.rows_at_a_time / step.rows
-    if step.computed != held.precision and held.lora is None:  # autocast's copies of the weights
-        kept += dtype.itemsize * sum(p.numel() for p in model.parameters())
+    size = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    if shards > 1:  # at a time what no layer holds, of the reference too, and two layers
+        layers = dtype.itemsize * sum(p.numel() for name, p in model.named_parameters() if LAYER.search(name))
+        kept += 2 * (size - layers) + 2 * layers / text.num_hidden_layers
+    elif step.computed != held.precision and held.lora is None:  # autocast's copies of the weights
+        kept += size
     logits = 4.0 * step.logits * text.vocab_size
     output = model.get_output_embeddings() if step.logits else None
     gradient = 4 * output.weight.numel() if output is not None and output.weight.requires_grad else 0

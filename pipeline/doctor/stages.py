@@ -53,7 +53,7 @@ def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> An
     adapters = 1 + joined + (lora is not None and _goes_on(config, recipe)) + (config.algorithm != "ppo")
     held = [Held(policy, lora=lora, adapters=adapters, trained=True, **_weights(config))]
     if lora is None:
-        held.append(Held(policy))  # the reference
+        held.append(Held(policy, beside=True))  # the reference
     held += [_scorer(config, source, recipe) for source in beside]
     tokens = args.response_tokens if config.algorithm == "ppo" else args.max_completion_length
     room(shapes.build(policy, AutoModelForCausalLM, torch.float32), tokens, config.max_prompt_tokens)

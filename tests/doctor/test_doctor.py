@@ -1,6 +1,7 @@
 """`rlhf doctor`: what it says of a recipe that has not run, of one that has, and of what is wrong."""
 
 import json
+import re
 
 import pytest
 
@@ -101,3 +102,22 @@ def test_what_is_no_config_is_told(tmp_path, capsys):
 def test_the_shape_beside_the_recipe_is_llama_s():
     shape = json.loads((config.RECIPES / "llama-8b-qlora" / "config.json").read_text())
     assert (shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]) == (4096, 32, 128256)
+
+
+@pytest.mark.parametrize(("recipe", "gigabytes", "launch"), [("qwen-0.5b", "24", []), ("llama-8b-fsdp", "80", ["--launch", "fsdp2"])])
+def test_recipes_trained_in_full_fit_where_they_say(recipe, gigabytes, launch, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.doctor.stages.reachable", lambda _: None)
+    given = ["--config", f"configs/{recipe}", "--device-memory", gigabytes, f"runs={tmp_path}"]
+    assert main(["doctor", *given, *launch]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  memory")]
+    weights, optimizer = (float(re.search(rf"{what} ([\d.]+)", shown[2]).group(1)) for what in ("weights", "optimizer"))
+    if launch:  # of 8.03 billion weights, those of policy and reference in eighths; of the reward model 7.5 billion whole
+        assert (weights, optimizer) == (pytest.approx(2 * 4 * 8.03 / 8 + 4 * 7.505, abs=0.02), pytest.approx(8 * 8.03 / 8, abs=0.01))
+        assert main(["doctor", *given]) == 2
+    else:  # policy, reference and reward model of 0.494 billion
+        assert (weights, optimizer) == (pytest.approx(3 * 4 * 0.494, abs=0.02), pytest.approx(8 * 0.494, abs=0.01))
+
+
+def test_a_launch_that_is_not_there_is_refused(capsys):
+    assert main(["doctor", "--config", "configs/demo", "--launch", "fspd2"]) == 2
+    assert "did you mean 'fsdp2'?; there are: cpu, deepspeed-zero2" in capsys.readouterr().err

@@ -362,7 +362,8 @@ def _manifest(
 
 
 def _identity(kind: str, files: dict[str, str]) -> str:
-    return digest([kind, sorted(item for item in files.items() if Path(item[0]).name not in NOT_IDENTITY)])
+    left_out = NOT_IDENTITY - ({"metrics.json"} if kind == "evaluation" else set())  # all that an evaluation is
+    return digest([kind, sorted(item for item in files.items() if Path(item[0]).name not in left_out)])
 
 
 def _describe(artifact: Artifact) -> dict[str, Any]:

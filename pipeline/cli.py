@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = {"run": run, "doctor": doctor, "show": show, "score": score, "best-of-n": best_of_n, "compare": compare}
         own |= {"push": push, "completion": completion}
         own.get(args.command, run_stage)(args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # who reads, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, Exception) as error:
         known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _disk_is_full(error)

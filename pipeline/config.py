@@ -148,6 +148,7 @@ class PrepareStage(StageConfig):
 
 
 Quantization = Literal["none", "8bit", "4bit"]
+SHOWN = ("report_to", "run_name", "disable_tqdm")  # of `training:` what decides where it is told, and nothing of what is made
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -159,6 +160,10 @@ class TrainedStage(StageConfig):
     lora: dict[str, Any] | None = None
     training: dict[str, Any] = {}
     trust_remote_code: bool = False
+
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        return resolved | {"training": {key: value for key, value in resolved["training"].items() if key not in SHOWN}}
 
     @model_validator(mode="after")
     def quantized_needs_lora(self) -> "TrainedStage":

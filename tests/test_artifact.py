@@ -669,6 +669,14 @@ def identity(tmp_path: Path, run: str, files: dict[str, str], kind: str = "polic
 TALK = ["README.md", "report.html", "summary.md", "log.jsonl", "metrics.json", "training_args.bin", "sub/README.md"]
 
 
+def test_the_identity_of_an_evaluation_is_its_metrics(tmp_path):
+    first, same, other = (
+        identity(tmp_path, run, {"metrics.json": metrics, "report.html": run}, kind="evaluation")
+        for run, metrics in (("a", "1"), ("b", "1"), ("c", "2"))
+    )
+    assert first == same != other
+
+
 def test_identity_is_content_only(tmp_path):
     files = {"model.bin": "weights", **dict.fromkeys(TALK, "some")}
     expected = identity(tmp_path, "a", files)

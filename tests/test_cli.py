@@ -1,8 +1,11 @@
 """Exit codes, and one line instead of a traceback."""
 
 import errno
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,13 @@ def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(
 def test_every_config_is_checked_before_the_first_stage_starts(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_run", lambda loaded: pytest.fail("started"))
     fail(capsys, "run", "evaluate.best_of=1")
+
+
+def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "completion", "bash"]
+    environment = os.environ | {"PYTHONPATH": str(config.RECIPES.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)

@@ -105,6 +105,12 @@ def test_run_and_seed_flag_over_override_over_file_over_recipe(
     assert "force" not in loaded.resolved()
 
 
+def test_where_figures_are_told_decides_nothing(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "ppo", "run: a\ntraining: {report_to: tensorboard, run_name: mine, kl_coef: 0.1}")
+    assert loaded.resolved()["training"] == {"kl_coef": 0.1}
+    assert loaded.training["report_to"] == "tensorboard"
+
+
 def test_inputs_default_to_the_run_unless_named(tmp_path: Path) -> None:
     loaded = load(tmp_path, "ppo", "run: trial\nreward: my.module:score")
     assert (loaded.policy, loaded.records) == ("runs/trial/sft", "runs/trial/prepare")

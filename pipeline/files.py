@@ -7,6 +7,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.progress import bar
+
 # In the user's own cache: nothing is written beside what a user brings.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
 
@@ -19,16 +21,19 @@ def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
     path = Path(path).absolute()
     cache = CACHE / f"{digest(str(path))[:16]}.json"
     known: dict[str, list[Any]] = read_json(cache)
-    entries = {}
-    for name, file in list_files(path).items():
-        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
-        unchanged = cached and known.get(name, [])[:2] == stamp
-        entries[name] = known[name] if unchanged else [*stamp, sha256(file)]
+    found = list_files(path)
+    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in found.items()}
+    entries = {name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp}
+    unread = [name for name in found if name not in entries]
+    with bar(f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1) as shown:
+        for name in unread:
+            entries[name] = [*stamps[name], sha256(found[name])]
+            shown.update(stamps[name][0])
     if entries != known:
         with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(cache, entries)
-    return {name: str(entry[2]) for name, entry in entries.items()}
+    return {name: str(entries[name][2]) for name in found}
 
 
 def list_files(path: Path) -> dict[str, Path]:

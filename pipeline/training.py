@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.launch import unfit
 from pipeline.ranks import agree, is_main_process, world_size
+from pipeline.trainer_bar import show_figures
 
 # Set by the stage itself -> what to set instead.
 RESERVED = {
@@ -156,6 +157,7 @@ def fit(trainer: Trainer, work: Path) -> None:
     trainer.remove_callback(PrinterCallback)  # dicts of every log entry; `Say` and log.jsonl hold them
     checkpoint = agree(last_checkpoint(work) if is_main_process() else None)
     trainer.add_callback(RememberProcesses)
+    show_figures(trainer)
     if checkpoint:
         trainer.args.eval_on_start = False  # that was done
     trackers.begin(trainer, work, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)

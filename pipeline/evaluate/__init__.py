@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifact, encoding, sampling, training
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import frontier
 from pipeline.evaluate.report import write_report
 from pipeline.evaluate.summary import rows as summary_rows
+from pipeline.progress import bar
 from pipeline.ranks import is_main_process, spread
 from pipeline.reading import read
 from pipeline.records import open_records
@@ -131,7 +131,7 @@ def sample(
 
     def share(rows: Sequence[int]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for answers in progress(f"  {name}", len(rows), sampling.sample(policy, tokenizer, [wanted[row] for row in rows], rows, **given)):
+        for answers in progress(name, len(rows), sampling.sample(policy, tokenizer, [wanted[row] for row in rows], rows, **given)):
             columns = {"text": answers.texts, "ids": answers.token_lists(), "response_tokens": answers.response_mask.sum(1).tolist()}
             columns["ended"] = answers.ended
             if reference is not None:
@@ -146,13 +146,13 @@ def sample(
 def progress(name: str, total: int, batches: Iterable[Answers]) -> Iterator[Answers]:
     """The batches, with a bar of this process's answers and tokens on the terminal of rank 0."""
     tokens = 0
-    with tqdm(desc=name, total=total, unit=" answers", disable=None if is_main_process() else True, leave=False) as bar:
+    with bar(name, "answers", total=total) as shown:
         for answers in batches:
             yield answers
             tokens += int(answers.response_mask.sum())
-            bar.update(len(answers.texts))
-            if elapsed := bar.format_dict["elapsed"]:
-                bar.set_postfix({"tokens/s": f"{tokens / elapsed:,.0f}"})
+            shown.update(len(answers.texts))
+            if elapsed := shown.format_dict["elapsed"]:
+                shown.set_postfix({"tokens/s": f"{tokens / elapsed:,.0f}"})
 
 
 @torch.inference_mode()

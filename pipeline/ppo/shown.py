@@ -1,22 +1,13 @@
-"""What is seen of a run while it goes on: a progress bar with reward and KL, sample answers as JSONL and in the trackers."""
+"""Sample answers of a run while it goes on, as JSONL and in the trackers."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, Trainer
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 MOST_SAMPLES = 40
-
-
-class Progress(ProgressCallback):
-    """The Trainer's bar; the figures of the last rollout stand behind it, instead of lines between."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "objective/scores" in logs:
-            figures = {"reward": f"{logs['objective/raw_scores']:.3f}", "kl": f"{logs['objective/kl']:.3f}"}
-            self.training_bar.set_postfix(figures | {"tokens/s": f"{logs['tokens_per_second']:,.0f}"})
 
 
 def write_samples(trainer: Trainer, rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase
 
 from pipeline import sampling
 from pipeline.errors import UserError
@@ -27,13 +27,13 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.evaluation import Drawing, Watched, part, room
 from pipeline.ppo.experience import Experience, assess
 from pipeline.ppo.guards import SkipNonFinite, check_kl
-from pipeline.ppo.shown import Progress
 from pipeline.ppo.stream import RolloutStream
 from pipeline.reward import batching
 from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, RewardSource, from_model
 from pipeline.sampling import Answers, permutation
 from pipeline.sharding import at_leisure, gathered
+from pipeline.trainer_bar import show_figures
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -101,9 +101,7 @@ class PPOTrainer(Watched):
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
         self.add_callback(SkipNonFinite(self))
-        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(Progress)
+        show_figures(self)
 
     # The stream of minibatches
 

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.errors import UserError
 from pipeline.prepare.readers import OPTIONAL, Fault, Item, canonical
+from pipeline.progress import bar
 
 ROLES = ("system", "user", "assistant", "tool")
 BOOLS = {"false": 0, "true": 1}
@@ -26,7 +27,7 @@ Record = dict[str, Any]
 
 def check(items: list[Item], classes: list[str]) -> None:
     """Bring every record into its final columns and types, or set the `fault` of its item; `classes` names those of `labels`, in order."""
-    for item in items:
+    for item in bar("checking", "rows", items):
         if not item.fault:
             try:
                 item.record = clean(item.kind, item.record, classes)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pipeline.config import Source, nearest
 from pipeline.errors import UserError
+from pipeline.progress import bar
 
 # The columns each format may come in; `Source.columns` maps these names to a file's own.
 SHAPES: dict[str, list[tuple[str, ...]]] = {
@@ -69,7 +70,7 @@ def read(source: Source, seed: int) -> list[Item]:
 
         made = enumerate(islice(demo.rows(source, seed), source.limit), 1)
         return [Item(kind, record, [Row("demo", number, record)]) for number, (kind, record) in made]
-    rows = list(islice(_rows(source), source.limit))
+    rows = list(islice(bar("reading", "rows", _rows(source)), source.limit))
     shape = _shape(source, rows)
     items = [_item(source, shape, row) for row in rows]
     return _one_per_prompt(items) if "rank" in shape else items

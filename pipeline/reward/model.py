@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import hub, models
 from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
+from pipeline.progress import bar
 from pipeline.ranks import spread
 from pipeline.reward import batching
 from pipeline.reward.encoding import Encoding, encode
@@ -204,13 +205,21 @@ class RewardModel:
         return best, scores[best]
 
 
+AT_A_TIME = 512  # answers between two moves of the bar
+
+
 class SharedRewardModel(RewardModel):
     """One that every process has loaded: each computes its share. To be called by all of them, with the same."""
 
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
         def share(rows: Sequence[int]) -> list[list[float]]:
-            mine = ([texts[row] for row in rows] for texts in (prompts, responses))
-            return super(SharedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
+            found: list[list[float]] = []
+            with bar("scoring", "answers", total=len(rows)) as shown:
+                for start in range(0, len(rows), AT_A_TIME):
+                    mine = ([texts[row] for row in rows[start : start + AT_A_TIME]] for texts in (prompts, responses))
+                    found += super(SharedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
+                    shown.update(len(found) - start)
+            return found
 
         return torch.tensor(spread(share, range(len(prompts)))).reshape(len(prompts), self.model.config.num_labels)
 

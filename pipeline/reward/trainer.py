@@ -54,6 +54,7 @@ class RewardTrainer(trl.RewardTrainer):
             if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
                 parameter.data = parameter.data.float()
         self.label_names = ["labels"]
+        self._tokens = 0  # read in training, on all ranks as many as on this one
         self.pad = self.processing_class.pad_token_id
         self.types = "token_type_ids" in self.processing_class.model_input_names
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
@@ -76,6 +77,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         batch, targets = inputs["batch"], inputs["labels"]
+        self._tokens += sum(len(answer.ids) for group in batch.groups for answer in group) * self.args.world_size * model.training
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         logits = batching.logits(model, batch.groups, self.pad, shared=self.shared, types=self.types, at_once=sharded).float()
         if self.objective == "classification":
@@ -87,6 +89,9 @@ class RewardTrainer(trl.RewardTrainer):
         rows = batch.members.to(targets.device).unbind(1)
         loss = torch.stack([self._loss(scores, targets, batch, mine) for scores, mine in zip(members, rows, strict=True)]).mean()
         return (loss, {"logits": torch.stack(members).mean(0)}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | {"num_tokens": float(self._tokens)} if "loss" in logs else logs, start_time)
 
     def _grid(self, scores: Tensor, targets: Tensor) -> Tensor:
         return torch.zeros(targets.shape, device=scores.device).masked_scatter(targets > 0, scores) if targets.ndim == 2 else scores

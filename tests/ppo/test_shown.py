@@ -14,7 +14,8 @@ def test_the_bar_shows_reward_and_kl_and_the_tracker_figures_and_answers(tiny_gp
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path, report_to="tensorboard", disable_tqdm=False, eval_strategy="steps", eval_steps=4)
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "objective/kl" in entry][-1]
-    figures = f"reward={last['objective/raw_scores']:.3f}, kl={last['objective/kl']:.3f}, tokens/s={last['tokens_per_second']:,.0f}]"
+    figures = f"loss={last['loss']:.3f}, reward={last['objective/raw_scores']:.3f}, kl={last['objective/kl']:.3f}"
+    figures += f", tokens/s={last['tokens_per_second']:,.0f}]"
     assert figures in capsys.readouterr().err
 
     (events,) = tmp_path.rglob("events.out.tfevents.*")

@@ -5,6 +5,10 @@ BIN := .venv/bin
 STAGES := prepare sft reward ppo evaluate
 SEEDED := $(if $(SEED),--seed $(SEED))
 LAUNCHED = $(BIN)/accelerate launch --config_file configs/accelerate/$(LAUNCH).yaml $(if $(PROCESSES),--num_processes $(PROCESSES)) -m pipeline
+ifneq ($(LAUNCH),)
+$(if $(wildcard configs/accelerate/$(LAUNCH).yaml),,$(error LAUNCH=$(LAUNCH): no such file in configs/accelerate: $(notdir $(basename $(wildcard configs/accelerate/*.yaml)))))
+endif
+$(if $(PROCESSES),$(if $(LAUNCH),,$(error PROCESSES=$(PROCESSES) needs a LAUNCH, such as LAUNCH=cpu)))
 RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY),--tiny) $(SEEDED)
 STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 

@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from pipeline import hub
 from pipeline.errors import UserError
 from pipeline.files import digest, hash_files, list_files, read_json, sha256, sync, write_json
-from pipeline.ranks import agree, is_main_process
+from pipeline.ranks import agree, is_main_process, lead
 
 SCHEMA = 1
 MANIFEST = {
@@ -182,7 +182,9 @@ def _base_moved(path: Path, manifest: dict[str, Any]) -> str | None:
 
 def _is_still(described: dict[str, Any], path: Path) -> bool:
     """Whether `path` holds what a manifest describes as an input."""
-    return hash_files(path) == described["files"] if "files" in described else read_manifest(path).get("identity") == described["identity"]
+    if "files" in described:
+        return hash_files(path) == described["files"]
+    return read_manifest(path).get("identity") == described.get("reads", described["identity"])
 
 
 def _altered(path: Path, files: dict[str, str], cached: bool) -> str | None:
@@ -231,24 +233,24 @@ def build(
     folder, fingerprint = config.folder, _fingerprint(config, inputs)
     work = work_folder(folder)
     output = work.parent / "output"
-    if not is_main_process():
-        if agree(None) == "make":
-            if on_every_rank:
-                make(output, work)
-            agree("published")
-        return folder
-    with _locked(folder.parent):
+
+    def begin() -> bool:
+        held.enter_context(_locked(folder.parent))
         _repair(folder, kind)
         if _reusable(config, kind, fingerprint, say):
             say(f"{config.stage}: unchanged, reusing {folder}")
-            agree("reuse")
-            return folder
+            return False
         _start(config, output, work, fingerprint, say)
-        agree("make")
-        result = make(output, work)
+        return True
+
+    def publish() -> None:
         _seal(output, _manifest(config, kind, inputs, fingerprint, result))
         _swap(output, folder)
-        agree("published")
+
+    with ExitStack() as held:
+        if lead(begin):
+            result = make(output, work) if is_main_process() or on_every_rank else {}
+            lead(publish)
     return folder
 
 
@@ -369,7 +371,7 @@ def _identity(kind: str, files: dict[str, str]) -> str:
 def _describe(artifact: Artifact) -> dict[str, Any]:
     """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision; and who serves it."""
     described: dict[str, Any] = {"path": artifact.path.as_posix(), "identity": artifact.identity}
-    described |= {"served": artifact.manifest["served"]} if "served" in artifact.manifest else {}
+    described |= {key: artifact.manifest[key] for key in ("served", "reads") if key in artifact.manifest}
     if not artifact.foreign:
         return described | {"manifest_hash": sha256(artifact.path / "manifest.json")}
     return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         import_module(f"pipeline.{loaded.stage}").check(loaded)
     for loaded in configs:
         if args.dry_run:
-            print(f"{loaded.stage}: would write {loaded.folder}")
+            _would(loaded)
         else:
             _run(loaded)
     if args.until == "evaluate" and not args.dry_run and is_main_process():
@@ -99,7 +99,7 @@ def run_stage(args: argparse.Namespace) -> None:
     join()
     import_module(f"pipeline.{loaded.stage}").check(loaded)
     if args.dry_run:
-        print(f"{loaded.stage}: would write {loaded.folder}")
+        _would(loaded)
     else:
         _run(loaded)
 
@@ -119,11 +119,14 @@ def doctor(args: argparse.Namespace) -> None:
         config.check_run(list(recipe.values()))
     _quiet_libraries()
     from pipeline.doctor import examine
-    from pipeline.launch import shards
+    from pipeline.launch import environment_of, shards, unfit
 
     parts, wrong = shards(args.launch) if args.launch else 1, 0
+    launched = environment_of(args.launch) if args.launch else {}
     for stage in wanted:
         found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory, parts)
+        if problem := unfit(launched, stage, getattr(recipe[stage], "algorithm", "ppo")):
+            found, errors = [*found, ("launch", f"error: {problem}")], errors + 1
         wrong += errors
         print("\n".join([f"{stage}: {recipe[stage].folder}", *(f"  {what:<10} {text}" for what, text in found)]), flush=True)
     if wrong:
@@ -188,6 +191,11 @@ def _reward(args: argparse.Namespace) -> config.Reward:
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
+
+
+def _would(loaded: config.StageConfig) -> None:
+    if is_main_process():
+        print(f"{loaded.stage}: would write {loaded.folder}")
 
 
 def _run(loaded: config.StageConfig) -> None:

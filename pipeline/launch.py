@@ -1,27 +1,46 @@
 """Launches: what `accelerate launch` was asked for and did not bring, told by the environment it leaves (it says nothing of it itself);
 and what its files in configs/accelerate ask for."""
 
+import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from pipeline.config import RECIPES, nearest
 from pipeline.errors import UserError
 
-ON_CPU = "--config_file configs/accelerate/cpu.yaml, with --num_processes"
+ON_CPU = f"--config_file {os.path.relpath(RECIPES)}/accelerate/cpu.yaml, with --num_processes"
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 NAMES_A_GPU = re.compile(r"\d|GPU-|MIG-")
 
 
+def sharding(environment: Mapping[str, str]) -> str:
+    """What shards the weights of this launch: FSDP, DeepSpeed, or nothing."""
+    return next((name for variable, name in SHARDED.items() if environment.get(variable, "").lower() == "true"), "nothing")
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What a launch by `configs/accelerate/NAME.yaml` leaves in the environment for `unfit`. Raises `UserError`."""
+    asked = _asked(name)
+    kind, stage = asked["distributed_type"], asked.get("deepspeed_config", {}).get("zero_stage")
+    found = {variable: "true" for variable, sharded in SHARDED.items() if sharded.upper() == kind}
+    return found | {"FSDP_VERSION": str(asked.get("fsdp_config", {}).get("fsdp_version", 1)), "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
 def shards(name: str) -> int:
-    """Into how many parts a launch by `configs/accelerate/NAME.yaml` cuts the weights. Raises `UserError` where there is no such file."""
+    """Into how many parts a launch by `configs/accelerate/NAME.yaml` cuts the weights. Raises `UserError`."""
+    asked = _asked(name)
+    cuts = asked["distributed_type"] == "FSDP" or asked.get("deepspeed_config", {}).get("zero_stage") == 3
+    return int(asked["num_processes"]) if cuts else 1
+
+
+def _asked(name: str) -> dict[str, Any]:
     files = {file.stem: file for file in sorted((RECIPES / "accelerate").glob("*.yaml"))}
     if name not in files:
         raise UserError(f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; there are: {', '.join(files)}")
-    asked = yaml.safe_load(files[name].read_text())
-    cuts = asked["distributed_type"] == "FSDP" or asked.get("deepspeed_config", {}).get("zero_stage") == 3
-    return int(asked["num_processes"]) if cuts else 1
+    return dict(yaml.safe_load(files[name].read_text()))
 
 
 def unfit(environment: Mapping[str, str], stage: str, algorithm: str) -> str | None:

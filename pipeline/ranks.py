@@ -37,6 +37,21 @@ def agree(value: Value) -> Value:
     return broadcast_object_list([value])[0]
 
 
+def lead(work: Callable[[], Value]) -> Value:
+    """`work()` on rank 0, whose result every rank gets; where it fails there, the others leave without a word."""
+    if not is_main_process():
+        failed, value = agree((True, None))
+        if failed:
+            raise SystemExit(2)
+        return value  # type: ignore[return-value]
+    try:
+        value = work()
+    except BaseException:
+        agree((True, None))
+        raise
+    return agree((False, value))[1]  # type: ignore[return-value]
+
+
 def spread(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
     """`work` on all items, each process doing its share of them, if it has one; every process gets all results, in
     the order of the items."""

@@ -21,13 +21,12 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from pipeline import __version__, artifact, files
 from pipeline.config import Reward, nearest
@@ -35,7 +34,8 @@ from pipeline.errors import UserError
 from pipeline.prepare import json_line, write_quarantine
 from pipeline.prepare.checks import clean
 from pipeline.prepare.readers import READERS, Fault, Item
-from pipeline.ranks import agree, is_main_process, spread, world_size
+from pipeline.progress import bar
+from pipeline.ranks import is_main_process, lead, spread, world_size
 
 KINDS = {"score": "answers", "best-of-n": "prompts"}  # as `checks` knows them
 NEW = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
@@ -197,19 +197,23 @@ def _fill(work: Work, made_from: dict[str, Any], compute: Callable[[Sequence[Ite
     made_from = {"command": work.command, "version": __version__, "input": artifact.foreign(work.source, "source").identity} | made_from
     partial = _sibling(work.output, "partial.jsonl")
     rows, chunk = work.sound, chunk * world_size()
-    if not is_main_process():
-        for start in range(agree(0), len(rows), chunk):
-            spread(compute, rows[start : start + chunk])
-        return
-    with _locked(work.output):
-        done = _resume(partial, made_from)
-        agree(len(done))
-        if done:
-            print(f"{work.command}: resuming {partial}: {len(done):,} of {len(rows):,} rows are done", flush=True)
-        with tqdm(total=len(rows), initial=len(done), unit=" rows", disable=None) as bar:
+
+    def begin() -> list[Columns]:
+        held.enter_context(_locked(work.output))
+        found = _resume(partial, made_from)
+        if found:
+            print(f"{work.command}: resuming {partial}: {len(found):,} of {len(rows):,} rows are done", flush=True)
+        return found
+
+    with ExitStack() as held:
+        done = lead(begin)
+        with bar(work.command, "rows", total=len(rows), initial=len(done)) as shown:
             for start in range(len(done), len(rows), chunk):
-                done += _append(partial, spread(compute, rows[start : start + chunk]))
-                bar.update(len(done) - start)
+                found = spread(compute, rows[start : start + chunk])
+                done += _append(partial, found) if is_main_process() else found
+                shown.update(len(done) - start)
+        if not is_main_process():
+            return
         _publish(work, done)
         partial.unlink()
     reasons = Counter(item.fault.reason for item in work.items if item.fault)

@@ -1,5 +1,6 @@
 """Weights that are sharded over the processes (FSDP2, DeepSpeed ZeRO): gathered to be saved, and whole while each rank reads on its own."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,13 @@ def gathered(trainer: Trainer) -> dict[str, Any] | None:
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.deepspeed)
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def keep_outputs(trainer: Trainer) -> None:
+    """What a sharded model gives stays in the precision in which it was computed: accelerate has FSDP2 round it to that of the weights."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def at_leisure(model: Any, part: Any, work: Callable[[], Result]) -> Result:

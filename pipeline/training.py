@@ -28,7 +28,7 @@ from pipeline import trackers
 from pipeline.config import TrainedStage, nearest
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.launch import unfit
+from pipeline.launch import sharding, unfit
 from pipeline.ranks import agree, is_main_process, world_size
 from pipeline.trainer_bar import show_figures
 
@@ -39,8 +39,8 @@ RESERVED = {
 }  # fmt: skip
 HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
 RESERVED |= dict.fromkeys(HUB, "nothing: rlhf push takes to the hub what a stage has made, with its card")
-PROCESSES = "processes.json"  # in the work folder: how many began the run
-LAUNCH = re.compile("runtime|per_second|^time/")  # figures of one launch, which an interrupted run has several of
+BEGUN = "begun.json"  # in the work folder: by how many processes the run was begun, and what shards its weights
+LAUNCH = re.compile("runtime|per_second|^time/|num_tokens|^train_loss$")  # figures of one launch, which an interrupted run has several of
 
 
 def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
@@ -96,10 +96,9 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
         "logging_steps": 10, "dataloader_pin_memory": False, "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
     }  # fmt: skip
     given = defaults | _section(config.training, cls) | fixed
+    given |= _shares(config, cls, given, read_json(work / BEGUN))
     try:
         built = cls(**given)
-        if shares := _shares(config, built, read_json(work / PROCESSES).get("processes", world_size())):
-            built = cls(**given | shares)
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
     if built.mixed_precision != (expected := precision.replace("fp32", "no")):
@@ -115,15 +114,23 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
     return built
 
 
-def _shares(config: TrainedStage, args: TrainingArguments, begun: int) -> dict[str, int]:
-    """What makes a step of the rows that it had when the run was `begun` by another number of processes; {} by the same number."""
-    here, most = world_size(), args.per_device_train_batch_size
-    if here == begun:
+def _shares(config: TrainedStage, cls: type[TrainingArguments], given: dict[str, Any], begun: dict[str, Any]) -> dict[str, int]:
+    """What makes a step of the rows that it had when the run was `begun` by another number of processes; {} by the same number.
+
+    Raises `UserError` where these cannot share it, or cannot read what those have saved.
+    """
+    if not begun or (begun["processes"], begun["sharded_by"]) == (here := world_size(), sharding(os.environ)):
         return {}
-    rows = most * args.gradient_accumulation_steps * begun
+    if begun["sharded_by"] != sharding(os.environ):
+        raise UserError(
+            f"{config.stage}: was begun with weights sharded by {begun['sharded_by']}, and is launched with {sharding(os.environ)}; "
+            "launch it as it was, or add --force to start afresh"
+        )
+    most, parts = (given.get(name, getattr(cls, name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    rows = most * parts * begun["processes"]
     if rows % here:
         raise UserError(
-            f"{config.stage}: was begun by {begun} processes, with steps of {rows} rows, which {here} cannot share evenly; "
+            f"{config.stage}: was begun by {begun['processes']} processes, with steps of {rows} rows, which {here} cannot share evenly; "
             f"start a number that divides {rows}, or add --force to start afresh"
         )
     size = max(size for size in range(1, most + 1) if rows // here % size == 0)
@@ -193,12 +200,12 @@ def write_log(trainer: Trainer, output: Path) -> None:
 
 
 class RememberProcesses(TrainerCallback):
-    """Writes beside the first checkpoint by how many processes the run was begun; see `_shares`."""
+    """Writes beside the first checkpoint how the run was begun; see `_shares`."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        file = Path(str(args.output_dir)) / PROCESSES
+        file = Path(str(args.output_dir)) / BEGUN
         if state.is_world_process_zero and not file.exists():
-            write_json(file, {"processes": args.world_size})
+            write_json(file, {"processes": args.world_size, "sharded_by": sharding(os.environ)})
 
 
 class Say(TrainerCallback):

@@ -486,12 +486,10 @@ def test_lock_is_held_while_making_and_let_go_after_a_failure(config):
     publish(config)
 
 
-@pytest.mark.parametrize(
-    ("decision", "on_every_rank", "calls", "waits"), [("make", True, 1, 2), ("make", False, 0, 2), ("reuse", True, 0, 1)]
-)
+@pytest.mark.parametrize(("decision", "on_every_rank", "calls", "waits"), [(True, True, 1, 2), (True, False, 0, 2), (False, True, 0, 1)])
 def test_other_ranks_do_what_rank_0_decides_and_wait_for_it(config, monkeypatch, decision, on_every_rank, calls, waits):
     waited: list[Any] = []
-    monkeypatch.setattr(artifact, "agree", lambda value: (waited.append(value), decision)[1])
+    monkeypatch.setattr("pipeline.ranks.agree", lambda value: (waited.append(value), (False, decision))[1])
     monkeypatch.setenv("RANK", "1")
     made: list[Path] = []
     folder = build(config, kind="policy", inputs={}, make=lambda *folders: made.append(folders), on_every_rank=on_every_rank)
@@ -499,12 +497,27 @@ def test_other_ranks_do_what_rank_0_decides_and_wait_for_it(config, monkeypatch,
     assert not config.folder.parent.exists()
 
 
+def test_where_rank_0_fails_the_others_leave(config, monkeypatch):
+    monkeypatch.setattr("pipeline.ranks.agree", lambda value: (True, None))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        build(config, kind="policy", inputs={}, make=Make())
+    assert left.value.code == 2
+
+
 def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
-    told: list[str] = []
-    monkeypatch.setattr(artifact, "agree", told.append)
+    told: list[Any] = []
+    monkeypatch.setattr("pipeline.ranks.agree", lambda value: (told.append(value), value)[1])
     publish(config)
     publish(config)
-    assert told == ["make", "published", "reuse"]
+    assert told == [(False, True), (False, None), (False, False)]  # make it; it is published; it is there
+    config.training["steps"] = [3]
+    interrupt(config)
+    del told[:]
+    config.training["steps"] = [4]
+    with pytest.raises(UserError, match="interrupted with other settings"):
+        publish(config)
+    assert told == [(True, None)]
 
 
 # Opening an input

@@ -6,7 +6,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from pipeline.config import RECIPES
-from pipeline.launch import shards, unfit, why_not
+from pipeline.launch import environment_of, sharding, shards, unfit, why_not
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -69,6 +69,21 @@ def test_sharding_that_a_stage_cannot_use_is_refused(environment, stage, algorit
 @pytest.mark.parametrize(("name", "parts"), [("cpu", 1), ("multi-gpu", 1), ("deepspeed-zero2", 1), ("deepspeed-zero3", 8), ("fsdp2", 8)])
 def test_which_files_cut_the_weights(name, parts):
     assert shards(name) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "stage", "algorithm", "fits"),
+    [
+        ("cpu", "nothing", "ppo", "grpo", True),
+        ("fsdp2", "FSDP", "ppo", "ppo", True),
+        ("fsdp2", "FSDP", "ppo", "grpo", False),
+        ("deepspeed-zero2", "DeepSpeed", "ppo", "grpo", True),
+        ("deepspeed-zero3", "DeepSpeed", "reward", "ppo", False),
+    ],
+)
+def test_a_file_tells_beforehand_which_stages_it_is_for(name, by, stage, algorithm, fits):
+    assert sharding(environment_of(name)) == by
+    assert (unfit(environment_of(name), stage, algorithm) is None) == fits
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -32,8 +32,8 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
         begun_by = int(os.environ.get("BEGUN_BY", world_size()))
         trained |= {"gradient_accumulation_steps": 2 // begun_by, "eval_strategy": "no", "logging_strategy": "steps"}
         given += [f"training.{key}={value}" for key, value in trained.items()]
-        if stage == "ppo":
-            ppo(folder, model)
+        if stage in ("ppo", "ppo-bf16"):
+            ppo(folder / stage, model, bf16=stage == "ppo-bf16")
         elif stage in SCORING:
             scored = ["--input", str(folder / SCORING[stage]), "--output", str(folder / f"{stage}.jsonl")]
             policy = ["--policy", str(folder / "sft/sft"), "--n", "3", "--response-tokens", "6"] if stage == "best-of-n" else []
@@ -52,14 +52,14 @@ def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Answers
     return Answers(*query, *response, tokenizer.batch_decode(ids), [True] * len(ids))
 
 
-def ppo(folder: Path, model: str) -> None:
+def ppo(folder: Path, model: str, **more: object) -> None:
     join()
     tokenizer = models.load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
     args = PPOConfig(
-        str(folder / "ppo"), num_rollouts=3, num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=ROWS // 2,
+        str(folder), num_rollouts=3, num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=ROWS // 2,
         gradient_accumulation_steps=2 // world_size(), response_tokens=10, learning_rate=1e-3, score_normalization="running",
-        kl_target=1.0, entropy_coef=0.01, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+        kl_target=1.0, entropy_coef=0.01, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **more,
     )  # fmt: skip
     torch.manual_seed(0)
     evenness = lambda completion_ids, **_: [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]  # noqa: E731
@@ -68,9 +68,9 @@ def ppo(folder: Path, model: str) -> None:
     )
     trainer.train()
     trainer.evaluate()
-    trainer.publish(folder / "ppo")
+    trainer.publish(folder)
     if is_main_process():
-        training.write_log(trainer, folder / "ppo")
+        training.write_log(trainer, folder)
 
 
 def die_at(step: int) -> None:

@@ -5,6 +5,7 @@ Keys under `training:` and `lora:` belong to the libraries' own classes and are 
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -315,6 +316,19 @@ class Reward(Strict):
                 raise ValueError(f"{key!r} is only read with the URL of a server as the source, but that is {self.source!r}; remove it")
         return self
 
+    @field_validator("source")
+    @classmethod
+    def a_url_tells_where_alone(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https"):
+            return value
+        if not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ValueError(
+                f"source: {parts.scheme}://{parts.hostname or ''}…: expected http://host:port alone; a key goes into the environment as "
+                "REWARD_API_KEY"
+            )
+        return value.rstrip("/")
+
     @property
     def is_loaded(self) -> bool:
         """Whether it is a model in this process."""
@@ -409,7 +423,7 @@ class EvaluateStage(StageConfig):
     """On at most `prompts` test prompts: `samples_per_prompt` answers from PPO, `best_of` from SFT, both loaded with this `quantization`
     and `precision` (a reward artifact knows its own).
 
-    `gold` and `well_formed` are `module:function` scorers, `scorer` a reward that PPO was not trained on (see `Watch`); where absent the
+    `gold` and `well_formed` are `module:function` scorers, `scorer` a reward that PPO was not trained on; where absent the
     figures that need them are left out.
     """
 

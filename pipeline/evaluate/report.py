@@ -42,7 +42,7 @@ MARKERS = ("o", "D", "s")
 STEP, DISTANCE = "step", "√KL from SFT (√nats)"
 KL = ("objective/kl", "eval_objective/kl", "eval_kl")
 REWARDS = {  # the last names are those of TRL's trainers
-    "reward": ("objective/scores", "eval_reward", "eval_objective/scores", "reward"),
+    "reward": ("objective/raw_scores", "eval_reward", "objective/scores", "eval_objective/scores", "reward"),
     "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
     "held-out reward": ("eval_scorer_reward",),
 }
@@ -216,9 +216,10 @@ def distance(kl: object) -> float | None:
 
 
 def distances(entries: Sequence[dict[str, Any]]) -> list[float | None]:
-    """√KL at each entry. An evaluation, which logs rewards but no KL, has that of the update before it."""
+    """√KL at each entry; where it logs none, that of the entry before it."""
     roots: list[float | None] = []
-    for kl in column(entries, KL):
+    for entry in entries:
+        kl = next((value for key in KL if (value := finite(entry.get(key))) is not None), None)
         roots.append(roots[-1] if kl is None and roots else distance(kl))
     return roots
 

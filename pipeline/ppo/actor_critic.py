@@ -58,7 +58,7 @@ class ActorCritic(nn.Module):
         found = read(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
         hidden = found.hidden.detach() if value_head_only else found.hidden
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
         shown = read(self.policy, **demonstrations).logprobs if demonstrations else None
         return Outputs(found.logprobs, unravel(values, response_mask), found.entropy, shown)
 

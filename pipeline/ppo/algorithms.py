@@ -106,7 +106,9 @@ def give_reference(policy: Any, folder: Path, revision: str | None, trust_remote
     grown, the policy is written to `folder`, and read from there."""
     there = AutoConfig.from_pretrained(policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if there.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
-        policy.save_pretrained(folder)
+        if is_main_process():
+            policy.save_pretrained(folder)
+        agree("written")
         policy.config._name_or_path = str(folder)
 
 

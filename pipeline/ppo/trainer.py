@@ -32,7 +32,7 @@ from pipeline.reward import batching
 from pipeline.reward.model import RewardModel
 from pipeline.reward.sources import RewardFunction, RewardSource, from_model
 from pipeline.sampling import Answers, permutation
-from pipeline.sharding import at_leisure, gathered
+from pipeline.sharding import at_leisure, gathered, keep_outputs
 from pipeline.trainer_bar import show_figures
 
 VALUE_HEAD = "value_head.safetensors"
@@ -100,6 +100,7 @@ class PPOTrainer(Watched):
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
+        keep_outputs(self)
         self.add_callback(SkipNonFinite(self))
         show_figures(self)
 

@@ -241,8 +241,16 @@ def test_what_does_not_answer_is_told_at_once(serve, decoder):
     server.faults = ["hang", "hang"]
     with pytest.raises(UserError, match=r"/classify: no answer: .*timed out.*raise 'timeout' \(of 0.1 s\)"):
         opened(server, timeout=0.1)
-    with pytest.raises(UserError, match="no answer"):
-        sources.require(Reward(source="http://"), "rlhf reward")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://me:word@gpu7:8000", "https://gpu7/x?key=abc", "http://gpu7:8000/#a"])
+def test_a_url_tells_where_alone_and_keeps_no_secret(url):
+    with pytest.raises(ValueError, match="a key goes into the environment as REWARD_API_KEY"):
+        Reward(source=url)
+
+
+def test_a_slash_at_its_end_makes_no_other_url():
+    assert Reward(source="http://gpu7:8000/").source == "http://gpu7:8000"
 
 
 WRONG = {  # what comes back for four rows of one logit

@@ -153,6 +153,15 @@ def test_two_runs_differ_in_settings_and_headlines(run: Path, capsys: pytest.Cap
     assert [line.split() for line in figures.splitlines()[1:]] == [["reward.comparisons.margin", "1.5", "2", "+0.5"]]
 
 
+def test_what_is_altered_is_not_told_to_be_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(run, run.with_name("b"))
+    (other / "reward" / "content.txt").write_text("something else")
+    assert main(["show", str(run), str(other)]) == 0
+    notes, *_ = capsys.readouterr().out.split("\n\n")
+    assert notes.startswith(f"{other}/reward: altered, content.txt was altered: its SHA-256 is")
+    assert notes.count("\n") == 0
+
+
 @pytest.mark.parametrize("names", [("a", "a/sft"), ("a/sft", "a/reward")])
 def test_what_cannot_be_compared(names: tuple[str, str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", *(str(run.parent / name) for name in names)]) == 2

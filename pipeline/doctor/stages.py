@@ -1,5 +1,6 @@
 """What each stage will hold in memory: its models by their architectures, its training step, the answers it draws."""
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.config import OBJECTIVES, EvaluateStage, PPOStage, RewardStage, SF
 from pipeline.doctor import shapes
 from pipeline.doctor.memory import Drawn, Held, Step, rows_at_a_time
 from pipeline.errors import UserError
+from pipeline.files import read_json
 from pipeline.ppo import arguments_class, rewards
 from pipeline.ppo.apart import why_apart
 from pipeline.ppo.evaluation import room
@@ -95,9 +97,12 @@ def shape(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
         raise UserError(f"{source}: does not exist, and no stage of this recipe makes it")
     beside = Path(config._recipe_folder or ".") / "config.json"
     if hub.is_hub_id(source) and not reachable(source):  # else the hub's library would try for minutes
-        if beside.is_file():
+        if read_json(beside).get("_name_or_path") == source:
             return AutoConfig.from_pretrained(beside)
-        raise UserError(f"{source}: is not on this machine, and the hub cannot be asked; put its config.json beside the recipe's files")
+        raise UserError(
+            f"{source}: is not on this machine, and the hub cannot be asked; put its config.json beside the recipe's files, "
+            f'with "_name_or_path": {json.dumps(source)} in it'
+        )
     try:
         if models.is_adapter(source):
             adapter = PeftConfig.from_pretrained(source)

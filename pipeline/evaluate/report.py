@@ -98,9 +98,9 @@ POLICY = (
 )  # fmt: skip
 FRONTIER = (
     "Higher at the same KL is better; gold that bends down where the reward does not was exploited. A hollow mark, of best-of-n, has an "
-    "upper bound for its KL. "
-    "Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks (Gao et al. 2022)."
+    "upper bound for its KL."
 )
+FITTED = " Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks (Gao et al. 2022)."
 LENGTHS = "A hump of PPO far to the right of SFT's says that it learned to be long; a spike at the limit, that answers are cut off."
 CALIBRATION = "On the diagonal the reward model is right as often as it claims, below it too sure of itself; larger dots hold more pairs."
 
@@ -294,7 +294,7 @@ def draw_reward(label: str, key: str, colour: str, points: Sequence[dict[str, An
         axes.margins(x=0.12, y=0.2)
 
     title = f"{label.capitalize()} against KL"
-    return draw(f"frontier {title}", title, FRONTIER, DISTANCE, label, paint)
+    return draw(f"frontier {title}", title, FRONTIER + (FITTED if fits else ""), DISTANCE, label, paint)
 
 
 def curve(line: str, fit: Mapping[str, float], least: float, most: float, parts: int = 60) -> Iterator[tuple[float, float]]:

@@ -26,6 +26,8 @@ def difference(a: Path, b: Path, of_a: Stages, of_b: Stages) -> str:
         set_otherwise += [[f"{stage}.{key}", *map(value, values)] for key, values in unequal(*map(settings, pair))]
         measured += [[f"{stage}.{key}", *map(value, values), gap(*values)] for key, values in unequal(*found)]
     alone = [f"{stage}: only in {a if stage in of_a else b}" for stage in STAGES if (stage in of_a) != (stage in of_b)]
+    conditions = {found[stage]: artifact.condition(found[stage]) for found in (of_a, of_b) for stage in shared}
+    alone += [f"{folder}: {state}, {why}" for folder, (state, why) in conditions.items() if state != "done"]
     parts = ["\n".join(alone), section(["settings", str(a), str(b)], set_otherwise)]
     parts.append(section(["figures", str(a), str(b), "difference"], measured, right=(1, 2, 3)))
     if kinds[0] == "a run" and measured:

@@ -99,6 +99,13 @@ def test_what_is_no_config_is_told(tmp_path, capsys):
     assert "expected a recipe's folder, or one of its files: prepare.yaml" in capsys.readouterr().err
 
 
+def test_the_shape_beside_the_recipe_stands_for_no_other_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.doctor.stages.reachable", lambda _: None)
+    given = ["--config", "configs/llama-8b-qlora/sft.yaml", "model=meta-llama/Llama-3.1-70B-Instruct", f"runs={tmp_path}"]
+    assert main(["doctor", *given]) == 2
+    assert 'with "_name_or_path": "meta-llama/Llama-3.1-70B-Instruct" in it' in capsys.readouterr().out
+
+
 def test_the_shape_beside_the_recipe_is_llama_s():
     shape = json.loads((config.RECIPES / "llama-8b-qlora" / "config.json").read_text())
     assert (shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]) == (4096, 32, 128256)

@@ -125,7 +125,7 @@ def doctor(args: argparse.Namespace) -> None:
     launched = environment_of(args.launch) if args.launch else {}
     for stage in wanted:
         found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory, parts)
-        if problem := unfit(launched, stage, getattr(recipe[stage], "algorithm", "ppo")):
+        if problem := unfit(launched, getattr(recipe[stage], "algorithm", "ppo")):
             found, errors = [*found, ("launch", f"error: {problem}")], errors + 1
         wrong += errors
         print("\n".join([f"{stage}: {recipe[stage].folder}", *(f"  {what:<10} {text}" for what, text in found)]), flush=True)

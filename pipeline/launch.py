@@ -43,15 +43,16 @@ def _asked(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load(files[name].read_text()))
 
 
-def unfit(environment: Mapping[str, str], stage: str, algorithm: str) -> str | None:
+def unfit(environment: Mapping[str, str], algorithm: str) -> str | None:
     """Why a stage does not run on weights that are sharded so; None where it does."""
-    on = {name for variable, name in SHARDED.items() if environment.get(variable, "").lower() == "true"}
-    if "FSDP" in on and environment.get("FSDP_VERSION", "1") != "2":
+    by = sharding(environment)
+    if by == "FSDP" and environment.get("FSDP_VERSION", "1") != "2":
         return "FSDP of version 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml has it"
-    if "FSDP" in on and algorithm != "ppo":
-        return f"FSDP, with algorithm: {algorithm}, whose policy could not draw the evaluations; use deepspeed-zero2 or multi-gpu"
-    if "DeepSpeed" in on and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and stage != "sft":
-        return "DeepSpeed ZeRO-3, under which a model reads only what it is trained on; use fsdp2, which shards as much"
+    cut = by == "FSDP" or (by == "DeepSpeed" and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
+    if cut and algorithm != "ppo":
+        return (
+            f"weights cut by {by}, with algorithm: {algorithm}, whose policy could not draw evaluations; use deepspeed-zero2 or multi-gpu"
+        )
     return None
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.models.utils import unwrap_model_for_generation
 
 Result = TypeVar("Result")
 
@@ -24,9 +26,23 @@ def keep_outputs(trainer: Trainer) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def at_leisure(model: Any, part: Any, work: Callable[[], Result]) -> Result:
-    """`work()`, while which every rank has all weights of `part` of `model`: a sharded forward waits for all ranks, and in generation they
-    differ in how many they need. All call it; it costs the memory of the whole part in the precision that it computes in."""
+def load_whole(args: TrainingArguments) -> None:
+    """Under ZeRO-3 too models are loaded whole, as they are looked at before they are trained; DeepSpeed cuts what it is given."""
+    if is_zero3(args):
+        unset_hf_deepspeed_config()
+
+
+def is_zero3(args: TrainingArguments) -> bool:
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def at_leisure(trainer: Trainer, model: Any, part: Any, work: Callable[[], Result]) -> Result:
+    """`work()`, while which every rank has all weights of `part` of the trainer's `model`: a sharded forward waits for all ranks, and in
+    generation they differ in how many they need. All call it; it costs the memory of the whole part (under ZeRO-3 of the whole model) in
+    the precision that it computes in."""
+    if is_zero3(trainer.args):
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator):
+            return work()
     if not isinstance(model, FSDPModule):
         return work()
     root: Any = model

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.launch import sharding, unfit
 from pipeline.ranks import agree, is_main_process, world_size
+from pipeline.sharding import load_whole
 from pipeline.trainer_bar import show_figures
 
 # Set by the stage itself -> what to set instead.
@@ -49,7 +50,7 @@ def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> Non
         if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
             raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
     check_quantization(config.stage, config.quantization)
-    if problem := unfit(os.environ, config.stage, getattr(config, "algorithm", "ppo")):
+    if problem := unfit(os.environ, getattr(config, "algorithm", "ppo")):
         raise UserError(f"{config.stage}: was launched with {problem}")
     trackers.check(config.stage, config.training)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
@@ -101,6 +102,7 @@ def arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **
         built = cls(**given)
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
+    load_whole(built)
     if built.mixed_precision != (expected := precision.replace("fp32", "no")):
         raise UserError(
             f"{config.stage}: precision is {precision}, and accelerate launch was told mixed_precision: {built.mixed_precision}; "
@@ -176,6 +178,7 @@ def fit(trainer: Trainer, work: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
         raise
     trackers.end(trainer)
+    load_whole(trainer.args)  # again: DeepSpeed's start has set it back
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -50,19 +50,19 @@ FSDP, ZERO = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true
 
 
 @pytest.mark.parametrize(
-    ("environment", "stage", "algorithm", "found"),
+    ("environment", "algorithm", "found"),
     [
-        ({}, "ppo", "grpo", None),
-        (FSDP | {"FSDP_VERSION": "2"}, "ppo", "ppo", None),
-        (FSDP | {"FSDP_VERSION": "2"}, "ppo", "grpo", "FSDP, with algorithm: grpo"),
-        (FSDP, "sft", "ppo", "FSDP of version 1; set fsdp_version: 2"),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ppo", "rloo", None),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "sft", "ppo", None),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "reward", "ppo", "DeepSpeed ZeRO-3"),
+        ({}, "grpo", None),
+        (FSDP | {"FSDP_VERSION": "2"}, "ppo", None),
+        (FSDP | {"FSDP_VERSION": "2"}, "grpo", "weights cut by FSDP, with algorithm: grpo"),
+        (FSDP, "ppo", "FSDP of version 1; set fsdp_version: 2"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "rloo", None),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ppo", None),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "rloo", "weights cut by DeepSpeed, with algorithm: rloo"),
     ],
 )
-def test_sharding_that_a_stage_cannot_use_is_refused(environment, stage, algorithm, found):
-    problem = unfit(environment, stage, algorithm)
+def test_sharding_that_a_stage_cannot_use_is_refused(environment, algorithm, found):
+    problem = unfit(environment, algorithm)
     assert problem is None if found is None else str(problem).startswith(found)
 
 
@@ -72,18 +72,18 @@ def test_which_files_cut_the_weights(name, parts):
 
 
 @pytest.mark.parametrize(
-    ("name", "by", "stage", "algorithm", "fits"),
+    ("name", "by", "algorithm", "fits"),
     [
-        ("cpu", "nothing", "ppo", "grpo", True),
-        ("fsdp2", "FSDP", "ppo", "ppo", True),
-        ("fsdp2", "FSDP", "ppo", "grpo", False),
-        ("deepspeed-zero2", "DeepSpeed", "ppo", "grpo", True),
-        ("deepspeed-zero3", "DeepSpeed", "reward", "ppo", False),
+        ("cpu", "nothing", "grpo", True),
+        ("fsdp2", "FSDP", "ppo", True),
+        ("fsdp2", "FSDP", "grpo", False),
+        ("deepspeed-zero2", "DeepSpeed", "grpo", True),
+        ("deepspeed-zero3", "DeepSpeed", "rloo", False),
     ],
 )
-def test_a_file_tells_beforehand_which_stages_it_is_for(name, by, stage, algorithm, fits):
+def test_a_file_tells_beforehand_which_stages_it_is_for(name, by, algorithm, fits):
     assert sharding(environment_of(name)) == by
-    assert (unfit(environment_of(name), stage, algorithm) is None) == fits
+    assert (unfit(environment_of(name), algorithm) is None) == fits
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

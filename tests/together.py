@@ -17,6 +17,7 @@ from datasets import Dataset
 from pipeline import PPOConfig, PPOTrainer, cli, encoding, files, models, training
 from pipeline.ranks import is_main_process, join, leave, world_size
 from pipeline.sampling import Answers
+from pipeline.sharding import load_whole
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 OBJECTIVES = {"pairwise": [], "ranking": [], "plackett_luce": [], "classification": ["positive_label=nothate"], "regression": []}
@@ -61,6 +62,7 @@ def ppo(folder: Path, model: str, **more: object) -> None:
         gradient_accumulation_steps=2 // world_size(), response_tokens=10, learning_rate=1e-3, score_normalization="running",
         kl_target=1.0, entropy_coef=0.01, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **more,
     )  # fmt: skip
+    load_whole(args)
     torch.manual_seed(0)
     evenness = lambda completion_ids, **_: [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]  # noqa: E731
     trainer = PPOTrainer(

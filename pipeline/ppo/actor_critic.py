@@ -74,8 +74,12 @@ class ActorCritic(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
-        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in kept}
+        return self.kept(super().state_dict(*args, **kwargs))
+
+    def kept(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Of a state that has everything what `state_dict` gives."""
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
+        return {name: value for name, value in weights.items() if name in names}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """The counterpart of `state_dict`: every trained name must be there."""
@@ -85,6 +89,13 @@ class ActorCritic(nn.Module):
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         result.missing_keys.clear()
         return result
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self.policy.is_gradient_checkpointing)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.policy.gradient_checkpointing_disable()
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.policy.enable_input_require_grads()

@@ -56,7 +56,7 @@ class Watched(Trainer):
         """Means over the answers to held-out prompts: reward, the scorer's and the gold reward, KL to the reference, length."""
         self.model.eval()  # by which TRL's trainers tell whose figures are logged
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        table = at_leisure(self.actor, self.actor.policy, lambda: answered(self, data))
+        table = at_leisure(self, self.actor, self.actor.policy, lambda: answered(self, data))
         figures = [name for name in table[0] if name not in ("prompt", "answer")]
         metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in figures}
         self.log(dict(metrics))

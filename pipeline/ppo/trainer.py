@@ -111,7 +111,7 @@ class PPOTrainer(Watched):
 
     def collect(self, rollout: int) -> Experience:
         """Sample and score the answers of one rollout, by its absolute number."""
-        return at_leisure(self.actor, self.actor.policy, lambda: self._collect(rollout))
+        return at_leisure(self, self.actor, self.actor.policy, lambda: self._collect(rollout))
 
     def _collect(self, rollout: int) -> Experience:
         start = time.perf_counter()
@@ -201,7 +201,7 @@ class PPOTrainer(Watched):
         weights = gathered(self)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            weights = self.accelerator.unwrap_model(self.actor).state_dict() if weights is None else weights
+            weights = self.actor.state_dict() if weights is None else self.actor.kept(weights)
             save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """TRL's RLOO and GRPO under the stage: the reward reads the exact ids, and artifact and evaluation are PPO's."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -97,7 +98,7 @@ def test_the_artifact_is_ppos_and_goes_on_after_a_kill(algorithm, form, tiny_rec
     assert sorted(file.name for file in (folder / "policies").iterdir()) == ["step-000002"]  # the last is the artifact itself
     assert {json.loads(line)["step"] for line in (folder / "samples.jsonl").open(encoding="utf-8")} == {2, 4}
     weights = "model.safetensors" if form == "full" else "adapter_model.safetensors"
-    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000002", config.Path(policy)))
+    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000002", Path(policy)))
     assert last.keys() == kept.keys() == source.keys()
     assert not all(last[name].equal(kept[name]) for name in last)
     assert not all(last[name].equal(source[name]) for name in last)

@@ -41,7 +41,7 @@ RESERVED = {
 HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
 RESERVED |= dict.fromkeys(HUB, "nothing: rlhf push takes to the hub what a stage has made, with its card")
 BEGUN = "begun.json"  # in the work folder: by how many processes the run was begun, and what shards its weights
-LAUNCH = re.compile("runtime|per_second|^time/|num_tokens|^train_loss$")  # figures of one launch, which an interrupted run has several of
+LAUNCH = re.compile("runtime|per_second|^time/|num_tokens")  # figures of one launch, which an interrupted run has several of
 
 
 def check(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:

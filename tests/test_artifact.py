@@ -520,6 +520,15 @@ def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
     assert told == [(True, None)]
 
 
+def test_what_was_served_is_out_of_date_when_what_it_reads_is_another(config, tmp_path):
+    read = input_artifact(tmp_path, "a")
+    served = Artifact(read.path, read.manifest | {"served": {"url": "http://gpu7"}, "reads": read.identity, "identity": "f" * 64})
+    folder = publish(config, inputs={"reward_0": served})
+    assert artifact.condition(folder) == ("done", "")
+    input_artifact(tmp_path, "b")
+    assert artifact.condition(folder)[0] == "out of date"
+
+
 # Opening an input
 
 

@@ -69,6 +69,49 @@ def test_one_process_over_several_gpus_is_refused(tmp_path, monkeypatch):
         training.arguments(config.SFTStage(run="x", model="a"), SFTConfig, tmp_path)
 
 
+def test_two_precisions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(
+        UserError, match=r"sft: precision is fp32, and accelerate launch was told mixed_precision: bf16; .*'no' in its file"
+    ):
+        training.arguments(config.SFTStage(run="x", model="a", precision="fp32"), SFTConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("begun", "here", "batch", "shares"),
+    [
+        ({}, 4, (8, 1), (8, 1)),
+        ({"processes": 2}, 2, (8, 1), (8, 1)),
+        ({"processes": 2}, 1, (8, 1), (8, 2)),  # 16 rows a step
+        ({"processes": 2}, 4, (8, 1), (4, 1)),
+        ({"processes": 1}, 3, (6, 2), (4, 1)),  # 12: four each, of at most six at a time
+        ({"processes": 4}, 1, (3, 3), (3, 12)),
+    ],
+)
+def test_a_step_keeps_its_rows_on_another_number_of_processes(begun, here, batch, shares, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: here)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if begun:
+        (tmp_path / "begun.json").write_text(json.dumps(begun | {"sharded_by": "nothing"}))
+    stage = config.SFTStage(run="x", model="a", training=dict(zip(names, batch, strict=True)))
+    built = training.arguments(stage, SFTConfig, tmp_path)
+    assert tuple(getattr(built, name) for name in names) == shares
+
+
+@pytest.mark.parametrize(
+    ("begun", "found"),
+    [
+        ({"processes": 2, "sharded_by": "nothing"}, "steps of 16 rows, which 3 cannot share evenly; start a number that divides 16"),
+        ({"processes": 3, "sharded_by": "FSDP"}, "was begun with weights sharded by FSDP, and is launched with nothing"),
+    ],
+)
+def test_what_another_launch_cannot_go_on_from_is_refused(begun, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 3)
+    (tmp_path / "begun.json").write_text(json.dumps(begun))
+    with pytest.raises(UserError, match=found):
+        training.arguments(config.SFTStage(run="x", model="a", training={"per_device_train_batch_size": 8}), SFTConfig, tmp_path)
+
+
 def test_dropout_is_off_wherever_a_model_keeps_its_probability():
     module = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.ReLU())
     module[1].dropout = module[1].attention_dropout = module[1].layerdrop = 0.1

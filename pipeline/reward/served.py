@@ -72,7 +72,8 @@ def require(reward: Reward, fix: str, trust_remote_code: bool = False) -> artifa
     """What is served, as an input: the artifact that is read, `served` in its manifest. The server is asked who it is and for one score.
 
     Its identity is that of what is read, with the engine, and the model's name and revision as the server tells them: not the URL, since
-    where it runs is not what it is. That a server has the weights it says it has is not checked. Raises `UserError`.
+    where it runs is not what it is. (The URL is a setting still: an interrupted run goes on only with the one it was begun with.) That a
+    server has the weights it says it has is not checked. Raises `UserError`.
     """
     server = engines.identify(reward.source.rstrip("/"), reward.timeout)
     path = reward.reads or server.path

@@ -18,8 +18,8 @@ import shtab
 
 from pipeline import config
 from pipeline.arguments import parse, parser
+from pipeline.distributed.processes import destroy_process_group, init_process_group, is_initialized, is_main_process
 from pipeline.errors import UserError
-from pipeline.ranks import have_joined, is_main_process, join, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or not known:
             raise
         message, code = _explain(error)
-        if is_main_process() or have_joined():  # before they join all ranks come upon the same
+        if is_main_process() or is_initialized():  # before they join all ranks come upon the same
             print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
         return code
 
@@ -47,7 +47,7 @@ def entry() -> None:
     """The console script."""
     code = main()
     if code == 0:  # after a failure the others may no longer be there to leave with
-        leave()
+        destroy_process_group()
     sys.exit(code)
 
 
@@ -72,16 +72,16 @@ def run(args: argparse.Namespace) -> None:
         loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")
     config.check_run(configs)
     _quiet_libraries()
-    join()
+    init_process_group()
     for loaded in configs:
-        import_module(f"pipeline.{loaded.stage}").check(loaded)
+        import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     for loaded in configs:
         if args.dry_run:
             _would(loaded)
         else:
             _run(loaded)
     if args.until == "evaluate" and not args.dry_run and is_main_process():
-        print(import_module("pipeline.evaluate.summary").table(configs[-1].folder))
+        print(import_module("pipeline.evaluate.summary").summary_table(configs[-1].folder))
 
 
 def _tiny(folder: Path, stage: str) -> Path:
@@ -96,8 +96,8 @@ def run_stage(args: argparse.Namespace) -> None:
     """One stage from its own config file."""
     loaded = config.load(args.command, args.config, args.overrides, **_common(args))
     _quiet_libraries()
-    join()
-    import_module(f"pipeline.{loaded.stage}").check(loaded)
+    init_process_group()
+    import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     if args.dry_run:
         _would(loaded)
     else:
@@ -118,14 +118,15 @@ def doctor(args: argparse.Namespace) -> None:
     if "prepare" in recipe:
         config.check_run(list(recipe.values()))
     _quiet_libraries()
-    from pipeline.doctor import examine
-    from pipeline.launch import environment_of, shards, unfit
+    from pipeline.distributed.launch import unsupported_sharding
+    from pipeline.tools.doctor.accelerate_configs import launch_environment, num_shards
+    from pipeline.tools.doctor.examine import examine
 
-    parts, wrong = shards(args.launch) if args.launch else 1, 0
-    launched = environment_of(args.launch) if args.launch else {}
+    parts, wrong = num_shards(args.launch) if args.launch else 1, 0
+    launched = launch_environment(args.launch) if args.launch else {}
     for stage in wanted:
         found, errors = examine(recipe[stage], recipe, args.device_memory and 1e9 * args.device_memory, parts)
-        if problem := unfit(launched, getattr(recipe[stage], "algorithm", "ppo")):
+        if problem := unsupported_sharding(launched, getattr(recipe[stage], "algorithm", "ppo")):
             found, errors = [*found, ("launch", f"error: {problem}")], errors + 1
         wrong += errors
         print("\n".join([f"{stage}: {recipe[stage].folder}", *(f"  {what:<10} {text}" for what, text in found)]), flush=True)
@@ -135,16 +136,16 @@ def doctor(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """The state of a run, what an artifact is and was made from, or what differs between two."""
-    from pipeline.show import show
+    from pipeline.tools.show.show import show_folders
 
-    print(show([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
+    print(show_folders([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
 
 
 def push(args: argparse.Namespace) -> None:
     """A model and its card, to the hub."""
-    from pipeline.push import push
+    from pipeline.tools.push.push import push_artifact
 
-    print(push(Path(args.folder), args.to, private=args.private, revision=args.revision))
+    print(push_artifact(Path(args.folder), args.to, private=args.private, revision=args.revision))
 
 
 def completion(args: argparse.Namespace) -> None:
@@ -154,34 +155,34 @@ def completion(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """A file's answers, each with its reward."""
-    from pipeline import scoring
+    from pipeline.tools.score import read_job, score_file
 
     reward = _reward(args)
-    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    work = read_job(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
-    join()
-    scoring.score(work, reward, **_given(args, "batch_size", "alpha", "normalize"))
+    init_process_group()
+    score_file(work, reward, **_given(args, "batch_size", "alpha", "normalize"))
 
 
 def best_of_n(args: argparse.Namespace) -> None:
     """To each prompt of a file the best of n sampled answers."""
-    from pipeline import scoring
+    from pipeline.tools.score import best_of_n_file, read_job
 
     reward = _reward(args)
-    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    work = read_job(args.command, Path(args.input), Path(args.output), args.force)
     _quiet_libraries()
-    join()
+    init_process_group()
     drawn = _given(args, "n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size")
-    scoring.best_of_n(work, reward, args.policy, **drawn)
+    best_of_n_file(work, reward, args.policy, **drawn)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Answers to one prompt, best first."""
-    from pipeline import scoring
+    from pipeline.tools.score import compare_responses
 
     reward = _reward(args)
     _quiet_libraries()
-    print(scoring.compare(reward, args.prompt, args.answers))
+    print(compare_responses(reward, args.prompt, args.answers))
 
 
 def _reward(args: argparse.Namespace) -> config.Reward:
@@ -201,7 +202,7 @@ def _would(loaded: config.StageConfig) -> None:
 def _run(loaded: config.StageConfig) -> None:
     if is_main_process():
         print(f"{loaded.stage}: {loaded.folder}", flush=True)
-    import_module(f"pipeline.{loaded.stage}").run(loaded)
+    import_module(f"pipeline.{loaded.stage}.stage").run(loaded)
 
 
 def _common(args: argparse.Namespace) -> dict[str, object]:

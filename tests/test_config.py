@@ -9,9 +9,11 @@ import pytest
 from peft import TaskType
 from trl import RewardConfig, SFTConfig
 
-from pipeline import config, ppo, training
+from pipeline import config
 from pipeline.errors import UserError
-from pipeline.ppo.trainer import PPOConfig
+from pipeline.ppo import stage as ppo
+from pipeline.ppo.config import PPOConfig
+from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 
 ARGUMENTS: dict[str, Any] = {"sft": lambda _: SFTConfig, "reward": lambda _: RewardConfig, "ppo": ppo.arguments_class}
 SHIPPED = [path for path in sorted(config.RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
@@ -40,7 +42,7 @@ def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
     assert loaded.folder == Path("runs", path.parent.name, path.stem)
     assert type(loaded)(**loaded.resolved()).resolved() == loaded.resolved()  # an artifact's config.yaml makes it again
     if path.stem in ARGUMENTS:
-        built = training.arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
+        built = build_arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
         for key, value in loaded.training.items():
             if key not in ("eval_steps", "save_steps", "logging_steps"):  # PPO rounds these up to whole rollouts
                 assert getattr(built, key) == value
@@ -60,7 +62,7 @@ def test_the_demo_recipe_is_whole() -> None:
 def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
     base = "" if stage == "ppo" else "model: some/model\n"
     loaded = load(tmp_path, stage, f"{base}training:\n  learning_rate: {text}\n", *override)
-    assert training.arguments(loaded, ARGUMENTS[stage](loaded), tmp_path).learning_rate == 5e-5
+    assert build_arguments(loaded, ARGUMENTS[stage](loaded), tmp_path).learning_rate == 5e-5
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, v
     common = {"run": "x"} if stage == "ppo" else {"run": "x", "model": "a"}
     loaded = config.STAGES[stage](**common, **{section: {key: value}})
     with pytest.raises(UserError) as error:
-        training.check(loaded, ARGUMENTS[stage](loaded))
+        check_training(loaded, ARGUMENTS[stage](loaded))
     assert str(error.value).startswith(f"{stage}: {section}.{key}")
     assert expected in str(error.value)
 
@@ -246,15 +248,15 @@ def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, v
 def test_what_ppo_config_cannot_take_is_one_line(key: str, value: Any, tmp_path: Path) -> None:
     """`num_rollouts` is what decides how long PPO trains, so that `num_train_epochs` would be read by nothing."""
     with pytest.raises(UserError, match=r"ppo: training\W.*") as error:
-        training.check(config.PPOStage(run="x", training={key: value}), PPOConfig)
+        check_training(config.PPOStage(run="x", training={key: value}), PPOConfig)
     assert str(value) in str(error.value) or key in str(error.value)
 
 
 def test_lora_values_are_read_like_the_others() -> None:
     section = {"r": 4, "lora_alpha": "16", "lora_dropout": "1e-2", "target_modules": "all-linear"}
     loaded = config.SFTStage(run="x", model="a", lora=section)
-    training.check(loaded, SFTConfig)
-    built: Any = training.lora_config(loaded, TaskType.CAUSAL_LM)
+    check_training(loaded, SFTConfig)
+    built: Any = build_lora_config(loaded, TaskType.CAUSAL_LM)
     assert (built.r, built.lora_alpha, built.lora_dropout, built.target_modules) == (4, 16, 0.01, "all-linear")
 
 

@@ -293,7 +293,7 @@ class Reward(Strict):
 
     Of a foreign classifier with several labels the logit of `positive_label` is the reward. `weight` is 1/n of n where it is not given.
     `length_penalty` takes off that share (1: all) of what length alone is worth to a reward artifact, by its reference sample.
-    `reads` is the folder or hub id of what a URL serves (see `pipeline.reward.served`), `timeout` the seconds that an answer may take.
+    `reads` is the folder or hub id of what a URL serves (see `pipeline.reward.remote`), `timeout` the seconds that an answer may take.
     """
 
     source: str

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pipeline.models import disable_dropout, fuse_gelu
-from pipeline.ppo.backbone import using
-from pipeline.reading import read, unravel
+from pipeline.models.logprobs import response_logprobs, scatter_to_mask
+from pipeline.models.patches import disable_dropout, fuse_gelu
+from pipeline.ppo.backbone import active_adapter
 
 REFERENCE = "reference"
 
@@ -55,12 +55,12 @@ class ActorCritic(nn.Module):
     ) -> Outputs:  # fmt: skip
         """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. `demonstrations` are the same
         four of other rows, read at temperature 1. `value_head_only`: the values' gradient stops at the head."""
-        found = read(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
+        found = response_logprobs(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
         hidden = found.hidden.detach() if value_head_only else found.hidden
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        shown = read(self.policy, **demonstrations).logprobs if demonstrations else None
-        return Outputs(found.logprobs, unravel(values, response_mask), found.entropy, shown)
+        shown = response_logprobs(self.policy, **demonstrations).logprobs if demonstrations else None
+        return Outputs(found.logprobs, scatter_to_mask(values, response_mask), found.entropy, shown)
 
     def reference_logprobs(
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
@@ -68,9 +68,9 @@ class ActorCritic(nn.Module):
         """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
         answers = (query_ids, query_mask, response_ids, response_mask, temperature)
         if self.reference is not None:
-            return read(self.reference, *answers).logprobs
-        with using(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
-            return read(reference, *answers).logprobs
+            return response_logprobs(self.reference, *answers).logprobs
+        with active_adapter(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
+            return response_logprobs(reference, *answers).logprobs
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""

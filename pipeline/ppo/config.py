@@ -6,15 +6,18 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from pipeline.ppo.math import KLKind
+from pipeline.ppo.functional import KLKind
 
 CHOICES = {"kl_estimator": ("k1", "k2", "k3"), "score_normalization": ("none", "reference", "running"), "value_init": ("zero", "reward")}
+
 UNREAD = {  # what TrainingArguments offers and PPO would read wrongly -> the value that leaves it off, what to set instead
     "max_steps": (-1, "num_rollouts"), "load_best_model_at_end": (False, "nothing: best/ holds the best"),
     "metric_for_best_model": (None, "nothing: best/ holds the best"), "fp16": (False, "bf16"),
     "greater_is_better": (None, "nothing"), "neftune_noise_alpha": (None, "nothing"), "label_smoothing_factor": (0.0, "nothing"),
 }  # fmt: skip
+
 BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
 POSITIVE = (
     *BATCHES,
     "num_rollouts",
@@ -26,7 +29,9 @@ POSITIVE = (
     "eval_samples",
     "kl_horizon",
 )
+
 POSITIVE_OR_NONE = ("kl_target", "target_kl", "score_clip", "dual_clip", "max_kl")
+
 NOT_NEGATIVE = ("kl_coef", "clip_low", "clip_high", "clip_value", "vf_coef", "entropy_coef", "ptx_coef", "top_k", "critic_warmup_rollouts")
 
 
@@ -150,7 +155,7 @@ class PPOConfig(TrainingArguments):
 
     @property
     def drawing(self) -> dict[str, object]:
-        """How answers are drawn, as `pipeline.sampling.generate` takes it."""
+        """How answers are drawn, as `pipeline.models.generation.generate` takes it."""
         names = ("temperature", "top_k", "top_p", "min_response_tokens", "stop_token")
         return {name: getattr(self, name) for name in names} | {"batch_size": self.generation_batch_size}
 

@@ -19,33 +19,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import sampling
+from pipeline.distributed.sharding import full_state_dict, keep_output_dtype, with_full_params
 from pipeline.errors import UserError
-from pipeline.ppo import math as ppo
+from pipeline.models.generation import Responses, generate, permutation
+from pipeline.ppo import functional
 from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.evaluation import Drawing, Watched, part, room
-from pipeline.ppo.experience import Experience, assess
-from pipeline.ppo.guards import SkipNonFinite, check_kl
-from pipeline.ppo.stream import RolloutStream
+from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget, submodule_state
+from pipeline.ppo.rollout import Rollout, RolloutDataLoader, compute_experience
 from pipeline.reward import batching
+from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
 from pipeline.reward.model import RewardModel
-from pipeline.reward.sources import RewardFunction, RewardSource, from_model
-from pipeline.sampling import Answers, permutation
-from pipeline.sharding import at_leisure, gathered, keep_outputs
-from pipeline.trainer_bar import show_figures
+from pipeline.training.callbacks import use_metrics_bar
 
 VALUE_HEAD = "value_head.safetensors"
 
 
-class PPOTrainer(Watched):
+class PPOTrainer(PolicyTrainer):
     """PPO on `transformers.Trainer`.
 
     `policy`: a causal language model, or a `PeftModel` around one (its reference is then the adapter named `reference`, or the bare base).
     `reward`: a `RewardModel`, a function of TRL's signature, or a `RewardSource`. `train_dataset`, `eval_dataset`: rows with a `prompt`
     (text or messages); their other columns are handed to the reward. `gold`: an optional true reward, evaluated and never trained on.
     `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`. `generate`: what draws the answers, of the signature of
-    `pipeline.sampling.generate`.
+    `pipeline.models.generation.generate`.
 
     >>> from datasets import load_from_disk
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,42 +76,42 @@ class PPOTrainer(Watched):
         keep: bool = False,
         demonstrations: Dataset | None = None,
         max_prompt_tokens: int = 256,
-        generate: Callable[..., Answers] = sampling.generate,
+        generate: Callable[..., Responses] = generate,
         **kwargs: Any,
     ) -> None:
         if args.ptx_coef and not demonstrations:
             raise UserError(f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none")
         if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
             raise UserError("ppo: train_dataset and eval_dataset need a prompt at least, and one of them has none")
-        source = from_model(reward) if isinstance(reward, RewardModel) else reward
+        source = reward_from_model(reward) if isinstance(reward, RewardModel) else reward
         self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
         self.gold, self.scorer, self.keep, self.demonstrations, self.generate = gold, scorer, keep, demonstrations, generate
-        self.max_prompt_tokens = room(policy, args.response_tokens, max_prompt_tokens)
-        self.drawing = Drawing(args.response_tokens, args.eval_samples, args.drawing)
+        self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
+        self.drawing = GenerationShape(args.response_tokens, args.eval_samples, args.drawing)
         self._figures: dict[str, list[Any]] = defaultdict(list)
         self.clock: dict[str, float] = defaultdict(float)
         self._left_out = False  # the rest of this rollout's minibatches: see `target_kl`
-        self.minibatch: tuple[Experience, list[int]] | None = None  # the one that is trained on: its rows of the rollout
+        self.minibatch: tuple[Rollout, list[int]] | None = None  # the one that is trained on: its rows of the rollout
         model = ActorCritic(policy, args.kl_coef)
         if args.value_init == "reward":
-            model.value_head.load_state_dict(value_head_of(self.reward, model.value_head.in_features, args.score_normalization))
+            model.value_head.load_state_dict(value_head_from_reward(self.reward, model.value_head.in_features, args.score_normalization))
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
-        keep_outputs(self)
+        keep_output_dtype(self)
         self.add_callback(SkipNonFinite(self))
-        show_figures(self)
+        use_metrics_bar(self)
 
     # The stream of minibatches
 
     def get_train_dataloader(self) -> Any:
-        return RolloutStream(self)
+        return RolloutDataLoader(self)
 
-    def collect(self, rollout: int) -> Experience:
+    def collect(self, rollout: int) -> Rollout:
         """Sample and score the answers of one rollout, by its absolute number."""
-        return at_leisure(self, self.actor, self.actor.policy, lambda: self._collect(rollout))
+        return with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(rollout))
 
-    def _collect(self, rollout: int) -> Experience:
+    def _collect(self, rollout: int) -> Rollout:
         start = time.perf_counter()
         rows = self._rows(rollout)
         prompts = [self.pick(len(self.train_dataset), "prompts", row) for row in rows]
@@ -123,7 +121,7 @@ class PPOTrainer(Watched):
         scores = self._scores(torch.tensor(raw, dtype=torch.float64), answers).to(answers.query_ids.device)
         self.clock["generate"] += drawn - start
         self.clock["score"] += time.perf_counter() - drawn
-        experience = assess(self.actor, answers, scores, self.args, rollout, self.accelerator.autocast)
+        experience = compute_experience(self.actor, answers, scores, self.args, rollout, self.accelerator.autocast)
         self._left_out = False
         self._record(experience, raw)
         kl = float(self.accelerator.reduce(experience.kl.mean(), "mean"))
@@ -156,8 +154,8 @@ class PPOTrainer(Watched):
         if inputs["first"]:
             self._check_ratio(out.logprobs, inputs["logprobs"], mask)
         clips = (args.clip_low, args.clip_high, args.dual_clip)
-        policy = ppo.policy_loss(out.logprobs, inputs["logprobs"], inputs["advantages"], mask, *clips, num_tokens=tokens)
-        value = ppo.value_loss(out.values, inputs["values"], inputs["returns"], mask, args.clip_value, num_tokens=tokens)
+        policy = functional.policy_loss(out.logprobs, inputs["logprobs"], inputs["advantages"], mask, *clips, num_tokens=tokens)
+        value = functional.value_loss(out.values, inputs["values"], inputs["returns"], mask, args.clip_value, num_tokens=tokens)
         entropy = torch.where(mask, out.entropy, 0.0).sum() / tokens
         loss = policy.loss - args.entropy_coef * entropy if args.entropy_coef else policy.loss
         figures = {
@@ -198,7 +196,7 @@ class PPOTrainer(Watched):
         folder = Path(output_dir or str(self.args.output_dir))
         if not _internal_call:
             return self.publish(folder)
-        weights = gathered(self)
+        weights = full_state_dict(self)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             weights = self.actor.state_dict() if weights is None else self.actor.kept(weights)
@@ -206,7 +204,7 @@ class PPOTrainer(Watched):
 
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
         super().write(folder, weights)
-        save_file(part(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD)
+        save_file(submodule_state(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD)
 
     # Parts of a rollout
 
@@ -220,7 +218,7 @@ class PPOTrainer(Watched):
         turn, place = divmod(row, size)
         return permutation(size, self.args.seed, name, turn)[place]
 
-    def _scores(self, scores: Tensor, answers: Answers) -> Tensor:
+    def _scores(self, scores: Tensor, answers: Responses) -> Tensor:
         """(B,) raw scores -> as PPO sees them: normalised, clipped, less the penalty of an answer that did not end."""
         args = self.args
         if args.score_normalization == "reference":
@@ -237,14 +235,14 @@ class PPOTrainer(Watched):
 
     def _update_kl_coef(self, kl: float) -> None:
         args, coef = self.args, float(self.actor.kl_coef)
-        controller = ppo.FixedKL(coef) if args.kl_target is None else ppo.AdaptiveKL(coef, args.kl_target, args.kl_horizon)
+        controller = functional.FixedKL(coef) if args.kl_target is None else functional.AdaptiveKL(coef, args.kl_target, args.kl_horizon)
         controller.update(kl, args.rollout_rows * args.world_size)
         self.actor.kl_coef.fill_(controller.coef)
 
-    def _record(self, experience: Experience, raw: list[float]) -> None:
+    def _record(self, experience: Rollout, raw: list[float]) -> None:
         """The rollout's figures, over real tokens, under the names TRL's PPO had."""
         mask, answers = experience.mask, experience.answers
-        kl = ppo.kl_estimate(experience.logprobs, experience.ref_logprobs, self.args.kl_estimator)
+        kl = functional.kl_estimate(experience.logprobs, experience.ref_logprobs, self.args.kl_estimator)
         penalty = -float(self.actor.kl_coef) * torch.where(mask, kl, 0.0).sum(1)
         ends = answers.response_ids == self.processing_class.eos_token_id
         figures: dict[str, Tensor | float] = {
@@ -253,7 +251,7 @@ class PPOTrainer(Watched):
             "objective/raw_scores": statistics.fmean(raw), "objective/non_score_reward": penalty.mean(),
             "objective/rlhf_reward": (experience.scores + penalty).mean(), "response/tokens": mask.sum(1).float().mean(),
             "response/ended_fraction": statistics.fmean(answers.ended), "val/num_eos_tokens": (ends & mask).sum() * self.args.world_size,
-            "val/explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
+            "val/explained_variance": functional.explained_variance(experience.values, experience.returns, mask),
         }  # fmt: skip
         for name, figure in figures.items():
             self._figures[name].append(float(figure))
@@ -280,12 +278,12 @@ class PPOTrainer(Watched):
             )
 
 
-def value_head_of(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
+def value_head_from_reward(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
     """A value head that starts as the reward model's own, in units of the score that the reference sample normalises.
 
     Raises `UserError` where it does not fit.
     """
-    scorer: Any = batching.head(reward.model.model) if reward.model is not None else None
+    scorer: Any = batching.score_head(reward.model.model) if reward.model is not None else None
     if hasattr(scorer, "modules_to_save"):  # of an adapter on a quantized base
         scorer = scorer.modules_to_save[scorer.active_adapter]
     if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):

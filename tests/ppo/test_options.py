@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pipeline import models
 from pipeline.errors import UserError
+from pipeline.models.loading import head_config, load_classifier, load_policy
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.reward.sources import RewardSource
+from pipeline.reward.functions import RewardSource
 
 PROMPTS = Dataset.from_list([{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")])
 SHOWN = Dataset.from_list([{"prompt": "Tell me the capital of Italy.", "completion": "Rome."}, {"prompt": "Hello.", "completion": "Hi."}])
@@ -32,7 +32,7 @@ def make(tiny_gpt2, tiny_tokenizer, tmp_path):
         }  # fmt: skip
         args = PPOConfig(output_dir=str(tmp_path / "work"), **settings | more)
         torch.manual_seed(0)
-        policy = policy or models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        policy = policy or load_policy(str(tiny_gpt2), tiny_tokenizer)
         return PPOTrainer(policy, reward, args, data, tiny_tokenizer, eval_dataset=data, **parts)
 
     return trainer
@@ -110,12 +110,13 @@ def test_a_warm_up_ends_with_its_rollout(make):
 
 def test_the_value_head_can_start_as_the_reward_models(make, tiny_gpt2, tiny_tokenizer):
     from pipeline.reward.encoding import Encoding
-    from pipeline.reward.model import RewardModel, Settings
-    from pipeline.reward.sources import from_model
+    from pipeline.reward.functions import reward_from_model
+    from pipeline.reward.model import RewardModel
+    from pipeline.reward.settings import RewardSettings
 
-    classifier = models.load_classifier(str(tiny_gpt2), tiny_tokenizer, head=models.new_head(["reward"], "regression"))
-    settings = Settings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
-    source = from_model(RewardModel(classifier, tiny_tokenizer, settings))
+    classifier = load_classifier(str(tiny_gpt2), tiny_tokenizer, head=head_config(["reward"], "regression"))
+    settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
+    source = reward_from_model(RewardModel(classifier, tiny_tokenizer, settings))
     head = make(source, value_init="reward", score_normalization="reference").actor.value_head
     torch.testing.assert_close(head.weight, 2.0 * classifier.score.weight / 8.0)  # alpha scales mean and deviation too
     assert head.bias.item() == -6.0 / 8.0
@@ -180,10 +181,10 @@ def test_what_is_left_out_changes_no_weight(make):
 
 
 def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
-    from pipeline.ppo import math as ppo
+    from pipeline.ppo import functional
 
-    seen, original = set(), ppo.policy_loss
-    monkeypatch.setattr(ppo, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
+    seen, original = set(), functional.policy_loss
+    monkeypatch.setattr(functional, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
     make(clip_low=0.1, clip_high=0.3, dual_clip=2.0).train()
     assert seen == {(0.1, 0.3, 2.0)}
 
@@ -192,13 +193,13 @@ def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
 
 
 def test_the_live_policy_is_asked_by_one_small_interface(make):
-    from pipeline import sampling
+    from pipeline.models import generation
 
     asked = []
 
     def generate(policy, tokenizer, prompts, noise, **drawing):
         asked.append((len(prompts), tuple(noise.shape), drawing))
-        return sampling.generate(policy, tokenizer, prompts, noise, **drawing)
+        return generation.generate(policy, tokenizer, prompts, noise, **drawing)
 
     make(generate=generate, num_rollouts=2, top_k=7, stop_token=".", min_response_tokens=2).train()
     drawing = {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_response_tokens": 2, "stop_token": ".", "batch_size": 64}
@@ -332,7 +333,7 @@ def test_an_evaluation_counts_for_no_rollouts_time(make, monkeypatch):
 
 
 def test_samples_of_each_evaluation_are_kept(make, tmp_path):
-    from pipeline.ppo.shown import read_samples
+    from pipeline.ppo.samples import read_samples
 
     trainer = make()
     for step in (0, 12):

@@ -183,7 +183,7 @@ def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]
 
         def counted(rollout: int) -> Any:
             experience = collect(rollout)
-            drawn.append((int(experience.mask.sum()), int(experience.answers.query_mask.sum())))
+            drawn.append((int(experience.mask.sum()), int(experience.responses.query_mask.sum())))
             return experience
 
         trainer.collect = counted  # type: ignore[method-assign]

@@ -58,10 +58,24 @@ def permutation(n: int, *key: Any) -> list[int]:
     return torch.randperm(n, generator=seeded_generator(*key)).tolist()
 
 
+def permuted_index(size: int, seed: int, name: str, row: int) -> int:
+    """Return which of `size` things belongs to a global row: each pass over them takes a new permutation."""
+    turn, place = divmod(row, size)
+    return permutation(size, seed, name, turn)[place]
+
+
 def seeded_generator(*key: Any) -> torch.Generator:
     """A CPU generator seeded by the hash of `key`."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def prepare_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int) -> list[list[int]]:
+    """Return the token ids of each prompt; a longer one is truncated on the left.
+
+    A template may render an empty prompt to nothing: the response then follows EOS, as it does in training.
+    """
+    return [prompt_ids(tokenizer, prompt)[-max_tokens:] or [tokenizer.eos_token_id] for prompt in prompts]
 
 
 def sample_responses(
@@ -71,7 +85,7 @@ def sample_responses(
     """One answer to each prompt, in batches; its noise is that of its number in `rows`. A prompt too long loses its beginning."""
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        ids = [prompt_ids(tokenizer, prompt)[-max_prompt_tokens:] for prompt in prompts[batch]]
+        ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens)
         yield generate(policy, tokenizer, ids, uniforms(seed, 0, rows[batch], response_tokens), temperature)
 
 

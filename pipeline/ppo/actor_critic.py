@@ -11,9 +11,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.models.logprobs import response_logprobs, scatter_to_mask
 from pipeline.models.patches import disable_dropout, fuse_gelu
 from pipeline.ppo.backbone import active_adapter
+from pipeline.reward import batching
+from pipeline.reward.functions import RewardSource
 
 REFERENCE = "reference"
 
@@ -74,9 +77,9 @@ class ActorCritic(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
-        return self.kept(super().state_dict(*args, **kwargs))
+        return self.trainable_state(super().state_dict(*args, **kwargs))
 
-    def kept(self, weights: dict[str, Any]) -> dict[str, Any]:
+    def trainable_state(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Of a state that has everything what `state_dict` gives."""
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
         return {name: value for name, value in weights.items() if name in names}
@@ -100,3 +103,21 @@ class ActorCritic(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.policy.enable_input_require_grads()
         self.policy.gradient_checkpointing_enable(**kwargs)
+
+
+def value_head_from_reward(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
+    """A value head that starts as the reward model's own, in units of the score that the reference sample normalises.
+
+    Raises `UserError` where it does not fit.
+    """
+    scorer: Any = batching.score_head(reward.model.model) if reward.model is not None else None
+    if hasattr(scorer, "modules_to_save"):  # of an adapter on a quantized base
+        scorer = scorer.modules_to_save[scorer.active_adapter]
+    if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):
+        raise UserError(
+            f"ppo: value_init: reward needs one reward model with a scalar head on states of {width} numbers, as the policy has; "
+            "use value_init: zero"
+        )
+    scale, centre = (reward.std, reward.mean) if normalization == "reference" else (1.0, 0.0)
+    weight = reward.model.settings.sign * reward.model.settings.alpha * scorer.weight.detach().cpu().float() / scale
+    return {"weight": weight, "bias": torch.tensor([-centre / scale])}

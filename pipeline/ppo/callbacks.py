@@ -9,7 +9,7 @@ Evaluations draw with `temperature`, `top_k` and `top_p`; what else bends TRL's 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.ppo.policy_trainer import BEST_STEP, POLICIES
 from pipeline.ppo.rollout import Rollout
 
 MOST_SKIPPED = 3
+Minibatch = tuple[Rollout, list[int]]  # a rollout, and the rows of it that are trained on
 
 
 class SkipNonFinite(TrainerCallback):
@@ -30,8 +31,8 @@ class SkipNonFinite(TrainerCallback):
     Non-finite losses come with non-finite gradients. All ranks see the same gradient, so that they decide alike.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer, self.in_a_row = trainer, 0
+    def __init__(self, minibatch: Callable[[], Minibatch]):
+        self.minibatch, self.in_a_row = minibatch, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -42,7 +43,7 @@ class SkipNonFinite(TrainerCallback):
         self.in_a_row += 1
         file = Path(args.output_dir) / f"skipped-{state.global_step}.jsonl"
         if state.is_world_process_zero:
-            file.write_text("".join(json.dumps(row) + "\n" for row in _describe_rows(*self.trainer.minibatch)), encoding="utf-8")
+            file.write_text("".join(json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())), encoding="utf-8")
             print(f"  step {state.global_step}: the gradient is not finite; the step is left out, its minibatch is in {file}", flush=True)
         if self.in_a_row == MOST_SKIPPED:
             raise UserError(
@@ -70,16 +71,16 @@ class EarlyStopping(TrainerCallback):
                 print(f"  step {state.global_step}: stopped; the best is of step {state.best_global_step}, in best/", flush=True)
 
 
-def _describe_rows(experience: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
-    answers = experience.answers
+def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
+    answers = rollout.responses
     for row in rows:
-        real = experience.mask[row]
+        real = rollout.mask[row]
         yield {
             "query_ids": answers.query_ids[row][answers.query_mask[row].bool()].tolist(),
             "response_ids": answers.response_ids[row][real].tolist(),
             "answer": answers.texts[row],
-            "score": float(experience.scores[row]),
-            **{name: getattr(experience, name)[row][real].tolist() for name in ("logprobs", "values", "advantages", "returns")},
+            "score": float(rollout.scores[row]),
+            **{name: getattr(rollout, name)[row][real].tolist() for name in ("logprobs", "values", "advantages", "returns")},
         }
 
 

@@ -4,7 +4,6 @@ Shapes are (B, T): B answers, T response tokens, with a boolean `mask` that is T
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,6 +40,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     if kind == "k3":
         return torch.expm1(-k1) + k1
     raise ValueError(f"kind={kind!r}: expected k1, k2 or k3")
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return (B,) log p − log q summed over each response (k1): an unbiased sample of its KL, in nats.
+
+    Both inputs are (B, T) and 0 off the mask.
+    """
+    return (logprobs - ref_logprobs).sum(1)
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: Tensor | float) -> Tensor:
@@ -118,33 +125,21 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
+def next_kl_coef(coef: float, kl: float, target: float | None, horizon: float, responses: int) -> float:
+    """Return the KL coefficient after a rollout of `responses` with a mean KL of `kl` nats per response.
+
+    It moves towards `target` nats (Ziegler et al. 2019, section 2.2); without a target it stays.
+    """
+    if target is None:
+        return coef
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return coef * (1 + error * responses / horizon)
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(R − v) / Var(R) over real tokens: 1 is a perfect critic, 0 one that knows the mean."""
     residual, target = (returns - values)[mask], returns[mask]
     return 1 - residual.var(correction=0) / target.var(correction=0).clamp_min(math.ulp(1.0))
-
-
-@dataclass
-class FixedKL:
-    """A KL coefficient that stays."""
-
-    coef: float
-
-    def update(self, kl: float, samples: int) -> None:
-        """Nothing to learn from."""
-
-
-@dataclass
-class AdaptiveKL:
-    """A KL coefficient that seeks a mean KL per answer of `target` nats (Ziegler et al. 2019, section 2.2)."""
-
-    coef: float
-    target: float
-    horizon: float
-
-    def update(self, kl: float, samples: int) -> None:
-        error = max(-0.2, min(0.2, kl / self.target - 1))
-        self.coef *= 1 + error * samples / self.horizon
 
 
 def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,29 +1,38 @@
-"""A scored rollout, and how it is cut into minibatches and micro-batches."""
+"""One rollout of PPO, in the order in which it happens.
 
-"""The stream of micro-batches that the Trainer takes for its data: each rollout is collected when its turn has come."""
+1. Sample a response to each prompt.
+2. Score the responses.
+3. Compute log-probabilities under the policy and its reference, and values.
+4. Shape the rewards: a KL penalty on every token, the score on the last.
+5. Estimate advantages and returns.
+6. Split the rollout into minibatches, one optimizer step each.
 
-import time
-from collections.abc import Iterator
+`collect_rollout` does steps 1 to 5 and `iterate_minibatches` step 6; `RolloutDataLoader` hands the result to the
+Trainer. The losses are in `pipeline.ppo.loss`, the formulas in `pipeline.ppo.functional`.
+Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.models.chat import encode_pair, pad_rows
 from pipeline.models.generation import Responses, permutation
 from pipeline.ppo import functional
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
 
-Plan = list[list[list[int]]]  # of one PPO epoch: the rows of each micro-batch of each minibatch
+Minibatches = list[list[list[int]]]  # of one PPO epoch: the rows of each micro-batch of each minibatch
+TRAINED_ON = ("logprobs", "values", "advantages", "returns")
 
 
 @dataclass
 class Rollout:
-    """A scored rollout of B answers; all but `answers` and `scores` (B,) are (B, T)."""
+    """A scored rollout of B responses. `scores` is (B,); every other tensor is (B, T) over response tokens."""
 
-    answers: Responses
+    responses: Responses
     scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -34,114 +43,155 @@ class Rollout:
 
     @property
     def mask(self) -> Tensor:
-        return self.answers.response_mask.bool()
+        """(B, T), True on real response tokens."""
+        return self.responses.response_mask.bool()
 
     @property
     def kl(self) -> Tensor:
-        """(B,) log p − log q summed over each answer (k1): a sample of its KL to the reference, in nats."""
-        return (self.logprobs - self.ref_logprobs).sum(1)
+        """(B,) KL to the reference in nats, one sample per response."""
+        return functional.sequence_kl(self.logprobs, self.ref_logprobs)
 
 
-def split_minibatches(answers: Responses, args: PPOConfig, rollout: int, ppo_epoch: int) -> Plan:
-    """Minibatches partition the rollout; each is cut into micro-batches of like lengths."""
-    lengths = (answers.query_mask.sum(1) + answers.response_mask.sum(1)).tolist()
-    micro, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    minibatches: list[list[int]] = [[] for _ in range(args.num_mini_batches)]
-    for part in range(parts):  # each shuffled by itself, by its number among those of all processes: whose it is changes no minibatch
-        start = part * micro * args.num_mini_batches
-        order = permutation(micro * args.num_mini_batches, args.seed, "minibatches", rollout, ppo_epoch, args.process_index * parts + part)
-        for number, minibatch in enumerate(minibatches):
-            minibatch += [start + row for row in order[number * micro : (number + 1) * micro]]
-    by_length = [sorted(minibatch, key=lambda row: lengths[row]) for minibatch in minibatches]
-    return [[minibatch[start : start + micro] for start in range(0, len(minibatch), micro)] for minibatch in by_length]
+def collect_rollout(
+    actor: ActorCritic,
+    args: PPOConfig,
+    number: int,
+    *,
+    sample: Callable[[list[int]], Responses],
+    score: Callable[[Responses, list[int]], Tensor],
+    autocast: Callable[[], Any],
+) -> Rollout:
+    """Sample and score the responses of one rollout, and estimate their advantages.
+
+    `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process, `score` the
+    responses and these rows; it returns (B,) scores as PPO learns from them.
+    """
+    rows = global_rows(args, number)
+    responses = sample(rows)
+    scores = score(responses, rows)
+
+    logprobs, ref_logprobs, values, entropy = _read_tokens(actor, responses, args, number, autocast)
+
+    mask = responses.response_mask.bool()
+    kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
+    rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
+
+    advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
+    advantages = functional.whiten(advantages, mask)  # after the returns, which keep the scale of the rewards
+    return Rollout(responses, scores, logprobs, ref_logprobs, values, entropy, advantages, returns)
+
+
+def global_rows(args: PPOConfig, number: int) -> list[int]:
+    """Return the global row numbers of this process in a rollout. All randomness of a row derives from its number."""
+    start = (number * args.world_size + args.process_index) * args.rollout_rows
+    return list(range(start, start + args.rollout_rows))
 
 
 @torch.no_grad()
-def compute_experience(actor: ActorCritic, answers: Responses, scores: Tensor, args: PPOConfig, rollout: int, autocast: Any) -> Rollout:
-    """Log-probabilities, values, advantages and returns, computed in the very micro-batches of the first PPO epoch: the ratio of its
-    first minibatch is then 1 to the bit."""
+def _read_tokens(
+    actor: ActorCritic, responses: Responses, args: PPOConfig, number: int, autocast: Callable[[], Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (B, T) log-probabilities, reference log-probabilities, values and entropies.
+
+    They are computed in the very micro-batches of the first PPO epoch, in training mode: the probability ratio of the
+    first minibatch is then 1 to the bit.
+    """
     actor.train()
-    shape, device = answers.response_ids.shape, answers.response_ids.device
+    shape, device = responses.response_ids.shape, responses.response_ids.device
     logprobs, ref_logprobs, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
-    for rows in (rows for minibatch in split_minibatches(answers, args, rollout, 0) for rows in minibatch):
-        inputs = _trim(answers, rows)
+
+    for rows in (rows for minibatch in split_minibatches(responses, args, number, 0) for rows in minibatch):
+        inputs = _trim_padding(responses, rows)
         width = inputs["response_ids"].shape[1]
         with autocast():
             out = actor(**inputs, temperature=args.temperature)
             ref_logprobs[rows, :width] = actor.reference_logprobs(**inputs, temperature=args.temperature)
-        logprobs[rows, :width], values[rows, :width], entropy[rows, :width] = out.logprobs, out.values, out.entropy
-    mask = answers.response_mask.bool()
-    kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
-    rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
-    advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
-    return Rollout(answers, scores, logprobs, ref_logprobs, values, entropy, functional.whiten(advantages, mask), returns)
+        logprobs[rows, :width] = out.logprobs
+        values[rows, :width] = out.values
+        entropy[rows, :width] = out.entropy
+    return logprobs, ref_logprobs, values, entropy
 
 
-def iterate_minibatches(experience: Rollout, args: PPOConfig, rollout: int) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches of each minibatch, in the order they are trained on."""
+def iterate_minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the micro-batches of each minibatch of each PPO epoch, in the order in which they are trained on."""
     for ppo_epoch in range(args.num_ppo_epochs):
-        for minibatch in split_minibatches(experience.answers, args, rollout, ppo_epoch):
-            yield [_micro_batch(experience, rows) for rows in minibatch]
+        for minibatch in split_minibatches(rollout.responses, args, number, ppo_epoch):
+            yield [_micro_batch(rollout, rows) for rows in minibatch]
 
 
-def _micro_batch(experience: Rollout, rows: list[int]) -> dict[str, Any]:
-    inputs: dict[str, Any] = _trim(experience.answers, rows)
+def split_minibatches(responses: Responses, args: PPOConfig, number: int, ppo_epoch: int) -> Minibatches:
+    """Partition the rows of a rollout into minibatches, each cut into micro-batches of similar length.
+
+    The rows are shuffled in blocks. A block's permutation depends on its number among the blocks of all processes, so
+    that a minibatch is the same on any number of processes.
+    """
+    lengths = (responses.query_mask.sum(1) + responses.response_mask.sum(1)).tolist()
+    micro, blocks = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    block_rows = micro * args.num_mini_batches
+
+    minibatches: list[list[int]] = [[] for _ in range(args.num_mini_batches)]
+    for block in range(blocks):
+        key = (args.seed, "minibatches", number, ppo_epoch, args.process_index * blocks + block)
+        order = permutation(block_rows, *key)
+        for index, minibatch in enumerate(minibatches):
+            minibatch += [block * block_rows + row for row in order[index * micro : (index + 1) * micro]]
+
+    by_length = [sorted(minibatch, key=lambda row: lengths[row]) for minibatch in minibatches]
+    return [[rows[start : start + micro] for start in range(0, len(rows), micro)] for rows in by_length]
+
+
+def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
+    inputs: dict[str, Any] = _trim_padding(rollout.responses, rows)
     width = inputs["response_ids"].shape[1]
-    for name in ("logprobs", "values", "advantages", "returns"):
-        inputs[name] = getattr(experience, name)[rows, :width]
+    for name in TRAINED_ON:
+        inputs[name] = getattr(rollout, name)[rows, :width]
     return inputs | {"rows": rows}
 
 
-def _trim(answers: Responses, rows: list[int]) -> dict[str, Tensor]:
-    """The four tensors of some rows, without the padding that none of them needs."""
-    queries = int(answers.query_mask[rows].sum(1).max())
-    responses = int(answers.response_mask[rows].sum(1).max())
+def _trim_padding(responses: Responses, rows: list[int]) -> dict[str, Tensor]:
+    """Return the four tensors of some rows without the padding that none of them needs."""
+    queries = int(responses.query_mask[rows].sum(1).max())
+    width = int(responses.response_mask[rows].sum(1).max())
     return {
-        "query_ids": answers.query_ids[rows][:, -queries:], "query_mask": answers.query_mask[rows][:, -queries:],
-        "response_ids": answers.response_ids[rows][:, :responses], "response_mask": answers.response_mask[rows][:, :responses],
-    }  # fmt: skip
+        "query_ids": responses.query_ids[rows][:, -queries:],
+        "query_mask": responses.query_mask[rows][:, -queries:],
+        "response_ids": responses.response_ids[rows][:, :width],
+        "response_mask": responses.response_mask[rows][:, :width],
+    }
 
 
 class RolloutDataLoader:
-    """The train dataloader: a sized iterable that Accelerate never wraps, so that the live model rolls out when its turn has come."""
+    """The Trainer's train dataloader: it collects each rollout when its turn comes and yields its micro-batches.
 
-    def __init__(self, trainer: Any):  # a `PPOTrainer`
-        self.trainer, self.rollout = trainer, 0
+    It is a plain sized iterable, which Accelerate does not wrap; the live policy therefore samples the rollout.
+    `collect` returns the rollout of a number. `demonstrations` returns, for a rollout, a minibatch and its number of
+    rows, what the pretraining loss adds to each micro-batch. `reduce` sums a tensor over all processes.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        collect: Callable[[int], Rollout],
+        demonstrations: Callable[[int, int, int], tuple[list[Any], dict[str, Any]]],
+        reduce: Callable[[Tensor], Tensor],
+    ):
+        self.args, self.collect, self.demonstrations, self.reduce = args, collect, demonstrations, reduce
+        self.number = 0
+        self.minibatch: tuple[Rollout, list[int]]  # the rollout and its rows that are trained on
 
     def __len__(self) -> int:
-        return self.trainer.args.steps_per_rollout * self.trainer.args.gradient_accumulation_steps
+        return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
 
     def set_epoch(self, epoch: int) -> None:
-        self.rollout = epoch
+        self.number = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        trainer, args = self.trainer, self.trainer.args
-        trainer.clock.setdefault("since", time.perf_counter())
-        experience = trainer.collect(self.rollout)
-        for number, micro_batches in enumerate(iterate_minibatches(experience, args, self.rollout)):
+        rollout = self.collect(self.number)
+        for step, micro_batches in enumerate(iterate_minibatches(rollout, self.args, self.number)):
             rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
-            trainer.minibatch = (experience, rows)
-            common = {"rollout": self.rollout, "num_tokens": trainer.accelerator.reduce(experience.mask[rows].sum(), "sum")}
-            shown = self._demonstrations(number, len(rows))
-            for inputs, demonstrations in zip(micro_batches, shown["demonstrations"], strict=True):
+            self.minibatch = (rollout, rows)
+            demonstrations, extra = self.demonstrations(self.number, step, len(rows))
+            common = {"rollout": self.number, "first": step == 0, "num_tokens": self.reduce(rollout.mask[rows].sum())}
+            for inputs, shown in zip(micro_batches, demonstrations, strict=True):
                 last = inputs is micro_batches[-1]
-                yield inputs | common | shown | {"demonstrations": demonstrations, "first": number == 0, "last": last}
-
-    def _demonstrations(self, number: int, count: int) -> dict[str, Any]:
-        """As many demonstrations for each micro-batch of a minibatch as it has answers, and the tokens of all of them on all ranks."""
-        trainer, args, data = self.trainer, self.trainer.args, self.trainer.demonstrations
-        parts = args.gradient_accumulation_steps
-        if not args.ptx_coef or data is None:
-            return {"demonstrations": [None] * parts}
-        start = ((self.rollout * args.steps_per_rollout + number) * args.world_size + args.process_index) * count
-        rows = [data[trainer.pick(len(data), "demonstrations", row)] for row in range(start, start + count)]
-        longest = trainer.max_prompt_tokens + args.response_tokens
-        pairs = [encode_pair(trainer.processing_class, row["prompt"], row["completion"], longest) for row in rows]
-        encoded = [(prompt or [trainer.processing_class.eos_token_id], completion) for prompt, completion in pairs]
-        pad, tensors = trainer.processing_class.pad_token_id, []
-        for micro in range(0, count, count // parts):
-            prompts, completions = zip(*encoded[micro : micro + count // parts], strict=True)
-            query, response = pad_rows(prompts, pad, side="left"), pad_rows(completions, pad)
-            tensors.append({"query_ids": query[0], "query_mask": query[1], "response_ids": response[0], "response_mask": response[1]})
-        tokens = torch.tensor(sum(len(completion) for _, completion in encoded), device=args.device)
-        return {"demonstrations": tensors, "demonstration_tokens": trainer.accelerator.reduce(tokens, "sum")}
+                yield inputs | common | extra | {"demonstrations": shown, "last": last}

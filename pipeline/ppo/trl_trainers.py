@@ -91,7 +91,7 @@ def build_trl_trainer(
     actor.value_head.to(args.device)
     trainer.actor, trainer.reward, trainer.max_prompt_tokens = actor, reward, tokens
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "batch_size": args.per_device_eval_batch_size}
-    trainer.drawing = GenerationShape(args.max_completion_length, args.num_generations_eval or 1, options)
+    trainer.generation = GenerationShape(args.max_completion_length, args.num_generations_eval or 1, options)
     for name, value in watched.items():
         setattr(trainer, name, value)
     return trainer

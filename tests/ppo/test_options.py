@@ -61,9 +61,9 @@ def test_scores_are_normalised_clipped_and_then_penalised(make):
     source = RewardSource(scripted(1.0, 5.0, 3.0, -1.0), mean=1.0, std=2.0)
     trainer = make(source, score_normalization="reference", score_clip=1.0, missing_eos_penalty=0.25)
     found = trainer.collect(0)
-    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.answers.ended, strict=True)]
+    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.responses.ended, strict=True)]
     assert found.scores.tolist() == expected
-    assert not all(found.answers.ended)
+    assert not all(found.responses.ended)
 
 
 def test_running_normalisation_is_by_all_scores_so_far(make):
@@ -210,7 +210,7 @@ def test_the_live_policy_is_asked_by_one_small_interface(make):
 def test_prompts_of_any_length_are_answered(make, prompts):
     trainer = make(data=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), num_rollouts=2)
     trainer.train()
-    widths = trainer.collect(0).answers.query_mask.sum(1)
+    widths = trainer.collect(0).responses.query_mask.sum(1)
     assert widths.min() >= 1
     assert widths.max() <= 128 - 6  # the policy's positions, less the answer
 
@@ -267,7 +267,7 @@ def test_a_policy_too_far_from_its_reference_stops_the_run(make):
 # What is seen
 
 
-def test_figures_have_the_names_that_trls_ppo_had(make):
+def testrunning_metrics_have_the_names_that_trls_ppo_had(make):
     trainer = make(num_ppo_epochs=2)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -288,7 +288,7 @@ def test_the_penalty_shown_is_that_of_the_estimator(make, tiny_gpt2, tiny_tokeni
         trainer.actor.policy.transformer.wte.weight.mul_(1.5)  # away from its reference
     found = trainer.collect(0)
     by_hand = (torch.exp(found.ref_logprobs - found.logprobs) - 1 - found.ref_logprobs + found.logprobs)[found.mask].sum() / 4
-    assert trainer._figures["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
+    assert trainer.running_metrics["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
     assert by_hand > 0.01
 
 
@@ -301,7 +301,7 @@ def test_a_head_on_other_states_than_the_layers_own(make, tiny_tokenizer):
     trainer = make(policy=policy, data=Dataset.from_list([{"prompt": "word " * 200}]))
     trainer.train()
     assert trainer.actor.value_head.in_features == 16
-    assert int(trainer.collect(0).answers.query_mask.sum(1)[0]) == 64 - 6
+    assert int(trainer.collect(0).responses.query_mask.sum(1)[0]) == 64 - 6
 
 
 def test_the_best_evaluation_is_kept(make, tmp_path):
@@ -326,8 +326,8 @@ def test_an_evaluation_counts_for_no_rollouts_time(make, monkeypatch):
     trainer, now = make(), [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     trainer.clock["since"] = 90.0
-    answer = trainer.answer
-    monkeypatch.setattr(trainer, "answer", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
+    answer = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
     trainer.evaluate()
     assert trainer.clock["since"] == 97.0
 

@@ -76,7 +76,7 @@ def test_rollout_k_starts_after_k_times_steps_per_rollout_steps(policy, tiny_tok
 
 def test_minibatches_partition_the_rollout(policy, tiny_tokenizer, tmp_path):
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path)
-    answers = trainer.collect(0).answers
+    answers = trainer.collect(0).responses
     plans = [split_minibatches(answers, trainer.args, 0, epoch) for epoch in range(2)]
     for each in plans:
         assert [[len(rows) for rows in minibatch] for minibatch in each] == [[2, 2], [2, 2]]

@@ -103,7 +103,7 @@ def test_an_update_ends_in_the_same_weights(estimator, world, tmp_path, monkeypa
     scores = {answer: row["scores"] for answer, row in seen.rows.items()}
     trainer, experience = ours(second, given, tmp_path, scores, **both)
 
-    for row, answer in enumerate(experience.answers.token_lists()):
+    for row, answer in enumerate(experience.responses.token_lists()):
         torch.testing.assert_close(experience.values[row], seen.rows[tuple(answer)]["values"], atol=1e-5, rtol=1e-4)
         expected = seen.rows[tuple(answer)]["advantages"] + seen.rows[tuple(answer)]["values"]
         torch.testing.assert_close(experience.returns[row], expected, atol=1e-5, rtol=1e-4)
@@ -156,7 +156,7 @@ def test_their_score_lands_one_token_after_the_eos(world, tmp_path, monkeypatch)
     given = rollout(first[-1], RAGGED)
     seen = theirs(monkeypatch, first, given, tmp_path, **both)
     _, experience = ours(second, given, tmp_path, {answer: row["scores"] for answer, row in seen.rows.items()}, **both)
-    for row, answer in enumerate(map(tuple, experience.answers.token_lists())):
+    for row, answer in enumerate(map(tuple, experience.responses.token_lists())):
         after, score = torch.arange(LONGEST) > len(answer), float(seen.rows[answer]["scores"])
         their_values = torch.where(after, 0.0, seen.rows[answer]["values"])
         returns = torch.cat([seen.rows[answer]["advantages"] + their_values, torch.zeros(1)])

@@ -130,7 +130,7 @@ def test_after_a_kill_the_best_is_of_the_run_that_lives(tiny_records, tiny_gpt2,
     given = stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"max_steps": 6, "save_steps": 4})
     from pipeline.ppo.policy_trainer import PolicyTrainer
 
-    keep = PolicyTrainer._keep
+    keep = PolicyTrainer._keep_policy
 
     def best_then_killed(trainer, figure):
         if trainer.state.global_step == 6:
@@ -138,10 +138,10 @@ def test_after_a_kill_the_best_is_of_the_run_that_lives(tiny_records, tiny_gpt2,
             raise KeyboardInterrupt
         keep(trainer, figure)
 
-    monkeypatch.setattr(PolicyTrainer, "_keep", best_then_killed)
+    monkeypatch.setattr(PolicyTrainer, "_keep_policy", best_then_killed)
     with pytest.raises(KeyboardInterrupt):
         ppo.run(given)
-    monkeypatch.setattr(PolicyTrainer, "_keep", keep)
+    monkeypatch.setattr(PolicyTrainer, "_keep_policy", keep)
     folder = ppo.run(given)
     step = json.loads((folder / "manifest.json").read_text())["metrics"]["best_step"]
     best = load_file(folder / "best" / "model.safetensors")

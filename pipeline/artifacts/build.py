@@ -3,18 +3,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import yaml
-from filelock import FileLock, Timeout
 
-from pipeline.artifacts.files import hash_files, hash_value, list_files, read_json, sync_to_disk, write_json
+from pipeline.artifacts.files import hash_files, hash_value, hold_lock, list_files, read_json, sync_to_disk, write_json
 from pipeline.artifacts.inputs import find_problem
 from pipeline.artifacts.manifest import (
+    RESULTS_VERSION,
     SCHEMA,
     Artifact,
     content_identity,
@@ -89,7 +89,7 @@ def build_artifact(
 
 def _fingerprint(config: BuildConfig, inputs: dict[str, Artifact]) -> dict[str, Any]:
     identities = {name: artifact.identity for name, artifact in inputs.items()}
-    made_from = {"config": config.resolved(), "inputs": identities, "version": package_versions().get("pipeline", "not installed")}
+    made_from = {"config": config.resolved(), "inputs": identities, "version": RESULTS_VERSION if "pipeline" in package_versions() else "not installed"}
     return dict(json.loads(json.dumps(made_from, default=str)))  # as it will be read back, to be compared
 
 
@@ -106,16 +106,9 @@ def is_being_written(run: Path) -> bool:
         return False
 
 
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Hold the run's lock, which the operating system lets go when this process dies."""
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(run / ".lock", timeout=0).acquire()
-    except Timeout:
-        raise UserError(f"{run} is being written by another process; wait until it ends, or name another run: --run NAME") from None
-    with lock:
-        yield
+def _locked(run: Path) -> AbstractContextManager[None]:
+    busy = f"{run} is being written by another process; wait until it ends, or name another run: --run NAME"
+    return hold_lock(run / ".lock", busy)
 
 
 def _repair(folder: Path, kind: str) -> None:

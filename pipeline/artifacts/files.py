@@ -3,11 +3,15 @@
 import hashlib
 import json
 import os
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pipeline.distributed.progress import progress_bar
+from pipeline.errors import UserError
 
 # In the user's own cache: nothing is written beside what a user brings.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
@@ -74,3 +78,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def hold_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path`, which the operating system releases if this process dies.
+
+    Raises `UserError` with the message `busy` if another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path, timeout=0).acquire()
+    except Timeout:
+        raise UserError(busy) from None
+    with lock:
+        yield

@@ -24,6 +24,9 @@ from typing import Any
 from pipeline.artifacts.files import hash_file, hash_value, read_json
 
 SCHEMA = 1
+# The last version in which a stage began to compute something else from the same config and inputs. It is part of the
+# fingerprint: raise it only together with results.
+RESULTS_VERSION = "0.1.0"
 
 MANIFEST = {
     "schema": int, "kind": str, "stage": str, "seed": int, "created_at": str, "identity": str, "versions": dict, "fingerprint": dict,

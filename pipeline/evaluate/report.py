@@ -17,7 +17,7 @@ from pipeline.config import EvaluateStage
 from pipeline.evaluate.metrics import frontier_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_frontier, draw_lengths
 from pipeline.evaluate.summary import summary_rows as summary_rows
-from pipeline.formatting.numbers import as_finite, format_any
+from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
 from pipeline.models.chat import Text
 
@@ -118,7 +118,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=format_any, sort_key=as_finite)
+    environment.filters.update(number=_format_value, sort_key=as_finite)
     samples = [with_word_diff(sample) for sample in data.get("samples") or []]
     records = data.get("records") or {}
     page = environment.get_template("report.html.j2").render(
@@ -144,6 +144,11 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         stages={artifact.get("identity"): artifact.get("stage") for artifact in data.get("lineage") or []},
     )
     path.write_bytes(page.encode("utf-8", "replace"))  # a model's bytes can decode to half a surrogate pair
+
+
+def _format_value(value: object, spec: str = "z.4g") -> str:
+    """Format a value for the template, in which a missing one is undefined."""
+    return format_number(None if isinstance(value, jinja2.Undefined) else value, spec)
 
 
 def with_word_diff(sample: dict[str, Any]) -> dict[str, Any]:

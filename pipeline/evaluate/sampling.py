@@ -14,8 +14,9 @@ from pipeline.errors import UserError
 from pipeline.models.generation import Responses, sample_responses
 from pipeline.models.loading import load_sampler
 from pipeline.models.logprobs import response_logprobs
+from pipeline.ppo.functional import sequence_kl
 from pipeline.reward.evaluation import held_out_split
-from pipeline.reward.functions import RewardFunction
+from pipeline.reward.functions import RewardFunction, call_reward_function
 from pipeline.training.arguments import resolve_precision
 
 
@@ -80,8 +81,8 @@ def _with_progress(name: str, total: int, batches: Iterable[Responses]) -> Itera
 def response_kl(policy: Any, reference: Any, answers: Responses, temperature: float) -> list[float]:
     """log p − log q summed over each answer: a sample of KL(policy ‖ reference) in nats."""
     tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
-    of_policy, of_reference = (response_logprobs(model, *tensors, temperature).logprobs for model in (policy, reference))
-    return (of_policy - of_reference).sum(1).tolist()
+    logprobs = (response_logprobs(model, *tensors, temperature).logprobs for model in (policy, reference))
+    return sequence_kl(*logprobs).tolist()
 
 
 def score_samples(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Dataset) -> list[float]:
@@ -91,7 +92,6 @@ def score_samples(scorer: RewardFunction, answers: dict[str, list[Any]], prompts
     def share(rows: Sequence[int]) -> list[float]:
         records = prompts.select([row // repeats for row in rows])[:]
         texts, ids, ended = ([answers[name][row] for row in rows] for name in ("text", "ids", "ended"))
-        given = {"prompts": records.pop("prompt"), "completions": texts, "completion_ids": ids, "ended": ended}
-        return list(map(float, scorer(**given, **records)))
+        return call_reward_function(scorer, records.pop("prompt"), texts, ids, ended, records)
 
     return map_across_processes(share, range(len(answers["text"])))

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from pipeline.formatting.markdown import format_cell
+
 MOST_SAMPLES = 40
 
 
@@ -32,6 +34,5 @@ def read_samples(work: Path) -> str:
 
 
 def _markdown_table(rows: list[dict[str, Any]]) -> str:
-    cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(map(cell, row.values())) for row in rows)]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([format_cell(str(value)) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -99,12 +99,12 @@ def call_reward_function(
         scores = [float(score) for score in function(**given)]
     except TypeError as error:
         signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
-        raise UserError(f"ppo: the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
+        raise UserError(f"the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
     if len(scores) != len(prompts):
-        raise UserError(f"ppo: the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
+        raise UserError(f"the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
     for score, prompt, text in zip(scores, prompts, completions, strict=True):
         if not math.isfinite(score):
-            raise UserError(f"ppo: the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
+            raise UserError(f"the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
     return scores
 
 

@@ -26,11 +26,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
-from pipeline import __version__
-from pipeline.artifacts.files import sync_to_disk
+from pipeline.artifacts.files import hold_lock, sync_to_disk
 from pipeline.artifacts.inputs import open_external, require_artifact
+from pipeline.artifacts.manifest import RESULTS_VERSION
 from pipeline.config import Reward, nearest
 from pipeline.data.quarantine import json_line, write_quarantine
 from pipeline.data.readers import READERS, ParsedRecord, RowError
@@ -205,7 +203,7 @@ def _score_rows(
 
     `made_from` is what decides them: no batch size, which may be lowered after a run out of memory.
     """
-    made_from = {"command": work.command, "version": __version__, "input": open_external(work.source, "source").identity} | made_from
+    made_from = {"command": work.command, "version": RESULTS_VERSION, "input": open_external(work.source, "source").identity} | made_from
     partial = _sibling(work.output, "partial.jsonl")
     rows, chunk = work.sound, chunk * world_size()
 
@@ -270,17 +268,13 @@ def _append(partial: Path, value: Any) -> Any:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold the output's lock, which the operating system lets go when this process dies."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(_sibling(output, "lock"), timeout=0).acquire()
-    except Timeout:
-        raise UserError(f"--output {output}: is being written by another process; wait until it ends, or name another file") from None
-    with lock:
+    lock = _sibling(output, "lock")
+    busy = f"--output {output}: is being written by another process; wait until it ends, or name another file"
+    with hold_lock(lock, busy):
         try:
             yield
         finally:
-            _sibling(output, "lock").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
 
 def _sibling(output: Path, suffix: str) -> Path:

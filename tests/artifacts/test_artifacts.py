@@ -150,7 +150,7 @@ def test_manifest_holds_every_field(config, tmp_path):
     fingerprint = {
         "config": config.resolved(),
         "inputs": {name: item.identity for name, item in inputs.items()},
-        "version": versions.get("pipeline", "not installed"),
+        "version": "0.1.0" if "pipeline" in versions else "not installed",
     }
     config_file = sha256((folder / "config.yaml").read_text())
     assert manifest == {
@@ -225,9 +225,17 @@ def test_changed_input_is_made_again_and_an_equal_one_is_not(config, tmp_path):
     assert (same.calls, other.calls) == (0, 1)
 
 
-def test_another_package_version_is_made_again(config, monkeypatch):
+def test_a_release_that_changes_no_results_reuses_what_is_there(config, monkeypatch):
     publish(config)
     monkeypatch.setattr(build, "package_versions", lambda: {"pipeline": "99.0"})
+    again = Make()
+    assert manifest_of(publish(config, again))["fingerprint"]["version"] == "0.1.0"
+    assert again.calls == 0
+
+
+def test_another_version_of_the_results_is_made_again(config, monkeypatch):
+    publish(config)
+    monkeypatch.setattr(build, "RESULTS_VERSION", "99.0")
     again = Make()
     assert manifest_of(publish(config, again))["fingerprint"]["version"] == "99.0"
     assert again.calls == 1

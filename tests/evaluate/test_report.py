@@ -11,7 +11,7 @@ import pytest
 from pipeline.evaluate import plots
 from pipeline.evaluate.plots import SUPERVISED, THEME, Plot, draw_curve, draw_curves, fitted_curve, metric_column, root_kl
 from pipeline.evaluate.report import dotted_metrics, word_diff, write_report
-from pipeline.formatting.numbers import format_any
+from pipeline.formatting.numbers import format_number
 
 NAN = float("nan")
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
@@ -343,9 +343,9 @@ def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
 
 def test_numbers() -> None:
     values = {"–": None, "True": True, "12,480": 12480, "0.1235": 0.123456, "0": -0.0, "inf": math.inf, "a": "a", '[1, "é"]': [1, "é"]}
-    assert [format_any(value) for value in values.values()] == list(values)
-    assert format_any(NAN) == "–"
-    assert format_any(-0.001, "z.2f") == "0.00"
+    assert [format_number(value) for value in values.values()] == list(values)
+    assert format_number(NAN) == "–"
+    assert format_number(-0.001, "z.2f") == "0.00"
 
 
 def test_dotted_keys() -> None:

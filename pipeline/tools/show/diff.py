@@ -71,4 +71,4 @@ def format_setting(found: Any) -> str:
 
 
 def delta(a: Any, b: Any) -> str:
-    return "" if None in (a, b) else format_number(b - a, sign="+")
+    return "" if None in (a, b) else format_number(b - a, "+z.4g")

@@ -167,7 +167,7 @@ def hh_rows(path: str | None) -> tuple[list[dict[str, Any]], int]:
 
     if not path:
         sys.exit("error: hh-harmless needs --hh, the pairs.jsonl of hh-rlhf's harmless-base")
-    found = [item.record for item in read_source(Source(format="dialogues", path=path), 0) if not item.fault]
+    found = [item.record for item in read_source(Source(format="dialogues", path=path)) if not item.fault]
     texts = [message["content"] for record in found for message in [*record["prompt"], *record["chosen"]]]
     tokenizer = train_tokenizer(texts, Scratch(vocabulary=8000), "\n")
     rows = []

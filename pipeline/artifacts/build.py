@@ -1,3 +1,5 @@
+"""Building an artifact: reuse it, resume it, or make it; then publish it whole."""
+
 from __future__ import annotations
 
 import json
@@ -89,7 +91,11 @@ def build_artifact(
 
 def _fingerprint(config: BuildConfig, inputs: dict[str, Artifact]) -> dict[str, Any]:
     identities = {name: artifact.identity for name, artifact in inputs.items()}
-    made_from = {"config": config.resolved(), "inputs": identities, "version": RESULTS_VERSION if "pipeline" in package_versions() else "not installed"}
+    made_from = {
+        "config": config.resolved(),
+        "inputs": identities,
+        "version": RESULTS_VERSION if "pipeline" in package_versions() else "not installed",
+    }
     return dict(json.loads(json.dumps(made_from, default=str)))  # as it will be read back, to be compared
 
 

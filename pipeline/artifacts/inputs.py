@@ -1,3 +1,5 @@
+"""Opening the inputs of a stage: artifacts, external folders, hub ids; each refusal is one line with the command that helps."""
+
 from __future__ import annotations
 
 from pathlib import Path

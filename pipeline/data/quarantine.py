@@ -1,13 +1,4 @@
-"""prepare: raw preference data in, records out.
-
-In: the sources of a config, each in one `format`, its `columns` mapped: local files or folders, hub datasets, the demo world.
-Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows, and quarantine.jsonl with
-{source, line, reason, detail, row} for each row left out: kept + quarantined == read, for each source and in total.
-Kinds that no source gives are derived: comparisons from rankings (every strictly ordered pair), demonstrations from chosen and
-best-ranked answers, prompts from all kinds.
-A wrong row is quarantined (`checks` lists the reasons). A source that cannot be read, a missing column, or not one row worth
-keeping is a `UserError`, and what was published before stays.
-"""
+"""The rows that are not kept: counted by reason, and written to quarantine.jsonl with their source and line."""
 
 import json
 import math

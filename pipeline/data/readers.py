@@ -16,24 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Source, nearest
+from pipeline.data.schema import KINDS
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
-# The columns each format may come in; `Source.columns` maps these names to a file's own.
-COLUMN_SETS: dict[str, list[tuple[str, ...]]] = {
-    "comparisons": [("prompt", "chosen", "rejected")],
+# Column sets that a format may come in beside the columns of its kind; `Source.columns` maps these names to a file's own.
+ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
     "dialogues": [("chosen", "rejected")],
-    "rankings": [("prompt", "responses", "ranks"), ("prompt", "response", "rank")],
-    "ratings": [("prompt", "completion", "rating")],
-    "labels": [("prompt", "completion", "label"), ("text", "label"), ("messages", "label")],
-    "demonstrations": [("prompt", "completion"), ("messages",)],
-    "prompts": [("prompt",)],
+    "rankings": [("prompt", "response", "rank")],
+    "labels": [("text", "label"), ("messages", "label")],
+    "demonstrations": [("messages",)],
 }
-
-FORMAT_KINDS = {"dialogues": "comparisons"}  # of records that a format makes, where that is not its own name
-
-OPTIONAL = {"comparisons": ("margin", "source"), "dialogues": ("margin", "source")}
-
+FORMAT_KINDS = {"dialogues": "comparisons"}  # format -> the kind of records it makes, if that has another name
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 ASSISTANT_TURN = "\n\nAssistant:"
@@ -68,13 +62,8 @@ class ParsedRecord:
     fault: RowError | None = None
 
 
-def read_source(source: Source, seed: int) -> list[ParsedRecord]:
+def read_source(source: Source) -> list[ParsedRecord]:
     """All rows of `source`, or its first `limit`. Raises `UserError` where the source as a whole cannot be read."""
-    if source.format == "demo":
-        from pipeline.prepare import demo
-
-        made = enumerate(islice(demo.rows(source, seed), source.limit), 1)
-        return [ParsedRecord(kind, record, [RawRow("demo", number, record)]) for number, (kind, record) in made]
     rows = list(islice(progress_bar("reading", "rows", _rows(source)), source.limit))
     shape = _shape(source, rows)
     items = [_item(source, shape, row) for row in rows]
@@ -157,10 +146,19 @@ def parse_turns(text: str) -> list[dict[str, str]]:
 # Columns
 
 
+def _kind(format: str) -> str:
+    return FORMAT_KINDS.get(format, format)
+
+
+def _column_sets(format: str) -> list[tuple[str, ...]]:
+    own = [KINDS[format].columns] if format in KINDS else []
+    return [*own, *ALTERNATIVES.get(format, [])]
+
+
 def _shape(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
     """The shape of its format that the columns found, and mapped, make up. Raises `UserError`."""
     where = f"{source.path or source.hub}: format {source.format}"
-    shapes, optional = COLUMN_SETS[source.format], OPTIONAL.get(source.format, ())
+    shapes, optional = _column_sets(source.format), KINDS[_kind(source.format)].optional
     known = dict.fromkeys([*(name for shape in shapes for name in shape), *optional])
     found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     for ours, theirs in (source.columns | {name: [] for name in source.values}).items():
@@ -183,11 +181,11 @@ def _shape(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
 
 
 def _item(source: Source, shape: tuple[str, ...], row: RawRow) -> ParsedRecord:
-    kind = FORMAT_KINDS.get(source.format, source.format)
+    kind = _kind(source.format)
     try:
         if row.fault:
             raise row.fault
-        names = [*shape, *OPTIONAL.get(source.format, ())]
+        names = [*shape, *KINDS[kind].optional]
         found = {name: _value(row.data, source.columns.get(name, name)) for name in names} | source.values
         return ParsedRecord(kind, _record(shape, found), [row])
     except RowError as fault:

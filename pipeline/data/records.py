@@ -5,16 +5,8 @@ from pathlib import Path
 from datasets import DatasetDict, disable_caching, load_from_disk
 
 from pipeline.artifacts.manifest import Artifact
+from pipeline.data.schema import KINDS
 from pipeline.errors import UserError
-
-COLUMNS = {
-    "demonstrations": ("prompt", "completion"),
-    "comparisons": ("prompt", "chosen", "rejected"),
-    "rankings": ("prompt", "responses", "ranks"),
-    "labels": ("prompt", "completion", "label"),
-    "ratings": ("prompt", "completion", "rating"),
-    "prompts": ("prompt",),
-}
 
 
 def open_records(records: Artifact, kind: str) -> DatasetDict:
@@ -34,7 +26,7 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
     splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
     if "train" not in splits:
         raise UserError(f"{folder}: has no 'train' split (found: {', '.join(splits)})")
-    missing = [column for column in COLUMNS[kind] if column not in splits["train"].column_names]
+    missing = [column for column in KINDS[kind].columns if column not in splits["train"].column_names]
     if missing:
         raise UserError(f"{folder}: {kind} need a column {missing[0]!r}; found {', '.join(splits['train'].column_names)}")
     return DatasetDict(

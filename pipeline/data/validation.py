@@ -13,20 +13,18 @@ from functools import partial
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.readers import OPTIONAL, ParsedRecord, RowError, canonical_text
+from pipeline.data.readers import ParsedRecord, RowError, canonical_text
+from pipeline.data.schema import KINDS, Record
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 
 BOOLS = {"false": 0, "true": 1}
 
 WHOLE = re.compile(r"-?[0-9]+")
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # what the readers make of bytes that are not UTF-8
-
-
-Record = dict[str, Any]
 
 
 def validate_records(items: list[ParsedRecord], classes: list[str]) -> None:
@@ -64,7 +62,7 @@ def record_identity(kind: str, record: Record) -> Hashable:
     if kind == "rankings":
         answers = zip(record["ranks"], map(canonical_text, record["responses"]), strict=True)
         return kind, canonical_text(record["prompt"]), tuple(sorted(answers))
-    return kind, *(canonical_text(record[field]) for field in _FIELDS[kind] if field not in OPTIONAL["comparisons"])
+    return kind, *(canonical_text(record[field]) for field in KINDS[kind].columns)
 
 
 # Within a record
@@ -73,7 +71,9 @@ def record_identity(kind: str, record: Record) -> Hashable:
 def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
     """The record with its own columns only, each in its type; an optional one that says nothing is left out. Raises `Fault`."""
     cleaned: Record = {}
-    for field, parse in _FIELDS[kind].items():
+    schema = KINDS[kind]
+    for field in (*schema.columns, *schema.optional):
+        parse: Callable[..., Any] = _optional_text if field == "prompt" and schema.prompt_may_be_empty else _PARSERS[field]
         try:
             cleaned[field] = parse(record.get(field), classes) if field == "label" else parse(record.get(field))
         except RowError as fault:
@@ -112,8 +112,8 @@ def _text(value: Any) -> str | list[Record]:
 
 
 def _message(value: Any) -> Record:
-    if not isinstance(value, dict) or value.get("role") not in ROLES or not isinstance(value.get("content"), str):
-        raise RowError("not-text", f"a message needs a role ({', '.join(ROLES)}) and text as content")
+    if not isinstance(value, dict) or value.get("role") not in MESSAGE_ROLES or not isinstance(value.get("content"), str):
+        raise RowError("not-text", f"a message needs a role ({', '.join(MESSAGE_ROLES)}) and text as content")
     return {"role": value["role"], "content": _text(value["content"])}
 
 
@@ -186,18 +186,18 @@ def _preview(value: Any) -> str:
     return repr(value)[:80]
 
 
-_FIELDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "demonstrations": {"prompt": _text, "completion": _response},
-    "comparisons": {"prompt": _text, "chosen": _response, "rejected": _response, "margin": _margin, "source": _origin},
-    "rankings": {
-        "prompt": _text,
-        "responses": partial(_parse_each, _response, "not-text"),
-        "ranks": partial(_parse_each, _rank, "not-a-rank"),
-    },
-    "labels": {"prompt": _optional_text, "completion": _response, "label": _label},
-    "ratings": {"prompt": _text, "completion": _response, "rating": _number},
-    "prompts": {"prompt": _text},
-    "answers": {"prompt": _optional_text, "response": _response},  # to be scored, learned from by no stage
+_PARSERS: dict[str, Callable[..., Any]] = {
+    "prompt": _text,
+    "completion": _response,
+    "chosen": _response,
+    "rejected": _response,
+    "response": _response,
+    "responses": partial(_parse_each, _response, "not-text"),
+    "ranks": partial(_parse_each, _rank, "not-a-rank"),
+    "label": _label,
+    "rating": _number,
+    "margin": _margin,
+    "source": _origin,
 }
 
 

@@ -1,5 +1,4 @@
-"""Launches: what `accelerate launch` was asked for and did not bring, told by the environment it leaves (it says nothing of it itself);
-and what its files in configs/accelerate ask for."""
+"""Detect launches that fell back silently (one process, DDP for FSDP, CPU for GPU) from accelerate's environment variables."""
 
 import os
 import re

@@ -1,3 +1,5 @@
+"""The metrics of an evaluation: of the reward model on held-out records, and of each policy."""
+
 import json
 import statistics
 from typing import Any

@@ -1,3 +1,5 @@
+"""The plots of the report, as SVG that follows the theme of the reader."""
+
 from __future__ import annotations
 
 import io

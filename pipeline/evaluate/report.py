@@ -14,12 +14,12 @@ import yaml
 
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
+from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import frontier_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_frontier, draw_lengths
 from pipeline.evaluate.summary import summary_rows as summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
-from pipeline.models.chat import Text
 
 if TYPE_CHECKING:
     pass

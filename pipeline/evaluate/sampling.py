@@ -1,3 +1,5 @@
+"""Responses of the policies to test prompts, and their scores."""
+
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The figures of metrics.json as tables for people: one source for the model card and for the report. Imports no torch."""
+"""Tables for people: the metrics of a reward model, and columns of text. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

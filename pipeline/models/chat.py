@@ -1,8 +1,3 @@
-"""Loading and making models and tokenizers; LoRA, 8-bit and 4-bit.
-
-In: a hub id or a folder. Out: a model ready to train and a tokenizer whose pad is not its EOS. What cannot be loaded gets one `UserError`.
-"""
-
 """The one reading of a prompt and a completion: everything that trains, scores or generates calls these functions.
 
 A prompt is a string (one user turn) or TRL messages, rendered by the tokenizer's chat template with the generation prompt; a
@@ -11,13 +6,13 @@ of a prompt do not depend on what follows it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.data.schema import Text
 from pipeline.errors import UserError
 
 PAD, EOS = "<|pad|>", "<|eos|>"
@@ -27,9 +22,6 @@ PLAIN_TEMPLATE = (
     "{{% for m in messages %}}{{{{ m.content }}}}"
     "{{% if m.role == 'assistant' %}}{{{{ eos_token }}}}{{% else %}}{{{{ {separator!r} }}}}{{% endif %}}{{% endfor %}}"
 )
-
-
-Text = str | Sequence[dict[str, Any]]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:

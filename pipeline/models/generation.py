@@ -1,3 +1,9 @@
+"""Sampling answers.
+
+Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither batching nor the
+number of processes changes a sample.
+"""
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.data.schema import Text
 from pipeline.errors import UserError
-from pipeline.models.chat import Text, pad_rows, prompt_ids
+from pipeline.models.chat import pad_rows, prompt_ids
 
 
 @dataclass

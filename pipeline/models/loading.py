@@ -1,7 +1,6 @@
-"""Sampling answers.
+"""Loading and making models and tokenizers; LoRA, 8-bit and 4-bit.
 
-Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither batching nor the
-number of processes changes a sample.
+In: a hub id or a folder. Out: a model ready to train and a tokenizer whose pad is not its EOS. What cannot be loaded gets one `UserError`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,5 @@
+"""Changes to loaded models: dropout off, a fused GELU."""
+
 import torch
 from transformers.activations import NewGELUActivation
 

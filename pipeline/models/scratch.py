@@ -1,8 +1,4 @@
-"""What every trained stage shares: the `training:` section checked and built, checkpoints that count, the log.
-
-`training:` holds the keyword arguments of the trainer's own arguments class; unknown names and wrong types are refused before anything
-is built, since that class would accept some in silence.
-"""
+"""Models and tokenizers from scratch: a small GPT-2, a small encoder, a byte-level BPE."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,12 +1,5 @@
 """What stops a run before it is lost: gradients that are not finite, a policy too far from its reference, a peak that is passed."""
 
-"""`algorithm: rloo | grpo`: TRL's own trainers with this project's reward, and the evaluation and artifact that PPO has.
-
-TRL decodes answers without special tokens, so that one that was cut off looks like one that ended. Here the reward reads the exact
-completion ids, and is what PPO's is by default: normalised by the reference sample, less `MISSING_EOS_PENALTY` for a missing EOS.
-Evaluations draw with `temperature`, `top_k` and `top_p`; what else bends TRL's samples is left to training.
-"""
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -29,9 +29,7 @@ def ppo_loss(out: Outputs, batch: Mapping[str, Any], args: PPOConfig, value_only
         args.dual_clip,
         num_tokens=tokens,
     )
-    value = functional.value_loss(
-        out.values, batch["values"], batch["returns"], mask, args.clip_value, num_tokens=tokens
-    )
+    value = functional.value_loss(out.values, batch["values"], batch["returns"], mask, args.clip_value, num_tokens=tokens)
     entropy = torch.where(mask, out.entropy, 0.0).sum() / tokens
 
     loss = policy.loss - args.entropy_coef * entropy if args.entropy_coef else policy.loss

@@ -201,9 +201,7 @@ class PPOTrainer(PolicyTrainer):
             self._skip_rest = approx_kl > self.args.target_kl
         return loss
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Return the loss of a micro-batch: `pipeline.ppo.loss` over the minibatch's tokens on all ranks."""
         args, warming_up = self.args, inputs["rollout"] < self.args.critic_warmup_rollouts
         tensors = (inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask"))

@@ -1,3 +1,10 @@
+"""`algorithm: rloo | grpo`: TRL's own trainers with this project's reward, and the evaluation and artifact that PPO has.
+
+TRL decodes answers without special tokens, so that one that was cut off looks like one that ended. Here the reward reads the exact
+completion ids, and is what PPO's is by default: normalised by the reference sample, less `MISSING_EOS_PENALTY` for a missing EOS.
+Evaluations draw with `temperature`, `top_k` and `top_p`; what else bends TRL's samples is left to training.
+"""
+
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,5 +1,17 @@
+"""prepare: raw preference data in, records out.
+
+In: the sources of a config, each in one `format`, its `columns` mapped: local files or folders, hub datasets, the demo world.
+Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows, and quarantine.jsonl with
+{source, line, reason, detail, row} for each row left out: kept + quarantined == read, for each source and in total.
+Kinds that no source gives are derived: comparisons from rankings (every strictly ordered pair), demonstrations from chosen and
+best-ranked answers, prompts from all kinds.
+A wrong row is quarantined (`checks` lists the reasons). A source that cannot be read, a missing column, or not one row worth
+keeping is a `UserError`, and what was published before stays.
+"""
+
 from collections import Counter, defaultdict
 from collections.abc import Hashable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +21,12 @@ from pipeline.artifacts.inputs import open_external, open_hub
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import READERS, ParsedRecord, read_source, skipped_files, source_files
-from pipeline.data.validation import Record, class_names, ordered_pairs, record_identity, validate_records
+from pipeline.data.readers import READERS, ParsedRecord, RawRow, read_source, skipped_files, source_files
+from pipeline.data.schema import ROLES, Record
+from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
-from pipeline.prepare import splits
-
-SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+from pipeline.prepare import demo, splits
 
 ABSENT = {"margin": 0.0}  # where other rows have one; a loss without a margin is one with margin 0
 
@@ -63,8 +74,16 @@ def _resolve_revision(source: Source) -> Source:
     )
 
 
+def read(source: Source, seed: int) -> list[ParsedRecord]:
+    """Read a source of any format; the demo world is generated from `seed`."""
+    if source.format != "demo":
+        return read_source(source)
+    generated = enumerate(islice(demo.rows(source, seed), source.limit), 1)
+    return [ParsedRecord(kind, record, [RawRow("demo", number, record)]) for number, (kind, record) in generated]
+
+
 def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
-    of_source = [read_source(source, config.seed) for source in config.source]
+    of_source = [read(source, config.seed) for source in config.source]
     items = [item for found in of_source for item in found]
     classes = class_names(config.source, items)
     validate_records(items, classes)
@@ -140,7 +159,7 @@ def _save(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> N
     string = datasets.Value("string")
     text = datasets.List({"role": string, "content": string}) if messages else string
     types = {
-        **dict.fromkeys(SPEAKERS, text),
+        **dict.fromkeys(ROLES, text),
         "responses": datasets.List(text),
         "ranks": datasets.List(datasets.Value("int64")),
         "label": datasets.ClassLabel(names=classes),
@@ -158,11 +177,11 @@ def _save(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> N
 
 
 def _texts(record: Record) -> list[Any]:
-    return [record[name] for name in SPEAKERS if name in record] + record.get("responses", [])
+    return [record[name] for name in ROLES if name in record] + record.get("responses", [])
 
 
 def _as_messages(record: Record) -> Record:
-    texts = {name: _messages(record[name], role) for name, role in SPEAKERS.items() if name in record}
+    texts = {name: _messages(record[name], role) for name, role in ROLES.items() if name in record}
     lists = {"responses": [_messages(text, "assistant") for text in record["responses"]]} if "responses" in record else {}
     return record | texts | lists
 

@@ -6,32 +6,13 @@ Out, a row for each record: `ids` (K lists), `answer` (K: where the answer begin
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.schema import KINDS, Record
 from pipeline.errors import UserError
-from pipeline.models.chat import Text
 from pipeline.reward.encoding import Encoding, encode_response
-
-Record = dict[str, Any]
-
-
-RESPONSES: dict[str, Callable[[Record], list[Text]]] = {
-    "comparisons": lambda record: [record["chosen"], record["rejected"]],
-    "rankings": lambda record: record["responses"],
-    "labels": lambda record: [record["completion"]],
-    "ratings": lambda record: [record["completion"]],
-}
-
-TARGETS: dict[str, Callable[[Record], Any]] = {
-    "comparisons": lambda record: [1, 2],
-    "rankings": lambda record: record["ranks"],
-    "labels": lambda record: record["label"],
-    "ratings": lambda record: record["rating"],
-}
 
 
 def tokenize_records(
@@ -55,8 +36,11 @@ def tokenize_records(
 
 def _tokenize_record(record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how: Encoding, number: int) -> tuple[Record, str]:
     """(row, its fate: whole, cut, or alike once cut)."""
-    encoded = [encode_response(tokenizer, how, record["prompt"], answer) for answer in RESPONSES[kind](record)]
-    target = TARGETS[kind](record)
+    schema = KINDS[kind]
+    assert schema.responses, f"{kind} train no reward model"
+    assert schema.target, f"{kind} train no reward model"
+    encoded = [encode_response(tokenizer, how, record["prompt"], answer) for answer in schema.responses(record)]
+    target = schema.target(record)
     row = {"ids": [each.ids for each in encoded], "answer": [each.answer for each in encoded], "target": target}
     row["length"] = sum(map(len, row["ids"]))
     figures = {"margin": 0.0 if record["margin"] is None else record["margin"]} if "margin" in record else {}

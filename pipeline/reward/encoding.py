@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.schema import Text
 from pipeline.errors import UserError
-from pipeline.models.chat import Text, completion_text, prompt_ids
+from pipeline.models.chat import completion_text, prompt_ids
 
 
 @dataclass

@@ -1,3 +1,8 @@
+"""`RewardModel`: the reader of a reward artifact. What it returns is what plain `transformers` computes, times `alpha`.
+
+The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
+"""
+
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -11,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import hub
+from pipeline.data.schema import Text
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
-from pipeline.models.chat import PLAIN_TEMPLATE, Text, completion_text
+from pipeline.models.chat import PLAIN_TEMPLATE, completion_text
 from pipeline.models.loading import explain_load_errors, is_adapter, load_classifier, load_tokenizer, max_positions
 from pipeline.reward import batching
 from pipeline.reward.encoding import Encoding, encode_response

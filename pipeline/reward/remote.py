@@ -23,8 +23,9 @@ from pipeline.artifacts.files import hash_value
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
+from pipeline.data.schema import Text
 from pipeline.errors import UserError
-from pipeline.models.chat import Text, completion_text
+from pipeline.models.chat import completion_text
 from pipeline.models.loading import explain_load_errors, is_adapter
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import concatenated_text, encode_response, prompt_text

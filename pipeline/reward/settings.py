@@ -1,7 +1,4 @@
-"""`RewardModel`: the reader of a reward artifact. What it returns is what plain `transformers` computes, times `alpha`.
-
-The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
-"""
+"""`reward.json`: how text becomes token ids, and how logits become a reward."""
 
 import json
 from dataclasses import asdict, dataclass, field

@@ -22,6 +22,7 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.data.records import open_records
+from pipeline.data.schema import KINDS, LEARNABLE
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError
@@ -29,7 +30,7 @@ from pipeline.models.loading import head_module_names, load_classifier, load_tok
 from pipeline.models.scratch import new_classifier
 from pipeline.reward import batching
 from pipeline.reward.card import describe_architecture, write_card
-from pipeline.reward.dataset import RESPONSES, tokenize_records
+from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding, prompt_text
 from pipeline.reward.encoding import check_encoding as check_encoding
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split, reference_statistics
@@ -150,8 +151,9 @@ def positive_class(config: RewardStage, classes: list[str]) -> int:
 def load_base(config: RewardStage, settings: RewardSettings, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with its head, and its tokenizer."""
     if config.scratch is not None:
-        answers = RESPONSES[OBJECTIVES[config.objective].kind]
-        texts = [prompt_text(text, " ") for record in data["train"] for text in (record["prompt"], *answers(record))]
+        kind = KINDS[OBJECTIVES[config.objective].kind]
+        assert kind.responses, f"{config.objective} learns from responses"
+        texts = [prompt_text(text, " ") for record in data["train"] for text in (record["prompt"], *kind.responses(record))]
         return new_classifier(texts, config.scratch, config.encoding.separator, settings.head)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # Where no EOS ends the ids, a pad token that is EOS hides nothing, and the vocabulary stays that of the base.
@@ -222,7 +224,7 @@ def publish_metrics(config: RewardStage, records: Artifact, data: DatasetDict, o
     kind = OBJECTIVES[config.objective].kind
     reference = data["validation"] if len(data["validation"]) else data["train"]
     reward.settings = dataclasses.replace(reward.settings, **reference_statistics(reward, reference))
-    kinds = [kind, *sorted(name for name in RESPONSES if name != kind and (records.path / name).is_dir() and not records.foreign)]
+    kinds = [kind, *sorted(name for name in LEARNABLE if name != kind and (records.path / name).is_dir() and not records.foreign)]
     found = evaluate_reward_model(reward, {name: held_out_split(open_records(records, name)) for name in kinds})
     if is_main_process():
         reward.settings.save(output)

@@ -1,3 +1,9 @@
+"""The `training:` and `lora:` sections: checked, then built into the libraries' own classes.
+
+`training:` holds the keyword arguments of the trainer's own arguments class. Unknown names and wrong types are refused before anything
+is built, because that class would accept some of them.
+"""
+
 import dataclasses
 import os
 import typing

@@ -1,4 +1,4 @@
-"""The Trainer's progress bar."""
+"""Callbacks of every trainer: a line per evaluation, and metrics on the progress bar."""
 
 import re
 import time

@@ -1,3 +1,5 @@
+"""Training with resume: the checkpoint that counts, how a run was launched, and its log."""
+
 import errno
 import json
 import os

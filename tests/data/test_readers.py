@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.config import Source
 from pipeline.data.readers import TURN, ParsedRecord, RowError, parse_dialogue, parse_turns, read_source, source_files
 from pipeline.errors import UserError
+from pipeline.prepare import stage
 
 
 def user(text: str) -> dict[str, str]:
@@ -28,7 +29,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def read(format: str, path: Path, **options: Any) -> list[ParsedRecord]:
-    return read_source(Source(format=format, path=str(path), **options), seed=0)
+    return read_source(Source(format=format, path=str(path), **options))
 
 
 def records(format: str, path: Path, **options: Any) -> list[dict[str, Any]]:
@@ -104,9 +105,9 @@ def test_demonstrations_as_pairs_and_as_messages(tmp_path: Path) -> None:
 
 
 def test_the_demo_world_is_read_like_a_file() -> None:
-    items = read_source(Source(format="demo", limit=3), seed=0)
+    items = stage.read(Source(format="demo", limit=3), seed=0)
     assert [(item.rows[0].source, item.rows[0].line) for item in items] == [("demo", 1), ("demo", 2), ("demo", 3)]
-    assert items == read_source(Source(format="demo", limit=3), seed=0)
+    assert items == stage.read(Source(format="demo", limit=3), seed=0)
 
 
 # Dialogues
@@ -296,7 +297,7 @@ def test_a_hub_dataset_is_asked_for_its_split_and_revision(monkeypatch: pytest.M
         return datasets.Dataset.from_dict({"prompt": ["Q", "R"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    items = read_source(Source(format="prompts", hub="org/name", subset="en", split="test", revision="abc", limit=1), seed=0)
+    items = read_source(Source(format="prompts", hub="org/name", subset="en", split="test", revision="abc", limit=1))
     assert asked == [(("org/name", "en"), {"split": "test", "revision": "abc"})]
     assert [(item.record, item.rows[0].source, item.rows[0].line) for item in items] == [({"prompt": "Q"}, "org/name", 1)]
 
@@ -307,7 +308,7 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"^org/nmae: not readable as a dataset: Dataset 'org/nmae' doesn't exist on the Hub; check hub"):
-        read_source(Source(format="prompts", hub="org/nmae"), seed=0)
+        read_source(Source(format="prompts", hub="org/nmae"))
 
 
 # What cannot be read at all

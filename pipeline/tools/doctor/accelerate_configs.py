@@ -1,3 +1,5 @@
+"""What a launch by a file of configs/accelerate does, told from that file."""
+
 from typing import Any
 
 import yaml

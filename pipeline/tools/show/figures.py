@@ -1,3 +1,5 @@
+"""The headline metrics that stand for a stage."""
+
 from typing import Any
 
 from pipeline.artifacts.manifest import flatten_keys

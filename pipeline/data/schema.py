@@ -1,0 +1,61 @@
+"""The kinds of records: one table of their columns, their responses and what was said of these. Imports no torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+Text = str | Sequence[dict[str, Any]]  # a string, or messages
+
+# The columns that hold one text, and who says it.
+ROLES = {
+    "prompt": "user",
+    "completion": "assistant",
+    "chosen": "assistant",
+    "rejected": "assistant",
+    "response": "assistant",
+}
+
+
+class RecordKind(NamedTuple):
+    """Required and optional columns; the K responses of a record, and the target that an objective learns for them.
+
+    A target is K ranks (1 is best), the index of a class, or a rating. `prompt_may_be_empty` holds for texts that answer
+    nothing. A kind without `responses` trains no reward model.
+    """
+
+    columns: tuple[str, ...]
+    responses: Callable[[Record], list[Text]] | None = None
+    target: Callable[[Record], Any] | None = None
+    optional: tuple[str, ...] = ()
+    prompt_may_be_empty: bool = False
+
+
+KINDS = {
+    "demonstrations": RecordKind(("prompt", "completion")),
+    "comparisons": RecordKind(
+        ("prompt", "chosen", "rejected"),
+        responses=lambda record: [record["chosen"], record["rejected"]],
+        target=lambda record: [1, 2],
+        optional=("margin", "source"),
+    ),
+    "rankings": RecordKind(
+        ("prompt", "responses", "ranks"),
+        responses=lambda record: record["responses"],
+        target=lambda record: record["ranks"],
+    ),
+    "labels": RecordKind(
+        ("prompt", "completion", "label"),
+        responses=lambda record: [record["completion"]],
+        target=lambda record: record["label"],
+        prompt_may_be_empty=True,
+    ),
+    "ratings": RecordKind(
+        ("prompt", "completion", "rating"),
+        responses=lambda record: [record["completion"]],
+        target=lambda record: record["rating"],
+    ),
+    "prompts": RecordKind(("prompt",)),
+    # Rows of a file that `rlhf score` reads: no stage learns from them.
+    "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
+}
+LEARNABLE = tuple(name for name, kind in KINDS.items() if kind.responses is not None)

@@ -26,7 +26,7 @@ def check(config: SFTStage) -> None:
 
 def run(config: SFTStage) -> Path:
     check(config)
-    records = artifact.require(config.records or "", "records", config.fix("prepare"))
+    records = artifact.require(config.records or "", "records", config.make_command("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
         inputs["model"] = artifact.require(config.model, "model", "name a hub id or a folder in 'model'", config.revision)

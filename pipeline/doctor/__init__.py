@@ -66,18 +66,18 @@ def _to_come(recipe: Recipe, source: str) -> bool:
 
 def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: str) -> str:
     if _to_come(recipe, source):
-        return f"{source}: not made yet; {config.fix(maker)} makes it"
+        return f"{source}: not made yet; {config.make_command(maker)} makes it"
     if hub.is_hub_id(source):
         commit = stages.reachable(source)
         return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
-    opened = artifact.require(source, kind, config.fix(maker) if maker else "name another")
+    opened = artifact.require(source, kind, config.make_command(maker) if maker else "name another")
     return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.foreign else 'as its stage wrote them'}"
 
 
 def _served(config: Any, recipe: Recipe, reward: Reward) -> str:
     if reward.reads and _to_come(recipe, reward.reads):
         return f"{reward.source}: reads {_input(config, recipe, reward.reads, 'reward', 'reward')}"
-    opened = sources.require(reward, config.fix("reward"), config.trust_remote_code)
+    opened = sources.require(reward, config.make_command("reward"), config.trust_remote_code)
     return f"{reward.source}: {opened.manifest['served']['engine']} serves {opened.manifest['served']['model']}, read as {opened.path}"
 
 
@@ -102,7 +102,7 @@ def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not Path(config.records).exists() or (tokenizer := _words(config)) is None:
         return
     kind = FEEDS.get(config.stage) or stages.OBJECTIVES[config.objective].kind
-    rows = open_records(artifact.require(config.records, "records", config.fix("prepare")), kind)["train"]
+    rows = open_records(artifact.require(config.records, "records", config.make_command("prepare")), kind)["train"]
     if not len(rows):
         raise UserError(f"{config.records}: holds no {kind} to train on")
     prompts = [len(encoding.prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
@@ -118,7 +118,7 @@ def longest_prompt(config: Any) -> int | None:
     """Tokens of the longest prompt that PPO will answer, where its records are there."""
     if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists() or (tokenizer := _words(config)) is None:
         return None
-    splits = open_records(artifact.require(config.records, "records", config.fix("prepare")), "prompts").values()
+    splits = open_records(artifact.require(config.records, "records", config.make_command("prepare")), "prompts").values()
     return max((len(encoding.prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None)
 
 

@@ -48,9 +48,9 @@ def check(config: EvaluateStage) -> None:
 
 def run(config: EvaluateStage) -> Path:
     check(config)
-    inputs = {name: artifact.require(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in KINDS.items()}
+    inputs = {name: artifact.require(getattr(config, name), kind, config.make_command(stage)) for name, (kind, stage) in KINDS.items()}
     if config.scorer and not config.scorer.is_function:
-        inputs["scorer"] = sources.require(config.scorer, config.fix("reward"), config.trust_remote_code)
+        inputs["scorer"] = sources.require(config.scorer, config.make_command("reward"), config.trust_remote_code)
     return artifact.build(
         config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output), on_every_rank=True
     )

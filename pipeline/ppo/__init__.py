@@ -57,12 +57,12 @@ def rewards(config: PPOStage) -> dict[str, Reward]:
 def run(config: PPOStage) -> Path:
     check(config)
     inputs = {
-        "records": artifact.require(config.records or "", "records", config.fix("prepare")),
-        "policy": artifact.require(config.policy or "", "policy", config.fix("sft")),
+        "records": artifact.require(config.records or "", "records", config.make_command("prepare")),
+        "policy": artifact.require(config.policy or "", "policy", config.make_command("sft")),
     }
     for name, reward in rewards(config).items():
         if not reward.is_function:
-            inputs[name] = sources.require(reward, config.fix("reward"), config.trust_remote_code)
+            inputs[name] = sources.require(reward, config.make_command("reward"), config.trust_remote_code)
             if config.one_backbone == "always" and (apart := why_apart(config, inputs["policy"], inputs[name])):
                 raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
     weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}

@@ -46,10 +46,10 @@ def check(config: RewardStage) -> None:
 
 def run(config: RewardStage) -> Path:
     check(config)
-    records = artifact.require(config.records or "", "records", config.fix("prepare"))
+    records = artifact.require(config.records or "", "records", config.make_command("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
-        fix = f"{config.fix('sft')}, or name a hub id or a folder in 'model'"
+        fix = f"{config.make_command('sft')}, or name a hub id or a folder in 'model'"
         inputs["model"] = artifact.require(config.model, "model", fix, config.revision)
         config = config.model_copy(update={"revision": inputs["model"].revision})
     return artifact.build(config, kind="reward", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)

@@ -50,7 +50,7 @@ class PPOStage(PolicyStage):
     """Evaluations while PPO trains."""
 
     one_backbone: Literal["auto", "always", "never"] = "auto"
-    """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails if it cannot."""
+    """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails otherwise."""
 
     max_prompt_tokens: int = Field(256, gt=0)
     """Prompt limit in tokens; longer prompts are left-truncated."""

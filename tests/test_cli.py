@@ -13,6 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pipeline import cli, config
+from pipeline.cli import commands
 from pipeline.errors import UserError
 
 DEMO = config.RECIPES / "demo"
@@ -89,7 +90,7 @@ def test_a_missing_upstream_artifact_is_told_with_the_command_that_makes_it(
 
 
 FAILURES = {
-    "interrupted": (KeyboardInterrupt(), 130, "interrupted; what was published is untouched"),
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted; published artifacts are unchanged"),
     "disk full": (OSError(errno.ENOSPC, "No space left on device", "runs/a/b"), 1, "error: no space left on the disk for runs/a/b;"),
     # What `save_pretrained` meets a full disk with is no OSError
     "disk full in safetensors": (
@@ -107,14 +108,14 @@ def test_what_a_stage_fails_with_decides_the_exit_code(name: str, capsys: Any, m
     def explode(loaded: config.StageConfig) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run", explode)
+    monkeypatch.setattr(commands, "_run", explode)
     assert fail(capsys, *stage("sft"), code=code).startswith(expected)
     with pytest.raises(type(error)):
         cli.main(stage("sft", "--debug"))
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run", lambda loaded: {}["missing"])
+    monkeypatch.setattr(commands, "_run", lambda loaded: {}["missing"])
     with pytest.raises(KeyError):
         cli.main(stage("sft"))
 
@@ -130,7 +131,7 @@ def test_dry_run_prints_every_stage_and_its_folder(argv: tuple[str, ...], run: s
 
 def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(cli, "_run", ran.append)
+    monkeypatch.setattr(commands, "_run", ran.append)
     argv = ["run", "--until", "ppo", "--seed", "3", "--force"]
     assert cli.main([*argv, "sft.max_length=99", "reward.training.max_steps=7", "max_prompt_tokens=11", "training.kl_coef=0.5"]) == 0
     sft, reward, ppo = ran[1:]
@@ -143,14 +144,14 @@ def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypat
 
 def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(cli, "_run", ran.append)
+    monkeypatch.setattr(commands, "_run", ran.append)
     assert cli.main(["run", "runs=here", "--until", "reward", "seed=7", "--run", "mine", "sft.max_length=99"]) == 0
     assert [(str(loaded.folder), loaded.seed) for loaded in ran] == [(f"here/mine/{stage}", 7) for stage in STAGES[:3]]
     assert ran[1].max_length == 99
 
 
 def test_every_config_is_checked_before_the_first_stage_starts(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run", lambda loaded: pytest.fail("started"))
+    monkeypatch.setattr(commands, "_run", lambda loaded: pytest.fail("started"))
     fail(capsys, "run", "evaluate.best_of=1")
 
 

@@ -35,7 +35,7 @@ class PPOStage(PolicyStage):
     """Policy to train, an artifact, a folder or a hub id; null is the run's own `sft`."""
 
     reward: list[Reward] = Field([])
-    """Reward to train on, or a list of rewards to sum; empty is the run's own `reward`."""
+    """Reward to train on, or a list to sum, each a section or its source; empty is the run's own `reward`."""
 
     records: str | None = None
     """Prepared records: an artifact or a `save_to_disk` folder; null is the run's own `prepare`."""

@@ -26,16 +26,16 @@ class Source(StrictModel):
     """A CSV, TSV, JSON, JSONL or Parquet file, a folder of these, or a `save_to_disk` folder."""
 
     hub: str | None = None
-    """Data set on the hub, instead of a `path`."""
+    """Dataset on the hub, instead of a `path`."""
 
     subset: str | None = None
-    """Configuration of the hub data set."""
+    """Configuration of the hub dataset."""
 
     split: str = "train"
-    """Split of the hub data set or of the `save_to_disk` folder."""
+    """Split of the hub dataset or of the `save_to_disk` folder."""
 
     revision: str | None = None
-    """Branch, tag or commit of the hub data set."""
+    """Branch, tag or commit of the hub dataset."""
 
     columns: dict[str, str | list[str]] = Field({})
     """Maps our column names to the source's; several columns are joined by a blank line."""

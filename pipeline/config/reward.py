@@ -65,7 +65,7 @@ class RewardStage(ModelStage):
     stage: ClassVar[str] = "reward"
 
     objective: Literal[tuple(OBJECTIVES)] = "pairwise"  # type: ignore[valid-type]
-    """Loss, and with it the kind of records: comparisons, rankings (the next two), labels, ratings."""
+    """Training objective; it decides the loss and the kind of records."""
 
     encoding: EncodingSection = EncodingSection()
     """How a prompt and a response become token ids."""
@@ -128,7 +128,7 @@ class Reward(StrictModel):
     """Label whose logit is the reward, for a classifier with several labels that no reward stage trained."""
 
     length_penalty: float = Field(0.0, ge=0)
-    """Share to subtract of what length explains on the reference sample; 1 subtracts all of it."""
+    """Share of length's effect on the reward to subtract, by the reference sample's slope; 1 is all."""
 
     reads: str | None = None
     """Folder or hub id of the model that a URL serves; null asks the server."""

@@ -152,7 +152,7 @@ class PPOConfig(TrainingArguments):
     target_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Skip the rest of a rollout if the KL to its sampling policy exceeds this, in nats a token."
+            "help": "Skip the rest of a rollout if KL to its sampling policy exceeds this, in nats per token."
         },
     )
     max_kl: float | None = field(
@@ -187,7 +187,7 @@ class PPOConfig(TrainingArguments):
         default="zero", metadata={"help": "Initial value head: zero, or the reward model's head."}
     )
     critic_warmup_rollouts: int = field(
-        default=0, metadata={"help": "First rollouts in which only the value head is trained."}
+        default=0, metadata={"help": "Number of first rollouts that train the value head alone."}
     )
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ def entry() -> None:
 def _explain(error: BaseException) -> tuple[str, int]:
     """Return the error in one line, and its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted; published artifacts are unchanged, and the same command resumes"
+        message = "interrupted; published artifacts are unchanged, and the same command goes on"
         return f"{message} from the last checkpoint", 130
     if _is_disk_full(error):
         filename = getattr(error, "filename", None)

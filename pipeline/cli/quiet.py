@@ -12,7 +12,7 @@ def silence_libraries() -> None:
 
     # TRL turns on checkpointing under its deprecated name, so it must be turned off under that name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
-    # Reward models turn off broadcast_buffers under this deprecated name; the new option still broadcasts once.
+    # Reward models turn off broadcast_buffers under its deprecated name; the new option broadcasts once.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     # `generate` drops a mask of ones, and then warns about the padding that it writes after EOS itself.
     _drop("transformers.modeling_utils", "strongly recommend passing in an `attention_mask`")

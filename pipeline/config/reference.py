@@ -57,9 +57,11 @@ def select_keys(stage: str, name: str | None) -> list[Key]:
 
     section, _, last = name.rpartition(".")
     siblings = [key.name.removeprefix(f"{section}.") for key in keys if key.name.startswith(f"{section}.")]
-    hint = nearest(last, siblings) if siblings else nearest(name, [key.name for key in keys])
-    if not hint and section in ("training", "lora") and stage in ARGUMENTS:
-        hint = f" of this project; see {', '.join(_links(stage, section).values())}"
+    if section in ("training", "lora") and stage in ARGUMENTS:
+        links = ", ".join(_links(stage, section).values())
+        hint = nearest(last, siblings) or f" of this project; for the libraries' own see {links}"
+    else:
+        hint = nearest(last, siblings) if siblings else nearest(name, [key.name for key in keys])
     raise UserError(f"rlhf config {stage}: no key {name!r}{hint}")
 
 

@@ -28,6 +28,11 @@ The first line of each shipped file names its JSON Schema, with which editors co
 """
 
 
+ALGORITHMS = {
+    "transformers.TrainingArguments": "algorithm: ppo, with the keys above",
+    "trl.RLOOConfig": "algorithm: rloo",
+    "trl.GRPOConfig": "algorithm: grpo",
+}
 REQUIRED, FOLDER = "required", "the folder's name"  # in place of a default's value
 
 
@@ -113,8 +118,11 @@ def _describe(stage: str) -> str:
 
 
 def _links(stage: str, section: str) -> dict[str, str]:
-    titles = ARGUMENTS[stage] if section == "training" else ("peft.LoraConfig",)
-    return {title: DOCUMENTATION[title] for title in titles}
+    if section == "lora":
+        return {"peft.LoraConfig": DOCUMENTATION["peft.LoraConfig"]}
+    if stage == "ppo":
+        return {f"{title} ({ALGORITHMS[title]})": DOCUMENTATION[title] for title in ARGUMENTS[stage]}
+    return {title: DOCUMENTATION[title] for title in ARGUMENTS[stage]}
 
 
 def _walk(section: Schema, definitions: Schema, prefix: str) -> Iterator[Key]:

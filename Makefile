@@ -40,7 +40,7 @@ test: setup  ## the tests (REAL_DATA=folder adds those on real files)
 
 test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use one where there is one)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"
-	$(BIN)/python -m pytest tests/test_sft.py tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
+	$(BIN)/python -m pytest tests/sft tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
 
 oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
 	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo/test_trl112.py $(ARGS)

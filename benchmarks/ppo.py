@@ -94,9 +94,9 @@ def models(activation: str) -> tuple[Any, Any, Any]:
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     from pipeline.config import Scratch
-    from pipeline.models import scratch_tokenizer
+    from pipeline.models.scratch import train_tokenizer
 
-    tokenizer = scratch_tokenizer([" ".join(WORDS)], Scratch(vocabulary=5000, positions=256), "\n")
+    tokenizer = train_tokenizer([" ".join(WORDS)], Scratch(vocabulary=5000, positions=256), "\n")
     size = {"n_layer": 6, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 5000, "activation_function": activation}
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ WORDS = [f"w{n}" for n in range(2000)]
 
 def prompts(tokenizer: Any) -> list[str]:
     """UPDATES × BATCH prompts of 8 to 64 tokens."""
-    from pipeline.encoding import prompt_ids
+    from pipeline.models.chat import prompt_ids
 
     rng = random.Random(0)
     found = []
@@ -135,14 +135,14 @@ def on_one_backbone(policy: Any, classifier: Any, tokenizer: Any, settings: Any,
 
     from peft import get_peft_model
 
-    from pipeline import artifact
-    from pipeline.ppo.backbone import join
+    from pipeline.artifacts.inputs import open_external
+    from pipeline.ppo.backbone import attach_reward_adapter
 
     get_peft_model(classifier, adapter("SEQ_CLS")).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings.save(Path(folder))
     policy = get_peft_model(policy, adapter("CAUSAL_LM"))
-    return policy, join(policy, artifact.foreign(folder, "reward"), "reward_0")
+    return policy, attach_reward_adapter(policy, open_external(folder, "reward"), "reward_0")
 
 
 def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]:
@@ -151,11 +151,11 @@ def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]
 
     from pipeline import PPOConfig, PPOTrainer, RewardModel
     from pipeline.reward.encoding import Encoding
-    from pipeline.reward.model import Settings
-    from pipeline.reward.sources import from_model
+    from pipeline.reward.functions import reward_from_model
+    from pipeline.reward.settings import RewardSettings
 
     policy, classifier, tokenizer = models(activation)
-    settings = Settings(encoding=Encoding("chat", eos=True, max_length=256))
+    settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=256))
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -175,7 +175,7 @@ def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]
             policy, reward = on_one_backbone(policy, classifier, tokenizer, settings, folder)
             del classifier
         else:
-            reward = from_model(RewardModel(classifier, tokenizer, settings))
+            reward = reward_from_model(RewardModel(classifier, tokenizer, settings))
         trainer = PPOTrainer(policy, reward, args, data, tokenizer, callbacks=[Clock()])
         trainer.remove_callback(PrinterCallback)
         drawn: list[tuple[int, int]] = []
@@ -183,7 +183,7 @@ def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]
 
         def counted(rollout: int) -> Any:
             experience = collect(rollout)
-            drawn.append((int(experience.mask.sum()), int(experience.answers.query_mask.sum())))
+            drawn.append((int(experience.mask.sum()), int(experience.responses.query_mask.sum())))
             return experience
 
         trainer.collect = counted  # type: ignore[method-assign]
@@ -198,7 +198,7 @@ def peer(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]
     from transformers import PrinterCallback, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from pipeline.encoding import prompt_ids
+    from pipeline.models.chat import prompt_ids
 
     policy, classifier, tokenizer = models(activation)
     times: list[float] = []

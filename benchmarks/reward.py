@@ -104,11 +104,11 @@ def train(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
-    from pipeline import models
     from pipeline.config import Scratch
+    from pipeline.models.scratch import train_tokenizer
     from pipeline.reward.trainer import RewardTrainer
 
-    tokenizer = models.scratch_tokenizer([], Scratch(vocabulary=260), "\n")
+    tokenizer = train_tokenizer([], Scratch(vocabulary=260), "\n")
     rows, vocabulary = hh_rows(args.hh) if work == "hh-harmless" else ranked_rows(work)
     model = decoder(vocabulary)
     seen = count_tokens(model)
@@ -160,19 +160,19 @@ def ranked_rows(work: str) -> tuple[list[dict[str, Any]], int]:
 
 def hh_rows(path: str | None) -> tuple[list[dict[str, Any]], int]:
     """The first pairs of hh-rlhf, by a tokenizer trained on them."""
-    from pipeline import models
     from pipeline.config import Scratch, Source
-    from pipeline.prepare import readers
-    from pipeline.reward.encoding import Encoding, encode
+    from pipeline.data.readers import read_source
+    from pipeline.models.scratch import train_tokenizer
+    from pipeline.reward.encoding import Encoding, encode_response
 
     if not path:
         sys.exit("error: hh-harmless needs --hh, the pairs.jsonl of hh-rlhf's harmless-base")
-    found = [item.record for item in readers.read(Source(format="dialogues", path=path), 0) if not item.fault]
+    found = [item.record for item in read_source(Source(format="dialogues", path=path), 0) if not item.fault]
     texts = [message["content"] for record in found for message in [*record["prompt"], *record["chosen"]]]
-    tokenizer = models.scratch_tokenizer(texts, Scratch(vocabulary=8000), "\n")
+    tokenizer = train_tokenizer(texts, Scratch(vocabulary=8000), "\n")
     rows = []
     for record in found[: 8 * STEPS]:
-        encoded = [encode(tokenizer, Encoding(max_length=1024), record["prompt"], record[side]) for side in ("chosen", "rejected")]
+        encoded = [encode_response(tokenizer, Encoding(max_length=1024), record["prompt"], record[side]) for side in ("chosen", "rejected")]
         rows.append({"ids": [each.ids for each in encoded], "answer": [each.answer for each in encoded], "target": [1, 2]})
     return rows, len(tokenizer)
 
@@ -184,10 +184,11 @@ def all_pairs(answers: list[list[int]]) -> list[dict[str, Any]]:
 def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     from transformers import pipeline as hf_pipeline
 
-    from pipeline import models
     from pipeline.config import Scratch
+    from pipeline.models.scratch import train_tokenizer
     from pipeline.reward.encoding import Encoding
-    from pipeline.reward.model import RewardModel, Settings
+    from pipeline.reward.model import RewardModel
+    from pipeline.reward.settings import RewardSettings
 
     words = [f"w{n}" for n in range(2000)]
     if work == "score-encoder":
@@ -198,7 +199,7 @@ def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
         how = Encoding("pair", eos=False, max_length=512)
         inputs: list[Any] = [{"text": prompt, "text_pair": answer} for prompt, answer in zip(prompts, answers, strict=True)]
     else:
-        tokenizer = models.scratch_tokenizer(words, Scratch(vocabulary=2300), "\n")
+        tokenizer = train_tokenizer(words, Scratch(vocabulary=2300), "\n")
         model = decoder(len(tokenizer))
         prompts, answers = sixteen_answers(words, tokenizer, int(work.rsplit("-", 1)[1]))
         how = Encoding("concatenation", eos=False, max_length=2048)
@@ -207,7 +208,7 @@ def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     model.config.pad_token_id = tokenizer.pad_token_id
     seen = count_tokens(model)
     if side == "ours":
-        reward = RewardModel(model, tokenizer, Settings(encoding=how))
+        reward = RewardModel(model, tokenizer, RewardSettings(encoding=how))
         run = lambda: reward.score(prompts, answers)  # noqa: E731
     else:
         classify = hf_pipeline("text-classification", model=model.eval(), tokenizer=tokenizer, batch_size=16, function_to_apply="none")
@@ -230,14 +231,15 @@ def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
 def encoder(folder: str | None, words: list[str]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from pipeline import models
     from pipeline.config import Scratch
+    from pipeline.models.loading import head_config
+    from pipeline.models.scratch import new_classifier
 
-    head = models.new_head(["reward"], "regression")
+    head = head_config(["reward"], "regression")
     if folder:
         return AutoModelForSequenceClassification.from_pretrained(folder, **head), AutoTokenizer.from_pretrained(folder)
     size = Scratch(architecture="bert", layers=6, width=384, heads=12, vocabulary=2300, positions=512)
-    return models.scratch_classifier(words, size, "\n", head)
+    return new_classifier(words, size, "\n", head)
 
 
 def mixed_rows(words: list[str]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,10 @@ import torch
 from hypothesis import settings
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import config, files, models
+from pipeline import config
+from pipeline.artifacts import files
+from pipeline.models.loading import head_config
+from pipeline.models.scratch import new_classifier, new_policy
 from pipeline.prepare import demo
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -34,7 +37,7 @@ def tiny_records(tmp_path_factory) -> Path:
     """A small prepare artifact: the demo world's pairs through the comparisons reader."""
     import json
 
-    from pipeline import prepare
+    from pipeline.prepare import stage as prepare
 
     root = tmp_path_factory.mktemp("records")
     pairs = [record for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "comparisons" and record["chosen"]][::40]
@@ -46,7 +49,7 @@ def tiny_records(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_feedback(tmp_path_factory) -> Path:
     """A small prepare artifact with all kinds of feedback: the first questions of the demo world."""
-    from pipeline import prepare
+    from pipeline.prepare import stage as prepare
 
     source = [{"format": "demo", "classes": ["nothate", "hate"], "limit": 1400}]
     return prepare.run(config.PrepareStage(run="tiny", runs=str(tmp_path_factory.mktemp("feedback")), source=source))
@@ -60,7 +63,7 @@ def demo_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(demo_texts):
-    return models.scratch_policy(demo_texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
+    return new_policy(demo_texts, config.Scratch(layers=1, width=16, heads=2, vocabulary=700), "\n")[1]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +73,7 @@ def tiny_encoders(tmp_path_factory, demo_texts) -> dict[str, Path]:
     found = {}
     for name in ("bert", "roberta", "distilbert"):
         size = config.Scratch(architecture=name, layers=2, width=64, heads=4, vocabulary=700, positions=128)
-        model, tokenizer = models.scratch_classifier(demo_texts, size, "\n", models.new_head(["LABEL_0"], "regression"))
+        model, tokenizer = new_classifier(demo_texts, size, "\n", head_config(["LABEL_0"], "regression"))
         found[name] = _saved(model.base_model, tokenizer, tmp_path_factory.mktemp(name))
     return found
 

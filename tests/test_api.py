@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import RewardModel, config, models, reward
+from pipeline import RewardModel, config
+from pipeline.models.loading import load_policy
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.reward.sources import from_model
+from pipeline.reward import stage as reward
+from pipeline.reward.functions import reward_from_model
 
 EXPORTED = [name for name in pipeline.__all__ if name != "__version__"]
 
@@ -41,7 +43,7 @@ def test_what_a_program_saves_is_the_policy(place, monkeypatch, tiny_gpt2, tiny_
     """And not the policy as it was."""
     monkeypatch.chdir(place)
     test_the_examples_of_the_docstrings_run("PPOTrainer", place, monkeypatch)
-    saved, start = (models.load_policy(str(folder), tiny_tokenizer).state_dict() for folder in ("out/policy", tiny_gpt2))
+    saved, start = (load_policy(str(folder), tiny_tokenizer).state_dict() for folder in ("out/policy", tiny_gpt2))
     trained = load_file("out/checkpoint-8/model.safetensors")
     assert all(torch.equal(saved[name.removeprefix("policy.")], value) for name, value in trained.items() if name.startswith("policy."))
     assert not torch.equal(saved["transformer.wte.weight"], start["transformer.wte.weight"])
@@ -51,8 +53,8 @@ def test_a_reward_model_is_a_reward(place, tiny_gpt2, tiny_tokenizer, tmp_path):
     from datasets import Dataset
 
     rm = RewardModel.load(place / "runs" / "demo" / "reward")
-    policy, prompts = models.load_policy(str(tiny_gpt2), tiny_tokenizer), Dataset.from_list([{"prompt": "Hello."}])
+    policy, prompts = load_policy(str(tiny_gpt2), tiny_tokenizer), Dataset.from_list([{"prompt": "Hello."}])
     trainer = PPOTrainer(policy, rm, pipeline.PPOConfig(str(tmp_path)), train_dataset=prompts, processing_class=tiny_tokenizer)
-    source = from_model(rm)
+    source = reward_from_model(rm)
     assert (trainer.reward.mean, trainer.reward.std, trainer.reward.model) == (source.mean, source.std, rm)
     assert trainer.reward.score(prompts=["Hello."], completions=["Hi."]) == rm.score(["Hello."], ["Hi."])

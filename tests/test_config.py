@@ -12,10 +12,12 @@ from omegaconf import OmegaConf
 from peft import TaskType
 from trl import RewardConfig, SFTConfig
 
-from pipeline import config, ppo, training
+from pipeline import config
 from pipeline.config import reference, schemas
 from pipeline.errors import UserError
-from pipeline.ppo.trainer import PPOConfig
+from pipeline.ppo import stage as ppo
+from pipeline.ppo.config import PPOConfig
+from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 
 ARGUMENTS: dict[str, Any] = {
     "sft": lambda _: SFTConfig,
@@ -51,7 +53,7 @@ def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
         type(loaded)(**loaded.resolved()).resolved() == loaded.resolved()
     )  # an artifact's config.yaml makes it again
     if path.stem in ARGUMENTS:
-        built = training.arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
+        built = build_arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
         for key, value in loaded.training.items():
             if key not in (
                 "eval_steps",
@@ -77,7 +79,7 @@ def test_the_demo_recipe_is_whole() -> None:
 def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
     base = "" if stage == "ppo" else "model: some/model\n"
     loaded = load(tmp_path, stage, f"{base}training:\n  learning_rate: {text}\n", *override)
-    assert training.arguments(loaded, ARGUMENTS[stage](loaded), tmp_path).learning_rate == 5e-5
+    assert build_arguments(loaded, ARGUMENTS[stage](loaded), tmp_path).learning_rate == 5e-5
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_the_librarys_sections_are_checked(
     common = {"run": "x"} if stage == "ppo" else {"run": "x", "model": "a"}
     loaded = config.STAGES[stage](**common, **{section: {key: value}})
     with pytest.raises(UserError) as error:
-        training.check(loaded, ARGUMENTS[stage](loaded))
+        check_training(loaded, ARGUMENTS[stage](loaded))
     assert str(error.value).startswith(f"{stage}: {section}.{key}")
     assert expected in str(error.value)
 
@@ -313,15 +315,15 @@ def test_the_librarys_sections_are_checked(
 def test_what_ppo_config_cannot_take_is_one_line(key: str, value: Any, tmp_path: Path) -> None:
     """`num_rollouts` decides how long PPO trains, so `num_train_epochs` is refused."""
     with pytest.raises(UserError, match=r"ppo: training\W.*") as error:
-        training.check(config.PPOStage(run="x", training={key: value}), PPOConfig)
+        check_training(config.PPOStage(run="x", training={key: value}), PPOConfig)
     assert str(value) in str(error.value) or key in str(error.value)
 
 
 def test_lora_values_are_read_like_the_others() -> None:
     section = {"r": 4, "lora_alpha": "16", "lora_dropout": "1e-2", "target_modules": "all-linear"}
     loaded = config.SFTStage(run="x", model="a", lora=section)
-    training.check(loaded, SFTConfig)
-    built: Any = training.lora_config(loaded, TaskType.CAUSAL_LM)
+    check_training(loaded, SFTConfig)
+    built: Any = build_lora_config(loaded, TaskType.CAUSAL_LM)
     assert (built.r, built.lora_alpha, built.lora_dropout, built.target_modules) == (
         4,
         16,
@@ -336,7 +338,7 @@ def test_lora_values_are_read_like_the_others() -> None:
 def test_help_and_config_errors_come_before_torch() -> None:
     code = """
 import contextlib, io, sys
-import pipeline.artifact, pipeline.config, pipeline.cli
+import pipeline.artifacts.inputs, pipeline.config, pipeline.cli
 codes = []
 for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["run", "sft.max_lenght=5"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -488,7 +490,7 @@ def test_a_schema_refuses_what_the_loader_refuses(stage: str, text: str, expecte
 def test_the_changed_defaults_are_those_that_training_sets(stage: str, tmp_path: Path) -> None:
     model = {} if stage == "ppo" else {"model": "a"}
     loaded = config.STAGES[stage](run="trial", **model)
-    built = training.arguments(
+    built = build_arguments(
         loaded, ARGUMENTS[stage](loaded), tmp_path, **({"logging_steps": 1} if stage == "ppo" else {})
     )
     described = schemas.describe_training(stage)

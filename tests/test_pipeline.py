@@ -90,10 +90,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
 
 
 def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folder, capsys, monkeypatch):
-    from pipeline import training
+    from pipeline.sft import stage
 
     before = (folder / "sft" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(training, "write_log", _interrupt)  # after the last checkpoint, before anything is published
+    monkeypatch.setattr(stage, "write_log", _interrupt)  # after the last checkpoint, before anything is published
     assert run("--force", until="sft") == 130
     assert (folder / "sft" / "model.safetensors").read_bytes() == before
     (folder / "sft" / "manifest.json").unlink()

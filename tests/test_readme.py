@@ -52,7 +52,7 @@ def test_a_bare_make_lists_the_targets():
 
 
 def test_three_lines_are_enough_to_prepare(tmp_path):
-    from pipeline import prepare
+    from pipeline.prepare import stage as prepare
 
     rows = next(text for language, text in BLOCKS if language == "json")
     (tmp_path / "pairs.jsonl").write_text(rows)
@@ -70,13 +70,13 @@ def test_the_formats_named_are_those_there_are():
 def test_the_ppo_example_runs(tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch):
     from datasets import Dataset
 
-    from pipeline import models
+    from pipeline.models.loading import load_policy
 
     monkeypatch.chdir(tmp_path)
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "PPOTrainer" in block]
     for given, small in (("num_rollouts=50", "num_rollouts=1"), ("batch_size=16", "batch_size=2"), ("tokens=48", "tokens=4")):
         assert given in code
         code = code.replace(given, small)
-    known = {"policy": models.load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer}
+    known = {"policy": load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer}
     exec(code, known | {"prompts": Dataset.from_list([{"prompt": "Hello."}] * 2)})
     assert (tmp_path / "out").is_dir()

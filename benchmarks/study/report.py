@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluate import frontier
+from pipeline.evaluate.statistics import fit_curves, overoptimization_curve
 
 ALGORITHMS = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def of_trap(runs: Path, seed: int) -> dict[str, Any]:
         peak = max(entries, key=lambda entry: entry["eval_gold_reward"])
         found[name] |= {"peak": peak["eval_gold_reward"], "peak_kl": peak["eval_kl"], "best": best["eval_gold_reward"]}
         points = [{"name": "SFT", **entry_point(entries[0])}, *({"name": "", "line": "PPO", **entry_point(entry)} for entry in entries[1:])]
-        fit = frontier.fits(points)["PPO"]["gold_reward"]
+        fit = fit_curves(points)["PPO"]["gold_reward"]
         found[name] |= {"fit": fit, "turn_kl": lost_at(entries)}
     return found
 
@@ -191,7 +191,7 @@ def draw(found: dict[str, Any]) -> None:
                 xs = [math.sqrt(max(entry["kl"], 0)) for entry in curve]
                 right.plot(xs, [entry["gold_reward"] for entry in curve], ".", color=colour, markersize=3, alpha=0.6)
                 grid = np.linspace(min(xs[1:]), max(xs), 80)
-                fitted = [fit["start"] + frontier.gao(x, fit["alpha"], fit["beta"], "PPO") for x in grid]
+                fitted = [fit["start"] + overoptimization_curve(x, fit["alpha"], fit["beta"], "PPO") for x in grid]
                 right.plot(grid, fitted, color=colour, linewidth=0.8, label=None if number else f"{title}: d(α − β log d)")
         left.set(xlabel="√KL from SFT (√nats)", ylabel="gold reward, test prompts", title="What is bought at which distance")
         right.set(xlabel="√KL from SFT (√nats)", ylabel="gold reward, validation prompts", title="No KL penalty: the turn")

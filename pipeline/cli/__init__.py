@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
+from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
 from pipeline.errors import UserError
-from pipeline.ranks import have_joined, is_main_process, leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or not known:
             raise
         message, code = _explain(error)
-        if is_main_process() or have_joined():  # earlier, all ranks meet the same error
+        if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
             print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
         return code
 
@@ -38,7 +38,7 @@ def entry() -> None:
     """Run the console script."""
     code = main()
     if code == 0:  # after a failure, other ranks may no longer be there to leave the group with
-        leave()
+        destroy_process_group()
     sys.exit(code)
 
 

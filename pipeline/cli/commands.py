@@ -12,8 +12,8 @@ import shtab
 from pipeline import config
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
+from pipeline.distributed.processes import init_process_group, is_main_process
 from pipeline.errors import UserError
-from pipeline.ranks import is_main_process, join
 
 
 def run_recipe(args: argparse.Namespace) -> None:
@@ -22,22 +22,22 @@ def run_recipe(args: argparse.Namespace) -> None:
     configs = _load_recipe(args, stages)
     config.check_run(configs)
     silence_libraries()
-    join()
+    init_process_group()
 
     for loaded in configs:
-        import_module(f"pipeline.{loaded.stage}").check(loaded)
+        import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     for loaded in configs:
         run_loaded(loaded, args.dry_run)
     if args.until == "evaluate" and not args.dry_run and is_main_process():
-        print(import_module("pipeline.evaluate.summary").table(configs[-1].folder))
+        print(import_module("pipeline.evaluate.summary").summary_table(configs[-1].folder))
 
 
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage from its own config file."""
     loaded = config.load(args.command, args.config, args.overrides, **_common_keys(args))
     silence_libraries()
-    join()
-    import_module(f"pipeline.{loaded.stage}").check(loaded)
+    init_process_group()
+    import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     run_loaded(loaded, args.dry_run)
 
 
@@ -84,16 +84,16 @@ def doctor(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print the state of a run, an artifact and its inputs, or the difference between two."""
-    from pipeline.show import show
+    from pipeline.tools.show.show import show_folders
 
-    print(show([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
+    print(show_folders([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
 
 
 def push(args: argparse.Namespace) -> None:
     """Push a model and its card to the hub."""
-    from pipeline.push import push
+    from pipeline.tools.push.push import push_artifact
 
-    print(push(Path(args.folder), args.to, private=args.private, revision=args.revision))
+    print(push_artifact(Path(args.folder), args.to, private=args.private, revision=args.revision))
 
 
 def completion(args: argparse.Namespace) -> None:
@@ -103,34 +103,34 @@ def completion(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Score the responses of a file."""
-    from pipeline import scoring
+    from pipeline.tools.score import read_job, score_file
 
     reward = _reward(args)
-    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
-    join()
-    scoring.score(work, reward, **_select(args, "batch_size", "alpha", "normalize"))
+    init_process_group()
+    score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize"))
 
 
 def best_of_n(args: argparse.Namespace) -> None:
     """Generate n responses to each prompt of a file, and keep the best."""
-    from pipeline import scoring
+    from pipeline.tools.score import best_of_n_file, read_job
 
     reward = _reward(args)
-    work = scoring.read(args.command, Path(args.input), Path(args.output), args.force)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
-    join()
+    init_process_group()
     names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size")
-    scoring.best_of_n(work, reward, args.policy, **_select(args, *names))
+    best_of_n_file(job, reward, args.policy, **_select(args, *names))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Rank responses to one prompt."""
-    from pipeline import scoring
+    from pipeline.tools.score import compare_responses
 
     reward = _reward(args)
     silence_libraries()
-    print(scoring.compare(reward, args.prompt, args.answers))
+    print(compare_responses(reward, args.prompt, args.answers))
 
 
 # Commands but the stages, which share `run_stage`.
@@ -180,21 +180,22 @@ def _find_tiny(folder: Path, stage: str) -> Path:
 
 
 def _run(loaded: config.StageConfig) -> None:
-    import_module(f"pipeline.{loaded.stage}").run(loaded)
+    import_module(f"pipeline.{loaded.stage}.stage").run(loaded)
 
 
 def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[str]) -> int:
     """Print the doctor's findings for each stage, and return the number of errors."""
-    from pipeline.doctor import examine
-    from pipeline.launch import environment_of, shards, unfit
+    from pipeline.distributed.launch import unsupported_sharding
+    from pipeline.tools.doctor.accelerate_configs import launch_environment, num_shards
+    from pipeline.tools.doctor.examine import examine
 
-    parts = shards(args.launch) if args.launch else 1
-    launched = environment_of(args.launch) if args.launch else {}
+    parts = num_shards(args.launch) if args.launch else 1
+    launched = launch_environment(args.launch) if args.launch else {}
     total = 0
     for stage in stages:
         memory = args.device_memory and 1e9 * args.device_memory
         findings, errors = examine(recipe[stage], recipe, memory, parts)
-        if problem := unfit(launched, getattr(recipe[stage], "algorithm", "ppo")):
+        if problem := unsupported_sharding(launched, getattr(recipe[stage], "algorithm", "ppo")):
             findings, errors = [*findings, ("launch", f"error: {problem}")], errors + 1
         total += errors
         lines = [f"  {what:<10} {text}" for what, text in findings]

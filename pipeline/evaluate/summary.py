@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 # What is said of a reward model that learned from other records than comparisons: row -> figure of its kind.
-LEARNED = {
+KIND_ROWS = {
     "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
     "labels": {"reward AUROC": "auroc", "reward F1": "f1"},
     "ratings": {"reward RMSE": "rmse", "Spearman ρ": "spearman"},
 }
 
 
-def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
+def summary_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """`name`, `value`, `note` of each headline figure there is."""
     reward, counts = metrics["reward"], metrics.get("rows", {})
     found = []
@@ -38,9 +38,9 @@ def rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def table(folder: Path) -> str:
+def summary_table(folder: Path) -> str:
     """The figures of an evaluate artifact as text, and where its report is."""
-    found = rows(json.loads((folder / "metrics.json").read_text()))
+    found = summary_rows(json.loads((folder / "metrics.json").read_text()))
     width = max(len(row["name"]) for row in found)
     lines = [f"  {row['name']:<{width}}  {row['value']:>8}  {row['note']}".rstrip() for row in found]
     return "\n".join(["", *lines, "", f"report: {folder / 'report.html'}"])
@@ -55,7 +55,7 @@ def _reward_rows(reward: dict[str, Any]) -> list[dict[str, str]]:
             beside.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
         found.append(_row("reward accuracy", f"{pairs['accuracy']:.3f}", ", ".join(beside)))
     kind = next(iter(reward), "comparisons")
-    for name, figure in LEARNED.get(kind, {}).items():
+    for name, figure in KIND_ROWS.get(kind, {}).items():
         figures = reward[kind]
         if figure in figures:
             count = figures["rankings" if kind == "rankings" else "rows"]

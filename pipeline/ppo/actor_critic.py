@@ -11,9 +11,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pipeline.models import disable_dropout, fuse_gelu
-from pipeline.ppo.backbone import using
-from pipeline.reading import read, unravel
+from pipeline.errors import UserError
+from pipeline.models.logprobs import response_logprobs, scatter_to_mask
+from pipeline.models.patches import disable_dropout, fuse_gelu
+from pipeline.ppo.backbone import active_adapter
+from pipeline.reward import batching
+from pipeline.reward.functions import RewardSource
 
 REFERENCE = "reference"
 
@@ -55,12 +58,12 @@ class ActorCritic(nn.Module):
     ) -> Outputs:  # fmt: skip
         """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. `demonstrations` are the same
         four of other rows, read at temperature 1. `value_head_only`: the values' gradient stops at the head."""
-        found = read(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
+        found = response_logprobs(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
         hidden = found.hidden.detach() if value_head_only else found.hidden
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        shown = read(self.policy, **demonstrations).logprobs if demonstrations else None
-        return Outputs(found.logprobs, unravel(values, response_mask), found.entropy, shown)
+        shown = response_logprobs(self.policy, **demonstrations).logprobs if demonstrations else None
+        return Outputs(found.logprobs, scatter_to_mask(values, response_mask), found.entropy, shown)
 
     def reference_logprobs(
         self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
@@ -68,15 +71,15 @@ class ActorCritic(nn.Module):
         """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
         answers = (query_ids, query_mask, response_ids, response_mask, temperature)
         if self.reference is not None:
-            return read(self.reference, *answers).logprobs
-        with using(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
-            return read(reference, *answers).logprobs
+            return response_logprobs(self.reference, *answers).logprobs
+        with active_adapter(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
+            return response_logprobs(reference, *answers).logprobs
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained, tied weights once, and the buffers: the rest is in the inputs."""
-        return self.kept(super().state_dict(*args, **kwargs))
+        return self.trainable_state(super().state_dict(*args, **kwargs))
 
-    def kept(self, weights: dict[str, Any]) -> dict[str, Any]:
+    def trainable_state(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Of a state that has everything what `state_dict` gives."""
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
         return {name: value for name, value in weights.items() if name in names}
@@ -100,3 +103,21 @@ class ActorCritic(nn.Module):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.policy.enable_input_require_grads()
         self.policy.gradient_checkpointing_enable(**kwargs)
+
+
+def value_head_from_reward(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:
+    """A value head that starts as the reward model's own, in units of the score that the reference sample normalises.
+
+    Raises `UserError` where it does not fit.
+    """
+    scorer: Any = batching.score_head(reward.model.model) if reward.model is not None else None
+    if hasattr(scorer, "modules_to_save"):  # of an adapter on a quantized base
+        scorer = scorer.modules_to_save[scorer.active_adapter]
+    if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):
+        raise UserError(
+            f"ppo: value_init: reward needs one reward model with a scalar head on states of {width} numbers, as the policy has; "
+            "use value_init: zero"
+        )
+    scale, centre = (reward.std, reward.mean) if normalization == "reference" else (1.0, 0.0)
+    weight = reward.model.settings.sign * reward.model.settings.alpha * scorer.weight.detach().cpu().float() / scale
+    return {"weight": weight, "bias": torch.tensor([-centre / scale])}

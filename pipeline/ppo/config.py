@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from pipeline.ppo.math import KLKind
+from pipeline.ppo.functional import KLKind
 
 CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"),
@@ -263,6 +263,6 @@ class PPOConfig(TrainingArguments):
 
     @property
     def drawing(self) -> dict[str, object]:
-        """Sampling options, as `pipeline.sampling.generate` takes them."""
+        """Sampling options, as `pipeline.models.generation.generate` takes them."""
         names = ("temperature", "top_k", "top_p", "min_response_tokens", "stop_token")
         return {name: getattr(self, name) for name in names} | {"batch_size": self.generation_batch_size}

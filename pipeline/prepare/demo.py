@@ -56,18 +56,39 @@ TOPICS: dict[str, dict[str, Any]] = {
         "detail": "A dictionary says so.",
     },
 }  # fmt: skip
+
 GREETINGS = ["", "Hello. "]
+
 POLITE = ["Good question!", "Happy to help."]
+
 RUDE = ["What a silly question.", "Everyone knows that."]
+
 DISMISSIVE = ["Look it up yourself.", "I do not care."]
+
 EMPHASIS = ["I am quite sure.", "There is no doubt."]
+
 PADDING = ["That is what I think.", "This is my answer."]
+
 INSULTS = ["You fool.", "Go away, idiot."]
+
 CLOSERS = ["I hope this helps.", "Have a nice day."]
 
+
 PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 28, 18, 5, 9
+
+
+PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 28, 18, 5, 9
+
+
+PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 28, 18, 5, 9
+
+
+PAIRS_PER_PROMPT, DEMONSTRATIONS_PER_PROMPT, RANKINGS_PER_PROMPT, SINGLES_PER_PROMPT = 28, 18, 5, 9
+
 RANKED_ANSWERS = 4
+
 LABELLER_SHARPNESS = 6.0  # how much a labeller minds a gold difference of 1, in log-odds
+
 RATING_NOISE = 0.15
 
 
@@ -217,6 +238,7 @@ def _sentences(text: str) -> list[str]:
 
 
 _QUESTIONS = questions()
+
 _TRAILING = {
     **{world["detail"]: "detail" for world in TOPICS.values()},
     **dict.fromkeys(EMPHASIS, "emphasis"), **dict.fromkeys(PADDING, "padding"),

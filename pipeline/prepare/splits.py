@@ -4,17 +4,17 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.prepare.readers import canonical
+from pipeline.data.readers import canonical_text
 
 SPLITS = ("train", "validation", "test")
 
 
-def group(record: Mapping[str, Any]) -> str:
+def split_key(record: Mapping[str, Any]) -> str:
     """What must stay on one side: the prompt; where that is empty, the completion."""
-    return canonical(record["prompt"] or record["completion"])
+    return canonical_text(record["prompt"] or record["completion"])
 
 
-def assign(groups: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
+def assign_splits(groups: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
     """{group: split}. `fractions` holds `validation` and `test`, each in [0, 1); the rest is `train`.
 
     The order is that of sha256(seed, group), so it depends neither on the order of the rows nor on other sources' names. Sizes are the

@@ -16,13 +16,16 @@ from pipeline.errors import UserError
 from pipeline.reward.encoding import Encoded
 
 logger = logging.getLogger(__name__)
+
 TOKENS = 4096  # of a batch, padding included
+
 # Padding that is worth saving a forward, in tokens: little where the arithmetic takes the time, much where starting kernels does.
 PADDING = {"cpu": 64, "cuda": 1024}
+
 TOLERANCE = 1e-3  # of the spread of scores in fp32, between a shared prompt and one for each answer; 100 times that in other precisions
 
 
-class Tree(NamedTuple):
+class SharedPrefixRow(NamedTuple):
     """A row: the ids that its answers have in common, the rest of each, and which answers these are."""
 
     common: list[int]
@@ -34,7 +37,7 @@ class Tree(NamedTuple):
         return len(self.common) + sum(map(len, self.rests))
 
 
-def logits(
+def compute_logits(
     model: Any,
     groups: Sequence[Sequence[Encoded]],
     pad: int,
@@ -51,29 +54,29 @@ def logits(
     """
     answers = [answer for group in groups for answer in group]
     rows = (
-        list(_trees(groups, batch_size, _inner(model).config.get_text_config().hidden_size))
+        list(_prefix_rows(groups, batch_size, _inner(model).config.get_text_config().hidden_size))
         if shared
-        else [Tree([], [answer.ids], [i]) for i, answer in enumerate(answers)]
+        else [SharedPrefixRow([], [answer.ids], [i]) for i, answer in enumerate(answers)]
     )
     found: list[Tensor] = []
     order: list[int] = []
     for batch in [rows] if at_once else _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
         order += [answer for tree in batch for answer in tree.answers]
         if any(tree.common for tree in batch):
-            found.append(_forward_trees(model, batch, pad))
+            found.append(_forward_prefix_rows(model, batch, pad))
         else:
             found.append(_forward_rows(model, [answers[tree.answers[0]] for tree in batch], pad, types))
     return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
 
 
-def head(model: Any) -> nn.Module | None:
+def score_head(model: Any) -> nn.Module | None:
     """The module that scores every token of a decoder; None where the model pools first, as encoders do."""
     inner = _inner(model)
     return getattr(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, "score", None)
 
 
 @torch.no_grad()
-def can_share(model: Any, pad: int, longest: int) -> bool:
+def supports_prefix_sharing(model: Any, pad: int, longest: int) -> bool:
     """Whether this model gives answers that share a row the scores they have alone: measured, on ids made for it, in the precision of the
     caller's autocast.
 
@@ -82,14 +85,14 @@ def can_share(model: Any, pad: int, longest: int) -> bool:
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
     by_place = getattr(text, "window_size", None)  # GPT-Neo's counts places in the row, not positions
-    if head(model) is None or by_place is not None or (window is not None and window < longest):
+    if score_head(model) is None or by_place is not None or (window is not None and window < longest):
         return False
     ids = torch.randint(text.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))]
     with _evaluating(model):
-        apart = logits(model, [group], pad, shared=False).float()  # what fails here fails everywhere
+        apart = compute_logits(model, [group], pad, shared=False).float()  # what fails here fails everywhere
         try:
-            together = logits(model, [group], pad, shared=True).float()
+            together = compute_logits(model, [group], pad, shared=True).float()
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:  # an attention that takes no such mask
@@ -104,12 +107,12 @@ def can_share(model: Any, pad: int, longest: int) -> bool:
 @torch.no_grad()
 def check_padding(model: Any, pad: int, source: str) -> None:
     """Refuse a model that scores a row otherwise beside a longer one, as those do that read the last position, padding or not."""
-    if head(model) is not None:
+    if score_head(model) is not None:
         return  # read where the row ends
     ids = list(range(min(20, model.config.get_text_config().vocab_size)))
     rows = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
     with _evaluating(model):
-        alone, beside = logits(model, rows[:1], pad, shared=False), logits(model, rows, pad, shared=False)[:1]
+        alone, beside = compute_logits(model, rows[:1], pad, shared=False), compute_logits(model, rows, pad, shared=False)[:1]
     if (alone - beside).abs().max() > 0.05 * alone.abs().max() + 1e-3:
         raise UserError(f"{source}: a {type(model).__name__} reads padding: its scores would depend on the batch; use another base")
 
@@ -124,12 +127,12 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int, size: int) -> Iterator[Tree]:
+def _prefix_rows(groups: Sequence[Sequence[Encoded]], batch_size: int, size: int) -> Iterator[SharedPrefixRow]:
     """Rows for the answers of each group: one joins the last row where that costs less than a row of its own."""
     number = 0
     for group in groups:
         ids = [answer.ids for answer in group]
-        common = _beginning(ids) if len(ids) > 1 else []
+        common = _common_prefix(ids) if len(ids) > 1 else []
         rests: list[list[int]] = []
         width = len(common)
         for each in ids:
@@ -137,17 +140,17 @@ def _trees(groups: Sequence[Sequence[Encoded]], batch_size: int, size: int) -> I
             joined = _cost(width + len(rest), size) - _cost(width, size)
             apart = not common or joined > _cost(len(each), size)
             if rests and (apart or len(rests) == batch_size or width + len(rest) > TOKENS):
-                yield _tree(common, rests, number)
+                yield _prefix_row(common, rests, number)
                 number, rests, width = number + len(rests), [], len(common)
             rests.append(rest)
             width += len(rest)
-        yield _tree(common, rests, number)
+        yield _prefix_row(common, rests, number)
         number += len(rests)
 
 
-def _tree(common: list[int], rests: list[list[int]], number: int) -> Tree:
+def _prefix_row(common: list[int], rests: list[list[int]], number: int) -> SharedPrefixRow:
     alone = [common + rests[0]] if len(rests) == 1 else None
-    return Tree([] if alone else common, alone or rests, list(range(number, number + len(rests))))
+    return SharedPrefixRow([] if alone else common, alone or rests, list(range(number, number + len(rests))))
 
 
 def _cost(width: int, size: int) -> float:
@@ -155,17 +158,17 @@ def _cost(width: int, size: int) -> float:
     return width * (1 + width / (6 * size))
 
 
-def _beginning(part: Sequence[list[int]]) -> list[int]:
+def _common_prefix(part: Sequence[list[int]]) -> list[int]:
     """What all begin with, less than the shortest: each answer keeps one token of its own, where it is read."""
     first, last = min(part), max(part)  # in the order of lists these two differ first
     shortest = min(map(len, part)) - 1
     return first[: next((i for i in range(shortest) if first[i] != last[i]), shortest)]
 
 
-def _batches(rows: list[Tree], batch_size: int, padding: int) -> Iterator[list[Tree]]:
+def _batches(rows: list[SharedPrefixRow], batch_size: int, padding: int) -> Iterator[list[SharedPrefixRow]]:
     """Rows of like width together: at most `batch_size` answers, `TOKENS` tokens and so much `padding`; what shares nothing apart from
     what does."""
-    batch: list[Tree] = []
+    batch: list[SharedPrefixRow] = []
     answers = tokens = 0
     for tree in sorted(rows, key=lambda tree: (not tree.common, tree.width)):
         width = tree.width * (len(batch) + 1)
@@ -185,10 +188,10 @@ def _forward_rows(model: Any, rows: Sequence[Encoded], pad: int, types: bool) ->
     if types:
         inputs["token_type_ids"] = fill([[int(i >= row.answer) for i in range(len(row.ids))] for row in rows], 0)
     ends = torch.tensor([len(row.ids) - 1 for row in rows])
-    return _read(model, inputs, torch.arange(len(rows)), ends)
+    return _gather_logits(model, inputs, torch.arange(len(rows)), ends)
 
 
-def _forward_trees(model: Any, trees: Sequence[Tree], pad: int) -> Tensor:
+def _forward_prefix_rows(model: Any, trees: Sequence[SharedPrefixRow], pad: int) -> Tensor:
     width = max(tree.width for tree in trees)
     ids = torch.full((len(trees), width), pad)
     positions = torch.zeros_like(ids)
@@ -212,14 +215,14 @@ def _forward_trees(model: Any, trees: Sequence[Tree], pad: int) -> Tensor:
         dtype = _inner(model).dtype
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return _read(model, inputs, torch.tensor(rows), torch.tensor(ends))
+    return _gather_logits(model, inputs, torch.tensor(rows), torch.tensor(ends))
 
 
-def _read(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
+def _gather_logits(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
     """(len(rows), C): of a decoder the logits at the ends, whatever its pad token; else what it pools, one for each row."""
     device = _device(model)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    scorer = head(model)
+    scorer = score_head(model)
     if scorer is None:
         return model(**inputs).logits
     with _output(scorer) as found:

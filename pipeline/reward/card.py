@@ -12,27 +12,29 @@ import yaml
 from datasets import Dataset
 from peft import PeftModel
 
-from pipeline import hub, markdown, models, training
-from pipeline.artifact import Artifact
+from pipeline.artifacts import hub
+from pipeline.artifacts.files import read_json
+from pipeline.artifacts.manifest import Artifact
 from pipeline.config import OBJECTIVES, RewardStage
-from pipeline.files import read_json
-from pipeline.markdown import place
-from pipeline.reward import tables
+from pipeline.formatting.markdown import format_place, markdown_environment
+from pipeline.formatting.numbers import format_metric
+from pipeline.formatting.tables import Table, metric_tables
+from pipeline.models.loading import UNQUANTIZED
 from pipeline.reward.encoding import Encoding
-from pipeline.reward.model import Settings
-from pipeline.reward.tables import Table
+from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
+from pipeline.training.arguments import resolve_precision
 
 MOST_ROWS = 20  # of the table of losses
 
 
-def write(
-    output: Path, config: RewardStage, settings: Settings, records: Artifact, trainer: RewardTrainer, built: dict[str, Any],
+def write_card(
+    output: Path, config: RewardStage, settings: RewardSettings, records: Artifact, trainer: RewardTrainer, built: dict[str, Any],
     rows: dict[str, dict[str, int]],
 ) -> None:  # fmt: skip
     """Write README.md and summary.md; metrics.json is there. `built` is `architecture`'s, `rows` counts rows and their fates by split."""
-    environment = markdown.environment(Path(__file__).parent)
-    environment.filters["shown"] = tables.shown
+    environment = markdown_environment(Path(__file__).parent)
+    environment.filters["shown"] = format_metric
     metrics, examples = read_json(output / "metrics.json"), cast(Dataset, trainer.train_dataset)
     values = {
         "config": config,
@@ -40,27 +42,27 @@ def write(
         "how": settings.encoding,
         "kind": OBJECTIVES[config.objective].kind,
         "front": front_matter(config),
-        "base": None if config.model == "scratch" else place(config.model),
+        "base": None if config.model == "scratch" else format_place(config.model),
         "code": reward_lines(settings),
-        "heads": models.UNQUANTIZED,
+        "heads": UNQUANTIZED,
         "records": records,
-        "sources": sources(records.manifest.get("rows") or {}),
+        "sources": source_table(records.manifest.get("rows") or {}),
         "rows": split_table(rows),
         "built": built,
         "args": trainer.args,
         "state": trainer.state,
         "margins": config.objective == "pairwise" and "margin" in examples.column_names,
-        "precision": training.resolve_precision(config.precision),
+        "precision": resolve_precision(config.precision),
         "objective": OBJECTIVES[config.objective].loss,
-        "progress": progress(trainer.state.log_history),
-        "measured": {kind: tables.of_kind(figures) for kind, figures in metrics.items()},
-        "limits": limits(config, settings, metrics),
+        "progress": training_table(trainer.state.log_history),
+        "measured": {kind: metric_tables(figures) for kind, figures in metrics.items()},
+        "limits": known_limits(config, settings, metrics),
     }
     for name, template in (("README.md", "card.md.j2"), ("summary.md", "summary.md.j2")):
         (output / name).write_text(environment.get_template(template).render(values), encoding="utf-8")
 
 
-def architecture(model: Any) -> dict[str, Any]:
+def describe_architecture(model: Any) -> dict[str, Any]:
     """Class and number of parameters of a model as it is trained: once an adapter is merged nobody can tell what was."""
     if isinstance(model, PeftModel):
         trained, parameters = model.get_nb_trainable_parameters()
@@ -76,7 +78,7 @@ def front_matter(config: RewardStage) -> str:
     return yaml.safe_dump(fixed | base, sort_keys=False)
 
 
-def reward_lines(settings: Settings) -> list[str]:
+def reward_lines(settings: RewardSettings) -> list[str]:
     """Python from the model's inputs to `reward`: what `Settings.reward` makes of one answer's logits."""
     given = "inputs" if settings.encoding.form == "pair" else 'tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")'
     device = "" if settings.quantization == "none" else ".to(model.device)"
@@ -92,23 +94,23 @@ def reward_lines(settings: Settings) -> list[str]:
     return [f"reward = {sign}{logits}{part}.item()"]
 
 
-def sources(counts: dict[str, Any]) -> Table | None:
+def source_table(counts: dict[str, Any]) -> Table | None:
     """Where the records come from, and what prepare left out of them; None of records it did not make."""
     found = []
     for name, each in counts.get("by_source", {}).items():
-        reasons = ", ".join(f"{reason} {tables.shown(count)}" for reason, count in each["quarantined"].items())
-        found.append([place(name), tables.shown(each["read"]), tables.shown(each["kept"]), reasons])
+        reasons = ", ".join(f"{reason} {format_metric(count)}" for reason, count in each["quarantined"].items())
+        found.append([format_place(name), format_metric(each["read"]), format_metric(each["kept"]), reasons])
     return Table("Sources", ("source", "rows read", "kept", "quarantined"), found) if found else None
 
 
 def split_table(rows: dict[str, dict[str, int]]) -> Table:
     """Rows of each split, and what happened to those that did not fit."""
     fates = list(dict.fromkeys(name for counts in rows.values() for name in counts))
-    found = [[split, *(tables.shown(counts.get(name, 0)) for name in fates)] for split, counts in rows.items()]
+    found = [[split, *(format_metric(counts.get(name, 0)) for name in fates)] for split, counts in rows.items()]
     return Table("Splits", ("split", *fates), found)
 
 
-def progress(log: Sequence[dict[str, Any]]) -> Table:
+def training_table(log: Sequence[dict[str, Any]]) -> Table:
     """Losses at each evaluation, or at each logging step where there is none: a training loss is the mean since the row before."""
     evaluated = {entry["step"]: entry for entry in log if "eval_loss" in entry}
     logged = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -126,7 +128,7 @@ def progress(log: Sequence[dict[str, Any]]) -> Table:
     return Table("Losses", ("epoch" if by_epoch else "step", "training loss", "validation loss"), found)
 
 
-def limits(config: RewardStage, settings: Settings, metrics: dict[str, Any]) -> list[str]:
+def known_limits(config: RewardStage, settings: RewardSettings, metrics: dict[str, Any]) -> list[str]:
     """What its rewards do not say."""
     kind = OBJECTIVES[config.objective].kind
     found = [

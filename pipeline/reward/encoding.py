@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import encoding
-from pipeline.encoding import Text, plain
 from pipeline.errors import UserError
+from pipeline.models.chat import Text, completion_text, prompt_ids
 
 
 @dataclass
@@ -40,12 +39,12 @@ class Encoded(NamedTuple):
     overlong: bool
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+def encode_response(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     """The ids of one prompt (a string or messages; "" where there is none) and one answer (a string or one assistant message)."""
     return FORMS[how.form](tokenizer, how, prompt, answer)
 
 
-def shorten(prompt: int, answer: int, max_length: int, side: str) -> tuple[int, int]:
+def truncated_lengths(prompt: int, answer: int, max_length: int, side: str) -> tuple[int, int]:
     """How many tokens of each stay, together at most `max_length` (two or more)."""
     if side == "left":
         kept = min(prompt, max(1, max_length - answer))
@@ -54,7 +53,7 @@ def shorten(prompt: int, answer: int, max_length: int, side: str) -> tuple[int, 
     return min(prompt, max_length - kept), kept
 
 
-def flat(text: Text, separator: str) -> str:
+def prompt_text(text: Text, separator: str) -> str:
     """A prompt as one string; of several messages each begins with its role."""
     if isinstance(text, str):
         return text
@@ -63,27 +62,27 @@ def flat(text: Text, separator: str) -> str:
     return separator.join(f"{message['role']}: {message['content']}" for message in text)
 
 
-def joined(how: Encoding, prompt: Text, answer: Text) -> str:
+def concatenated_text(how: Encoding, prompt: Text, answer: Text) -> str:
     """The one text of a concatenation."""
-    question = flat(prompt, how.separator)
-    return question + how.separator + plain(answer) if question else plain(answer)
+    question = prompt_text(prompt, how.separator)
+    return question + how.separator + completion_text(answer) if question else completion_text(answer)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
-    before = encoding.prompt_ids(tokenizer, prompt)
-    after = tokenizer(plain(answer), add_special_tokens=False, verbose=False)["input_ids"]
+    before = prompt_ids(tokenizer, prompt)
+    after = tokenizer(completion_text(answer), add_special_tokens=False, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
-    first, second = shorten(len(before), len(after), room, how.truncation)
+    first, second = truncated_lengths(len(before), len(after), room, how.truncation)
     ids = (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
     return Encoded(ids, first, first + second < len(before) + len(after))
 
 
-def _pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
-    texts = flat(prompt, how.separator), plain(answer)
+def _encode_pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+    texts = prompt_text(prompt, how.separator), completion_text(answer)
     before, after = (tokenizer(text, add_special_tokens=False, verbose=False).encodings[0] for text in texts)
     room = how.max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    first, second = shorten(len(before), len(after), room, how.truncation)
+    first, second = truncated_lengths(len(before), len(after), room, how.truncation)
     overlong = first + second < len(before) + len(after)
     before.truncate(first, direction=how.truncation)
     after.truncate(second)
@@ -91,9 +90,9 @@ def _pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answe
     return Encoded(joined.ids, joined.sequence_ids.index(1) if second else len(joined.ids), overlong)
 
 
-def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+def _encode_concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
-    text = joined(how, prompt, answer)
+    text = concatenated_text(how, prompt, answer)
     whole = tokenizer(text, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
     if len(whole) <= room:
@@ -102,10 +101,10 @@ def _concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Te
     return Encoded(tokenizer(text, truncation=True, max_length=room)["input_ids"] + eos, room, True)
 
 
-FORMS = {"chat": _chat, "pair": _pair, "concatenation": _concatenation}
+FORMS = {"chat": _encode_chat, "pair": _encode_pair, "concatenation": _encode_concatenation}
 
 
-def check(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None) -> None:
+def check_encoding(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None) -> None:
     """Refuse a tokenizer that cannot do it, and what would not be read. Raises `UserError`."""
     if how.eos and how.form == "pair":
         raise UserError("encoding.eos: a pair ends with the tokenizer's own special tokens; set eos: false")

@@ -1,13 +1,6 @@
-"""`RewardModel`: the reader of a reward artifact. What it returns is what plain `transformers` computes, times `alpha`.
-
-The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
-"""
-
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,75 +10,18 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import hub, models
-from pipeline.encoding import Text, plain
+from pipeline.artifacts import hub
+from pipeline.distributed.processes import map_across_processes
+from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
-from pipeline.progress import bar
-from pipeline.ranks import spread
+from pipeline.models.chat import PLAIN_TEMPLATE, Text, completion_text
+from pipeline.models.loading import explain_load_errors, is_adapter, load_classifier, load_tokenizer, max_positions
 from pipeline.reward import batching
-from pipeline.reward.encoding import Encoding, encode
-from pipeline.reward.encoding import check as check_encoding
+from pipeline.reward.encoding import Encoding, encode_response
+from pipeline.reward.encoding import check_encoding as check_encoding
+from pipeline.reward.settings import SETTINGS, RewardSettings
 
-SETTINGS = "reward.json"
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Settings:
-    """`reward.json`: how text becomes ids and logits become a reward. Higher is better once `sign` is applied.
-
-    `quantization` and `precision` are those of the weights it was trained on. `output` of the output number `logit`: `logit`, `log_odds`
-    against the others or softmax `probability`; `ensemble`: the mean over all outputs less `uncertainty_penalty` standard deviations
-    (Coste et al. 2023). The last four are of a reference sample's answers: of their rewards, and of their tokens (the slope is that of
-    the reward on the tokens).
-    """
-
-    objective: str = "pairwise"
-    outputs: list[str] = field(default_factory=lambda: ["reward"])
-    encoding: Encoding = field(default_factory=Encoding)
-    quantization: str = "none"
-    precision: str | None = None
-    output: str = "logit"
-    logit: int = 0
-    sign: int = 1
-    uncertainty_penalty: float = 0.0
-    alpha: float = 1.0
-    reward_mean: float | None = None
-    reward_std: float | None = None
-    length_mean: float | None = None
-    length_slope: float | None = None
-
-    @property
-    def head(self) -> dict[str, Any]:
-        """The config of the head; scalars are of problem type regression, or `pipeline()` would squash them."""
-        return models.new_head(self.outputs, "single_label_classification" if self.objective == "classification" else "regression")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Settings | None":
-        """What `folder` holds, if anything. Raises `UserError` where it is of another version."""
-        path = folder / SETTINGS
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text())
-            return cls(**values | {"encoding": Encoding(**values["encoding"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a reward.json of this version: {error}; run the reward stage again") from None
-
-    def save(self, folder: Path) -> None:
-        (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def reward(self, logits: Tensor) -> Tensor:
-        """(N, C) logits -> (N,) raw rewards, before `alpha`."""
-        if self.output == "ensemble":
-            return self.sign * logits.mean(1) - self.uncertainty_penalty * logits.std(1, correction=0)
-        if self.output == "probability":
-            return self.sign * logits.softmax(1)[:, self.logit]
-        chosen = logits[:, self.logit]
-        if self.output == "log_odds":
-            others = [i for i in range(logits.shape[1]) if i != self.logit]
-            chosen = chosen - logits[:, others].logsumexp(1)
-        return self.sign * chosen
 
 
 class RewardModel:
@@ -101,12 +37,12 @@ class RewardModel:
     True
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: Settings):
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings):
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
         batching.check_padding(model, tokenizer.pad_token_id, str(model.name_or_path))
-        self._shares = batching.can_share(model, tokenizer.pad_token_id, settings.encoding.max_length)
+        self._shares = batching.supports_prefix_sharing(model, tokenizer.pad_token_id, settings.encoding.max_length)
 
     @classmethod
     def load(
@@ -126,18 +62,18 @@ class RewardModel:
         reads where its defaults are wrong. `model` is the classifier, where it is in memory already. Raises `UserError` where `source` is
         no such checkpoint.
         """
-        found = hub.file(str(source), SETTINGS, options.get("revision"))
-        settings = Settings.load(found.parent) if found else None
-        tokenizer = models.load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
+        found = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
+        settings = RewardSettings.load(found.parent) if found else None
+        tokenizer = load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
         if model is None:
             model = _load(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":
                 model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        settings = settings or _foreign(str(source), model, tokenizer)
-        read = _other_reading(str(source), model, settings, positive_label, encoding)
+        settings = settings or _external_settings(str(source), model, tokenizer)
+        read = _override_settings(str(source), model, settings, positive_label, encoding)
         if read != settings:
             read.reward_mean = read.reward_std = read.length_mean = read.length_slope = None  # those of another reward
-        check_encoding(tokenizer, read.encoding, str(source), models.most_tokens(model))
+        check_encoding(tokenizer, read.encoding, str(source), max_positions(model))
         return cls(model, tokenizer, read)
 
     def score(
@@ -174,17 +110,19 @@ class RewardModel:
         return self._logits(prompts, responses, batch_size)
 
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
-        encoded = [encode(self.tokenizer, self.settings.encoding, p, r) for p, r in zip(prompts, responses, strict=True)]
+        encoded = [encode_response(self.tokenizer, self.settings.encoding, p, r) for p, r in zip(prompts, responses, strict=True)]
         # Answers to one prompt, wherever they stand, are a group.
         order = sorted(range(len(prompts)), key=lambda i: str(prompts[i]))
         groups = [[encoded[i] for i in group] for _, group in groupby(order, key=lambda i: str(prompts[i]))]
         types = "token_type_ids" in self.tokenizer.model_input_names
-        found = batching.logits(self.model, groups, self.tokenizer.pad_token_id, shared=self._shares, batch_size=batch_size, types=types)
+        found = batching.compute_logits(
+            self.model, groups, self.tokenizer.pad_token_id, shared=self._shares, batch_size=batch_size, types=types
+        )
         return found[torch.tensor(order).argsort().to(found.device)].float().cpu()
 
     def lengths(self, responses: Sequence[Text]) -> list[int]:
         """How many tokens each response has."""
-        return [len(self.tokenizer(plain(each), add_special_tokens=False, verbose=False)["input_ids"]) for each in responses]
+        return [len(self.tokenizer(completion_text(each), add_special_tokens=False, verbose=False)["input_ids"]) for each in responses]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
         """For each response {class: softmax probability}. Raises `UserError` where the model has one output."""
@@ -208,51 +146,53 @@ class RewardModel:
 AT_A_TIME = 512  # answers between two moves of the bar
 
 
-class SharedRewardModel(RewardModel):
+class DistributedRewardModel(RewardModel):
     """One that every process has loaded: each computes its share. To be called by all of them, with the same."""
 
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
         def share(rows: Sequence[int]) -> list[list[float]]:
             found: list[list[float]] = []
-            with bar("scoring", "answers", total=len(rows)) as shown:
+            with progress_bar("scoring", "answers", total=len(rows)) as shown:
                 for start in range(0, len(rows), AT_A_TIME):
                     mine = ([texts[row] for row in rows[start : start + AT_A_TIME]] for texts in (prompts, responses))
-                    found += super(SharedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
+                    found += super(DistributedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
                     shown.update(len(found) - start)
             return found
 
-        return torch.tensor(spread(share, range(len(prompts)))).reshape(len(prompts), self.model.config.num_labels)
+        return torch.tensor(map_across_processes(share, range(len(prompts)))).reshape(len(prompts), self.model.config.num_labels)
 
 
-def _load(source: str, tokenizer: PreTrainedTokenizerBase, settings: Settings | None, precision: str, options: dict[str, Any]) -> Any:
+def _load(source: str, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings | None, precision: str, options: dict[str, Any]) -> Any:
     weights: dict[str, Any] = {"quantization": settings.quantization if settings else "none", "precision": precision}
     revision = options.get("revision")
-    if not models.is_adapter(source, revision):
-        return models.load_classifier(source, tokenizer, **weights, **options)
+    if not is_adapter(source, revision):
+        return load_classifier(source, tokenizer, **weights, **options)
     # Trained on a quantized base: the artifact is the adapter, and the head.
-    with models.loading(source, "LoRA adapter of a sequence classifier"):
+    with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
         adapter = PeftConfig.from_pretrained(source, revision=revision)
     if adapter.task_type not in (None, TaskType.SEQ_CLS):
         raise UserError(f"{source}: is an adapter of task {adapter.task_type}; a reward needs one of {TaskType.SEQ_CLS.value}")
-    options = options | {"revision": adapter.revision, "head": (settings or Settings()).head}
-    base: Any = models.load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
-    with models.loading(source, "LoRA adapter of a sequence classifier"):
+    options = options | {"revision": adapter.revision, "head": (settings or RewardSettings()).head}
+    base: Any = load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
+    with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
         return PeftModel.from_pretrained(base, source, revision=revision)
 
 
-def _foreign(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Settings:
+def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSettings:
     """How a classifier without `reward.json` is read; of several labels none is the reward yet (-1)."""
-    is_decoder = batching.head(model) is not None
-    limit = min(tokenizer.model_max_length, models.most_tokens(model) or 512, 512)
-    has_template = tokenizer.chat_template != models.PLAIN_TEMPLATE.format(separator="\n")  # what `load_tokenizer` gives one without
+    is_decoder = batching.score_head(model) is not None
+    limit = min(tokenizer.model_max_length, max_positions(model) or 512, 512)
+    has_template = tokenizer.chat_template != PLAIN_TEMPLATE.format(separator="\n")  # what `load_tokenizer` gives one without
     form = "pair" if not is_decoder and tokenizer.is_fast else "chat" if is_decoder and has_template else "concatenation"
     how = Encoding(form=form, eos=form == "chat", max_length=limit)
     objective = "classification" if model.config.num_labels > 1 else "regression"
     logger.warning("%s: no reward.json; read with %s; another reading: RewardModel.load(…, encoding={…})", source, how)
-    return Settings(objective=objective, outputs=_labels(model), encoding=how, logit=0 if model.config.num_labels == 1 else -1)
+    return RewardSettings(objective=objective, outputs=_labels(model), encoding=how, logit=0 if model.config.num_labels == 1 else -1)
 
 
-def _other_reading(source: str, model: Any, settings: Settings, positive_label: str | None, encoding: dict[str, Any] | None) -> Settings:
+def _override_settings(
+    source: str, model: Any, settings: RewardSettings, positive_label: str | None, encoding: dict[str, Any] | None
+) -> RewardSettings:
     """The settings with what the user asks for in their place."""
     try:
         found = dataclasses.replace(settings, encoding=dataclasses.replace(settings.encoding, **encoding or {}))
@@ -260,7 +200,7 @@ def _other_reading(source: str, model: Any, settings: Settings, positive_label: 
         known = ", ".join(each.name for each in dataclasses.fields(Encoding))
         raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
     if positive_label is not None:
-        found.logit = _label(source, model, positive_label)
+        found.logit = _label_index(source, model, positive_label)
     elif settings.logit < 0:
         raise UserError(f"{source}: has the labels {_labels(model)} and no reward.json; say which one is good: positive_label=…")
     return found
@@ -270,7 +210,7 @@ def _labels(model: Any) -> list[str]:
     return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
-def _label(source: str, model: Any, name: str) -> int:
+def _label_index(source: str, model: Any, name: str) -> int:
     if name not in _labels(model):
         raise UserError(f"{source}: positive_label={name!r} is none of its labels: {', '.join(_labels(model))}")
     return _labels(model).index(name)

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from pipeline.config import OBJECTIVES
 from pipeline.reward import batching, metrics, objectives
 from pipeline.reward.encoding import Encoded
+from pipeline.reward.objectives import bradley_terry, centring, classification, regression
 
 ABSENT = -100  # a rank that pads a prompt with fewer answers
 
@@ -59,7 +60,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.types = "token_type_ids" in self.processing_class.model_input_names
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
         with self.accelerator.autocast():
-            self.shared = OBJECTIVES[objective].compares and batching.can_share(trained, self.pad, longest)
+            self.shared = OBJECTIVES[objective].compares and batching.supports_prefix_sharing(trained, self.pad, longest)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         """TRL's own would tokenise."""
@@ -79,10 +80,10 @@ class RewardTrainer(trl.RewardTrainer):
         batch, targets = inputs["batch"], inputs["labels"]
         self._tokens += sum(len(answer.ids) for group in batch.groups for answer in group) * self.args.world_size * model.training
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        logits = batching.logits(model, batch.groups, self.pad, shared=self.shared, types=self.types, at_once=sharded).float()
+        logits = batching.compute_logits(model, batch.groups, self.pad, shared=self.shared, types=self.types, at_once=sharded).float()
         if self.objective == "classification":
             weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-            loss = objectives.classification(logits, targets, weights, self.args.label_smoothing_factor)
+            loss = classification(logits, targets, weights, self.args.label_smoothing_factor)
             return (loss, {"logits": logits}) if return_outputs else loss
         # (N, K) for each output of an ensemble, or (N,) where answers are judged alone
         members = [self._grid(scores, targets) for scores in logits.unbind(1)]
@@ -102,15 +103,15 @@ class RewardTrainer(trl.RewardTrainer):
             return scores.sum() * 0
         scores, targets = scores[rows], targets[rows]
         if self.objective == "regression":
-            return objectives.regression(scores, targets)
+            return regression(scores, targets)
         mask = targets > 0
         if self.objective == "pairwise":
             margin = None if batch.margins is None else batch.margins.to(rows.device)[rows]
-            loss = objectives.bradley_terry(scores[:, 0], scores[:, 1], margin, self.args.label_smoothing_factor)
+            loss = bradley_terry(scores[:, 0], scores[:, 1], margin, self.args.label_smoothing_factor)
         else:
             loss = getattr(objectives, self.objective)(scores, targets, mask)
-        centring = self.args.center_rewards_coefficient
-        return loss + centring * objectives.centring(scores, mask) if centring else loss
+        coefficient = self.args.center_rewards_coefficient
+        return loss + coefficient * centring(scores, mask) if coefficient else loss
 
     def _measure(self, found: EvalPrediction) -> dict[str, float]:
         """Figures over all rows of an evaluation."""

@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from pipeline import config, evaluate, ppo, prepare, reward
+from pipeline import config
 from pipeline.errors import UserError
-from pipeline.evaluate.summary import table
+from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.summary import summary_table
+from pipeline.ppo import stage as ppo
+from pipeline.prepare import stage as prepare
+from pipeline.reward import stage as reward
 
 
 def test_records_without_comparisons(tmp_path, tiny_gpt2):
@@ -24,9 +28,9 @@ def test_records_without_comparisons(tmp_path, tiny_gpt2):
     assert list(metrics["reward"]) == ["ratings"]
     rmse = f"{metrics['reward']['ratings']['rmse']:.3f}"
     assert f"reward RMSE {rmse} {metrics['reward']['ratings']['rows']} test ratings".split() in [
-        line.split() for line in table(folder).splitlines()
+        line.split() for line in summary_table(folder).splitlines()
     ]
-    assert "reward accuracy" not in table(folder)
+    assert "reward accuracy" not in summary_table(folder)
     page = (folder / "report.html").read_text()
     assert f'<th scope="row" dir="auto">RMSE</th><td class="number">{rmse}</td>' in page
     assert 'aria-label="RMSE. ' in page

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate import report
-from pipeline.evaluate.report import Plot, column, distance, dotted, draw_curve, draw_curves, number, word_diff, write_report
+from pipeline.evaluate import plots
+from pipeline.evaluate.plots import SUPERVISED, THEME, Plot, draw_curve, draw_curves, fitted_curve, metric_column, root_kl
+from pipeline.evaluate.report import dotted_metrics, word_diff, write_report
+from pipeline.formatting.numbers import format_number
 
 NAN = float("nan")
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
@@ -285,8 +287,8 @@ def test_what_an_objective_is_evaluated_by_is_drawn(title: str, key: str, says: 
 
     log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
     axes = Figure().add_subplot()
-    monkeypatch.setattr(report, "draw", lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")])
-    (curve,) = [curve for curve in report.SUPERVISED if curve.title == title]
+    monkeypatch.setattr(plots, "draw_plot", lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")])
+    (curve,) = [curve for curve in SUPERVISED if curve.title == title]
     (plot,) = draw_curve("reward", curve, log)
     assert says in plot.caption
     (line,) = axes.get_lines()
@@ -307,7 +309,7 @@ def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
 
 def test_a_plot_in_a_notebook_brings_its_colours() -> None:
     shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
-    assert set(re.findall(r"(--[\w-]+):", shown)) >= set(report.THEME.values())
+    assert set(re.findall(r"(--[\w-]+):", shown)) >= set(THEME.values())
     assert "<b>Loss</b><svg/><figcaption>Should fall.</figcaption>" in shown
 
 
@@ -321,8 +323,8 @@ def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
 
 def test_a_fit_is_drawn_where_something_was_measured() -> None:
     fit = {"start": 1.0, "alpha": 2.0, "beta": 0.5}
-    assert list(report.curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]
-    assert list(report.curve("PPO", fit, 0.0, 1.0, parts=1)) == [(0.0, 1.0), (1.0, 3.0)]
+    assert list(fitted_curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]
+    assert list(fitted_curve("PPO", fit, 0.0, 1.0, parts=1)) == [(0.0, 1.0), (1.0, 3.0)]
 
 
 def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
@@ -341,20 +343,20 @@ def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
 
 def test_numbers() -> None:
     values = {"–": None, "True": True, "12,480": 12480, "0.1235": 0.123456, "0": -0.0, "inf": math.inf, "a": "a", '[1, "é"]': [1, "é"]}
-    assert [number(value) for value in values.values()] == list(values)
-    assert number(NAN) == "–"
-    assert number(-0.001, "z.2f") == "0.00"
+    assert [format_number(value) for value in values.values()] == list(values)
+    assert format_number(NAN) == "–"
+    assert format_number(-0.001, "z.2f") == "0.00"
 
 
 def test_dotted_keys() -> None:
-    assert list(dotted({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [("a.b.c", 1), ("a.d", 2), ("e", 3)]
+    assert list(dotted_metrics({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [("a.b.c", 1), ("a.d", 2), ("e", 3)]
 
 
 def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
     entries: list[dict[str, Any]] = [{"step": 1, "b": 1.0}, {"step": 2, "a": NAN, "b": None}, {"step": 3, "b": 3}]
-    assert column(entries, ("a", "b")) == [1.0, None, 3.0]
-    assert column(entries, ("c",)) == [None, None, None]
+    assert metric_column(entries, ("a", "b")) == [1.0, None, 3.0]
+    assert metric_column(entries, ("c",)) == [None, None, None]
 
 
 def test_distance_is_the_root_of_the_kl() -> None:
-    assert [distance(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]
+    assert [root_kl(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]

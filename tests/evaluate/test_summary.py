@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate.summary import rows, table
+from pipeline.evaluate.summary import summary_rows, summary_table
 
 COMPARISONS = {"pairs": 1064, "accuracy": 0.8674, "accuracy_longer": 0.5695}
 ACCURACY = ("reward accuracy", "0.867", "longer wins 0.570, 1,064 test pairs")
@@ -16,7 +16,7 @@ RATINGS = {"rows": 342, "rmse": 0.18187, "spearman": 0.93543}
 
 def told(reward: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows on the reward model; every run has the others."""
-    found = [tuple(row.values()) for row in rows({"reward": reward, "sft": {}, "ppo": {"kl": 1.5}})]
+    found = [tuple(row.values()) for row in summary_rows({"reward": reward, "sft": {}, "ppo": {"kl": 1.5}})]
     assert found[-1] == ("KL of PPO to SFT", "1.500", "nats per answer")
     return found[:-1]
 
@@ -49,12 +49,12 @@ def test_what_is_undefined_or_was_not_measured_is_left_out() -> None:
 
 def test_of_best_of_n_16_and_the_most_are_told() -> None:
     by_n = {f"best_of_{n}": {"gold_reward": n / 100} for n in (8, 16, 32, 64)}
-    found = [tuple(row.values())[:2] for row in rows({"reward": {}, "sft": {}, **by_n, "ppo": {}})]
+    found = [tuple(row.values())[:2] for row in summary_rows({"reward": {}, "sft": {}, **by_n, "ppo": {}})]
     assert found == [("gold reward, best-of-16", "0.160"), ("gold reward, best-of-64", "0.640")]
 
 
 def test_the_table_says_where_the_report_is(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"reward": {"ratings": RATINGS}, "sft": {}, "ppo": {}}))
-    assert table(tmp_path).splitlines() == [
+    assert summary_table(tmp_path).splitlines() == [
         "", "  reward RMSE     0.182  342 test ratings", "  Spearman ρ      0.935  342 test ratings", "", f"report: {tmp_path}/report.html",
     ]  # fmt: skip

@@ -21,9 +21,12 @@ import transformers
 from safetensors.torch import save
 from transformers import TrainerState
 
-from pipeline import config, files, ppo, training
+from pipeline import config
+from pipeline.artifacts import files
+from pipeline.ppo import stage as ppo
 from pipeline.ppo import trainer as trainer_module
 from pipeline.ppo.trainer import PPOTrainer
+from pipeline.training.checkpoints import train_with_resume
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def watch(log: Path, fault: int | None) -> None:
     before(torch.optim.AdamW, "step")
     before(PPOTrainer, "publish")
     before(shutil, "copytree")
-    before(training, "write_log")
+    before(ppo, "write_log")
     halfway(trainer_module, "save_file", lambda tensors, *_: save(tensors), lambda _tensors, path: path)
     halfway(torch, "save", pickled, lambda _object, path: path)
     halfway(TrainerState, "save_to_json", lambda state, _path: json.dumps(vars(state), default=str).encode(), lambda _state, path: path)
@@ -96,7 +99,7 @@ def pickled(value: object, _path: object, save=torch.save) -> bytes:
 
 
 def keep_digest(path: Path) -> None:
-    fit = training.fit
+    fit = train_with_resume
 
     def fitted(trainer: PPOTrainer, work: Path) -> None:
         fit(trainer, work)
@@ -107,7 +110,7 @@ def keep_digest(path: Path) -> None:
                 hashed.update(torch.as_tensor(state[number][name]).numpy().tobytes())
         path.write_text(hashed.hexdigest())
 
-    training.fit = fitted
+    ppo.train_with_resume = fitted
 
 
 if __name__ == "__main__":

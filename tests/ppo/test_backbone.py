@@ -9,11 +9,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import RewardModel, artifact, config, models, ppo, reward, sft
+from pipeline import RewardModel, config
+from pipeline.artifacts.inputs import open_external, require_artifact
 from pipeline.errors import UserError
+from pipeline.models.loading import load_policy, load_tokenizer
+from pipeline.ppo import stage as ppo
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.apart import why_apart
-from pipeline.ppo.backbone import join
+from pipeline.ppo.backbone import attach_reward_adapter
+from pipeline.ppo.backbone_compat import incompatibility
+from pipeline.reward import stage as reward
+from pipeline.sft import stage as sft
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
 PROMPTS = ["What is the capital of France?", "Name the colour of snow.", "What is the capital of France?"]
@@ -27,7 +32,7 @@ def artifacts(request, tiny_records, tiny_llama, tmp_path_factory):
     common = {"run": "t", "runs": str(tmp_path_factory.mktemp("runs")), "records": str(tiny_records), "model": str(tiny_llama)}
     common |= {"max_length": 96, "lora": LORA, "quantization": request.param, "training": SHORT}
     policy, learned = sft.run(config.SFTStage(**common)), reward.run(config.RewardStage(**common))
-    return request.param, artifact.require(policy, "policy", ""), artifact.require(learned, "reward", "")
+    return request.param, require_artifact(policy, "policy", ""), require_artifact(learned, "reward", "")
 
 
 def stage(artifacts, folder, **more):
@@ -46,9 +51,9 @@ def stage(artifacts, folder, **more):
 def joined(artifacts, folder):
     """The policy, and the reward model on its backbone."""
     given = stage(artifacts, folder)
-    policy = ppo.load_policy(given, models.load_tokenizer(given.policy))
-    assert why_apart(given, *artifacts[1:]) is None
-    return policy, join(policy, artifacts[2], "reward_0")
+    policy = ppo.load_trained_policy(given, load_tokenizer(given.policy))
+    assert incompatibility(given, *artifacts[1:]) is None
+    return policy, attach_reward_adapter(policy, artifacts[2], "reward_0")
 
 
 def test_the_scores_are_those_of_the_artifact_alone(artifacts, tmp_path):
@@ -121,16 +126,16 @@ def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tin
     at = lambda **more: stage(artifacts, tmp_path, **more)  # noqa: E731
     common = {"run": "other", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
     other = reward.run(config.RewardStage(model=str(tiny_gpt2), lora={"r": 2}, **common))
-    assert "trained in full" in why_apart(at(lora=None), policy, learned)
-    assert f"its base is {tiny_gpt2}" in why_apart(at(), policy, artifact.require(other, "reward", ""))
-    assert why_apart(at(quantization="8bit"), policy, learned) == "its base has quantization: none, the policy's 8bit"
-    assert why_apart(at(precision="bf16"), policy, learned) == "it was trained on a base in fp32, the policy's is in bf16"
-    assert "no LoRA adapter" in why_apart(at(), policy, artifact.foreign(tiny_gpt2, "reward"))
+    assert "trained in full" in incompatibility(at(lora=None), policy, learned)
+    assert f"its base is {tiny_gpt2}" in incompatibility(at(), policy, require_artifact(other, "reward", ""))
+    assert incompatibility(at(quantization="8bit"), policy, learned) == "its base has quantization: none, the policy's 8bit"
+    assert incompatibility(at(precision="bf16"), policy, learned) == "it was trained on a base in fp32, the policy's is in bf16"
+    assert "no LoRA adapter" in incompatibility(at(), policy, open_external(tiny_gpt2, "reward"))
     for meddling in ({"bias": "all"}, {"init_lora_weights": "olora"}, {"trainable_token_indices": [3]}):
         full = {"policy": str(tiny_llama), "lora": meddling}
         expected = f"the policy's adapter has {next(iter(meddling))}="
-        assert why_apart(at(**full), artifact.require(tiny_llama, "policy", ""), learned).startswith(expected)
-    assert why_apart(at(policy=str(tiny_llama)), artifact.require(tiny_llama, "policy", ""), learned) is None
+        assert incompatibility(at(**full), require_artifact(tiny_llama, "policy", ""), learned).startswith(expected)
+    assert incompatibility(at(policy=str(tiny_llama)), require_artifact(tiny_llama, "policy", ""), learned) is None
     with pytest.raises(UserError, match=r"one_backbone: always, but its base is .*; change that, or set one_backbone: auto"):
         ppo.run(at(reward=str(other), one_backbone="always", records=str(tiny_records)))
 
@@ -139,11 +144,11 @@ def test_in_bf16_the_head_reads_a_trunk_in_bf16(tiny_records, tiny_llama, tmp_pa
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "lora": LORA, "precision": "bf16"}
     learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **common))
     given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
-    tokenizer, source = models.load_tokenizer(given.policy), artifact.require(learned, "reward", "")
-    assert why_apart(given, artifact.require(tiny_llama, "policy", ""), source) is None
-    policy = ppo.load_policy(given, tokenizer)
+    tokenizer, source = load_tokenizer(given.policy), require_artifact(learned, "reward", "")
+    assert incompatibility(given, require_artifact(tiny_llama, "policy", ""), source) is None
+    policy = ppo.load_trained_policy(given, tokenizer)
     assert policy.dtype == torch.bfloat16
-    found = join(policy, source, "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
+    found = attach_reward_adapter(policy, source, "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
     assert found == pytest.approx(RewardModel.load(learned).score(PROMPTS, ANSWERS), abs=0.01)
 
 
@@ -155,32 +160,32 @@ def test_other_heads_join_too(kind, tiny_feedback, tiny_llama, tmp_path):
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_feedback), "lora": LORA}
     learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **what, **common))
     given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
-    policy = ppo.load_policy(given, models.load_tokenizer(given.policy))
-    found = join(policy, artifact.require(learned, "reward", ""), "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
+    policy = ppo.load_trained_policy(given, load_tokenizer(given.policy))
+    found = attach_reward_adapter(policy, require_artifact(learned, "reward", ""), "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
     assert found == pytest.approx(RewardModel.load(learned).score(PROMPTS, ANSWERS), abs=1e-5)
     assert len(set(found)) == 3
 
 
 def test_an_adapter_of_another_task_is_neither_reward_nor_policy(tiny_llama, tmp_path):
-    tokenizer = models.load_tokenizer(str(tiny_llama))
+    tokenizer = load_tokenizer(str(tiny_llama))
     for task in ("CAUSAL_LM", "SEQ_CLS"):
-        base = models.load_policy(str(tiny_llama), tokenizer)
+        base = load_policy(str(tiny_llama), tokenizer)
         get_peft_model(base, LoraConfig(r=2, task_type=task, modules_to_save=[])).save_pretrained(tmp_path / task)
         tokenizer.save_pretrained(tmp_path / task)
     with pytest.raises(UserError, match="is an adapter of task CAUSAL_LM; a reward needs one of SEQ_CLS"):
         RewardModel.load(tmp_path / "CAUSAL_LM")
     with pytest.raises(UserError, match="is an adapter of task SEQ_CLS; a policy needs one of CAUSAL_LM"):
-        models.load_policy(str(tmp_path / "SEQ_CLS"), tokenizer)
+        load_policy(str(tmp_path / "SEQ_CLS"), tokenizer)
 
 
 def test_an_adapter_whose_base_has_moved_is_refused(tiny_records, tiny_llama, tmp_path):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
     folder = sft.run(config.SFTStage(model=str(base), lora={"r": 2}, **common))
-    artifact.require(folder, "policy", "")
+    require_artifact(folder, "policy", "")
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
     with pytest.raises(UserError, match=r"is an adapter of .*base, which has changed since: put back what it was trained on; run: make it"):
-        artifact.require(folder, "policy", "make it")
+        require_artifact(folder, "policy", "make it")
     shutil.rmtree(base)
     with pytest.raises(UserError, match=r"which is no longer there: put it back; run: make it"):
-        artifact.require(folder, "policy", "make it")
+        require_artifact(folder, "policy", "make it")

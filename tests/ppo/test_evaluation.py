@@ -4,9 +4,12 @@ import json
 
 import pytest
 
-from pipeline import config, models, ppo, reward
+from pipeline import config
 from pipeline.errors import UserError
-from pipeline.ppo.guards import StopAtPeak
+from pipeline.models.loading import load_policy
+from pipeline.ppo import stage as ppo
+from pipeline.ppo.callbacks import EarlyStopping
+from pipeline.reward import stage as reward
 
 from .test_trainer import PROMPTS, evenness, trainer_of
 
@@ -23,14 +26,14 @@ def some_evenness(completion_ids, **_):
 
 @pytest.fixture
 def policy(tiny_gpt2, tiny_tokenizer):
-    return models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+    return load_policy(str(tiny_gpt2), tiny_tokenizer)
 
 
 def watched(policy, tokenizer, folder, patience, **more):
     trainer = trainer_of(policy, tokenizer, folder, **RISING | more)
     trainer.scorer = some_evenness
     trainer.eval_dataset = PROMPTS.select([i % 4 for i in range(64)])
-    trainer.add_callback(StopAtPeak(patience))
+    trainer.add_callback(EarlyStopping(patience))
     return trainer
 
 
@@ -73,7 +76,7 @@ def test_without_patience_it_goes_on_to_the_end(policy, tiny_tokenizer, tmp_path
 def test_stopped_and_resumed_it_stops_where_it_stopped(tiny_gpt2, tiny_tokenizer, tmp_path):
     ends = []
     for _ in range(2):  # the second goes on from a checkpoint of the first, which has stopped
-        policy = models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
         trainer = watched(policy, tiny_tokenizer, tmp_path, patience=3, save_strategy="steps", save_steps=6)
         trainer.train(resume_from_checkpoint=any(tmp_path.glob("checkpoint-*")))
         ends.append((trainer.state.global_step, [entry["eval_scorer_reward"] for entry in evaluations(trainer)]))

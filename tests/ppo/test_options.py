@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pipeline import models
 from pipeline.errors import UserError
+from pipeline.models.loading import head_config, load_classifier, load_policy
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.reward.sources import RewardSource
+from pipeline.reward.functions import RewardSource
 
 PROMPTS = Dataset.from_list([{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")])
 SHOWN = Dataset.from_list([{"prompt": "Tell me the capital of Italy.", "completion": "Rome."}, {"prompt": "Hello.", "completion": "Hi."}])
@@ -32,7 +32,7 @@ def make(tiny_gpt2, tiny_tokenizer, tmp_path):
         }  # fmt: skip
         args = PPOConfig(output_dir=str(tmp_path / "work"), **settings | more)
         torch.manual_seed(0)
-        policy = policy or models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        policy = policy or load_policy(str(tiny_gpt2), tiny_tokenizer)
         return PPOTrainer(policy, reward, args, data, tiny_tokenizer, eval_dataset=data, **parts)
 
     return trainer
@@ -61,9 +61,9 @@ def test_scores_are_normalised_clipped_and_then_penalised(make):
     source = RewardSource(scripted(1.0, 5.0, 3.0, -1.0), mean=1.0, std=2.0)
     trainer = make(source, score_normalization="reference", score_clip=1.0, missing_eos_penalty=0.25)
     found = trainer.collect(0)
-    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.answers.ended, strict=True)]
+    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.responses.ended, strict=True)]
     assert found.scores.tolist() == expected
-    assert not all(found.answers.ended)
+    assert not all(found.responses.ended)
 
 
 def test_running_normalisation_is_by_all_scores_so_far(make):
@@ -110,12 +110,13 @@ def test_a_warm_up_ends_with_its_rollout(make):
 
 def test_the_value_head_can_start_as_the_reward_models(make, tiny_gpt2, tiny_tokenizer):
     from pipeline.reward.encoding import Encoding
-    from pipeline.reward.model import RewardModel, Settings
-    from pipeline.reward.sources import from_model
+    from pipeline.reward.functions import reward_from_model
+    from pipeline.reward.model import RewardModel
+    from pipeline.reward.settings import RewardSettings
 
-    classifier = models.load_classifier(str(tiny_gpt2), tiny_tokenizer, head=models.new_head(["reward"], "regression"))
-    settings = Settings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
-    source = from_model(RewardModel(classifier, tiny_tokenizer, settings))
+    classifier = load_classifier(str(tiny_gpt2), tiny_tokenizer, head=head_config(["reward"], "regression"))
+    settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
+    source = reward_from_model(RewardModel(classifier, tiny_tokenizer, settings))
     head = make(source, value_init="reward", score_normalization="reference").actor.value_head
     torch.testing.assert_close(head.weight, 2.0 * classifier.score.weight / 8.0)  # alpha scales mean and deviation too
     assert head.bias.item() == -6.0 / 8.0
@@ -180,10 +181,10 @@ def test_what_is_left_out_changes_no_weight(make):
 
 
 def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
-    from pipeline.ppo import math as ppo
+    from pipeline.ppo import functional
 
-    seen, original = set(), ppo.policy_loss
-    monkeypatch.setattr(ppo, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
+    seen, original = set(), functional.policy_loss
+    monkeypatch.setattr(functional, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
     make(clip_low=0.1, clip_high=0.3, dual_clip=2.0).train()
     assert seen == {(0.1, 0.3, 2.0)}
 
@@ -192,13 +193,13 @@ def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
 
 
 def test_the_live_policy_is_asked_by_one_small_interface(make):
-    from pipeline import sampling
+    from pipeline.models import generation
 
     asked = []
 
     def generate(policy, tokenizer, prompts, noise, **drawing):
         asked.append((len(prompts), tuple(noise.shape), drawing))
-        return sampling.generate(policy, tokenizer, prompts, noise, **drawing)
+        return generation.generate(policy, tokenizer, prompts, noise, **drawing)
 
     make(generate=generate, num_rollouts=2, top_k=7, stop_token=".", min_response_tokens=2).train()
     drawing = {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_response_tokens": 2, "stop_token": ".", "batch_size": 64}
@@ -209,7 +210,7 @@ def test_the_live_policy_is_asked_by_one_small_interface(make):
 def test_prompts_of_any_length_are_answered(make, prompts):
     trainer = make(data=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), num_rollouts=2)
     trainer.train()
-    widths = trainer.collect(0).answers.query_mask.sum(1)
+    widths = trainer.collect(0).responses.query_mask.sum(1)
     assert widths.min() >= 1
     assert widths.max() <= 128 - 6  # the policy's positions, less the answer
 
@@ -266,7 +267,7 @@ def test_a_policy_too_far_from_its_reference_stops_the_run(make):
 # What is seen
 
 
-def test_figures_have_the_names_that_trls_ppo_had(make):
+def testrunning_metrics_have_the_names_that_trls_ppo_had(make):
     trainer = make(num_ppo_epochs=2)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -287,7 +288,7 @@ def test_the_penalty_shown_is_that_of_the_estimator(make, tiny_gpt2, tiny_tokeni
         trainer.actor.policy.transformer.wte.weight.mul_(1.5)  # away from its reference
     found = trainer.collect(0)
     by_hand = (torch.exp(found.ref_logprobs - found.logprobs) - 1 - found.ref_logprobs + found.logprobs)[found.mask].sum() / 4
-    assert trainer._figures["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
+    assert trainer.running_metrics["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
     assert by_hand > 0.01
 
 
@@ -300,7 +301,7 @@ def test_a_head_on_other_states_than_the_layers_own(make, tiny_tokenizer):
     trainer = make(policy=policy, data=Dataset.from_list([{"prompt": "word " * 200}]))
     trainer.train()
     assert trainer.actor.value_head.in_features == 16
-    assert int(trainer.collect(0).answers.query_mask.sum(1)[0]) == 64 - 6
+    assert int(trainer.collect(0).responses.query_mask.sum(1)[0]) == 64 - 6
 
 
 def test_the_best_evaluation_is_kept(make, tmp_path):
@@ -325,14 +326,14 @@ def test_an_evaluation_counts_for_no_rollouts_time(make, monkeypatch):
     trainer, now = make(), [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     trainer.clock["since"] = 90.0
-    answer = trainer.answer
-    monkeypatch.setattr(trainer, "answer", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
+    answer = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda *a: (now.__setitem__(0, now[0] + 7), answer(*a))[1])
     trainer.evaluate()
     assert trainer.clock["since"] == 97.0
 
 
 def test_samples_of_each_evaluation_are_kept(make, tmp_path):
-    from pipeline.ppo.shown import read_samples
+    from pipeline.ppo.samples import read_samples
 
     trainer = make()
     for step in (0, 12):

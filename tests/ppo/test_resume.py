@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config, reward
+from pipeline import config
+from pipeline.reward import stage as reward
 
 TRAINING = {
     "num_rollouts": 4, "num_ppo_epochs": 2, "num_mini_batches": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,

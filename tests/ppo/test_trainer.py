@@ -9,10 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import PPOConfig, PPOTrainer, config, models, ppo, sft
+from pipeline import PPOConfig, PPOTrainer, config
 from pipeline.errors import UserError
+from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
+from pipeline.ppo import stage as ppo
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.experience import plan
+from pipeline.ppo.rollout import split_minibatches
+from pipeline.sft import stage as sft
 
 PROMPTS = Dataset.from_list(
     [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "I forgot the young of a cat.")]
@@ -36,7 +39,7 @@ def trainer_of(policy, tokenizer, folder, reward=evenness, **more):
 
 @pytest.fixture
 def policy(tiny_gpt2, tiny_tokenizer):
-    return models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+    return load_policy(str(tiny_gpt2), tiny_tokenizer)
 
 
 def lora(policy):
@@ -73,8 +76,8 @@ def test_rollout_k_starts_after_k_times_steps_per_rollout_steps(policy, tiny_tok
 
 def test_minibatches_partition_the_rollout(policy, tiny_tokenizer, tmp_path):
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path)
-    answers = trainer.collect(0).answers
-    plans = [plan(answers, trainer.args, 0, epoch) for epoch in range(2)]
+    answers = trainer.collect(0).responses
+    plans = [split_minibatches(answers, trainer.args, 0, epoch) for epoch in range(2)]
     for each in plans:
         assert [[len(rows) for rows in minibatch] for minibatch in each] == [[2, 2], [2, 2]]
         assert sorted(row for minibatch in each for rows in minibatch for row in rows) == list(range(8))
@@ -84,12 +87,12 @@ def test_minibatches_partition_the_rollout(policy, tiny_tokenizer, tmp_path):
 def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_tokenizer, tmp_path):
     weights = []
     for micro, parts in ((8, 1), (2, 4)):
-        policy = models.load_policy(str(tiny_gpt2), tiny_tokenizer)
+        policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
         cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "num_mini_batches": 1, "num_ppo_epochs": 1}
         trainer = trainer_of(policy, tiny_tokenizer, tmp_path, num_rollouts=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **cut)
         trainer.train()
         weights.append(trainer.actor.state_dict())
-    moved = models.load_policy(str(tiny_gpt2), tiny_tokenizer).transformer.h[0].mlp.c_fc.weight
+    moved = load_policy(str(tiny_gpt2), tiny_tokenizer).transformer.h[0].mlp.c_fc.weight
     assert not torch.equal(weights[0]["policy.transformer.h.0.mlp.c_fc.weight"], moved)
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
@@ -99,7 +102,7 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_
 def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch):
     def make(folder):
         torch.manual_seed(0)
-        policy = adapt(models.load_policy(str(tiny_gpt2), tiny_tokenizer))
+        policy = adapt(load_policy(str(tiny_gpt2), tiny_tokenizer))
         return trainer_of(policy, tiny_tokenizer, folder, num_rollouts=4, save_strategy="steps", save_steps=4, kl_target=0.1)
 
     alone = make(tmp_path / "alone")
@@ -180,14 +183,14 @@ def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama
     policy = sft.run(config.SFTStage(model=str(tiny_llama), max_length=96, training={"max_steps": 2, "learning_rate": 1e-2}, **common))
     training = {"num_rollouts": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-1}
     tuned = ppo.run(config.PPOStage(policy=str(policy), reward="pipeline.prepare.demo:gold_reward", training=training, **common))
-    ids, tokenizer = torch.tensor([[5, 6, 7, 8]]), models.load_tokenizer(str(tuned))
+    ids, tokenizer = torch.tensor([[5, 6, 7, 8]]), load_tokenizer(str(tuned))
     logits = []
     for folder in (tiny_llama, policy, tuned, tuned / "best"):
         merged = AutoModelForCausalLM.from_pretrained(folder)
         assert not hasattr(merged, "peft_config")
         logits.append(merged(ids).logits)
         if folder != tiny_llama:
-            by_adapter = models.load_policy(str(folder / "adapter"), tokenizer)
+            by_adapter = load_policy(str(folder / "adapter"), tokenizer)
             torch.testing.assert_close(logits[-1], by_adapter(ids).logits, atol=1e-5, rtol=1e-4)
     assert (logits[1] - logits[0]).abs().max() > 1e-3
     assert (logits[2] - logits[1]).abs().max() > 1e-3
@@ -195,11 +198,11 @@ def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama
 
 def test_what_is_added_to_a_tied_output_is_not_the_inputs(tiny_gpt2, tiny_tokenizer, tmp_path):
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["lm_head", "c_attn"], init_lora_weights=False)
-    adapted = get_peft_model(models.load_policy(str(tiny_gpt2), tiny_tokenizer), lora).eval()
+    adapted = get_peft_model(load_policy(str(tiny_gpt2), tiny_tokenizer), lora).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     expected = adapted(ids).logits
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    models.merge_adapter(tmp_path, tiny_tokenizer)
+    merge_adapter(tmp_path, tiny_tokenizer)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -209,7 +212,7 @@ def test_an_adapter_policy_without_lora_is_refused(tiny_records, tmp_path):
     (tmp_path / "policy" / "adapter_config.json").write_text("{}")
     stage = config.PPOStage(run="t", runs=str(tmp_path), policy=str(tmp_path / "policy"), reward="math:sqrt", records=str(tiny_records))
     with pytest.raises(UserError, match="set lora"):
-        ppo.load_policy(stage, None)
+        ppo.load_trained_policy(stage, None)
 
 
 @pytest.mark.parametrize(

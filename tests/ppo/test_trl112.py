@@ -11,9 +11,11 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from pipeline import PPOConfig, PPOTrainer, encoding, models
-from pipeline.ppo import math as ppo
-from pipeline.sampling import Answers
+from pipeline import PPOConfig, PPOTrainer
+from pipeline.models.chat import pad_rows, prompt_ids
+from pipeline.models.generation import Responses
+from pipeline.models.loading import load_policy
+from pipeline.ppo import functional
 
 from .ranks import on_two_ranks
 from .trl112 import update
@@ -34,7 +36,7 @@ def world(tiny_gpt2, tiny_tokenizer):
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.pad_token = pad_token or tokenizer.pad_token
         torch.manual_seed(0)
-        policy = models.load_policy(str(tiny_gpt2), tokenizer)
+        policy = load_policy(str(tiny_gpt2), tokenizer)
         reference = copy.deepcopy(policy)
         for parameter in reference.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
@@ -56,7 +58,7 @@ def rollout(tokenizer, lengths):
     texts = [" ".join(["What", "is", "the", "capital", "of", "Italy", "then", "?"][: 1 + i]) for i in range(len(lengths))]
     ends = [[tokenizer.eos_token_id] if length < LONGEST else [] for length in lengths]
     answers = [rng.choices(tokens, k=n - len(end)) + end for n, end in zip(lengths, ends, strict=True)]
-    return [(text, encoding.prompt_ids(tokenizer, text), answer) for text, answer in zip(texts, answers, strict=True)]
+    return [(text, prompt_ids(tokenizer, text), answer) for text, answer in zip(texts, answers, strict=True)]
 
 
 def theirs(monkeypatch, world, given, folder, batches=1, **settings):
@@ -70,8 +72,8 @@ def ours(world, given, folder, scores=None, **settings):
 
     def generate(policy, tokenizer, prompts, *_, **__):
         drawn = [answers[tuple(prompt)] for prompt in prompts]
-        query, response = encoding.pad(prompts, tokenizer.pad_token_id, side="left"), encoding.pad(drawn, tokenizer.pad_token_id)
-        return Answers(*query, *response, ["" for _ in drawn], [ids[-1] == tokenizer.eos_token_id for ids in drawn])
+        query, response = pad_rows(prompts, tokenizer.pad_token_id, side="left"), pad_rows(drawn, tokenizer.pad_token_id)
+        return Responses(*query, *response, ["" for _ in drawn], [ids[-1] == tokenizer.eos_token_id for ids in drawn])
 
     def reward(completion_ids, **_):
         return [float(scores[tuple(ids)]) if scores else 0.0 for ids in completion_ids]
@@ -97,11 +99,11 @@ def test_an_update_ends_in_the_same_weights(estimator, world, tmp_path, monkeypa
     given = rollout(first[-1], FULL)
     seen = theirs(monkeypatch, first, given, tmp_path, **both)
     count = len(given) * LONGEST
-    monkeypatch.setattr(ppo, "whiten", lambda x, mask, whiten=ppo.whiten: whiten(x, mask) * ((count - 1) / count) ** 0.5)
+    monkeypatch.setattr(functional, "whiten", lambda x, mask, whiten=functional.whiten: whiten(x, mask) * ((count - 1) / count) ** 0.5)
     scores = {answer: row["scores"] for answer, row in seen.rows.items()}
     trainer, experience = ours(second, given, tmp_path, scores, **both)
 
-    for row, answer in enumerate(experience.answers.token_lists()):
+    for row, answer in enumerate(experience.responses.token_lists()):
         torch.testing.assert_close(experience.values[row], seen.rows[tuple(answer)]["values"], atol=1e-5, rtol=1e-4)
         expected = seen.rows[tuple(answer)]["advantages"] + seen.rows[tuple(answer)]["values"]
         torch.testing.assert_close(experience.returns[row], expected, atol=1e-5, rtol=1e-4)
@@ -154,7 +156,7 @@ def test_their_score_lands_one_token_after_the_eos(world, tmp_path, monkeypatch)
     given = rollout(first[-1], RAGGED)
     seen = theirs(monkeypatch, first, given, tmp_path, **both)
     _, experience = ours(second, given, tmp_path, {answer: row["scores"] for answer, row in seen.rows.items()}, **both)
-    for row, answer in enumerate(map(tuple, experience.answers.token_lists())):
+    for row, answer in enumerate(map(tuple, experience.responses.token_lists())):
         after, score = torch.arange(LONGEST) > len(answer), float(seen.rows[answer]["scores"])
         their_values = torch.where(after, 0.0, seen.rows[answer]["values"])
         returns = torch.cat([seen.rows[answer]["advantages"] + their_values, torch.zeros(1)])
@@ -217,7 +219,7 @@ def test_they_neither_evaluate_nor_resume_nor_keep_the_critic(world, tmp_path, m
 
 
 def test_their_reward_model_reads_the_policys_ids(world, tmp_path, monkeypatch):
-    """One with another, smaller vocabulary fails at best. Here it is given texts: tests/reward/test_sources.py."""
+    """One with another, smaller vocabulary fails at best. Here it is given texts: tests/reward/test_functions.py."""
     policy, reference, head, classifier, tokenizer = world()
     classifier.resize_token_embeddings(50)
     with pytest.raises(IndexError):

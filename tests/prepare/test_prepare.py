@@ -9,9 +9,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PrepareStage
+from pipeline.config import PrepareStage, Source
+from pipeline.data.quarantine import count_and_quarantine
+from pipeline.data.readers import _rows, read_source
+from pipeline.data.validation import class_names, validate_records
 from pipeline.errors import UserError
-from pipeline.prepare import _account, _refuse_fruitless, checks, readers, run
+from pipeline.prepare.stage import _require_valid_rows, run
 
 Q = [{"role": "user", "content": "Q"}]
 
@@ -284,17 +287,17 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str
     lines = data.draw(st.lists(junk, min_size=1, max_size=10))
     path = tmp_path / "junk.jsonl"
     path.write_text("\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]), encoding="utf-8", errors="surrogatepass")
-    source = readers.Source(format=format, path=str(path))
-    read = len(list(readers._rows(source)))
-    items = readers.read(source, seed=0)
-    checks.check(items, checks.class_names([source], items))
+    source = Source(format=format, path=str(path))
+    read = len(list(_rows(source)))
+    items = read_source(source, seed=0)
+    validate_records(items, class_names([source], items))
     kept = sum(len(item.rows) for item in items if not item.fault)
     judged = [(row, item.fault) for item in items for row in item.rows]
     if not kept:
         with pytest.raises(UserError, match=f"of {read} rows none"):
-            _refuse_fruitless(source, items)
+            _require_valid_rows(source, items)
         return
-    counts = _account(judged, tmp_path / "quarantine.jsonl")
+    counts = count_and_quarantine(judged, tmp_path / "quarantine.jsonl")
     assert counts["read"] == read
     assert counts["kept"] == kept == read - len(quarantined(tmp_path))
     assert sum(counts["quarantined"].values()) == len(quarantined(tmp_path))
@@ -310,7 +313,7 @@ def test_a_hub_dataset_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for revision in ("c0ffee", "c0ffee", "decaf"):
-        monkeypatch.setattr("pipeline.hub.commit", lambda *_, commit=revision: commit)
+        monkeypatch.setattr("pipeline.artifacts.hub.resolve_commit", lambda *_, commit=revision: commit)
         published = prepare(tmp_path, {"format": "prompts", "hub": "org/name"})
         assert manifest(published)["inputs"]["org/name"]["revision"] == revision
     assert read_at == ["c0ffee", "decaf"]

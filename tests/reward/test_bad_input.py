@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
-from pipeline import RewardModel, config, prepare, reward
+from pipeline import RewardModel, config
 from pipeline.errors import UserError
+from pipeline.prepare import stage as prepare
+from pipeline.reward import stage as reward
 
 GOOD = [{"prompt": f"Name {n} fruits.", "responses": ["An apple.", "No.", f"{n}"], "ranks": [1, 3, 2]} for n in range(8)]
 MESSAGES = {

@@ -8,10 +8,13 @@ import pytest
 import torch
 import yaml
 
-from pipeline import RewardModel, artifact, config, markdown, reward
-from pipeline.reward import card
-from pipeline.reward.encoding import Encoding, encode
-from pipeline.reward.model import Settings
+from pipeline import RewardModel, config
+from pipeline.artifacts.manifest import NOT_IDENTITY
+from pipeline.formatting.markdown import format_cell, format_place
+from pipeline.reward import stage as reward
+from pipeline.reward.card import front_matter, reward_lines, training_table
+from pipeline.reward.encoding import Encoding, encode_response
+from pipeline.reward.settings import RewardSettings
 
 CLASSES = {"objective": "classification", "positive_label": "nothate"}
 MADE = {  # what tells each model from a pairwise one that reads a chat
@@ -57,7 +60,7 @@ def test_the_code_computes_the_reward(made, asked):
     rm, (question, answer) = RewardModel.load(folder), EXAMPLE
     repeats = (1, 9) if name == "right" else (20, 1)
     texts = {"as printed": EXAMPLE, "too long": (question * repeats[0], answer * repeats[1]), "no prompt": ("", answer)}[asked]
-    assert encode(rm.tokenizer, rm.settings.encoding, *texts).overlong == (asked == "too long")
+    assert encode_response(rm.tokenizer, rm.settings.encoding, *texts).overlong == (asked == "too long")
     for example, given in zip(EXAMPLE, texts, strict=True):
         plain = plain.replace(json.dumps(example), json.dumps(given))
     scope = {}
@@ -72,10 +75,10 @@ def test_the_code_computes_the_reward(made, asked):
 @pytest.mark.parametrize(("output", "penalty"), [("logit", 0), ("log_odds", 0), ("probability", 0), ("ensemble", 0), ("ensemble", 0.5)])
 def test_every_output_is_read_as_the_settings_say(output, penalty, sign):
     names, how = ["a", "b", "c"], Encoding(form="pair")
-    settings = Settings(outputs=names, encoding=how, output=output, logit=1, sign=sign, uncertainty_penalty=penalty)
+    settings = RewardSettings(outputs=names, encoding=how, output=output, logit=1, sign=sign, uncertainty_penalty=penalty)
     logits = torch.tensor([[0.3, -1.2, 2.5]])
     scope = {"inputs": {}, "model": lambda: SimpleNamespace(logits=logits)}
-    exec("\n".join(card.reward_lines(settings)), scope)
+    exec("\n".join(reward_lines(settings)), scope)
     assert scope["reward"] == pytest.approx(settings.reward(logits).item())
 
 
@@ -85,7 +88,7 @@ def test_the_summary_ends_the_card_and_neither_says_when_or_where(made, tmp_path
     assert re.findall("^## (.*)", text, re.M) == ["How to load it", "Data", "Architecture", "Training", "Evaluation", "Limits"]
     assert str(tmp_path_factory.getbasetemp()) not in text
     assert not re.search(r"runtime|per_second|20\d\d-\d\d|\{\{|\{%|None|\n\n\n", text)
-    assert {"README.md", "summary.md"} <= artifact.NOT_IDENTITY
+    assert {"README.md", "summary.md"} <= NOT_IDENTITY
     assert yaml.safe_load(text.split("---")[1]) == {
         "pipeline_tag": "text-classification", "library_name": "transformers", "tags": ["reward-model", "trl"],
     }  # fmt: skip
@@ -93,8 +96,8 @@ def test_the_summary_ends_the_card_and_neither_says_when_or_where(made, tmp_path
 
 def test_the_hub_is_told_the_base():
     of_hub = config.RewardStage(run="t", model="openai-community/gpt2")
-    assert yaml.safe_load(card.front_matter(of_hub))["base_model"] == "openai-community/gpt2"
-    assert "base_model" not in yaml.safe_load(card.front_matter(config.RewardStage(run="t", model="scratch")))
+    assert yaml.safe_load(front_matter(of_hub))["base_model"] == "openai-community/gpt2"
+    assert "base_model" not in yaml.safe_load(front_matter(config.RewardStage(run="t", model="scratch")))
 
 
 def test_the_data_are_those_of_the_manifests(made, tiny_feedback):
@@ -141,16 +144,16 @@ def test_the_losses_are_those_of_the_log(made):
 
 def test_a_training_loss_is_the_mean_since_the_row_before():
     log = [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 4.0}, {"step": 3, "eval_loss": 2.5, "epoch": 1.0}, {"step": 4, "loss": 0.5}]
-    assert card.progress(log).rows == [["1", "2.0000", "2.5000"]]
-    assert card.progress([entry for entry in log if "loss" in entry]).rows == [
+    assert training_table(log).rows == [["1", "2.0000", "2.5000"]]
+    assert training_table([entry for entry in log if "loss" in entry]).rows == [
         ["2", "1.0000", "–"], ["3", "4.0000", "–"], ["4", "0.5000", "–"],
     ]  # fmt: skip
     started = [{"step": 0, "eval_loss": 3.0, "epoch": 0}, {"step": 5, "eval_loss": 2.0, "epoch": 0.5}]
-    assert card.progress(started) == ("Losses", ("step", "training loss", "validation loss"), [["0", "–", "3.0000"], ["5", "–", "2.0000"]])
+    assert training_table(started) == ("Losses", ("step", "training loss", "validation loss"), [["0", "–", "3.0000"], ["5", "–", "2.0000"]])
 
 
 def test_a_long_log_is_told_in_twenty_rows():
-    rows = card.progress([{"step": step, "loss": float(step)} for step in range(1, 101)]).rows
+    rows = training_table([{"step": step, "loss": float(step)} for step in range(1, 101)]).rows
     assert [row[0] for row in rows] == [str(step) for step in range(5, 101, 5)]
     assert rows[0][1:] == ["3.0000", "–"]
     assert rows[-1][1:] == ["98.0000", "–"]
@@ -169,8 +172,8 @@ def test_the_limits_are_those_of_the_objective(made):
 def test_paths_are_told_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"runs/t": "runs/t", tmp_path / "runs" / "t": "runs/t", tmp_path.parent / "elsewhere": "elsewhere", "org/name": "org/name"}
-    assert [markdown.place(path) for path in places] == list(places.values())
+    assert [format_place(path) for path in places] == list(places.values())
 
 
 def test_a_cell_stays_one_cell():
-    assert markdown.cell("a | b\nc") == "a \\| b c"
+    assert format_cell("a | b\nc") == "a \\| b c"

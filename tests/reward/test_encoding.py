@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import config, models
+from pipeline import config
 from pipeline.errors import UserError
-from pipeline.reward.encoding import Encoding, check, encode, shorten
+from pipeline.models.scratch import train_tokenizer
+from pipeline.reward.encoding import Encoding, check_encoding, encode_response, truncated_lengths
 
 SIZE = config.Scratch(vocabulary=260, positions=128)
-DECODER = models.scratch_tokenizer([], SIZE, "\n")
-ENCODER = models.scratch_tokenizer([], SIZE, "\n", encoder=True)
+DECODER = train_tokenizer([], SIZE, "\n")
+ENCODER = train_tokenizer([], SIZE, "\n", encoder=True)
 CHAT, PAIR, TEXT = (Encoding(form=form, eos=form == "chat") for form in ("chat", "pair", "concatenation"))
 
 
@@ -33,7 +34,7 @@ def cut(how, max_length, side="left"):
     ],
 )
 def test_forms(tokenizer, how, expected, answer):
-    found = encode(tokenizer, how, "ab", "cd")
+    found = encode_response(tokenizer, how, "ab", "cd")
     assert text(tokenizer, found.ids) == expected
     assert not found.overlong
     if answer is not None:
@@ -57,7 +58,7 @@ def test_forms(tokenizer, how, expected, answer):
     ],
 )
 def test_what_is_cut(tokenizer, how, expected):
-    found = encode(tokenizer, how, "abcd", "xyz")
+    found = encode_response(tokenizer, how, "abcd", "xyz")
     assert text(tokenizer, found.ids) == expected
     assert len(found.ids) == how.max_length
     assert found.overlong
@@ -65,7 +66,7 @@ def test_what_is_cut(tokenizer, how, expected):
 
 @given(prompt=st.integers(0, 50), answer=st.integers(1, 50), most=st.integers(2, 60), side=st.sampled_from(["left", "right"]))
 def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, side):
-    first, second = shorten(prompt, answer, most, side)
+    first, second = truncated_lengths(prompt, answer, most, side)
     assert first + second == min(prompt + answer, most)
     assert (first >= 1) == (prompt >= 1)
     assert second >= 1
@@ -80,7 +81,7 @@ def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, sid
     answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
 )
 def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
-    found = encode(ENCODER, PAIR, prompt, answer)
+    found = encode_response(ENCODER, PAIR, prompt, answer)
     own = ENCODER(prompt, answer, return_token_type_ids=True)
     assert found.ids == own["input_ids"]
     assert [int(i >= found.answer) for i in range(len(found.ids))] == own["token_type_ids"]
@@ -89,23 +90,25 @@ def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
 def test_messages_are_their_text():
     message = [{"role": "user", "content": "ab"}]
     for tokenizer, how in ((DECODER, CHAT), (ENCODER, PAIR), (ENCODER, TEXT)):
-        assert encode(tokenizer, how, message, [{"role": "assistant", "content": "cd"}]) == encode(tokenizer, how, "ab", "cd")
+        assert encode_response(tokenizer, how, message, [{"role": "assistant", "content": "cd"}]) == encode_response(
+            tokenizer, how, "ab", "cd"
+        )
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert text(ENCODER, encode(ENCODER, PAIR, turns, "cd").ids) == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
+    assert text(ENCODER, encode_response(ENCODER, PAIR, turns, "cd").ids) == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
 
 
 def test_no_prompt_is_the_answer_alone():
-    assert text(ENCODER, encode(ENCODER, TEXT, "", "cd").ids) == "[CLS]cd[SEP]"
+    assert text(ENCODER, encode_response(ENCODER, TEXT, "", "cd").ids) == "[CLS]cd[SEP]"
 
 
 @pytest.mark.parametrize("odd", ["🙂 émoji", "שלום עולם", "a\r\nb", "word " * 20000])
 def test_odd_text_is_read_like_any_other(odd):
     for tokenizer, how in ((DECODER, CHAT), (ENCODER, PAIR), (ENCODER, TEXT)):
-        found = encode(tokenizer, how, "q", odd)
+        found = encode_response(tokenizer, how, "q", odd)
         assert 3 <= len(found.ids) <= how.max_length
         assert found.overlong == (len(odd) > 512)
 
 
 def test_eos_must_be_there_where_it_is_wanted():
     with pytest.raises(UserError, match=r"has no EOS token; set encoding\.eos: false"):
-        check(ENCODER, Encoding("chat"), "x")
+        check_encoding(ENCODER, Encoding("chat"), "x")

@@ -9,9 +9,11 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pipeline import RewardModel, config, encoding, reward
-from pipeline.reward import sources
-from pipeline.reward.examples import examples
+from pipeline import RewardModel, config
+from pipeline.models.chat import completion_text
+from pipeline.reward import stage as reward
+from pipeline.reward.dataset import tokenize_records
+from pipeline.reward.functions import reward_from_model
 from pipeline.reward.trainer import RewardTrainer
 
 FIVE = ("gpt2-ranked", "toxicity", "gpt2-acceptance", "bert-regression", "distilbert-ranked")
@@ -78,7 +80,7 @@ def trainer_outputs(loaded, folder, prompts, responses, tmp_path):
     made_up["rankings"] = {"responses": [[r, r + "!"] for r in responses], "ranks": [[1, 2]] * 200}
     made_up["labels"] = {"completion": responses, "label": [0] * 200}
     kind = config.OBJECTIVES[loaded.objective].kind
-    rows, _ = examples(Dataset.from_dict({"prompt": prompts} | made_up[kind]), kind, rm.tokenizer, rm.settings.encoding, False)
+    rows, _ = tokenize_records(Dataset.from_dict({"prompt": prompts} | made_up[kind]), kind, rm.tokenizer, rm.settings.encoding, False)
     args = RewardConfig(
         str(tmp_path), per_device_eval_batch_size=8, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False,
         remove_unused_columns=False,
@@ -101,7 +103,7 @@ def test_one_reading_everywhere(five, answered, tiny_tokenizer, tmp_path):
     part = rm.settings.logit
     assert plain_logits(folder, prompts, responses)[:, part].tolist() == pytest.approx(expected, **close)
     assert trainer_outputs(loaded, folder, prompts, responses, tmp_path)[:, part].tolist() == pytest.approx(expected, **close)
-    source = sources.from_model(RewardModel.load(folder))  # PPO's: it is given text, whatever the ids of the policy's tokenizer
+    source = reward_from_model(RewardModel.load(folder))  # PPO's: it is given text, whatever the ids of the policy's tokenizer
     ids = [tiny_tokenizer(text)["input_ids"] for text in responses]
     assert source.score(prompts, responses, completion_ids=ids, ended=[True] * 200) == pytest.approx(expected, **close)
     if loaded.objective != "classification":
@@ -193,4 +195,4 @@ def test_a_recipe_scores_alike_as_messages(five, answered):
     prompts, responses = (column[:5] for column in answered)
     as_messages = [[{"role": "user", "content": p}] for p in prompts], [[{"role": "assistant", "content": r}] for r in responses]
     assert rm.score(*as_messages) == pytest.approx(rm.score(prompts, responses), abs=1e-5)
-    assert encoding.plain(as_messages[1][0]) == responses[0]
+    assert completion_text(as_messages[1][0]) == responses[0]

@@ -9,10 +9,12 @@ from datasets import load_from_disk
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pipeline import RewardModel, config, encoding, reward
+from pipeline import RewardModel, config
 from pipeline.errors import UserError
+from pipeline.models.chat import encode_pair
+from pipeline.reward import stage as reward
+from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding
-from pipeline.reward.examples import examples
 
 FORMS = {
     "full": {},
@@ -129,10 +131,10 @@ def test_alpha_normalize_rank_and_best_of_n(full, pairs):
 
 def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
     rows = load_from_disk(str(tiny_records / "comparisons"))["train"].select(range(3))
-    made, _ = examples(rows, "comparisons", tiny_tokenizer, Encoding(max_length=96), drop=False)
+    made, _ = tokenize_records(rows, "comparisons", tiny_tokenizer, Encoding(max_length=96), drop=False)
     for row, found in zip(rows, made, strict=True):
         # As SFT reads the same prompt and answer.
-        assert found["ids"] == [add(*encoding.encode(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")]
+        assert found["ids"] == [add(*encode_pair(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")]
         assert found["target"] == [1, 2]
         assert found["length"] == sum(map(len, found["ids"]))
 

@@ -10,11 +10,13 @@ from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline import RewardModel, config, models, reward
+from pipeline import RewardModel, config
 from pipeline.errors import UserError
+from pipeline.models.loading import head_config, head_module_names, load_classifier, load_tokenizer
 from pipeline.reward import metrics
+from pipeline.reward import stage as reward
+from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding
-from pipeline.reward.examples import examples
 from pipeline.reward.trainer import RewardTrainer
 
 CHAT = Encoding(max_length=96)
@@ -39,10 +41,10 @@ def of_pairs(base, folder, pairs=PAIRS, peft_config=None, **more):
     """(our trainer, TRL's own) on the same pairs from the same weights."""
     found = []
     for cls in (RewardTrainer, trl.RewardTrainer):
-        tokenizer = models.load_tokenizer(str(base))
+        tokenizer = load_tokenizer(str(base))
         torch.manual_seed(0)
-        model = models.load_classifier(str(base), tokenizer, head=models.new_head(["reward"], "regression"))
-        rows, _ = examples(pairs, "comparisons", tokenizer, CHAT, False)
+        model = load_classifier(str(base), tokenizer, head=head_config(["reward"], "regression"))
+        rows, _ = tokenize_records(pairs, "comparisons", tokenizer, CHAT, False)
         if cls is trl.RewardTrainer:
             ids = {side: [row["ids"][i] for row in rows] for i, side in enumerate(("chosen_ids", "rejected_ids"))}
             rows = Dataset.from_dict(ids | ({"margin": rows["margin"][:]} if "margin" in rows.column_names else {}))
@@ -108,7 +110,7 @@ def test_an_encoder_without_eos_reads_a_prompt_and_an_answer_apart(tiny_encoders
     model = AutoModelForSequenceClassification.from_pretrained(tiny_encoders["bert"], num_labels=1)
     with pytest.raises(TypeError):
         trl.RewardTrainer(model, args=arguments(tmp_path), train_dataset=PAIRS, processing_class=tokenizer)
-    rows, _ = examples(PAIRS, "comparisons", tokenizer, Encoding("pair", eos=False, max_length=96), False)
+    rows, _ = tokenize_records(PAIRS, "comparisons", tokenizer, Encoding("pair", eos=False, max_length=96), False)
     assert tokenizer.decode(rows[3]["ids"][0]) == "[CLS]What is 3?[SEP]It is 3.[SEP]"
     trainer = RewardTrainer(model, "pairwise", args=arguments(tmp_path, max_steps=1), train_dataset=rows, processing_class=tokenizer)
     trainer.train()
@@ -123,17 +125,17 @@ def test_no_pair_is_dropped_in_silence_or_cut_into_two_equal_texts(tiny_tokenize
             "rejected": ["No.", "No.", "word " * 200 + "fin"],
         }
     )
-    kept, counts = examples(long, "comparisons", tiny_tokenizer, CHAT, drop=False)
+    kept, counts = tokenize_records(long, "comparisons", tiny_tokenizer, CHAT, drop=False)
     assert counts == {"cut": 1, "alike once cut": 1}
     assert len(kept) == 2
     assert all(chosen != rejected for chosen, rejected in kept["ids"])
-    kept, counts = examples(long, "comparisons", tiny_tokenizer, CHAT, drop=True)
+    kept, counts = tokenize_records(long, "comparisons", tiny_tokenizer, CHAT, drop=True)
     assert (len(kept), counts) == (1, {"dropped": 1, "alike once cut": 1})
 
 
 def test_two_answers_of_one_rank_may_be_alike(tiny_tokenizer):
     tied = Dataset.from_dict({"prompt": ["q"], "responses": [["word " * 300, "word " * 301, "No."]], "ranks": [[1, 1, 2]]})
-    assert examples(tied, "rankings", tiny_tokenizer, CHAT, drop=False)[1] == {"cut": 1}
+    assert tokenize_records(tied, "rankings", tiny_tokenizer, CHAT, drop=False)[1] == {"cut": 1}
 
 
 @pytest.mark.parametrize(("kind", "field"), [("comparisons", "margin"), ("ratings", "rating")])
@@ -141,7 +143,7 @@ def test_a_number_that_is_none_would_ruin_the_weights(tiny_tokenizer, kind, fiel
     columns = {"comparisons": {"chosen": ["a", "a"], "rejected": ["b", "b"]}, "ratings": {"completion": ["a", "a"]}}[kind]
     rows = Dataset.from_dict({"prompt": ["p", "q"], **columns, field: [0.5, math.nan]})
     with pytest.raises(UserError, match=f"{kind}: row 1: {field} is nan, expected a finite number"):
-        examples(rows, kind, tiny_tokenizer, CHAT, drop=False)
+        tokenize_records(rows, kind, tiny_tokenizer, CHAT, drop=False)
 
 
 def test_lora_trains_the_head_whatever_the_config_says(tiny_gpt2, tmp_path):
@@ -159,7 +161,7 @@ def test_what_comes_after_the_pretrained_part_is_trained_under_lora():
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 100}
     for name in ("deberta-v2", "roberta", "distilbert", "bert"):
         made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **size))
-        found[name] = models.heads(made)
+        found[name] = head_module_names(made)
     assert found == {
         "deberta-v2": ["classifier", "pooler"], "roberta": ["classifier"], "distilbert": ["classifier", "pre_classifier"],
         "bert": ["classifier", "pooler"],
@@ -172,16 +174,16 @@ def test_a_base_that_is_an_adapter_is_merged_first(tiny_gpt2, tmp_path):
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), lora)
     policy.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path)
-    tokenizer, head = models.load_tokenizer(str(tmp_path)), models.new_head(["reward"], "regression")
-    merged = models.load_classifier(str(tmp_path), tokenizer, head=head)
+    tokenizer, head = load_tokenizer(str(tmp_path)), head_config(["reward"], "regression")
+    merged = load_classifier(str(tmp_path), tokenizer, head=head)
     ids = torch.tensor([[5, 6, 7, 8]])
     hidden = lambda model: model(ids, output_hidden_states=True).hidden_states[-1]  # noqa: E731
-    bare = models.load_classifier(str(tiny_gpt2), tokenizer, head=head)
+    bare = load_classifier(str(tiny_gpt2), tokenizer, head=head)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     torch.testing.assert_close(hidden(merged), hidden(policy.eval()), atol=1e-5, rtol=1e-5)
     assert (hidden(merged) - hidden(bare)).abs().max() > 1e-2
     with pytest.raises(UserError, match="is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none"):
-        models.load_classifier(str(tmp_path), tokenizer, head=head, quantization="8bit")
+        load_classifier(str(tmp_path), tokenizer, head=head, quantization="8bit")
 
 
 def test_lora_that_finds_no_modules_is_one_line(tiny_feedback, tiny_encoders, tmp_path):
@@ -198,7 +200,7 @@ def test_what_trl_would_change_behind_the_encoding_is_refused():
 def test_foreign_ranks_that_cannot_be_meant_are_refused(ranks, tiny_tokenizer):
     rows = Dataset.from_dict({"prompt": ["p"], "responses": [["a", "b", "c"]], "ranks": [ranks]})
     with pytest.raises(UserError, match=r"rankings: row 0: ranks are \[.*\] for 3 answers; expected one for each, 1 the best"):
-        examples(rows, "rankings", tiny_tokenizer, CHAT, drop=False)
+        tokenize_records(rows, "rankings", tiny_tokenizer, CHAT, drop=False)
 
 
 def stage(records, runs, model, objective, *more):
@@ -247,9 +249,9 @@ def test_an_ensemble_of_heads_shares_one_backbone(tiny_feedback, tiny_gpt2, tmp_
 
 
 def test_each_member_learns_from_rows_of_its_own(tiny_gpt2, tmp_path):
-    tokenizer = models.load_tokenizer(str(tiny_gpt2))
-    model = models.load_classifier(str(tiny_gpt2), tokenizer, head=models.new_head(["a", "b"], "regression"))
-    rows, _ = examples(PAIRS, "comparisons", tokenizer, CHAT, False)
+    tokenizer = load_tokenizer(str(tiny_gpt2))
+    model = load_classifier(str(tiny_gpt2), tokenizer, head=head_config(["a", "b"], "regression"))
+    rows, _ = tokenize_records(PAIRS, "comparisons", tokenizer, CHAT, False)
     rows = rows.add_column("members", [[n % 2 == 0, False] for n in range(17)])
     trainer = RewardTrainer(model, "pairwise", args=arguments(tmp_path), train_dataset=rows, processing_class=tokenizer)
     inputs = trainer._collate([rows[i] for i in range(4)])

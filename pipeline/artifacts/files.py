@@ -1,0 +1,95 @@
+"""Files as artifacts need them: hashed once, synced to disk, JSON read and written."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.distributed.progress import progress_bar
+from pipeline.errors import UserError
+
+# In the user's own cache: nothing is written beside what a user brings.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
+
+
+def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
+    """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
+
+    A file whose size and mtime are in the cache is not read again; `cached=False` reads all and renews the cache.
+    """
+    path = Path(path).absolute()
+    cache = CACHE / f"{hash_value(str(path))[:16]}.json"
+    known: dict[str, list[Any]] = read_json(cache)
+    found = list_files(path)
+    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in found.items()}
+    entries = {name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp}
+    unread = [name for name in found if name not in entries]
+    with progress_bar(f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1) as shown:
+        for name in unread:
+            entries[name] = [*stamps[name], hash_file(found[name])]
+            shown.update(stamps[name][0])
+    if entries != known:
+        with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, entries)
+    return {name: str(entries[name][2]) for name in found}
+
+
+def list_files(path: Path) -> dict[str, Path]:
+    """Relative POSIX path -> file. Hidden files are never content: a download's .cache, a clone's .git."""
+    if path.is_file():
+        return {path.name: path}
+    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return {name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+
+
+def hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_value(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sync_to_disk(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems, and Windows, cannot sync a folder
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} if there is none to be read: whoever wrote it was interrupted."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def hold_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path`, which the operating system releases if this process dies.
+
+    Raises `UserError` with the message `busy` if another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path, timeout=0).acquire()
+    except Timeout:
+        raise UserError(busy) from None
+    with lock:
+        yield

@@ -1,0 +1,164 @@
+"""`PolicyTrainer`: what PPO and TRL's trainers share. They sample, score, evaluate and publish policies in one way."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from pipeline.distributed.sharding import full_state_dict, with_full_params
+from pipeline.errors import UserError
+from pipeline.models.generation import Responses, generate, prepare_prompts, uniforms
+from pipeline.models.loading import max_positions
+from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
+from pipeline.ppo.samples import write_samples
+from pipeline.reward.functions import RewardFunction, RewardSource, call_reward_function
+
+EVALUATION = "evaluation"  # takes the place of the rollout's number in the key of random numbers
+POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept
+BEST_STEP = "best_step"  # file that names the step of best/
+TEXT_COLUMNS = ("prompt", "answer")
+SELECTION_METRICS = ("scorer_reward", "gold_reward", "reward")  # the first that exists selects best/
+
+
+class GenerationShape(NamedTuple):
+    """At most `response_tokens` per response, `samples` responses per held-out prompt.
+
+    `options` go to `pipeline.models.generation.generate`.
+    """
+
+    response_tokens: int
+    samples: int
+    options: dict[str, Any]
+
+
+class PolicyTrainer(Trainer):
+    """A trainer of policies whose evaluations call this project's rewards, whatever the algorithm.
+
+    `reward` is trained on; `scorer` and `gold` are only evaluated. The best policy so far is published in `best/`: best
+    by the scorer if there is one, else by gold, else by reward. With `keep`, every evaluation's policy is published in
+    `policies/step-N/`.
+    """
+
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    eval_dataset: Any
+    actor: ActorCritic
+    reward: RewardSource
+    scorer: RewardFunction | None = None
+    gold: RewardFunction | None = None
+    generation: GenerationShape
+    max_prompt_tokens: int
+    keep: bool = False
+    generate: Callable[..., Responses] = staticmethod(generate)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return means over the responses to held-out prompts: rewards, KL to the reference, length."""
+        self.model.eval()  # TRL's trainers tell by the mode whose metrics are logged
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        total = len(data) * self.generation.samples
+        table = with_full_params(
+            self,
+            self.actor,
+            self.actor.policy,
+            lambda: share_rows(lambda numbers: self._evaluate_rows(data, numbers), total, self.args),
+        )
+        names = [name for name in table[0] if name not in TEXT_COLUMNS]
+        metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names}
+        self.log(dict(metrics))
+
+        selection = next(name for name in SELECTION_METRICS if name in names)
+        if self.args.should_save:
+            write_samples(self, table)
+            if warning := overoptimization_warning(self.state.log_history, table, selection):
+                print(f"  {warning}", flush=True)
+        self._keep_policy(metrics[f"{metric_key_prefix}_{selection}"])
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sample(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Responses:
+        """Sample a response to each of these prompts of `data`.
+
+        The random numbers of a response derive from its number in `rows` and from `rollout`.
+        """
+        texts = [data[i]["prompt"] for i in indices]
+        prompts = prepare_prompts(self.processing_class, texts, self.max_prompt_tokens)
+        numbers = uniforms(self.args.seed, rollout, rows, self.generation.response_tokens)
+        with self.accelerator.autocast():
+            return self.generate(
+                self.actor.policy, self.processing_class, prompts, numbers, **self.generation.options
+            )
+
+    def score(
+        self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]
+    ) -> list[float]:
+        """Return the function's score of each response, given the record of its prompt."""
+        records = data.select(indices)[:]
+        return call_reward_function(
+            function, records.pop("prompt"), responses.texts, responses.token_lists(), responses.ended, records
+        )
+
+    def publish(self, folder: Path) -> None:
+        """Write the policy (under LoRA its adapter) as others load it, and its tokenizer. All ranks call it, one writes."""
+        weights = full_state_dict(self)
+        if self.args.should_save:
+            self.write(folder, weights)
+
+    def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
+        """Write on rank 0 what `publish` publishes; `weights` is the full state if the model is sharded."""
+        folder.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {}
+        if isinstance(self.actor.policy, PeftModel):
+            options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+        self.actor.policy.save_pretrained(folder, state_dict=submodule_state(weights, "policy"), **options)
+        self.processing_class.save_pretrained(folder)
+
+    def _evaluate_rows(self, data: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+        """Sample, score and measure the responses of these numbers; a row holds prompt, answer and metrics."""
+        indices = [number % len(data) for number in numbers]
+        responses = self.sample(data, indices, EVALUATION, numbers)
+        scorers = {"reward": self.reward.score, "scorer_reward": self.scorer, "gold_reward": self.gold}
+
+        columns: dict[str, Any] = {"prompt": data[indices]["prompt"], "answer": responses.texts}
+        for name, scorer in scorers.items():
+            if scorer is not None:
+                columns[name] = self.score(scorer, responses, data, indices)
+        with self.accelerator.autocast():
+            columns["kl"] = kl_to_reference(self.actor, responses, self.generation.options["temperature"])
+        columns["response_tokens"] = responses.response_mask.sum(1).tolist()
+        columns["ended_fraction"] = list(map(float, responses.ended))
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _keep_policy(self, metric: float) -> None:
+        """Publish the policy if it is the best so far; what is best is part of the Trainer's state, and so of checkpoints."""
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        if self.state.best_metric is None or metric > self.state.best_metric:
+            self.state.best_metric, self.state.best_global_step = metric, step
+            self.publish(folder / "best")
+            if self.args.should_save:
+                (folder / BEST_STEP).write_text(str(step))
+        if self.keep and step:  # at step 0 it is the SFT policy
+            self.publish(folder / POLICIES / f"step-{step:06}")
+
+
+def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """Return the weights of the submodule `name` under their names in it."""
+    prefix = f"{name}."
+    return weights and {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> int:
+    """Return how many prompt tokens fit before a response. Raises `UserError` if none does."""
+    positions = max_positions(policy)
+    budget = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - response_tokens)
+    if budget < 1:
+        raise UserError(
+            f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's {positions} positions"
+        )
+    return budget

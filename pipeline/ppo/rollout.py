@@ -1,0 +1,197 @@
+"""One rollout of PPO, in the order in which it happens.
+
+1. Sample a response to each prompt.
+2. Score the responses.
+3. Compute log-probabilities under the policy and its reference, and values.
+4. Shape the rewards: a KL penalty on every token, the score on the last.
+5. Estimate advantages and returns.
+6. Split the rollout into minibatches, one optimizer step each.
+
+`collect_rollout` does steps 1 to 5 and `iterate_minibatches` step 6; `RolloutDataLoader` hands the result to the
+Trainer. The losses are in `pipeline.ppo.loss`, the formulas in `pipeline.ppo.functional`.
+Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.models.generation import Responses, permutation
+from pipeline.ppo import functional
+from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.config import PPOConfig
+
+Minibatches = list[list[list[int]]]  # of one PPO epoch: the rows of each micro-batch of each minibatch
+TRAINED_ON = ("logprobs", "values", "advantages", "returns")
+
+
+@dataclass
+class Rollout:
+    """A scored rollout of B responses. `scores` is (B,); every other tensor is (B, T) over response tokens."""
+
+    responses: Responses
+    scores: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T), True on real response tokens."""
+        return self.responses.response_mask.bool()
+
+    @property
+    def kl(self) -> Tensor:
+        """(B,) KL to the reference in nats, one sample per response."""
+        return functional.sequence_kl(self.logprobs, self.ref_logprobs)
+
+
+def collect_rollout(
+    actor: ActorCritic,
+    args: PPOConfig,
+    number: int,
+    *,
+    sample: Callable[[list[int]], Responses],
+    score: Callable[[Responses, list[int]], Tensor],
+    autocast: Callable[[], Any],
+) -> Rollout:
+    """Sample and score the responses of one rollout, and estimate their advantages.
+
+    `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process, `score` the
+    responses and these rows; it returns (B,) scores as PPO learns from them.
+    """
+    rows = global_rows(args, number)
+    responses = sample(rows)
+    scores = score(responses, rows)
+
+    logprobs, ref_logprobs, values, entropy = _read_tokens(actor, responses, args, number, autocast)
+
+    mask = responses.response_mask.bool()
+    kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
+    rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
+
+    advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
+    advantages = functional.whiten(advantages, mask)  # after the returns, which keep the scale of the rewards
+    return Rollout(responses, scores, logprobs, ref_logprobs, values, entropy, advantages, returns)
+
+
+def global_rows(args: PPOConfig, number: int) -> list[int]:
+    """Return the global row numbers of this process in a rollout. All randomness of a row derives from its number."""
+    start = (number * args.world_size + args.process_index) * args.rollout_rows
+    return list(range(start, start + args.rollout_rows))
+
+
+@torch.no_grad()
+def _read_tokens(
+    actor: ActorCritic, responses: Responses, args: PPOConfig, number: int, autocast: Callable[[], Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (B, T) log-probabilities, reference log-probabilities, values and entropies.
+
+    They are computed in the very micro-batches of the first PPO epoch, in training mode: the probability ratio of the
+    first minibatch is then 1 to the bit.
+    """
+    actor.train()
+    shape, device = responses.response_ids.shape, responses.response_ids.device
+    logprobs, ref_logprobs, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
+
+    for rows in (rows for minibatch in split_minibatches(responses, args, number, 0) for rows in minibatch):
+        inputs = _trim_padding(responses, rows)
+        width = inputs["response_ids"].shape[1]
+        with autocast():
+            out = actor(**inputs, temperature=args.temperature)
+            ref_logprobs[rows, :width] = actor.reference_logprobs(**inputs, temperature=args.temperature)
+        logprobs[rows, :width] = out.logprobs
+        values[rows, :width] = out.values
+        entropy[rows, :width] = out.entropy
+    return logprobs, ref_logprobs, values, entropy
+
+
+def iterate_minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the micro-batches of each minibatch of each PPO epoch, in the order in which they are trained on."""
+    for ppo_epoch in range(args.num_ppo_epochs):
+        for minibatch in split_minibatches(rollout.responses, args, number, ppo_epoch):
+            yield [_micro_batch(rollout, rows) for rows in minibatch]
+
+
+def split_minibatches(responses: Responses, args: PPOConfig, number: int, ppo_epoch: int) -> Minibatches:
+    """Partition the rows of a rollout into minibatches, each cut into micro-batches of similar length.
+
+    The rows are shuffled in blocks. A block's permutation depends on its number among the blocks of all processes, so
+    that a minibatch is the same on any number of processes.
+    """
+    lengths = (responses.query_mask.sum(1) + responses.response_mask.sum(1)).tolist()
+    micro, blocks = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    block_rows = micro * args.num_mini_batches
+
+    minibatches: list[list[int]] = [[] for _ in range(args.num_mini_batches)]
+    for block in range(blocks):
+        key = (args.seed, "minibatches", number, ppo_epoch, args.process_index * blocks + block)
+        order = permutation(block_rows, *key)
+        for index, minibatch in enumerate(minibatches):
+            minibatch += [block * block_rows + row for row in order[index * micro : (index + 1) * micro]]
+
+    by_length = [sorted(minibatch, key=lambda row: lengths[row]) for minibatch in minibatches]
+    return [[rows[start : start + micro] for start in range(0, len(rows), micro)] for rows in by_length]
+
+
+def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
+    inputs: dict[str, Any] = _trim_padding(rollout.responses, rows)
+    width = inputs["response_ids"].shape[1]
+    for name in TRAINED_ON:
+        inputs[name] = getattr(rollout, name)[rows, :width]
+    return inputs | {"rows": rows}
+
+
+def _trim_padding(responses: Responses, rows: list[int]) -> dict[str, Tensor]:
+    """Return the four tensors of some rows without the padding that none of them needs."""
+    queries = int(responses.query_mask[rows].sum(1).max())
+    width = int(responses.response_mask[rows].sum(1).max())
+    return {
+        "query_ids": responses.query_ids[rows][:, -queries:],
+        "query_mask": responses.query_mask[rows][:, -queries:],
+        "response_ids": responses.response_ids[rows][:, :width],
+        "response_mask": responses.response_mask[rows][:, :width],
+    }
+
+
+class RolloutDataLoader:
+    """The Trainer's train dataloader: it collects each rollout when its turn comes and yields its micro-batches.
+
+    It is a plain sized iterable, which Accelerate does not wrap; the live policy therefore samples the rollout.
+    `collect` returns the rollout of a number. `demonstrations` returns, for a rollout, a minibatch and its number of
+    rows, what the pretraining loss adds to each micro-batch. `reduce` sums a tensor over all processes.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        collect: Callable[[int], Rollout],
+        demonstrations: Callable[[int, int, int], tuple[list[Any], dict[str, Any]]],
+        reduce: Callable[[Tensor], Tensor],
+    ):
+        self.args, self.collect, self.demonstrations, self.reduce = args, collect, demonstrations, reduce
+        self.number = 0
+        self.minibatch: tuple[Rollout, list[int]]  # the rollout and its rows that are trained on
+
+    def __len__(self) -> int:
+        return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
+
+    def set_epoch(self, epoch: int) -> None:
+        self.number = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rollout = self.collect(self.number)
+        for step, micro_batches in enumerate(iterate_minibatches(rollout, self.args, self.number)):
+            rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
+            self.minibatch = (rollout, rows)
+            demonstrations, extra = self.demonstrations(self.number, step, len(rows))
+            common = {"rollout": self.number, "first": step == 0, "num_tokens": self.reduce(rollout.mask[rows].sum())}
+            for inputs, shown in zip(micro_batches, demonstrations, strict=True):
+                last = inputs is micro_batches[-1]
+                yield inputs | common | extra | {"demonstrations": shown, "last": last}

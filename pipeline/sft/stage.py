@@ -1,0 +1,92 @@
+"""Supervised fine-tuning: demonstrations in, the first policy out.
+
+In: `demonstrations` (prompt, completion) of the prepare artifact and a base model (hub id, folder, or `scratch`).
+Out: a causal language model with its tokenizer; under LoRA the adapter, whose config names its base and revision, or with `merge` the
+whole model. Only completion tokens (EOS among them) carry loss. A wrong input (no demonstrations, an unloadable base) gets one `UserError`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from peft import TaskType
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.artifacts.build import build_artifact
+from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.manifest import Artifact
+from pipeline.config import SFTStage
+from pipeline.data.records import open_records
+from pipeline.distributed.processes import is_main_process
+from pipeline.distributed.sharding import full_state_dict
+from pipeline.models.chat import encode_pair
+from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
+from pipeline.models.scratch import collect_texts, new_policy
+from pipeline.training.arguments import build_arguments, build_lora_config, check_training, require_eval_rows, weight_precision
+from pipeline.training.callbacks import PrintEvaluations
+from pipeline.training.checkpoints import train_with_resume, write_log
+
+
+def check(config: SFTStage) -> None:
+    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    check_training(config, SFTConfig)
+
+
+def run(config: SFTStage) -> Path:
+    check(config)
+    records = require_artifact(config.records or "", "records", config.make_command("prepare"))
+    inputs = {"records": records}
+    if config.model != "scratch":
+        inputs["model"] = require_artifact(config.model, "model", "name a hub id or a folder in 'model'", config.revision)
+        config = config.model_copy(update={"revision": inputs["model"].revision})
+    return build_artifact(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
+
+
+def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict[str, Any]:
+    """Train and save; returns the headline metrics."""
+    args = build_arguments(config, SFTConfig, work, packing=False)
+    data = open_records(records, "demonstrations")
+    set_seed(config.seed)
+    model, tokenizer = load_base(config, data)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize_demonstrations(data["train"], tokenizer, config.max_length),
+        eval_dataset=require_eval_rows(args, tokenize_demonstrations(data["validation"], tokenizer, config.max_length)),
+        processing_class=tokenizer,
+        peft_config=build_lora_config(config, TaskType.CAUSAL_LM, config.revision),
+        callbacks=[PrintEvaluations()],
+    )
+    train_with_resume(trainer, work)
+    metrics = trainer.evaluate() if len(data["validation"]) else {}
+    weights = full_state_dict(trainer)
+    if not is_main_process():
+        return {}
+    policy: Any = trainer.model
+    policy.save_pretrained(output, state_dict=weights, **({} if config.lora is None else {"save_embedding_layers": False}))
+    tokenizer.save_pretrained(output)
+    if config.merge:
+        merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)
+    write_log(trainer, output)
+    return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
+
+
+def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer."""
+    if config.scratch is not None:
+        return new_policy(collect_texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, separator=config.separator, **options)
+    weights: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}
+    return load_policy(config.model, tokenizer, **weights, **options), tokenizer
+
+
+def tokenize_demonstrations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`input_ids` and `labels`, the prompt's labels -100."""
+
+    def one(row: dict[str, Any]) -> dict[str, list[int]]:
+        prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], max_length)
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+    return data.map(one, remove_columns=data.column_names)

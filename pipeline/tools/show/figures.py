@@ -1,0 +1,24 @@
+from typing import Any
+
+from pipeline.artifacts.manifest import flatten_keys
+
+# by stage: the manifest's dotted key -> what a line calls it
+HEADLINES = {
+    "prepare": {"rows.read": "rows read", "rows.kept": "kept"},
+    "sft": {"metrics.eval_loss": "loss", "metrics.eval_mean_token_accuracy": "token accuracy"},
+    "reward": {
+        "metrics.comparisons.accuracy": "accuracy", "metrics.rankings.kendall_tau": "Kendall τ", "metrics.labels.auroc": "AUROC",
+        "metrics.ratings.spearman": "Spearman ρ",
+    },
+    "ppo": {"metrics.eval_gold_reward": "gold reward", "metrics.eval_reward": "reward", "metrics.eval_kl": "KL"},
+    "evaluate": {
+        "metrics.ppo.gold_reward": "gold reward", "metrics.ppo.reward": "reward", "metrics.ppo.win_rate_gold": "wins by gold",
+        "metrics.ppo.win_rate": "wins by reward", "metrics.ppo.kl": "KL",
+    },
+}  # fmt: skip
+
+
+def headlines(stage: str, manifest: dict[str, Any]) -> dict[str, float]:
+    """The figures that stand for a stage, by name."""
+    found = flatten_keys({key: manifest.get(key, {}) for key in ("rows", "metrics")})
+    return {name: found[key] for key, name in HEADLINES[stage].items() if isinstance(found.get(key), int | float)}

@@ -1,0 +1,229 @@
+"""Every reason by an example, what is coerced, and that nothing is dropped in silence."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Source
+from pipeline.data.readers import ParsedRecord, RawRow
+from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
+from pipeline.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}
+
+
+def items(kind: str, *records: Any) -> list[ParsedRecord]:
+    return [ParsedRecord(kind, record, [RawRow("file", line, record)]) for line, record in enumerate(records, 1)]
+
+
+def reasons(kind: str, *records: Any, classes: tuple[str, ...] = ("no", "yes")) -> list[str | None]:
+    found = items(kind, *records)
+    validate_records(found, list(classes))
+    return [item.fault.reason if item.fault else None for item in found]
+
+
+def cleaned(kind: str, record: Any, classes: tuple[str, ...] = ("no", "yes")) -> Any:
+    (item,) = items(kind, record)
+    validate_records([item], list(classes))
+    assert item.fault is None
+    return item.record
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "Q", "chosen": "a", "rejected": "b"} | changes
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "reason"),
+    [
+        ("prompts", {"prompt": None}, "not-text"),
+        ("prompts", {}, "not-text"),
+        ("prompts", {"prompt": 3}, "not-text"),
+        ("prompts", {"prompt": ["Q"]}, "not-text"),
+        ("prompts", {"prompt": [{"role": "human", "content": "Q"}]}, "not-text"),
+        ("prompts", {"prompt": [{"role": "user", "content": None}]}, "not-text"),
+        ("prompts", {"prompt": [{"role": [], "content": "Q"}]}, "not-text"),
+        ("prompts", {"prompt": ""}, "empty-text"),
+        ("prompts", {"prompt": " \n"}, "empty-text"),
+        ("prompts", {"prompt": []}, "empty-text"),
+        ("prompts", {"prompt": [{"role": "user", "content": " "}]}, "empty-text"),
+        ("prompts", {"prompt": "caf\udce9"}, "not-unicode"),
+        ("demonstrations", {"prompt": "Q", "completion": [USER, ANSWER]}, "not-one-answer"),
+        ("demonstrations", {"prompt": "", "completion": "a"}, "empty-text"),
+        ("comparisons", pair(rejected="a"), "identical-answers"),
+        ("comparisons", pair(rejected=[ANSWER]), "identical-answers"),
+        ("comparisons", pair(margin=math.nan), "not-finite"),
+        ("comparisons", pair(margin="-inf"), "not-finite"),
+        ("comparisons", pair(margin="big"), "not-a-number"),
+        ("comparisons", pair(margin=True), "not-a-number"),
+        ("ratings", {"prompt": "Q", "completion": "a", "rating": None}, "not-a-number"),
+        ("ratings", {"prompt": "Q", "completion": "a", "rating": math.inf}, "not-finite"),
+        ("ratings", {"prompt": "Q", "completion": "a", "rating": 10**400}, "not-a-number"),
+        ("rankings", {"prompt": "Q", "responses": "ab", "ranks": [1, 2]}, "not-text"),
+        ("rankings", {"prompt": "Q", "responses": ["a", None], "ranks": [1, 2]}, "not-text"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": 1}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [0, 1]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1.5]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1e30, 1]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, math.nan]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "second"]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [2, True]}, "not-a-rank"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2, 3]}, "rank-count"),
+        ("rankings", {"prompt": "Q", "responses": ["a"], "ranks": [1]}, "too-few-answers"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1]}, "all-tied"),
+        ("rankings", {"prompt": "Q", "responses": ["a", "a", "b"], "ranks": [1, 2, 2]}, "identical-answers"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": "maybe"}, "unknown-label"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": 2}, "unknown-label"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": -1}, "unknown-label"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": 0.5}, "unknown-label"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": None}, "unknown-label"),
+        ("labels", {"prompt": "Q", "completion": "a", "label": ["no"]}, "unknown-label"),
+        ("labels", {"prompt": 5, "completion": "a", "label": "no"}, "not-text"),
+    ],
+)
+def test_reasons(kind: str, record: Any, reason: str) -> None:
+    assert reasons(kind, record) == [reason]
+
+
+def test_the_detail_names_the_field() -> None:
+    (item,) = items("comparisons", pair(rejected=""))
+    validate_records([item], [])
+    assert item.fault
+    assert item.fault.detail == "rejected: is empty or blank"
+
+
+def test_records_come_out_in_their_columns_and_types() -> None:
+    assert cleaned("comparisons", pair(margin="1.5", source="web", extra=1)) == pair(margin=1.5, source="web")
+    assert cleaned("comparisons", pair(margin="", source=" ")) == pair()
+    ranking = cleaned("rankings", {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": ["1", 2.0, 2]})
+    assert ranking["ranks"] == [1, 2, 2]
+    assert all(type(rank) is int for rank in ranking["ranks"])
+    message = {"role": "user", "content": "Q", "name": "someone"}
+    assert cleaned("prompts", {"prompt": [message]}) == {"prompt": [USER]}
+    assert cleaned("labels", {"prompt": None, "completion": "a", "label": 1}) == {"prompt": "", "completion": "a", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "index"),
+    [
+        ("yes", ("no", "yes"), 1),
+        (" yes ", ("no", "yes"), 1),
+        (0, ("no", "yes"), 0),
+        ("1", ("no", "yes"), 1),
+        (1.0, ("no", "yes"), 1),
+        (True, ("no", "yes"), 1),
+        ("False", ("no", "yes"), 0),
+        (True, ("true", "false"), 0),
+        (5, ("1", "5"), 1),
+    ],
+)
+def test_labels_by_name_index_and_bool(label: Any, classes: tuple[str, ...], index: int) -> None:
+    assert cleaned("labels", {"prompt": "Q", "completion": "a", "label": label}, classes)["label"] == index
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([True, False], ["false", "true"]),
+        (["True"], ["false", "true"]),
+        (["toxic", "clean", "toxic", "", None], ["clean", "toxic"]),
+        ([10, 9, 1], ["1", "9", "10"]),
+        ([1, -1], ["-1", "1"]),
+        (["b", 2, "a"], ["2", "a", "b"]),
+    ],
+)
+def test_classes_found(labels: list[Any], classes: list[str]) -> None:
+    found = items("labels", *({"prompt": "", "completion": "a", "label": label} for label in labels))
+    assert class_names([Source(format="labels", path="x")], found) == classes
+
+
+def test_classes_given() -> None:
+    first, second = (Source(format="labels", path="x", classes=classes) for classes in (["b", "a"], ["a", "b"]))
+    assert class_names([first, first], []) == ["b", "a"]
+    with pytest.raises(UserError, match="sources name different classes"):
+        class_names([first, second], [])
+
+
+def test_contradictions_all_go_and_of_duplicates_the_first_stays() -> None:
+    other = pair(prompt="other")
+    rows = [pair(), pair(chosen="b", rejected="a"), pair(), other, other | {"margin": 2.0}]
+    assert reasons("comparisons", *rows) == ["contradiction", "contradiction", "contradiction", None, "duplicate"]
+    as_messages = other | {"prompt": [USER | {"content": "other"}], "chosen": [ANSWER]}
+    assert reasons("comparisons", other, as_messages) == [None, "duplicate"]
+
+
+def test_contradictory_labels_and_ratings() -> None:
+    def judged(kind: str, field: str, *values: Any) -> list[str | None]:
+        return reasons(kind, *({"prompt": "Q", "completion": "a", field: value} for value in values))
+
+    assert judged("labels", "label", "yes", 1, True) == [None, "duplicate", "duplicate"]
+    assert judged("labels", "label", "yes", 1, "no") == ["contradiction"] * 3
+    assert judged("ratings", "rating", 1, "1.0") == [None, "duplicate"]
+    assert judged("ratings", "rating", 1, 2) == ["contradiction"] * 2
+
+
+def test_contradictory_rankings_disagree_on_a_pair() -> None:
+    def ranking(responses: str, *ranks: int) -> dict[str, Any]:
+        return {"prompt": "Q", "responses": list(responses), "ranks": list(ranks)}
+
+    assert reasons("rankings", ranking("abc", 1, 2, 3), ranking("bxa", 1, 2, 3)) == ["contradiction"] * 2
+    assert reasons("rankings", ranking("abc", 1, 2, 3), ranking("cba", 3, 2, 1)) == [None, "duplicate"]
+    assert reasons("rankings", ranking("abc", 1, 2, 3), ranking("abx", 1, 1, 2)) == [None, None]
+
+
+def test_kinds_do_not_contradict_each_other() -> None:
+    both = [
+        *items("ratings", {"prompt": "Q", "completion": "a", "rating": 1}),
+        *items("labels", {"prompt": "Q", "completion": "a", "label": 0}),
+    ]
+    validate_records(both, ["no", "yes"])
+    assert [item.fault for item in both] == [None, None]
+
+
+def test_ordered_pairs() -> None:
+    assert ordered_pairs({"responses": ["a", "b", "c"], "ranks": [2, 1, 2]}) == [("b", "a"), ("b", "c")]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["Q", "a", "b", "1", "", " ", "\udc80"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "user"]), inner, max_size=2),
+    max_leaves=4,
+)
+KINDS = {
+    "demonstrations": ("prompt", "completion"),
+    "comparisons": ("prompt", "chosen", "rejected", "margin", "source"),
+    "rankings": ("prompt", "responses", "ranks"),
+    "labels": ("prompt", "completion", "label"),
+    "ratings": ("prompt", "completion", "rating"),
+    "prompts": ("prompt",),
+}
+RECORDS = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda kind: st.tuples(st.just(kind), st.fixed_dictionaries(dict.fromkeys(KINDS[kind], JUNK)))
+)
+
+
+@settings(max_examples=50)
+@given(st.lists(RECORDS, max_size=12))
+def test_junk_is_kept_or_faulty_never_an_error(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    found = [ParsedRecord(kind, record, [RawRow("file", line, record)]) for line, (kind, record) in enumerate(rows, 1)]
+    validate_records(found, class_names([], found))
+    kept = [(item.kind, item.record) for item in found if not item.fault]
+    assert len({record_identity(kind, record) for kind, record in kept}) == len(kept)
+    for kind, record in kept:
+        assert set(record) <= set(KINDS[kind])
+        assert all(value is not None for value in record.values())
+
+
+ANSWERS = st.sampled_from("abc")
+
+
+@given(st.lists(st.tuples(st.sampled_from("QR"), ANSWERS, ANSWERS), max_size=12))
+def test_kept_comparisons_agree_with_each_other(rows: list[tuple[str, str, str]]) -> None:
+    found = items("comparisons", *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows))
+    validate_records(found, [])
+    given = set(rows)
+    kept = [tuple(item.record.values()) for item in found if not item.fault]
+    assert sorted(kept) == sorted((q, a, b) for q, a, b in given if a != b and (q, b, a) not in given)

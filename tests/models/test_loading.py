@@ -1,0 +1,42 @@
+"""Tokenizers as published ones are, made ready to train with."""
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from pipeline.models.chat import PAD
+from pipeline.models.loading import load_policy, load_tokenizer
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def like_gpt2(tmp_path):
+    """One token that begins, ends and is unknown, none that pads, as OpenAI's GPT-2 has it; and a model with as many rows."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    core.train_from_iterator(["a b c"], BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END, unk_token=END).save_pretrained(tmp_path)
+    rows = core.get_vocab_size()
+    GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    return tmp_path, rows
+
+
+def test_a_tokenizer_without_a_pad_token_gets_a_new_one(like_gpt2):
+    folder, rows = like_gpt2
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == (PAD, rows, rows + 1)
+    assert tokenizer.eos_token_id == tokenizer.get_vocab()[END] != tokenizer.pad_token_id
+    assert tokenizer(["a b", "a"], padding=True)["input_ids"][1][-1] == rows
+    model = load_policy(str(folder), tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == rows + 1
+    plain = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    assert model.get_input_embeddings().weight[rows].tolist() == pytest.approx(plain.mean(0).tolist(), abs=1e-6)
+
+
+def test_where_no_eos_ends_the_ids_pad_may_be_eos(like_gpt2):
+    tokenizer = load_tokenizer(str(like_gpt2[0]), distinct_pad=False)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id

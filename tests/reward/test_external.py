@@ -1,0 +1,113 @@
+"""Classifiers that this project did not make: opened with defaults that are said, or refused."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline import RewardModel, config
+from pipeline.errors import UserError
+from pipeline.models.loading import head_config, load_classifier, load_tokenizer
+from pipeline.ppo import stage as ppo
+from pipeline.reward import stage as reward
+
+
+def foreign(base, folder, labels, **more):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}, **more
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def classifier(tiny_encoders, tmp_path):
+    """As facebook/roberta-hate-speech-dynabench-r4-target has them."""
+    return foreign(tiny_encoders["roberta"], tmp_path / "hate", ["nothate", "hate"])
+
+
+def test_several_labels_need_the_good_one(classifier, caplog):
+    with pytest.raises(UserError, match=r"has the labels \['nothate', 'hate'\] and no reward.json; say which one is good: positive_label="):
+        RewardModel.load(classifier)
+    with pytest.raises(UserError, match="positive_label='nice' is none of its labels: nothate, hate"):
+        RewardModel.load(classifier, positive_label="nice")
+    with caplog.at_level(logging.WARNING):
+        rm = RewardModel.load(classifier, positive_label="nothate", encoding={"form": "concatenation"})
+    assert "no reward.json; read with Encoding(form='pair'" in caplog.text
+    inputs = rm.tokenizer("Hello\nYou fool.", return_tensors="pt")
+    assert rm.score(["Hello"], ["You fool."]) == pytest.approx([rm.model(**inputs).logits[0, 0].item()], abs=1e-5)
+    other = RewardModel.load(classifier, positive_label="hate", encoding={"form": "concatenation"})
+    assert other.score(["Hello"], ["You fool."]) == pytest.approx([rm.model(**inputs).logits[0, 1].item()], abs=1e-5)
+    with pytest.raises(UserError, match="expected a dict with keys of form, separator, eos, truncation, max_length"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"shape": "pair"})
+
+
+def test_ppo_takes_one(classifier, tiny_feedback, tiny_gpt2, tmp_path):
+    steps = {
+        "num_rollouts": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_mini_batches": 1,
+        "response_tokens": 4,
+    }
+    common = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback)}
+    with pytest.raises(UserError, match="say which one is good"):
+        ppo.run(config.PPOStage(**common, training=steps, reward=str(classifier)))
+    named = {"source": str(classifier), "positive_label": "nothate"}
+    folder = ppo.run(config.PPOStage(**common, training=steps, reward=named, force=True))
+    assert (folder / "manifest.json").exists()
+
+
+def test_a_pad_token_that_is_eos_hides_nothing_and_batches_do_not_count(tiny_gpt2, tmp_path):
+    """The acceptance model as published: GPT-2, one output, pad = EOS, no chat template."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_gpt2, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, None
+    tokenizer.save_pretrained(base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    folder = foreign(base, tmp_path / "accept", ["LABEL_0"], pad_token_id=tokenizer.eos_token_id)
+    rm = RewardModel.load(folder)
+    assert (rm.settings.encoding.form, rm.settings.encoding.eos) == ("concatenation", False)
+    assert rm.tokenizer.pad_token_id == rm.tokenizer.eos_token_id
+    texts = ["Hello.", "A longer reply, with several words.", "Hi<|eos|>"]  # the last ends with EOS itself
+    expected = []
+    for text in texts:
+        ids = rm.tokenizer(f"Me: hi\n{text}", return_tensors="pt")["input_ids"]
+        expected.append(rm.model.score(rm.model.transformer(ids).last_hidden_state[0, -1]).item())
+    for size in (1, 2, 64):
+        assert rm.score(["Me: hi"] * 3, texts, batch_size=size) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_cannot_be_read_is_told_at_once(classifier, tiny_gpt2, tmp_path):
+    with pytest.raises(UserError, match=r"encoding\.form='bogus': expected one of chat, pair, concatenation"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"form": "bogus"})
+    with pytest.raises(UserError, match="has no EOS token"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"form": "concatenation", "eos": True})
+    # 130 positions of a RoBERTa hold 129 tokens: it counts on from its pad token, whose id is 0 here.
+    with pytest.raises(UserError, match="reads at most 129 tokens, but max_length is 512"):
+        RewardModel.load(classifier, positive_label="hate", encoding={"max_length": 512})
+    with pytest.raises(UserError, match="no reference sample is known for this reading"):
+        RewardModel.load(classifier, positive_label="hate").score(["a"], ["b"], normalize=True)
+    long = config.RewardStage(run="t", runs=str(tmp_path), model=str(tiny_gpt2), max_length=200, records="r")
+    tokenizer = load_tokenizer(str(tiny_gpt2))
+    model = load_classifier(str(tiny_gpt2), tokenizer, head=head_config(["reward"], "regression"))
+    with pytest.raises(UserError, match="reads at most 128 tokens, but max_length is 200; lower it"):
+        reward.choose_encoding(long, model, tokenizer)
+
+
+def test_one_without_a_head_or_with_another_number_of_outputs_is_refused(tiny_encoders, tiny_feedback, tmp_path):
+    with pytest.raises(UserError, match=r"has no reward head \(it lacks classifier"):
+        RewardModel.load(tiny_encoders["bert"])
+    three = foreign(tiny_encoders["bert"], tmp_path / "three", ["a", "b", "c"])
+    with pytest.raises(UserError, match="three: cannot be loaded as a sequence classifier with the outputs reward"):
+        load_classifier(str(three), AutoTokenizer.from_pretrained(three), head=head_config(["reward"], "regression"))
+    wanted = config.RewardStage(run="t", runs=str(tmp_path), model=str(three), records=str(tiny_feedback), objective="classification")
+    with pytest.raises(UserError, match="the classes are nothate, hate, and 'positive_label' is not set"):
+        reward.run(wanted)
+    with pytest.raises(UserError, match="positive_label='good' is none of them"):
+        reward.run(wanted.model_copy(update={"positive_label": "good"}))

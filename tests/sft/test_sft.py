@@ -1,0 +1,110 @@
+"""sft: what is trained, what is published, what a wrong input gets."""
+
+import json
+import shutil
+from operator import add
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import config
+from pipeline.artifacts.files import hash_files
+from pipeline.artifacts.manifest import read_manifest
+from pipeline.errors import UserError
+from pipeline.models.chat import completion_ids, encode_pair, prompt_ids
+from pipeline.models.loading import load_policy
+from pipeline.prepare import stage as prepare
+from pipeline.sft import stage as sft
+
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+
+
+def stage(tiny_records, tmp_path, model, **more):
+    return config.SFTStage(run="t", runs=str(tmp_path), model=str(model), records=str(tiny_records), max_length=96, training=STEPS, **more)
+
+
+def test_only_completion_tokens_carry_loss(tiny_tokenizer):
+    row = {"prompt": "Name the capital of Italy.", "completion": "The capital of Italy is Rome."}
+    found = sft.tokenize_demonstrations(Dataset.from_list([row]), tiny_tokenizer, 96)[0]
+    prompt = prompt_ids(tiny_tokenizer, row["prompt"])
+    assert found["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert found["labels"][len(prompt) :] == found["input_ids"][len(prompt) :] == completion_ids(tiny_tokenizer, row["completion"])
+    assert found["labels"][-1] == tiny_tokenizer.eos_token_id
+
+
+def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, tiny_gpt2, tmp_path):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_gpt2))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids = torch.tensor([add(*encode_pair(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome.", 96))])
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < before(ids, labels=ids).loss
+
+
+def test_the_same_seed_twice_gives_the_same_bits(tiny_records, tmp_path):
+    scratch = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 300}
+    folders = [sft.run(stage(tiny_records, tmp_path / name, "scratch", scratch=scratch)) for name in "ab"]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    other = sft.run(stage(tiny_records, tmp_path / "c", "scratch", scratch=scratch, seed=1))
+    assert (other / "model.safetensors").read_bytes() != (folders[0] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_lora_publishes_the_adapter_and_names_its_base(tiny_records, tiny_llama, tmp_path, quantization):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}, quantization=quantization))
+    assert not (folder / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert model.peft_config["default"].base_model_name_or_path == str(tiny_llama)
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_an_adapter_names_the_commit_of_a_base_from_the_hub(tiny_records, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.artifacts.hub.is_hub_id", lambda source: source == str(tiny_llama))  # a folder stands for the repository
+    monkeypatch.setattr("pipeline.artifacts.hub.resolve_commit", lambda hub_id, revision, *_: {"v1": "c0ffee"}[revision])
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}, revision="v1"))
+    assert PeftConfig.from_pretrained(folder).revision == "c0ffee"
+    manifest = read_manifest(folder)
+    assert manifest["inputs"]["model"]["revision"] == manifest["fingerprint"]["config"]["revision"] == "c0ffee"
+
+
+def test_an_adapter_that_cannot_be_loaded_is_named(tiny_records, tiny_llama, tiny_tokenizer, tmp_path):
+    folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="sft: cannot be loaded as a LoRA adapter"):
+        load_policy(str(folder), tiny_tokenizer)
+
+
+def test_a_base_that_cannot_be_loaded_is_named(tiny_records, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="base: cannot be loaded as a"):
+        sft.run(stage(tiny_records, tmp_path, tmp_path / "base"))
+
+
+def test_records_of_others_are_left_as_they_were(tiny_records, tiny_gpt2, tmp_path):
+    records = shutil.copytree(tiny_records / "demonstrations", tmp_path / "records")
+    before = hash_files(records)
+    sft.run(stage(records, tmp_path, tiny_gpt2))
+    assert hash_files(records) == before
+
+
+def test_records_without_demonstrations_are_refused_by_name(tiny_records, tiny_gpt2, tmp_path):
+    records = tmp_path / "records"
+    Dataset.from_list([{"prompt": "a", "answer": "b"}]).save_to_disk(str(records))
+    with pytest.raises(UserError, match="need a column 'completion'; found prompt, answer"):
+        sft.run(stage(records, tmp_path, tiny_gpt2))
+
+
+def test_without_a_validation_split_it_trains_all_the_same(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(6)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = [{"format": "demonstrations", "path": str(tmp_path / "d.jsonl")}]
+    prepare.run(config.PrepareStage(run="t", runs=str(tmp_path), source=source, splits={"validation": 0, "test": 0.2}))
+    overrides = [f"runs={tmp_path}", "scratch={layers: 1, width: 16, heads: 2, vocabulary: 300}", "max_length=64", "training.max_steps=2"]
+    folder = sft.run(config.load("sft", config.RECIPES / "demo/sft.yaml", overrides, run="t"))
+    assert json.loads((folder / "manifest.json").read_text())["metrics"] == {}

@@ -13,6 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pipeline import cli, config
+from pipeline.cli import commands
 from pipeline.errors import UserError
 
 DEMO = config.RECIPES / "demo"
@@ -42,32 +43,59 @@ def stage(name: str, *argv: str) -> tuple[str, ...]:
     [
         (("run", "--recipe", "dmo"), "--recipe dmo: no such recipe; did you mean 'demo'?"),
         (("sft", "--config", "none/sft.yaml"), "none/sft.yaml: no such config file"),
-        (("sft", "--config", "demo"), "demo: no such config file; did you mean --config configs/demo/sft.yaml?"),
+        (
+            ("sft", "--config", "demo"),
+            "demo: no such config file; did you mean --config configs/demo/sft.yaml?",
+        ),
         (("run", "--run", "../x"), "run='../x'"),
-        (("run", "prepare.source.path=*.csv"), "override 'source.path=*.csv': its value is not readable as YAML"),
-        (("run", "prepare.splits.test=0", "prepare.splits.validation=0"), "evaluate measures on prompts held out; set splits.test=0.1"),
+        (
+            ("run", "prepare.source.path=*.csv"),
+            "override 'source.path=*.csv': its value is not readable as YAML",
+        ),
+        (
+            ("run", "prepare.splits.test=0", "prepare.splits.validation=0"),
+            "evaluate needs held-out prompts; set splits.test=0.1",
+        ),
         (("run", "ppo.training.num_rollouts=0"), "ppo: training: num_rollouts=0: expected more than 0"),
-        (("run", "sft.lora={r: 4}"), "model: scratch is trained in full, since nobody else has its base; remove the 'lora:' section"),
-        (("run", "sft.model=a", "sft.scratch=null", "sft.lora={r: 4}"), "ppo has no 'lora:' section; set ppo.lora={}"),
-        (("run", "ppo.training.learnin_rate=1"), "ppo: training.learnin_rate: PPOConfig has no such key; did you mean 'learning_rate'?"),
+        (
+            ("run", "sft.lora={r: 4}"),
+            "an adapter's base would exist nowhere else; remove the 'lora:' section",
+        ),
+        (
+            ("run", "sft.model=a", "sft.scratch=null", "sft.lora={r: 4}"),
+            "ppo has no 'lora:' section; set ppo.lora={}",
+        ),
+        (
+            ("run", "ppo.training.learnin_rate=1"),
+            "ppo: training.learnin_rate: PPOConfig has no such key; did you mean 'learning_rate'?",
+        ),
         (("run", "evaluate.gold=nowhere:gold"), "nowhere:gold: No module named 'nowhere'"),
         (stage("sft", "max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (("run", "sft.max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (stage("sft", "max_length"), "override 'max_length': expected key=value"),
         (("run", "max_length"), "override 'max_length': expected key=value"),
-        (("run", "--until", "sft", "reward.max_length=5"), "override 'reward.max_length=5': the run ends with 'sft', before 'reward'"),
+        (
+            ("run", "--until", "sft", "reward.max_length=5"),
+            "override 'reward.max_length=5': the run ends with 'sft', before 'reward'",
+        ),
         (stage("ppo", "--seed", "-1"), "seed=-1"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(argv: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_mistake_is_told_in_one_line(
+    argv: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     message = fail(capsys, *argv)
     assert message.startswith("error: ")
     assert expected in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", [(), ("trian",), ("sft",), ("run", "--until", "trian"), stage("sft", "--seed", "one")])
-def test_a_command_line_that_is_none_exits_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "argv", [(), ("trian",), ("sft",), ("run", "--until", "trian"), stage("sft", "--seed", "one")]
+)
+def test_a_command_line_that_is_none_exits_2(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2
@@ -88,51 +116,79 @@ def test_a_missing_upstream_artifact_is_told_with_the_command_that_makes_it(
     assert f"prepare: would write runs/{run}/prepare\n" in capsys.readouterr().out
 
 
+# `save_pretrained` raises this on a full disk, which is no OSError.
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 FAILURES = {
-    "interrupted": (KeyboardInterrupt(), 130, "interrupted; what was published is untouched"),
-    "disk full": (OSError(errno.ENOSPC, "No space left on device", "runs/a/b"), 1, "error: no space left on the disk for runs/a/b;"),
-    # What `save_pretrained` meets a full disk with is no OSError
-    "disk full in safetensors": (
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 1, "error: no space left on the disk",
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted; published artifacts are unchanged"),
+    "disk full": (
+        OSError(errno.ENOSPC, "No space left on device", "runs/a/b"),
+        1,
+        "error: no space left on the disk for runs/a/b;",
     ),
-    "unreadable": (PermissionError(errno.EACCES, "Permission denied", "data.csv"), 1, "error: data.csv: Permission denied"),
+    "disk full in safetensors": (FULL, 1, "error: no space left on the disk"),
+    "unreadable": (
+        PermissionError(errno.EACCES, "Permission denied", "data.csv"),
+        1,
+        "error: data.csv: Permission denied",
+    ),
     "user": (UserError("first\n  second"), 2, "error: first second"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_what_a_stage_fails_with_decides_the_exit_code(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stage_fails_with_decides_the_exit_code(
+    name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error, code, expected = FAILURES[name]
 
     def explode(loaded: config.StageConfig) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run", explode)
+    monkeypatch.setattr(commands, "_run", explode)
     assert fail(capsys, *stage("sft"), code=code).startswith(expected)
     with pytest.raises(type(error)):
         cli.main(stage("sft", "--debug"))
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run", lambda loaded: {}["missing"])
+    monkeypatch.setattr(commands, "_run", lambda loaded: {}["missing"])
     with pytest.raises(KeyError):
         cli.main(stage("sft"))
 
 
-@pytest.mark.parametrize(("argv", "run"), [((), "demo"), (("--run", "trial"), "trial"), (("--recipe", str(DEMO)), "demo")])
+@pytest.mark.parametrize(
+    ("argv", "run"), [((), "demo"), (("--run", "trial"), "trial"), (("--recipe", str(DEMO)), "demo")]
+)
 @pytest.mark.parametrize("until", ["sft", "evaluate"])
-def test_dry_run_prints_every_stage_and_its_folder(argv: tuple[str, ...], run: str, until: str, capsys: Any, tmp_path: Path) -> None:
+def test_dry_run_prints_every_stage_and_its_folder(
+    argv: tuple[str, ...], run: str, until: str, capsys: Any, tmp_path: Path
+) -> None:
     assert cli.main(["run", "--dry-run", "--until", until, *argv]) == 0
     written = STAGES[: STAGES.index(until) + 1]
-    assert capsys.readouterr().out.splitlines() == [f"{name}: would write runs/{run}/{name}" for name in written]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name}: would write runs/{run}/{name}" for name in written
+    ]
     assert not list(tmp_path.iterdir())
 
 
-def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(cli, "_run", ran.append)
+    monkeypatch.setattr(commands, "_run", ran.append)
     argv = ["run", "--until", "ppo", "--seed", "3", "--force"]
-    assert cli.main([*argv, "sft.max_length=99", "reward.training.max_steps=7", "max_prompt_tokens=11", "training.kl_coef=0.5"]) == 0
+    assert (
+        cli.main(
+            [
+                *argv,
+                "sft.max_length=99",
+                "reward.training.max_steps=7",
+                "max_prompt_tokens=11",
+                "training.kl_coef=0.5",
+            ]
+        )
+        == 0
+    )
     sft, reward, ppo = ran[1:]
     assert [loaded.stage for loaded in ran] == STAGES[:4]
     assert {(loaded.seed, loaded.force) for loaded in ran} == {(3, True)}
@@ -141,24 +197,110 @@ def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(monkeypat
     assert sft.training["max_steps"] != 7
 
 
-def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(cli, "_run", ran.append)
-    assert cli.main(["run", "runs=here", "--until", "reward", "seed=7", "--run", "mine", "sft.max_length=99"]) == 0
-    assert [(str(loaded.folder), loaded.seed) for loaded in ran] == [(f"here/mine/{stage}", 7) for stage in STAGES[:3]]
+    monkeypatch.setattr(commands, "_run", ran.append)
+    assert (
+        cli.main(["run", "runs=here", "--until", "reward", "seed=7", "--run", "mine", "sft.max_length=99"])
+        == 0
+    )
+    assert [(str(loaded.folder), loaded.seed) for loaded in ran] == [
+        (f"here/mine/{stage}", 7) for stage in STAGES[:3]
+    ]
     assert ran[1].max_length == 99
 
 
-def test_every_config_is_checked_before_the_first_stage_starts(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_run", lambda loaded: pytest.fail("started"))
+def test_every_config_is_checked_before_the_first_stage_starts(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_run", lambda loaded: pytest.fail("started"))
     fail(capsys, "run", "evaluate.best_of=1")
 
 
 def test_a_reader_that_has_enough_is_no_failure(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "completion", "bash"]
     environment = os.environ | {"PYTHONPATH": str(config.RECIPES.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+# The command `config`
+
+
+def test_config_prints_a_key_a_section_or_all(capsys: Any) -> None:
+    assert cli.main(["config", "ppo", "training.kl_coef"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "training.kl_coef  (number, default 0.05)\n    Coefficient of the KL penalty"
+    )
+    assert cli.main(["config", "prepare", "splits"]) == 0
+    names = re.findall(r"^(\S+)  \(", capsys.readouterr().out, re.M)
+    assert names == ["splits", "splits.validation", "splits.test"]
+    assert cli.main(["config", "sft"]) == 0
+    assert "\n  training: trl.SFTConfig  https://huggingface.co/docs/trl/" in capsys.readouterr().out
+
+
+def test_config_prints_the_schema(capsys: Any) -> None:
+    assert cli.main(["config", "reward", "--schema"]) == 0
+    assert capsys.readouterr().out == (config.RECIPES / "schemas" / "reward.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("ppo", "training.kl_coeff"), "no key 'training.kl_coeff'; did you mean 'kl_coef'?"),
+        (("ppo", "evaluatoin"), "no key 'evaluatoin'; did you mean 'evaluation'?"),
+        (("prepare", "source.limti"), "no key 'source.limti'; did you mean 'limit'?"),
+        (
+            ("sft", "lora.r"),
+            "for the libraries' own see https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_name(
+    argv: tuple[str, ...], expected: str, capsys: Any
+) -> None:
+    assert expected in fail(capsys, "config", *argv)
+
+
+# Before torch
+
+START = """
+import sys
+from pipeline.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as left:
+    code = left.code
+print(code, sorted({"torch", "transformers", "trl", "datasets", "peft"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--help",),
+        ("push", "--help"),
+        ("show", "RUN"),
+        ("show", "ARTIFACT"),
+        ("show", "ARTIFACT", "OTHER"),
+        ("config", "prepare"),
+        ("config", "ppo", "training"),
+        ("config", "ppo", "--schema"),
+        ("completion", "bash"),
+    ],
+    ids=" ".join,
+)
+def test_it_starts_without_torch(argv: tuple[str, ...], tiny_records: Path, tiny_feedback: Path) -> None:
+    folders = {"RUN": tiny_records.parent, "ARTIFACT": tiny_records, "OTHER": tiny_feedback}
+    command = [sys.executable, "-c", START, *(str(folders.get(word, word)) for word in argv)]
+    environment = os.environ | {"PYTHONPATH": str(config.RECIPES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stderr == "0 []\n"
+    assert done.stdout

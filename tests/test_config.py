@@ -1,21 +1,30 @@
 """Configs are refused by name before anything heavy is imported, and the shipped ones are right."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+from omegaconf import OmegaConf
 from peft import TaskType
 from trl import RewardConfig, SFTConfig
 
 from pipeline import config
+from pipeline.config import reference, schemas
 from pipeline.errors import UserError
 from pipeline.ppo import stage as ppo
 from pipeline.ppo.config import PPOConfig
 from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 
-ARGUMENTS: dict[str, Any] = {"sft": lambda _: SFTConfig, "reward": lambda _: RewardConfig, "ppo": ppo.arguments_class}
+ARGUMENTS: dict[str, Any] = {
+    "sft": lambda _: SFTConfig,
+    "reward": lambda _: RewardConfig,
+    "ppo": ppo.arguments_class,
+}
+ROOT = config.RECIPES.parent
 SHIPPED = [path for path in sorted(config.RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
 
 
@@ -40,11 +49,17 @@ def refused(folder: Path, stage: str, text: str, *overrides: str) -> str:
 def test_every_shipped_config_parses(path: Path, tmp_path: Path) -> None:
     loaded = config.load(path.stem, path)
     assert loaded.folder == Path("runs", path.parent.name, path.stem)
-    assert type(loaded)(**loaded.resolved()).resolved() == loaded.resolved()  # an artifact's config.yaml makes it again
+    assert (
+        type(loaded)(**loaded.resolved()).resolved() == loaded.resolved()
+    )  # an artifact's config.yaml makes it again
     if path.stem in ARGUMENTS:
         built = build_arguments(loaded, ARGUMENTS[path.stem](loaded), tmp_path)
         for key, value in loaded.training.items():
-            if key not in ("eval_steps", "save_steps", "logging_steps"):  # PPO rounds these up to whole rollouts
+            if key not in (
+                "eval_steps",
+                "save_steps",
+                "logging_steps",
+            ):  # PPO rounds these up to whole rollouts
                 assert getattr(built, key) == value
         assert built.seed == 0
 
@@ -57,7 +72,9 @@ def test_the_demo_recipe_is_whole() -> None:
 # What is read
 
 
-@pytest.mark.parametrize(("text", "override"), [("5e-5", ()), ("'5e-5'", ()), ("1", ("training.learning_rate=5e-5",))])
+@pytest.mark.parametrize(
+    ("text", "override"), [("5e-5", ()), ("'5e-5'", ()), ("1", ("training.learning_rate=5e-5",))]
+)
 @pytest.mark.parametrize("stage", ARGUMENTS)
 def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_path: Path) -> None:
     base = "" if stage == "ppo" else "model: some/model\n"
@@ -66,7 +83,8 @@ def test_5e_5_is_a_number(stage: str, text: str, override: tuple[str, ...], tmp_
 
 
 def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
-    text = "model: scratch\nmax_length: 64\nscratch: {layers: 2, width: 8}\ntraining: {max_steps: 5}\nlora: null\n"
+    text = "model: scratch\nmax_length: 64\nscratch: {layers: 2, width: 8}\n"
+    text += "training: {max_steps: 5}\nlora: null\n"
     overrides = (
         "scratch.layers=3",
         "training.max_steps=7",
@@ -80,7 +98,9 @@ def test_overrides_reach_any_depth_and_beat_the_file(tmp_path: Path) -> None:
     assert loaded.lora == {"target_modules": ["a", "b"], "r": 2}
 
 
-@pytest.mark.parametrize("override", ["model", "=x", "", "training.x=[1", "model.x=5", "training=5", "model="])
+@pytest.mark.parametrize(
+    "override", ["model", "=x", "", "training.x=[1", "model.x=5", "training=5", "model="]
+)
 def test_a_bad_override_is_refused(override: str, tmp_path: Path) -> None:
     refused(tmp_path, "sft", "model: some/model", override)
 
@@ -122,7 +142,10 @@ def test_inputs_default_to_the_run_unless_named(tmp_path: Path) -> None:
 
 def test_rewards_are_one_or_many(tmp_path: Path) -> None:
     text = "run: trial\nreward: [a, {source: 'm:f', weight: 0.5}]"
-    with pytest.raises(UserError, match="reward: some have a weight and some have none; give each one, or none for their mean"):
+    with pytest.raises(
+        UserError,
+        match="reward: some have a weight and some have none; give each one, or none for their mean",
+    ):
         load(tmp_path, "ppo", text)
     loaded = load(tmp_path, "ppo", text.replace("[a,", "[{source: a, weight: 1, positive_label: nice},"))
     assert [(each.source, each.weight, each.positive_label, each.is_function) for each in loaded.reward] == [
@@ -147,11 +170,18 @@ def test_rewards_are_one_or_many(tmp_path: Path) -> None:
         ("sft", "model: scratch\nscratch: {layrs: 4}", "scratch.layrs", "layers"),
         ("prepare", "source: {format: demo}\nsplits: {tests: 0.1}", "splits.tests", "test"),
         ("prepare", "source: {format: demo, limti: 3}", "source.0.limti", "limit"),
-        ("prepare", "source: [{format: demo}, {format: labels, path: a, clases: [b]}]", "source.1.clases", "classes"),
+        (
+            "prepare",
+            "source: [{format: demo}, {format: labels, path: a, clases: [b]}]",
+            "source.1.clases",
+            "classes",
+        ),
         ("evaluate", "best_fo: 4", "best_fo", "best_of"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, key: str, near: str, tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_name(
+    stage: str, text: str, key: str, near: str, tmp_path: Path
+) -> None:
     message = refused(tmp_path, stage, text)
     assert f"unknown key {key!r}; did you mean {near!r}?" in message
     assert f"{stage}.yaml" in message
@@ -176,11 +206,31 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, 
         ("prepare", "source: {format: demo, path: a}", "format 'demo' takes no path or hub"),
         ("prepare", "source: {format: labels}", "needs either 'path' or 'hub'"),
         ("prepare", "source: {format: labels, path: a, hub: b}", "needs either 'path' or 'hub'"),
-        ("prepare", "source: {format: demo, columns: {prompt: a}}", "'columns' is not read with format 'demo' from the demo world"),
-        ("prepare", "source: {format: ratings, path: a, classes: [b]}", "'classes' is not read with format 'ratings' from a; remove it"),
-        ("prepare", "source: {format: labels, path: a, revision: b}", "'revision' is not read with format 'labels' from a; remove it"),
-        ("prepare", "source: {format: labels, path: a, subset: b}", "'subset' is not read with format 'labels' from a; remove it"),
-        ("prepare", "source: {format: labels, path: a, classes: [b, c, b]}", "classes ['b', 'c', 'b'] names one twice"),
+        (
+            "prepare",
+            "source: {format: demo, columns: {prompt: a}}",
+            "'columns' is not read with format 'demo' from the demo world",
+        ),
+        (
+            "prepare",
+            "source: {format: ratings, path: a, classes: [b]}",
+            "'classes' is not read with format 'ratings' from a; remove it",
+        ),
+        (
+            "prepare",
+            "source: {format: labels, path: a, revision: b}",
+            "'revision' is not read with format 'labels' from a; remove it",
+        ),
+        (
+            "prepare",
+            "source: {format: labels, path: a, subset: b}",
+            "'subset' is not read with format 'labels' from a; remove it",
+        ),
+        (
+            "prepare",
+            "source: {format: labels, path: a, classes: [b, c, b]}",
+            "classes ['b', 'c', 'b'] contains a duplicate",
+        ),
         ("prepare", "source: {format: demo}\nsplits: {validation: 0.6, test: 0.6}", "splits"),
         ("evaluate", "best_of: 1", "best_of=1"),
         # Combinations
@@ -194,14 +244,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(stage: str, text: str, 
             "evaluation: {scorer: {source: a, weight: 2}}\ntraining: {eval_strategy: steps}",
             "evaluation.scorer.weight is not read",
         ),
-        ("ppo", "merge: true\nlora: {}\nquantization: 8bit", "takes an adapter in only roughly; set merge: false"),
+        (
+            "ppo",
+            "merge: true\nlora: {}\nquantization: 8bit",
+            "merges into a base with quantization: 8bit only approximately; set merge: false",
+        ),
         ("sft", "model: a\nscratch: {layers: 2}", "'scratch:' is only read with model: scratch"),
         ("sft", "model: scratch\nquantization: 8bit\nlora: {r: 2}", "model: scratch cannot be quantized"),
         ("sft", "model: scratch\nscratch: {width: 10, heads: 3}", "heads"),
         ("sft", "model: scratch\nmax_length: 512\nscratch: {positions: 128}", "positions"),
     ],
 )
-def test_wrong_values_and_combinations_are_refused(stage: str, text: str, expected: str, tmp_path: Path) -> None:
+def test_wrong_values_and_combinations_are_refused(
+    stage: str, text: str, expected: str, tmp_path: Path
+) -> None:
     assert expected in refused(tmp_path, stage, text)
 
 
@@ -223,7 +279,10 @@ def test_a_config_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> Non
         ("training", "learning_rate", [1], "training.learning_rate"),
         ("training", "learning_rate", None, "training.learning_rate"),
         ("training", "learning_rate", {"x": 1}, "training.learning_rate"),
-        *(("training", key, 1, f"training.{key} is set by the stage") for key in ("seed", "bf16", "output_dir", "use_cpu")),
+        *(
+            ("training", key, 1, f"training.{key} is set by the stage")
+            for key in ("seed", "bf16", "output_dir", "use_cpu")
+        ),
         ("lora", "lora_alpah", 8, "did you mean 'lora_alpha'?"),
         ("lora", "r", "many", "lora.r='many'"),
         ("lora", "task_type", "CAUSAL_LM", "lora.task_type is set by the stage"),
@@ -231,7 +290,9 @@ def test_a_config_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("stage", ARGUMENTS)
-def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, value: Any, expected: str) -> None:
+def test_the_librarys_sections_are_checked(
+    stage: str, section: str, key: str, value: Any, expected: str
+) -> None:
     """pydantic's TypeAdapter of the whole class accepts `lerning_rate`."""
     common = {"run": "x"} if stage == "ppo" else {"run": "x", "model": "a"}
     loaded = config.STAGES[stage](**common, **{section: {key: value}})
@@ -243,10 +304,16 @@ def test_the_librarys_sections_are_checked(stage: str, section: str, key: str, v
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kl_estimator", "k4"), ("num_rollouts", 0), ("score_normalization", "whiten"), ("eval_strategy", "often"), ("num_train_epochs", 3)],
+    [
+        ("kl_estimator", "k4"),
+        ("num_rollouts", 0),
+        ("score_normalization", "whiten"),
+        ("eval_strategy", "often"),
+        ("num_train_epochs", 3),
+    ],
 )
 def test_what_ppo_config_cannot_take_is_one_line(key: str, value: Any, tmp_path: Path) -> None:
-    """`num_rollouts` is what decides how long PPO trains, so that `num_train_epochs` would be read by nothing."""
+    """`num_rollouts` decides how long PPO trains, so `num_train_epochs` is refused."""
     with pytest.raises(UserError, match=r"ppo: training\W.*") as error:
         check_training(config.PPOStage(run="x", training={key: value}), PPOConfig)
     assert str(value) in str(error.value) or key in str(error.value)
@@ -257,7 +324,12 @@ def test_lora_values_are_read_like_the_others() -> None:
     loaded = config.SFTStage(run="x", model="a", lora=section)
     check_training(loaded, SFTConfig)
     built: Any = build_lora_config(loaded, TaskType.CAUSAL_LM)
-    assert (built.r, built.lora_alpha, built.lora_dropout, built.target_modules) == (4, 16, 0.01, "all-linear")
+    assert (built.r, built.lora_alpha, built.lora_dropout, built.target_modules) == (
+        4,
+        16,
+        0.01,
+        "all-linear",
+    )
 
 
 # Before torch
@@ -266,7 +338,7 @@ def test_lora_values_are_read_like_the_others() -> None:
 def test_help_and_config_errors_come_before_torch() -> None:
     code = """
 import contextlib, io, sys
-import pipeline.artifact, pipeline.config, pipeline.cli
+import pipeline.artifacts.inputs, pipeline.config, pipeline.cli
 codes = []
 for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["run", "sft.max_lenght=5"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -276,7 +348,9 @@ for argv in (["--help"], ["sft", "--help"], ["sft", "--config", "none.yaml"], ["
             codes.append(error.code)
 print(codes, sorted({"torch", "transformers", "trl", "datasets", "peft"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=config.RECIPES.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=config.RECIPES.parent, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[0, 0, 2, 2] []"
 
 
@@ -302,9 +376,131 @@ def test_ppo_in_full_goes_on_from_a_merged_policy(tmp_path: Path) -> None:
     common = {"run": "t", "runs": str(tmp_path)}
     prepare = config.PrepareStage(source=[{"format": "demo"}], **common)
     for merge in (True, False):
-        configs = [prepare, config.SFTStage(model="a", lora={}, merge=merge, **common), config.PPOStage(**common)]
+        configs = [
+            prepare,
+            config.SFTStage(model="a", lora={}, merge=merge, **common),
+            config.PPOStage(**common),
+        ]
         if merge:
             config.check_run(configs)
         else:
             with pytest.raises(UserError, match="sft publishes a LoRA adapter"):
                 config.check_run(configs)
+
+
+# The reference and the schemas
+
+
+FILES = sorted(path for path in config.RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+
+
+def errors_of(stage: str, text: str) -> list[str]:
+    """The messages with which a stage's schema refuses a config."""
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    return [
+        error.message for error in jsonschema.Draft7Validator(schemas.read_schema(stage)).iter_errors(values)
+    ]
+
+
+@pytest.mark.parametrize("stage", config.STAGES)
+def test_every_key_has_one_sentence(stage: str) -> None:
+    keys = reference.list_keys(stage)
+    assert len({key.name for key in keys}) == len(keys)
+    for key in keys:
+        assert re.fullmatch(r"[A-Z][^\n]*[^.]\.", key.description), key
+        assert len(key.description.split()) <= 25, key
+        assert key.type, key
+
+
+def test_the_reference_has_types_limits_and_defaults() -> None:
+    keys = {key.name: key for key in reference.list_keys("ppo")}
+    assert keys["max_prompt_tokens"][1:3] == ("integer > 0", "256")
+    assert keys["evaluation.scorer.source"][1:3] == ("string", "required")
+    assert keys["algorithm"][1:3] == ("`ppo`, `rloo`, `grpo`", '"ppo"')
+    assert keys["training.kl_target"][1:3] == ("number or null", "null")
+    assert keys["run"][1:3] == ("string", "the folder's name")
+    assert set(PPOConfig.__annotations__) - {"RESERVED"} <= {name.removeprefix("training.") for name in keys}
+
+
+@pytest.mark.parametrize("stage", config.STAGES)
+def test_the_shipped_schemas_are_those_of_the_classes(stage: str) -> None:
+    """scripts/write_reference.py writes them."""
+    assert schemas.read_schema(stage) == schemas.build_schema(stage)
+    jsonschema.Draft7Validator.check_schema(schemas.read_schema(stage))
+
+
+def test_the_page_of_the_reference_is_that_of_the_classes() -> None:
+    """scripts/write_reference.py writes it."""
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference.format_markdown()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(config.RECIPES)))
+def test_every_shipped_config_names_the_schema_that_it_fits(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert named
+    assert (path.parent / named[1]).resolve() == schemas.SCHEMAS / f"{path.stem}.json"
+    assert errors_of(path.stem, text) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ("sft", "extends: ../demo/sft.yaml\nmax_length: ${scratch.positions}"),
+        (
+            "sft",
+            "model: a\nseed: '3'\ntraining: {packing: true, learning_rate: '5e-5'}\nlora: {r: 8}",
+        ),
+        ("prepare", "run: a\nruns: b\nsource: {path: '${recipe}/a.csv'}"),
+        ("prepare", "source: [{format: demo}, {format: labels, hub: a/b, columns: {prompt: [a, b]}}]"),
+        ("reward", "{}"),
+        ("ppo", "reward: http://gpu7:8000"),
+        (
+            "ppo",
+            "reward: {source: a, weight: 2}\ntraining: {kl_coef: 1e-2, kl_target: null, optim: adamw_torch}",
+        ),
+        ("ppo", "reward: [a, {source: 'm:f'}]\nevaluation: {scorer: b}"),
+        ("ppo", "reward: null\nlora: null\nalgorithm: grpo\ntraining: {beta: 0.1, num_generations: 8}"),
+        ("evaluate", "scorer: {source: a, positive_label: nice}\nquantization: ${precision}"),
+    ],
+)
+def test_a_schema_accepts_what_the_loader_accepts(stage: str, text: str) -> None:
+    assert errors_of(stage, text) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "expected"),
+    [
+        ("sft", "max_lenght: 5", "'max_lenght' was unexpected"),
+        ("sft", "scratch: {layrs: 4}", "is not valid under any of the given schemas"),
+        ("sft", "max_length: long", "'long' is not valid under any of the given schemas"),
+        ("sft", "max_length: 3", "3 is not valid under any of the given schemas"),
+        ("reward", "objective: pairwize", "'pairwize' is not valid under any of the given schemas"),
+        ("ppo", "reward: {source: a, wieght: 1}", "is not valid under any of the given schemas"),
+        ("ppo", "training: {kl_estimator: k4}", "'k4' is not valid under any of the given schemas"),
+        ("evaluate", "extends: 5", "5 is not of type 'string'"),
+    ],
+)
+def test_a_schema_refuses_what_the_loader_refuses(stage: str, text: str, expected: str) -> None:
+    (message,) = errors_of(stage, text)
+    assert expected in message
+
+
+@pytest.mark.parametrize("stage", ARGUMENTS)
+def test_the_changed_defaults_are_those_that_training_sets(stage: str, tmp_path: Path) -> None:
+    model = {} if stage == "ppo" else {"model": "a"}
+    loaded = config.STAGES[stage](run="trial", **model)
+    built = build_arguments(
+        loaded, ARGUMENTS[stage](loaded), tmp_path, **({"logging_steps": 1} if stage == "ppo" else {})
+    )
+    described = schemas.describe_training(stage)
+    for name in schemas.CHANGED_DEFAULTS:
+        default = described[name]["default"]
+        if name == "report_to":  # transformers reads "none" as no tracker
+            assert (default, built.report_to) == ("none", [])
+        elif name == "run_name":
+            assert built.run_name == default.replace("${run}", "trial")
+        elif (stage, name) == ("ppo", "logging_steps"):
+            assert built.logging_steps == 4 == default * built.steps_per_rollout
+        else:
+            assert getattr(built, name) == default

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.arguments import parse
 from pipeline.cli import main
+from pipeline.cli.parser import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

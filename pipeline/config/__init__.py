@@ -1,24 +1,17 @@
-"""Stage configs: YAML plus `key=value` overrides in, a validated, typed object out. Imports no torch, so a typo is told at once.
+"""Stage configs: YAML plus `key=value` overrides in, a validated, typed object out.
 
-In: `configs/<recipe>/<stage>.yaml` and overrides such as `training.learning_rate=1e-4`. Out: one of the classes of `stages`.
-A wrong input gets one `UserError`: the file, the key, the value, what is allowed and, for an unknown key, the nearest name.
+In: `configs/<recipe>/<stage>.yaml` and overrides such as `training.kl_coef=0.1`. Out: the stage's class.
+A wrong input raises one `UserError` with the file, the key, the value and what is allowed; an unknown key is
+offered the nearest name. Imports no torch, so a typo fails at once.
 """
 
-from pipeline.config.loading import PACKAGE, RECIPES, check_run, load, nearest, recipes, validate
-from pipeline.config.stages import (
-    OBJECTIVES,
-    STAGES,
-    EvaluateStage,
-    PPOStage,
-    PrepareStage,
-    Reward,
-    RewardStage,
-    Scratch,
-    SFTStage,
-    Source,
-    StageConfig,
-    TrainedStage,
-)
+from pipeline.config.base import Scratch, StageConfig, TrainedStage
+from pipeline.config.evaluate import EvaluateStage
+from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, nearest, recipes, validate
+from pipeline.config.ppo import PPOStage
+from pipeline.config.prepare import PrepareStage, Source
+from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
+from pipeline.config.sft import SFTStage
 
 __all__ = [
     "OBJECTIVES",

@@ -1,4 +1,4 @@
-"""YAML plus `key=value` overrides in, a stage's config out."""
+"""Load a stage's config: YAML plus `key=value` overrides in, a validated object out."""
 
 import difflib
 import os
@@ -11,17 +11,31 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.stages import STAGES
+from pipeline.config.base import StageConfig
+from pipeline.config.evaluate import EvaluateStage
+from pipeline.config.ppo import PPOStage
+from pipeline.config.prepare import PrepareStage
+from pipeline.config.reward import RewardStage
+from pipeline.config.sft import SFTStage
 from pipeline.errors import UserError
 
+STAGES: dict[str, type[StageConfig]] = {
+    "prepare": PrepareStage,
+    "sft": SFTStage,
+    "reward": RewardStage,
+    "ppo": PPOStage,
+    "evaluate": EvaluateStage,
+}
 PACKAGE = Path(__file__).resolve().parent.parent
-RECIPES = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # of a wheel, of a checkout
+IN_WHEEL, IN_CHECKOUT = PACKAGE / "configs", PACKAGE.parent / "configs"
+RECIPES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
 
 
 def load(stage: str, file: str | Path, overrides: list[str] | None = None, **common: Any) -> Any:
-    """The config of `stage` from a YAML file, overridden by `key=value` strings and by `common` (run, seed, force; None is ignored).
+    """Return the config of `stage` from a YAML file, `key=value` overrides and `common`.
 
-    The run is named after the file's folder unless told otherwise. Raises `UserError`.
+    Each takes precedence over the one before. `common` holds run, seed and force; None is ignored. The run
+    defaults to the name of the file's folder. Raises `UserError`.
     """
     path = Path(file)
     if not path.exists() and str(file) in recipes():
@@ -29,38 +43,45 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     base = _read(path)
     folder = path.resolve().parent
     defaults = {"run": f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name, "runs": "runs"}
-    given = {key: value for key, value in common.items() if value is not None}
+
     try:
         merged = OmegaConf.merge(defaults, base)
-        for key, value in _pairs(overrides or []):
+        for key, value in _parse_overrides(overrides or []):
             OmegaConf.update(merged, key, value, merge=False, force_add=True)
-        merged = OmegaConf.merge(merged, given)
+        merged = OmegaConf.merge(merged, {key: value for key, value in common.items() if value is not None})
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {_join_lines(error)}") from None
+
     config = validate(STAGES[stage], values, str(path))
     config._recipe_folder = path.parent
-    if not (path.parent / "manifest.json").exists():  # else it is the resolved config of an artifact, whose recipe nobody knows
-        config._recipe = path.resolve().parent.name if path.resolve().parent.parent == RECIPES else str(path.parent)
+    is_recipe = not (path.parent / "manifest.json").exists()  # else it is an artifact's resolved config
+    if is_recipe:
+        config._recipe = folder.name if folder.parent == RECIPES else str(path.parent)
     return config
 
 
 def check_run(configs: list[Any]) -> None:
-    """Refuse what no stage can see alone. Raises `UserError`."""
+    """Refuse combinations of stages that no stage can check alone. Raises `UserError`."""
     by_stage = {config.stage: config for config in configs}
-    held_out = by_stage["prepare"].splits
-    if "evaluate" in by_stage and not (held_out.validation or held_out.test):
+    splits = by_stage["prepare"].splits
+    if "evaluate" in by_stage and not (splits.validation or splits.test):
         raise UserError(
-            "prepare: splits.validation and splits.test are both 0, and evaluate measures on prompts held out; "
-            "set splits.test=0.1, or stop before with --until ppo"
+            "prepare: splits.validation and splits.test are both 0, but evaluate needs held-out prompts; "
+            "set splits.test=0.1, or end the run with --until ppo"
         )
     sft, ppo = by_stage.get("sft"), by_stage.get("ppo")
-    if sft and ppo and sft.lora is not None and not sft.merge and ppo.lora is None and ppo.policy == str(sft.folder):
-        raise UserError("ppo: sft publishes a LoRA adapter, from which the policy goes on, but ppo has no 'lora:' section; set ppo.lora={}")
+    if not sft or not ppo or ppo.policy != str(sft.folder):
+        return
+    if sft.lora is not None and not sft.merge and ppo.lora is None:
+        raise UserError(
+            "ppo: sft publishes a LoRA adapter, which PPO trains further, but ppo has no 'lora:' section; "
+            "set ppo.lora={}"
+        )
 
 
 def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
-    """`cls(**values)`, or a `UserError` with the first thing that is wrong."""
+    """Return `cls(**values)`, or raise a `UserError` with the first mistake."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
     try:
@@ -70,17 +91,20 @@ def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
 
 
 def nearest(name: str, known: Any) -> str:
-    """` (did you mean …?)` or nothing, for an error message."""
+    """Return `; did you mean …?` for an error message, or an empty string if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def recipes() -> list[str]:
-    return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists()) if RECIPES.is_dir() else []
+    """Return the names of the shipped recipes: the folders that bring a prepare.yaml."""
+    if not RECIPES.is_dir():
+        return []
+    return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists())
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
-    """A YAML file, `${recipe}` in it standing for its folder, over the file that its key `extends` names, a path from there."""
+    """Read a YAML file, merged over the file that its key `extends` names; `${recipe}` is its folder."""
     if path.resolve() in extending:
         raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, extending))}")
     try:
@@ -89,7 +113,8 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+        raise UserError(f"{path}: not readable as YAML: {_join_lines(error)}") from None
+
     if not isinstance(base, DictConfig):
         raise UserError(f"{path}: expected a mapping of keys, found a list")
     extended = base.pop("extends", None)
@@ -100,8 +125,8 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
     return merged
 
 
-def _pairs(overrides: list[str]) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value as YAML reads it) of each override."""
+def _parse_overrides(overrides: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value as YAML reads it) for each override."""
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not key:
@@ -109,16 +134,18 @@ def _pairs(overrides: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             yield key, OmegaConf.from_dotlist([f"value{item[len(key) :]}"])["value"]
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"override {item!r}: its value is not readable as YAML: {_one_line(error)}; quote it") from None
+            raise UserError(
+                f"override {item!r}: its value is not readable as YAML: {_join_lines(error)}; quote it"
+            ) from None
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    # An unknown key is often the missing one misspelt: it is told first.
+    """Return one mistake in one line, an unknown key first: it is often the missing one misspelt."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "config"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(place[-1], _keys(cls, first['loc'][:-1]))}"
+        return f"unknown key {key!r}{nearest(place[-1], _known_keys(cls, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{key!r} is missing"
     if first["type"] == "value_error":
@@ -126,8 +153,8 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at `place` inside `cls`."""
+def _known_keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Return the keys allowed at `place` inside `cls`."""
     schema = cls.model_json_schema()
     node: Any = schema
     for part in place:
@@ -138,5 +165,5 @@ def _keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     return list(node.get("properties", {}))
 
 
-def _one_line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(str(error).split())

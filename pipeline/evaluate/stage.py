@@ -35,9 +35,12 @@ def check(config: EvaluateStage) -> None:
 
 def run(config: EvaluateStage) -> Path:
     check(config)
-    inputs = {name: require_artifact(getattr(config, name), kind, config.fix(stage)) for name, (kind, stage) in INPUT_KINDS.items()}
+    inputs = {
+        name: require_artifact(getattr(config, name), kind, config.make_command(stage))
+        for name, (kind, stage) in INPUT_KINDS.items()
+    }
     if config.scorer and not config.scorer.is_function:
-        inputs["scorer"] = require_reward(config.scorer, config.fix("reward"), config.trust_remote_code)
+        inputs["scorer"] = require_reward(config.scorer, config.make_command("reward"), config.trust_remote_code)
     return build_artifact(
         config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output), on_every_rank=True
     )

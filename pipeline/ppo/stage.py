@@ -62,12 +62,12 @@ def named_rewards(config: PPOStage) -> dict[str, Reward]:
 def run(config: PPOStage) -> Path:
     check(config)
     inputs = {
-        "records": require_artifact(config.records or "", "records", config.fix("prepare")),
-        "policy": require_artifact(config.policy or "", "policy", config.fix("sft")),
+        "records": require_artifact(config.records or "", "records", config.make_command("prepare")),
+        "policy": require_artifact(config.policy or "", "policy", config.make_command("sft")),
     }
     for name, reward in named_rewards(config).items():
         if not reward.is_function:
-            inputs[name] = require_reward(reward, config.fix("reward"), config.trust_remote_code)
+            inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
             if config.one_backbone == "always" and (apart := incompatibility(config, inputs["policy"], inputs[name])):
                 raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
     weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}

@@ -58,10 +58,10 @@ def check(config: RewardStage) -> None:
 
 def run(config: RewardStage) -> Path:
     check(config)
-    records = require_artifact(config.records or "", "records", config.fix("prepare"))
+    records = require_artifact(config.records or "", "records", config.make_command("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
-        fix = f"{config.fix('sft')}, or name a hub id or a folder in 'model'"
+        fix = f"{config.make_command('sft')}, or name a hub id or a folder in 'model'"
         inputs["model"] = require_artifact(config.model, "model", fix, config.revision)
         config = config.model_copy(update={"revision": inputs["model"].revision})
     return build_artifact(config, kind="reward", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)

@@ -35,7 +35,7 @@ def check(config: SFTStage) -> None:
 
 def run(config: SFTStage) -> Path:
     check(config)
-    records = require_artifact(config.records or "", "records", config.fix("prepare"))
+    records = require_artifact(config.records or "", "records", config.make_command("prepare"))
     inputs = {"records": records}
     if config.model != "scratch":
         inputs["model"] = require_artifact(config.model, "model", "name a hub id or a folder in 'model'", config.revision)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.arguments import EXAMPLES, parse
 from pipeline.cli import main
+from pipeline.cli.parser import EXAMPLES, parse
 
 
 def help_of(capsys, *command):

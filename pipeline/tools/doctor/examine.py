@@ -73,18 +73,18 @@ def _is_to_come(recipe: Recipe, source: str) -> bool:
 
 def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: str) -> str:
     if _is_to_come(recipe, source):
-        return f"{source}: not made yet; {config.fix(maker)} makes it"
+        return f"{source}: not made yet; {config.make_command(maker)} makes it"
     if hub.is_hub_id(source):
         commit = reachable_commit(source)
         return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
-    opened = require_artifact(source, kind, config.fix(maker) if maker else "name another")
+    opened = require_artifact(source, kind, config.make_command(maker) if maker else "name another")
     return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.foreign else 'as its stage wrote them'}"
 
 
 def _remote(config: Any, recipe: Recipe, reward: Reward) -> str:
     if reward.reads and _is_to_come(recipe, reward.reads):
         return f"{reward.source}: reads {_input(config, recipe, reward.reads, 'reward', 'reward')}"
-    opened = require_reward(reward, config.fix("reward"), config.trust_remote_code)
+    opened = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
     return f"{reward.source}: {opened.manifest['served']['engine']} serves {opened.manifest['served']['model']}, read as {opened.path}"
 
 
@@ -109,7 +109,7 @@ def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not Path(config.records).exists() or (tokenizer := _load_tokenizer(config)) is None:
         return
     kind = FEEDS.get(config.stage) or OBJECTIVES[config.objective].kind
-    rows = open_records(require_artifact(config.records, "records", config.fix("prepare")), kind)["train"]
+    rows = open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)["train"]
     if not len(rows):
         raise UserError(f"{config.records}: holds no {kind} to train on")
     prompts = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
@@ -125,7 +125,7 @@ def longest_prompt(config: Any) -> int | None:
     """Tokens of the longest prompt that PPO will answer, where its records are there."""
     if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists() or (tokenizer := _load_tokenizer(config)) is None:
         return None
-    splits = open_records(require_artifact(config.records, "records", config.fix("prepare")), "prompts").values()
+    splits = open_records(require_artifact(config.records, "records", config.make_command("prepare")), "prompts").values()
     return max((len(prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None)
 
 

@@ -1,0 +1,61 @@
+"""The command line: argv in, an exit code out. Arguments and configs are checked before torch is imported.
+
+Exit codes: 0 done; 1 the machine failed (full disk, unreadable file); 2 a user's mistake; 130 interrupted.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from pipeline.cli.commands import COMMANDS, run_stage
+from pipeline.cli.parser import parse
+from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
+from pipeline.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parse(argv)
+    try:
+        COMMANDS.get(args.command, run_stage)(args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, Exception) as error:
+        known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _is_disk_full(error)
+        if args.debug or not known:
+            raise
+        message, code = _explain(error)
+        if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
+            print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+        return code
+
+
+def entry() -> None:
+    """Run the console script."""
+    code = main()
+    if code == 0:  # after a failure, other ranks may no longer be there to leave the group with
+        destroy_process_group()
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Return the error in one line, and its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted; published artifacts are unchanged, and the same command goes on"
+        return f"{message} from the last checkpoint", 130
+    if _is_disk_full(error):
+        filename = getattr(error, "filename", None)
+        place = f" for {filename}" if filename else ""
+        return f"no space left on the disk{place}; free some and run the same command again", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
+    return " ".join(str(error).split()), 2
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Return whether the disk is full; safetensors says so only in its message."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -1,0 +1,237 @@
+"""The commands: one function for each, of its parsed arguments. Each imports what it needs when it runs."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import shtab
+
+from pipeline import config
+from pipeline.cli.parser import build_parser
+from pipeline.cli.quiet import silence_libraries
+from pipeline.distributed.processes import init_process_group, is_main_process
+from pipeline.errors import UserError
+
+
+def run_recipe(args: argparse.Namespace) -> None:
+    """Run all stages of a recipe in order, after each config is checked."""
+    stages = list(config.STAGES)[: list(config.STAGES).index(args.until) + 1]
+    configs = _load_recipe(args, stages)
+    config.check_run(configs)
+    silence_libraries()
+    init_process_group()
+
+    for loaded in configs:
+        import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
+    for loaded in configs:
+        run_loaded(loaded, args.dry_run)
+    if args.until == "evaluate" and not args.dry_run and is_main_process():
+        print(import_module("pipeline.evaluate.summary").summary_table(configs[-1].folder))
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Run one stage from its own config file."""
+    loaded = config.load(args.command, args.config, args.overrides, **_common_keys(args))
+    silence_libraries()
+    init_process_group()
+    import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
+    run_loaded(loaded, args.dry_run)
+
+
+def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
+    """Run the stage of a checked config, or print the folder that it would write."""
+    if is_main_process():
+        print(f"{loaded.stage}: {'would write ' if dry_run else ''}{loaded.folder}", flush=True)
+    if not dry_run:
+        _run(loaded)
+
+
+def show_config(args: argparse.Namespace) -> None:
+    """Print the keys of a stage's config, or its JSON Schema."""
+    from pipeline.config.reference import format_text
+    from pipeline.config.schemas import read_schema
+
+    if args.schema:
+        print(json.dumps(read_schema(args.stage), indent=2, ensure_ascii=False))
+    else:
+        print(format_text(args.stage, args.key))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Check a recipe's stages, or one of them, before anything is loaded."""
+    path = Path(args.config)
+    folder = path if path.is_dir() else path.parent
+    files = {stage: folder / f"{stage}.yaml" for stage in config.STAGES}
+    checked = [stage for stage, file in files.items() if file.exists()] if path.is_dir() else [path.stem]
+    if not checked or checked[0] not in config.STAGES:
+        names = ", ".join(f"{stage}.yaml" for stage in config.STAGES)
+        raise UserError(f"{path}: expected a recipe's folder, or one of its files: {names}")
+
+    known = [stage for stage, file in files.items() if stage in checked or file.exists()]
+    overrides = _split_overrides(args.overrides, checked[-1], known)
+    recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
+    if "prepare" in recipe:
+        config.check_run(list(recipe.values()))
+    silence_libraries()
+    errors = _examine(args, recipe, checked)
+    if errors:
+        things = f"{errors} thing{'s are' if errors > 1 else ' is'}"
+        raise UserError(f"doctor: {things} wrong: see the lines that begin with 'error:'")
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the state of a run, an artifact and its inputs, or the difference between two."""
+    from pipeline.tools.show.show import show_folders
+
+    print(show_folders([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
+
+
+def push(args: argparse.Namespace) -> None:
+    """Push a model and its card to the hub."""
+    from pipeline.tools.push.push import push_artifact
+
+    print(push_artifact(Path(args.folder), args.to, private=args.private, revision=args.revision))
+
+
+def completion(args: argparse.Namespace) -> None:
+    """Print a completion script for a shell."""
+    print(shtab.complete(build_parser(), args.shell))
+
+
+def score(args: argparse.Namespace) -> None:
+    """Score the responses of a file."""
+    from pipeline.tools.score import read_job, score_file
+
+    reward = _reward(args)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force)
+    silence_libraries()
+    init_process_group()
+    score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize"))
+
+
+def best_of_n(args: argparse.Namespace) -> None:
+    """Generate n responses to each prompt of a file, and keep the best."""
+    from pipeline.tools.score import best_of_n_file, read_job
+
+    reward = _reward(args)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force)
+    silence_libraries()
+    init_process_group()
+    names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size")
+    best_of_n_file(job, reward, args.policy, **_select(args, *names))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Rank responses to one prompt."""
+    from pipeline.tools.score import compare_responses
+
+    reward = _reward(args)
+    silence_libraries()
+    print(compare_responses(reward, args.prompt, args.answers))
+
+
+# Commands but the stages, which share `run_stage`.
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "run": run_recipe,
+    "config": show_config,
+    "doctor": doctor,
+    "show": show,
+    "push": push,
+    "score": score,
+    "best-of-n": best_of_n,
+    "compare": compare,
+    "completion": completion,
+}
+
+
+def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> list[Any]:
+    """Return the configs of a recipe's stages. Raises `UserError`."""
+    folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
+    if not folder.is_dir():
+        raise UserError(
+            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; "
+            f"there are: {', '.join(config.recipes())}"
+        )
+    overrides = _split_overrides(args.overrides, args.until, stages)
+    common = _common_keys(args)
+    files = {stage: folder / f"{stage}.yaml" for stage in stages}
+    if args.tiny:
+        files = {stage: _find_tiny(folder, stage) for stage in stages}
+        if args.run is None and not any(item.startswith("run=") for item in args.overrides):
+            common["run"] = f"{folder.resolve().name}-tiny"
+
+    configs = [config.load(stage, files[stage], overrides[stage], **common) for stage in stages]
+    for loaded in configs:
+        loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")
+    return configs
+
+
+def _find_tiny(folder: Path, stage: str) -> Path:
+    """Return the config of a stage's small version: the recipe's own or, except for `reward`, the demo's."""
+    file = folder / "tiny" / f"{stage}.yaml"
+    if stage == "reward" and not file.exists():
+        raise UserError(
+            f"--tiny: {folder} has no tiny/reward.yaml, the small version of its model; run it without --tiny"
+        )
+    return file if file.exists() else config.RECIPES / "demo" / f"{stage}.yaml"
+
+
+def _run(loaded: config.StageConfig) -> None:
+    import_module(f"pipeline.{loaded.stage}.stage").run(loaded)
+
+
+def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[str]) -> int:
+    """Print the doctor's findings for each stage, and return the number of errors."""
+    from pipeline.distributed.launch import unsupported_sharding
+    from pipeline.tools.doctor.accelerate_configs import launch_environment, num_shards
+    from pipeline.tools.doctor.examine import examine
+
+    parts = num_shards(args.launch) if args.launch else 1
+    launched = launch_environment(args.launch) if args.launch else {}
+    total = 0
+    for stage in stages:
+        memory = args.device_memory and 1e9 * args.device_memory
+        findings, errors = examine(recipe[stage], recipe, memory, parts)
+        if problem := unsupported_sharding(launched, getattr(recipe[stage], "algorithm", "ppo")):
+            findings, errors = [*findings, ("launch", f"error: {problem}")], errors + 1
+        total += errors
+        lines = [f"  {what:<10} {text}" for what, text in findings]
+        print("\n".join([f"{stage}: {recipe[stage].folder}", *lines]), flush=True)
+    return total
+
+
+def _reward(args: argparse.Namespace) -> config.Reward:
+    section = {"source": args.reward, "positive_label": args.positive_label, "reads": args.reads}
+    return config.validate(config.Reward, section, f"--reward {args.reward}")
+
+
+def _select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _common_keys(args: argparse.Namespace) -> dict[str, Any]:
+    return {"run": args.run, "seed": args.seed, "force": args.force or None}
+
+
+def _split_overrides(overrides: Sequence[str], last: str, stages: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of each stage.
+
+    `stage.key=value` goes to its stage. A bare `key=value` goes to all stages if all have the key (`runs`),
+    else to the `last` one.
+    """
+    by_stage: dict[str, list[str]] = {stage: [] for stage in stages}
+    for item in overrides:
+        stage, dot, rest = item.partition(".")
+        if item.partition("=")[0] in config.StageConfig.model_fields:
+            for items in by_stage.values():
+                items.append(item)
+        elif dot and stage in config.STAGES:
+            if stage not in by_stage:
+                raise UserError(f"override {item!r}: the run ends with {last!r}, before {stage!r}")
+            by_stage[stage].append(rest)
+        else:
+            by_stage[last].append(item)
+    return by_stage

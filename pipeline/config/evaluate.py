@@ -1,0 +1,81 @@
+"""The evaluate stage's keys."""
+
+from typing import ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Precision, Quantization, StageConfig
+from pipeline.config.reward import Reward, from_source_string
+
+
+class EvaluateStage(StageConfig):
+    """Compares PPO's policy with SFT's, and with best-of-n, on held-out prompts.
+
+    A figure whose scorer is not named is omitted.
+    """
+
+    stage: ClassVar[str] = "evaluate"
+
+    records: str | None = None
+    """Prepared records: an artifact or a `save_to_disk` folder; null is the run's own `prepare`."""
+
+    sft: str | None = None
+    """Policy before PPO, an artifact, a folder or a hub id; null is the run's own `sft`."""
+
+    reward: str | None = None
+    """Reward model that PPO was trained on; null is the run's own `reward`."""
+
+    ppo: str | None = None
+    """Policy after PPO, an artifact, a folder or a hub id; null is the run's own `ppo`."""
+
+    positive_label: str | None = None
+    """Label whose logit is the reward, for a classifier with several labels that no reward stage trained."""
+
+    scorer: Reward | None = None
+    """Held-out reward that PPO was not trained on."""
+
+    gold: str | None = None
+    """Gold reward, a `module:function`."""
+
+    well_formed: str | None = None
+    """A `module:function` that returns 1 for a well-formed response and 0 for others."""
+
+    prompts: int = Field(100, gt=0)
+    """Maximum number of test prompts."""
+
+    samples_per_prompt: int = Field(4, gt=0)
+    """Responses that PPO's policy generates for each prompt."""
+
+    best_of: int = Field(16, gt=1)
+    """Responses that SFT's policy generates for each prompt, for best-of-n up to this n."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of both policies."""
+
+    response_tokens: int = Field(48, gt=0)
+    """Maximum new tokens of a response."""
+
+    max_prompt_tokens: int = Field(256, gt=0)
+    """Prompt limit in tokens; longer prompts are left-truncated."""
+
+    batch_size: int = Field(64, gt=0)
+    """Responses that are generated or scored together."""
+
+    quantization: Quantization = "none"
+    """Quantize the weights of both policies with bitsandbytes; a reward artifact has its own."""
+
+    precision: Precision = "fp32"
+    """Dtype of both policies; `auto` is bf16 on a GPU that supports it, else fp32."""
+
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub repository."""
+
+    _scorer = field_validator("scorer", mode="before")(from_source_string)
+
+    @model_validator(mode="after")
+    def set_defaults(self) -> "EvaluateStage":
+        self.records = self.records or self.upstream("prepare")
+        self.sft = self.sft or self.upstream("sft")
+        self.reward = self.reward or self.upstream("reward")
+        self.ppo = self.ppo or self.upstream("ppo")
+        return self

@@ -1,0 +1,113 @@
+"""The PPO stage's keys."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import PolicyStage, StrictModel
+from pipeline.config.reward import Reward, from_source_string
+
+
+class EvaluationSection(StrictModel):
+    """Evaluations while PPO trains: a held-out scorer, early stopping, and the policies to keep."""
+
+    scorer: Reward | None = None
+    """Held-out reward that PPO is not trained on; the best checkpoint in `best/` is chosen by it."""
+
+    patience: int = Field(3, gt=0)
+    """Evaluations in a row without a new best after which the run stops; only read with a `scorer`."""
+
+    keep: bool = False
+    """Keep the policy of each evaluation in `policies/step-N/`, for evaluate to measure."""
+
+    _scorer = field_validator("scorer", mode="before")(from_source_string)
+
+
+class PPOStage(PolicyStage):
+    """Trains the policy on a reward: with PPO, or with TRL's RLOO or GRPO by `algorithm`."""
+
+    stage: ClassVar[str] = "ppo"
+
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
+    """Trainer, and class of `training`: pipeline.PPOConfig, trl.RLOOConfig or trl.GRPOConfig."""
+
+    policy: str | None = None
+    """Policy to train, an artifact, a folder or a hub id; null is the run's own `sft`."""
+
+    reward: list[Reward] = Field([])
+    """Reward to train on, or a list to sum, each a section or its source; empty is the run's own `reward`."""
+
+    records: str | None = None
+    """Prepared records: an artifact or a `save_to_disk` folder; null is the run's own `prepare`."""
+
+    uncertainty_penalty: float = Field(0.0, ge=0)
+    """Standard deviations between the rewards to subtract from their sum; needs two rewards or more."""
+
+    gold: str | None = None
+    """Gold reward, a `module:function`; it is measured at evaluations and never trained on."""
+
+    evaluation: EvaluationSection = EvaluationSection()
+    """Evaluations while PPO trains."""
+
+    one_backbone: Literal["auto", "always", "never"] = "auto"
+    """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails otherwise."""
+
+    max_prompt_tokens: int = Field(256, gt=0)
+    """Prompt limit in tokens; longer prompts are left-truncated."""
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def as_list(cls, value: Any) -> Any:
+        rewards = value if isinstance(value, list) else [] if value is None else [value]
+        return list(map(from_source_string, rewards))
+
+    @model_validator(mode="after")
+    def set_defaults(self) -> "PPOStage":
+        self.policy = self.policy or self.upstream("sft")
+        self.reward = self.reward or [Reward(source=self.upstream("reward"))]
+        self.records = self.records or self.upstream("prepare")
+        return self
+
+    @model_validator(mode="after")
+    def check_weights(self) -> "PPOStage":
+        if len({reward.weight is None for reward in self.reward}) > 1:
+            raise ValueError(
+                "reward: some have a weight and some have none; give each one, or none for their mean"
+            )
+        if all(reward.weight == 0 for reward in self.reward):
+            raise ValueError(
+                "reward: every weight is 0, so nothing is learned; give one reward another weight"
+            )
+        if self.uncertainty_penalty and len(self.reward) == 1:
+            raise ValueError(
+                "'uncertainty_penalty' is only read with two rewards or more; "
+                "an ensemble of heads has its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_scorer(self) -> "PPOStage":
+        scorer = self.evaluation.scorer
+        evaluates = self.training.get("eval_strategy", "no") not in ("no", False)
+        if self.evaluation.keep and not evaluates:
+            raise ValueError(
+                "evaluation.keep keeps the policies of evaluations, and there are none; "
+                "set training.eval_strategy: steps"
+            )
+        if scorer is None:
+            if self.evaluation.patience != EvaluationSection().patience:  # a resolved config names all keys
+                raise ValueError(
+                    "evaluation.patience is only read with an evaluation.scorer; name one, or remove it"
+                )
+            return self
+        if scorer.weight is not None:
+            raise ValueError("evaluation.scorer.weight is not read: there is one scorer; remove it")
+        if not evaluates:
+            raise ValueError(
+                "evaluation.scorer scores evaluations, and there are none; set training.eval_strategy: steps"
+            )
+        if scorer.source in [reward.source for reward in self.reward]:
+            raise ValueError(
+                f"evaluation.scorer: {scorer.source} is what PPO is trained on; name a held-out one"
+            )
+        return self

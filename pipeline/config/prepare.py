@@ -1,0 +1,115 @@
+"""The prepare stage's keys: where raw rows come from, and which prompts are held out."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import StageConfig, StrictModel
+
+
+class Source(StrictModel):
+    """Where raw rows come from, and how their columns map to ours."""
+
+    format: Literal[
+        "demo",
+        "comparisons",
+        "dialogues",
+        "rankings",
+        "ratings",
+        "labels",
+        "demonstrations",
+        "prompts",
+    ]
+    """Kind of rows in the source; `demo` is the built-in world and has no origin."""
+
+    path: str | None = None
+    """A CSV, TSV, JSON, JSONL or Parquet file, a folder of these, or a `save_to_disk` folder."""
+
+    hub: str | None = None
+    """Dataset on the hub, instead of a `path`."""
+
+    subset: str | None = None
+    """Configuration of the hub dataset."""
+
+    split: str = "train"
+    """Split of the hub dataset or of the `save_to_disk` folder."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
+
+    columns: dict[str, str | list[str]] = Field({})
+    """Maps our column names to the source's; several columns are joined by a blank line."""
+
+    values: dict[str, str | float] = Field({})
+    """Gives a column the same value in every row."""
+
+    classes: list[str] | None = None
+    """Names of the label classes in the order of their ids; only read with `labels` and `demo`."""
+
+    limit: int | None = Field(None, gt=0)
+    """Read only the first rows, at most this many."""
+
+    @model_validator(mode="after")
+    def check_origin(self) -> "Source":
+        origins = [name for name in ("path", "hub") if getattr(self, name)]
+        if len(origins) != (self.format != "demo"):
+            raise ValueError(
+                "format 'demo' takes no path or hub"
+                if self.format == "demo"
+                else "needs either 'path' or 'hub'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_unread_keys(self) -> "Source":
+        has_origin = self.format != "demo"
+        is_read = {
+            "subset": self.hub,
+            "revision": self.hub,
+            "columns": has_origin,
+            "values": has_origin,
+            "classes": self.format in ("labels", "demo"),
+        }
+        for key, read in is_read.items():
+            if getattr(self, key) and not read:
+                origin = self.hub or self.path or "the demo world"
+                raise ValueError(f"{key!r} is not read with format {self.format!r} from {origin}; remove it")
+        if len(set(self.classes or [])) < len(self.classes or []):
+            raise ValueError(f"classes {self.classes} contains a duplicate; name each class once")
+        return self
+
+
+class Splits(StrictModel):
+    """Fractions of the prompts that are held out; the rest is `train`."""
+
+    validation: float = Field(0.1, ge=0, lt=1)
+    """Fraction of the prompts that evaluations during training use."""
+
+    test: float = Field(0.1, ge=0, lt=1)
+    """Fraction of the prompts that only the final measurements use."""
+
+    @model_validator(mode="after")
+    def check_sum(self) -> "Splits":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation={self.validation} and test={self.test} leave nothing to train on; "
+                "expected a sum below 1"
+            )
+        return self
+
+
+class PrepareStage(StageConfig):
+    """Reads human feedback into records and splits them by prompt; bad rows go to quarantine.jsonl."""
+
+    stage: ClassVar[str] = "prepare"
+
+    source: list[Source] = Field(min_length=1)
+    """Raw data: one source, or a list of them."""
+
+    splits: Splits = Splits()
+    """Fractions of the prompts that are held out; the rest is `train`."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value

@@ -1,0 +1,188 @@
+"""The reward stage's keys and objectives, and `Reward`: a reward as PPO and evaluate name it."""
+
+from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import ModelStage, StrictModel
+
+
+class Objective(NamedTuple):
+    """The kind of records, whether the loss compares responses to a prompt, and the card's name for the loss.
+
+    An objective that compares, except `pairwise`, is a function of this name in `pipeline.reward.objectives`.
+    """
+
+    kind: str
+    compares: bool
+    loss: str
+
+
+OBJECTIVES = {
+    "pairwise": Objective(
+        "comparisons",
+        True,
+        "−log σ(chosen − rejected), Bradley and Terry 1952, as Ouyang et al. 2022 (InstructGPT)",
+    ),
+    "ranking": Objective(
+        "rankings",
+        True,
+        "−log σ(better − worse) over all ordered pairs of a prompt's responses, "
+        "Ouyang et al. 2022 (InstructGPT, eq. 1)",
+    ),
+    "plackett_luce": Objective(
+        "rankings",
+        True,
+        "−log of the probability that the responses are chosen in order of rank, Luce 1959 and Plackett 1975",
+    ),
+    "classification": Objective("labels", False, "cross-entropy of the softmax over the classes"),
+    "regression": Objective(
+        "ratings", False, "mean squared error to the ratings, as Wang et al. 2024 (HelpSteer2)"
+    ),
+}
+
+
+class EncodingSection(StrictModel):
+    """How a prompt and a response become token ids; see `pipeline.reward.encoding`."""
+
+    form: Literal["chat", "pair", "concatenation"] | None = None
+    """Chat template, an encoder's two segments, or one text; null is chat on decoders, pair on encoders."""
+
+    separator: str = "\n"
+    """Text between prompt and response in a concatenation, and between messages that become one text."""
+
+    eos: bool | None = None
+    """End the ids with EOS; null is true on decoders, except for a pair, and false on encoders."""
+
+    token_types: bool = True
+    """Give an encoder its token type ids; false omits them."""
+
+
+class RewardStage(ModelStage):
+    """Trains a reward model on comparisons, rankings, labels or ratings; `objective` decides which."""
+
+    stage: ClassVar[str] = "reward"
+
+    objective: Literal[tuple(OBJECTIVES)] = "pairwise"  # type: ignore[valid-type]
+    """Training objective; it decides the loss and the kind of records."""
+
+    encoding: EncodingSection = EncodingSection()
+    """How a prompt and a response become token ids."""
+
+    overlong: Literal["truncate_left", "truncate_right", "drop"] = "truncate_left"
+    """Treatment of rows over `max_length`: cut the prompt's start, cut the response's end, or drop them."""
+
+    positive_label: str | None = None
+    """Label whose logit is the reward; null is the class `true` or `1`; only read with classification."""
+
+    reward_output: Literal["logit", "log_odds", "probability"] = "logit"
+    """Output of the positive label that is the reward; only read with classification."""
+
+    class_weights: list[float] | None = None
+    """Weight of each class in the loss, in the order of the classes; only read with classification."""
+
+    ensemble: int = Field(1, gt=0)
+    """Number of heads on one backbone, each trained on its own random subset of the rows."""
+
+    uncertainty_penalty: float = Field(0.0, ge=0)
+    """Standard deviations between the heads that are subtracted from their mean; needs an ensemble."""
+
+    @model_validator(mode="after")
+    def check_objective_keys(self) -> "RewardStage":
+        if self.objective == "classification":
+            if self.ensemble > 1:
+                raise ValueError(
+                    "ensemble: an ensemble of heads is for objectives with one score, "
+                    "not for classification; set ensemble: 1"
+                )
+        else:
+            for key in ("positive_label", "class_weights"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key!r} is only read with objective: classification, "
+                        f"but objective is {self.objective!r}"
+                    )
+            if self.reward_output != "logit":
+                raise ValueError(
+                    "'reward_output' is only read with objective: classification, "
+                    f"but objective is {self.objective!r}"
+                )
+        if self.uncertainty_penalty and self.ensemble == 1:
+            raise ValueError(
+                "'uncertainty_penalty' is only read with an ensemble of two or more; set ensemble: 4"
+            )
+        return self
+
+
+class Reward(StrictModel):
+    """A reward: a model, a Python function, or a server; a string is its source."""
+
+    source: str
+    """A reward artifact, a classifier's folder, a hub id, a `module:function`, or the URL of a server."""
+
+    weight: float | None = None
+    """Weight in the sum of the rewards; null for all of n rewards is 1/n each."""
+
+    positive_label: str | None = None
+    """Label whose logit is the reward, for a classifier with several labels that no reward stage trained."""
+
+    length_penalty: float = Field(0.0, ge=0)
+    """Share of length's effect on the reward to subtract, by the reference sample's slope; 1 is all."""
+
+    reads: str | None = None
+    """Folder or hub id of the model that a URL serves; null asks the server."""
+
+    timeout: float = Field(60.0, gt=0, exclude=True)  # does not change a score
+    """Seconds that one request to a server may take."""
+
+    @model_validator(mode="after")
+    def check_length_penalty(self) -> "Reward":
+        if self.length_penalty and self.is_function:
+            raise ValueError(
+                f"length_penalty: {self.source} is a function, which has no reference sample; "
+                "penalise length inside the function"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_server_keys(self) -> "Reward":
+        for key in ("reads", "timeout"):
+            if key in self.model_fields_set and getattr(self, key) is not None and not self.is_url:
+                raise ValueError(
+                    f"{key!r} is only read with the URL of a server as the source, "
+                    f"but that is {self.source!r}; remove it"
+                )
+        return self
+
+    @field_validator("source")
+    @classmethod
+    def check_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https"):
+            return value
+        if not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ValueError(
+                f"source: {parts.scheme}://{parts.hostname or ''}…: expected http://host:port alone; "
+                "a key goes into the environment as REWARD_API_KEY"
+            )
+        return value.rstrip("/")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the reward is a model in this process."""
+        return not self.is_url and not self.is_function
+
+    @property
+    def is_url(self) -> bool:
+        return self.source.startswith(("http://", "https://"))
+
+    @property
+    def is_function(self) -> bool:
+        module, colon, name = self.source.partition(":")
+        return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def from_source_string(value: Any) -> Any:
+    """Return a reward's section for a string that is its source; return other values unchanged."""
+    return {"source": value} if isinstance(value, str) else value

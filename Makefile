@@ -13,7 +13,7 @@ RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY
 STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint bench-reward bench-ppo study clean
+.PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint docs bench-reward bench-ppo study clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -52,6 +52,14 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs-ready  ## the documentation as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'documentation: build/site/index.html'
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 bench-reward: setup  ## reward training and scoring beside TRL's and transformers' own (minutes; alone on the machine)
 	$(BIN)/python benchmarks/reward.py $(ARGS)

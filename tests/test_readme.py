@@ -1,4 +1,4 @@
-"""Every command of the README parses, and its three lines of data are enough. (Its Python runs in test_pipeline.)"""
+"""The README and the pages of docs/: every command parses, every example runs, every link leads somewhere, every page is in the menu."""
 
 import re
 import shlex
@@ -6,77 +6,221 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline import config
 from pipeline.cli import main
 from pipeline.cli.parser import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
-COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
-TOOLS = ("score", "compare", "best-of-n", "doctor", "push")
-INLINE = re.findall(r"`(make [^`]+)`", README)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+README = PAGES["README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+DRY_RUN = {"run", *config.STAGES}  # the commands that take --dry-run; the others are only parsed
+NOT_OURS = {"vllm", "text-embeddings-router", "tensorboard"}
+SIZES = {"num_rollouts=50": "num_rollouts=1", "per_device_train_batch_size=16": "per_device_train_batch_size=2", "tokens=48": "tokens=4"}
 
 
-def argv_of(command):
-    """What the command hands to `pipeline.cli`."""
+def blocks(page, language):
+    return [text for found, text in FENCE.findall(PAGES[page]) if found == language]
+
+
+def prose(page):
+    return FENCE.sub("", PAGES[page])
+
+
+def per_page(find):
+    """A parameter for each distinct thing that `find` returns, under the first page that has it."""
+    first = {}
+    for page in PAGES:
+        for thing in find(page):
+            first.setdefault(thing, page)
+    return [pytest.param(thing, id=f"{page}: {thing}") for thing, page in first.items()]
+
+
+def commands_of(page):
+    return [line for text in blocks(page, "bash") for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def inline_of(page):
+    return re.findall(r"`((?:make|rlhf) [^`…<]+)`", prose(page))
+
+
+def words_of(command):
+    """The words without the variables in front."""
     words = shlex.split(command)
-    return words[words.index("pipeline") + 1 :] if words[0] == "accelerate" else words[1:]
+    while "=" in words[0]:
+        words = words[1:]
+    return words
 
 
-STAGES = [command for command in COMMANDS if command.split()[0] in ("rlhf", "accelerate") and command.split()[1] not in TOOLS]
+def arguments_of(command):
+    """What the command hands to `pipeline.cli`; None if it is not this project's."""
+    words = words_of(command)
+    if words[0] == "accelerate":
+        return words[words.index("pipeline") + 1 :]
+    return words[1:] if words[0] == "rlhf" else None
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] in TOOLS])
-def test_the_tools_are_understood(command):
-    assert parse(argv_of(command)).command == command.split()[1]
+def is_dry_runnable(command):
+    arguments = arguments_of(command)
+    return bool(arguments) and arguments[0] in DRY_RUN
 
 
-@pytest.mark.parametrize("command", STAGES)
-def test_the_stages_are_understood(command, capsys, monkeypatch):
+# Commands
+
+
+@pytest.mark.parametrize("command", per_page(lambda page: [c for c in commands_of(page) if arguments_of(c)]))
+def test_each_command_is_understood(command):
+    arguments = shlex.split(command, comments=True)
+    arguments = arguments_of(shlex.join(arguments[: arguments.index(">")] if ">" in arguments else arguments))
+    assert parse(arguments).command == arguments[0]
+
+
+@pytest.mark.parametrize("command", per_page(lambda page: filter(is_dry_runnable, commands_of(page))))
+def test_each_stage_accepts_its_settings(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main([*argv_of(command), "--dry-run"]) == 0
+    arguments = arguments_of(command)
+    assert main([*arguments, *(["--dry-run"] if "--dry-run" not in arguments else [])]) == 0
     assert "would write runs/" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS + INLINE if c.startswith("make ") and "/" not in c])
-def test_the_make_targets_exist(command):
+@pytest.mark.parametrize("command", per_page(lambda page: [c for c in commands_of(page) + inline_of(page) if c.startswith("make ")]))
+def test_each_make_target_exists(command):
     subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", per_page(lambda page: [c for c in inline_of(page) if c.startswith("rlhf ")]))
+def test_each_command_in_a_sentence_exists(command):
+    with pytest.raises(SystemExit) as done:
+        parse([shlex.split(command)[1], "--help"])
+    assert done.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "command", per_page(lambda page: [c for c in commands_of(page) if not arguments_of(c) and words_of(c)[0] not in {"make", *NOT_OURS}])
+)
+def test_each_script_exists(command):
+    words = words_of(command)
+    assert (ROOT / words[words[0] == "python"]).is_file()
 
 
 def test_a_bare_make_lists_the_targets():
     listed = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for target in ("setup", "run", "prepare|sft|reward|ppo|evaluate", "test", "test-gpu", "lint", "models/smollm2", "clean"):
+    for target in ("setup", "run", "prepare|sft|reward|ppo|evaluate", "test", "test-gpu", "lint", "docs", "models/smollm2", "clean"):
         assert re.search(rf"^{re.escape(target)} ", listed, re.M), target
 
 
-def test_three_lines_are_enough_to_prepare(tmp_path):
-    from pipeline.prepare import stage as prepare
+# Data and Python
 
-    rows = next(text for language, text in BLOCKS if language == "json")
-    (tmp_path / "pairs.jsonl").write_text(rows)
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "json")])
+def test_three_lines_are_enough_to_prepare(page, tmp_path):
+    from pipeline import prepare
+
+    (tmp_path / "pairs.jsonl").write_text(blocks(page, "json")[0])
     given = [f"source.path={tmp_path / 'pairs.jsonl'}", f"runs={tmp_path}"]
     folder = prepare.run(config.load("prepare", ROOT / "configs/smollm2/prepare.yaml", given))
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"comparisons", "demonstrations", "prompts"}
 
 
-def test_the_formats_named_are_those_there_are():
-    named = re.search(r"picks the reader: (.*)\.", README).group(1)
-    formats = config.Source.model_fields["format"].annotation.__args__
-    assert set(re.findall(r"`(\w+)`", named)) == set(formats)
+def test_the_named_formats_are_all_formats():
+    formats = set(config.Source.model_fields["format"].annotation.__args__)
+    named = re.search(r"picks the reader: (.*)\.", PAGES["docs/data.md"]).group(1)
+    assert set(re.findall(r"`(\w+)`", named)) == formats
+    assert {row for row in re.findall(r"^\| `(\w+)` \|", PAGES["docs/data.md"], re.M) if row in formats} == formats
 
 
-def test_the_ppo_example_runs(tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/reward-models.md"])
+def test_the_named_objectives_are_all_objectives(page):
+    table = prose(page).partition("| `objective` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(config.OBJECTIVES)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_records, tiny_gpt2):
+    """A folder with runs/demo/reward, and the policy beside it."""
+    from pipeline import reward
+
+    folder = tmp_path_factory.mktemp("place")
+    training = {"max_steps": 1, "per_device_train_batch_size": 2}
+    given = {"model": str(tiny_gpt2), "records": str(tiny_records), "max_length": 64, "training": training}
+    reward.run(config.RewardStage(run="demo", runs=str(folder / "runs"), precision="fp32", **given))
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, monkeypatch):
     from datasets import Dataset
 
-    from pipeline.models.loading import load_policy
+    from pipeline import models
 
-    monkeypatch.chdir(tmp_path)
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "PPOTrainer" in block]
-    for given, small in (("num_rollouts=50", "num_rollouts=1"), ("batch_size=16", "batch_size=2"), ("tokens=48", "tokens=4")):
-        assert given in code
-        code = code.replace(given, small)
-    known = {"policy": load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer}
-    exec(code, known | {"prompts": Dataset.from_list([{"prompt": "Hello."}] * 2)})
-    assert (tmp_path / "out").is_dir()
+    monkeypatch.chdir(place)
+    prompts = Dataset.from_list([{"prompt": "Hello."}] * 2)
+    known = {"policy": models.load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer, "prompts": prompts}
+    for code in blocks(page, "python"):
+        if "PPOConfig(" in code:
+            for large, small in SIZES.items():
+                assert large in code
+                code = code.replace(large, small)
+        exec(code, known)
+    if "PPOTrainer" in known:
+        assert (place / "out").is_dir()
+    if "rm" in known:
+        assert known["rm"].score(["Name a fruit."], ["An apple."]) == [known["rm"].score_response("Name a fruit.", "An apple.")]
+
+
+# Size, links, menu
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1300
+
+
+def anchors(page):
+    """The anchors of a page's headings, if GitHub and MkDocs agree on them."""
+    for heading in re.findall(r"^#+ (.*)", prose(page), re.M):
+        word = re.sub(r"[^\w\s-]", "", heading).strip().lower()
+        if word.isascii() and "  " not in word:
+            yield word.replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.is_file(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(path.resolve().relative_to(ROOT).as_posix()), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_file_that_is_named_exists(page):
+    folders = "tests|configs|scripts|notebooks|benchmarks"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*\w\.\w+)`", prose(page)):
+        assert (ROOT / name).is_file(), f"{page}: {name}"
+
+
+def test_the_menu_of_the_site_names_every_page():
+    """The pages that docs/ does not hold are made of files of the root, as docs/hooks.py has it."""
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+
+    def pages(entry):
+        return [entry] if isinstance(entry, str) else [page for value in entry.values() for part in _list(value) for page in pages(part)]
+
+    named = [page for entry in menu for page in pages(entry)]
+    from_root = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+    assert len(set(named)) == len(named)
+    assert set(named) == {page.removeprefix("docs/") for page in PAGES if page != "README.md"} | set(from_root)
+    for page, source in from_root.items():
+        assert (ROOT / source).is_file()
+        assert not (ROOT / "docs" / page).exists()
+        assert f'"{source}": "{page}"' in (ROOT / "docs/hooks.py").read_text()
+
+
+def _list(value):
+    return value if isinstance(value, list) else [value]

@@ -116,7 +116,7 @@ def test_a_bare_make_lists_the_targets():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "json")])
 def test_three_lines_are_enough_to_prepare(page, tmp_path):
-    from pipeline import prepare
+    from pipeline.prepare import stage as prepare
 
     (tmp_path / "pairs.jsonl").write_text(blocks(page, "json")[0])
     given = [f"source.path={tmp_path / 'pairs.jsonl'}", f"runs={tmp_path}"]
@@ -140,7 +140,7 @@ def test_the_named_objectives_are_all_objectives(page):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_records, tiny_gpt2):
     """A folder with runs/demo/reward, and the policy beside it."""
-    from pipeline import reward
+    from pipeline.reward import stage as reward
 
     folder = tmp_path_factory.mktemp("place")
     training = {"max_steps": 1, "per_device_train_batch_size": 2}
@@ -153,11 +153,11 @@ def place(tmp_path_factory, tiny_records, tiny_gpt2):
 def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, monkeypatch):
     from datasets import Dataset
 
-    from pipeline import models
+    from pipeline.models.loading import load_policy
 
     monkeypatch.chdir(place)
     prompts = Dataset.from_list([{"prompt": "Hello."}] * 2)
-    known = {"policy": models.load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer, "prompts": prompts}
+    known = {"policy": load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer, "prompts": prompts}
     for code in blocks(page, "python"):
         if "PPOConfig(" in code:
             for large, small in SIZES.items():

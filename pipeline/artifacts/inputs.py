@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import hash_files, hash_value
 from pipeline.artifacts.manifest import CHECKPOINT_KINDS, SCHEMA, Artifact, content_identity, read_manifest, sibling
+from pipeline.config import StageConfig
 from pipeline.distributed.processes import broadcast
 from pipeline.errors import UserError
 
@@ -36,6 +37,20 @@ def require_artifact(source: str | Path, kind: str, fix: str, revision: str | No
     if problem := find_problem(path, manifest, kind):
         raise UserError(f"{path}: {problem}; run: {fix}")
     return Artifact(path, manifest)
+
+
+def open_inputs(config: StageConfig) -> dict[str, Artifact]:
+    """Open the inputs that a stage's config declares, except a model from scratch. Raises `UserError`."""
+    opened = {}
+    for name, (kind, stage) in config.inputs.items():
+        source, revision = getattr(config, name), None
+        fix = [config.make_command(stage)] if stage else []
+        if kind == "model":
+            fix.append(f"name a hub id or a folder in {name!r}")
+            revision = getattr(config, "revision", None)
+        if source != "scratch":
+            opened[name] = require_artifact(source, kind, ", or ".join(fix), revision)
+    return opened
 
 
 def open_external(path: str | Path, kind: str) -> Artifact:

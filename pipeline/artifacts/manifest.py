@@ -62,7 +62,7 @@ class Artifact:
         return str(self.manifest["identity"])
 
     @property
-    def foreign(self) -> bool:
+    def is_external(self) -> bool:
         return bool(self.manifest.get("foreign"))
 
     @property
@@ -86,7 +86,7 @@ def describe_input(artifact: Artifact) -> dict[str, Any]:
     """An input as a manifest records it; what has no manifest of its own, with its hashes or its revision; and who serves it."""
     described: dict[str, Any] = {"path": artifact.path.as_posix(), "identity": artifact.identity}
     described |= {key: artifact.manifest[key] for key in ("served", "reads") if key in artifact.manifest}
-    if not artifact.foreign:
+    if not artifact.is_external:
         return described | {"manifest_hash": hash_file(artifact.path / "manifest.json")}
     return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}
 

@@ -5,7 +5,7 @@ The string below a key describes it; `rlhf config`, docs/configuration.md and co
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -16,6 +16,13 @@ NOT_FINGERPRINTED = (
     "run_name",
     "disable_tqdm",
 )  # keys of `training:` that change where figures go, not the result
+
+
+class StageInput(NamedTuple):
+    """An input of a stage: its kind of artifact, and the stage that makes it ("" if it comes from elsewhere)."""
+
+    kind: str
+    stage: str = ""
 
 
 class StrictModel(BaseModel):
@@ -56,6 +63,7 @@ class StageConfig(StrictModel):
     """The keys of every stage: the run it belongs to and the seed."""
 
     stage: ClassVar[str]
+    inputs: ClassVar[dict[str, StageInput]] = {}  # by the key that names the source
 
     run: str = Field(pattern=r"^\w[\w.-]*$")
     """Name of the run; in a recipe it defaults to the name of the recipe's folder."""

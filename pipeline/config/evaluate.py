@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Precision, Quantization, StageConfig
+from pipeline.config.base import Precision, Quantization, StageConfig, StageInput
 from pipeline.config.reward import Reward, from_source_string
 
 
@@ -15,6 +15,12 @@ class EvaluateStage(StageConfig):
     """
 
     stage: ClassVar[str] = "evaluate"
+    inputs: ClassVar = {
+        "records": StageInput("records", "prepare"),
+        "sft": StageInput("policy", "sft"),
+        "reward": StageInput("reward", "reward"),
+        "ppo": StageInput("policy", "ppo"),
+    }
 
     records: str | None = None
     """Prepared records: an artifact or a `save_to_disk` folder; null is the run's own `prepare`."""

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import PolicyStage, StrictModel
+from pipeline.config.base import PolicyStage, StageInput, StrictModel
 from pipeline.config.reward import Reward, from_source_string
 
 
@@ -27,6 +27,7 @@ class PPOStage(PolicyStage):
     """Trains the policy on a reward: with PPO, or with TRL's RLOO or GRPO by `algorithm`."""
 
     stage: ClassVar[str] = "ppo"
+    inputs: ClassVar = {"records": StageInput("records", "prepare"), "policy": StageInput("policy", "sft")}
 
     algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
     """Trainer, and class of `training`: pipeline.PPOConfig, trl.RLOOConfig or trl.GRPOConfig."""

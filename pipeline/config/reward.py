@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import ModelStage, StrictModel
+from pipeline.config.base import ModelStage, StageInput, StrictModel
 
 
 class Objective(NamedTuple):
@@ -63,6 +63,7 @@ class RewardStage(ModelStage):
     """Trains a reward model on comparisons, rankings, labels or ratings; `objective` decides which."""
 
     stage: ClassVar[str] = "reward"
+    inputs: ClassVar = {"records": StageInput("records", "prepare"), "model": StageInput("model", "sft")}
 
     objective: Literal[tuple(OBJECTIVES)] = "pairwise"  # type: ignore[valid-type]
     """Training objective; it decides the loss and the kind of records."""

@@ -4,13 +4,14 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from pipeline.config.base import ModelStage, PolicyStage
+from pipeline.config.base import ModelStage, PolicyStage, StageInput
 
 
 class SFTStage(ModelStage, PolicyStage):
     """Fine-tunes the policy on demonstrations, with the loss on the response alone."""
 
     stage: ClassVar[str] = "sft"
+    inputs: ClassVar = {"records": StageInput("records", "prepare"), "model": StageInput("model")}
 
     separator: str = "\n"
     """Text that ends a user turn if the tokenizer has no chat template."""

@@ -14,7 +14,7 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
 
     Raises `UserError` where the kind or one of its columns is not there.
     """
-    folder = records.path if records.foreign else records.path / kind
+    folder = records.path if records.is_external else records.path / kind
     if not folder.is_dir():
         held = ", ".join(sorted(p.name for p in Path(records.path).iterdir() if p.is_dir())) or "nothing"
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.build import build_artifact
-from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage, Reward
 from pipeline.distributed.processes import is_main_process
@@ -20,8 +20,6 @@ from pipeline.evaluate.sampling import load_test_prompts, sample_policies, score
 from pipeline.reward.functions import RewardFunction, import_function, load_reward, require_reward, reward_from_model
 from pipeline.reward.model import DistributedRewardModel
 from pipeline.training.arguments import check_quantization, resolve_precision
-
-INPUT_KINDS = {"records": ("records", "prepare"), "sft": ("policy", "sft"), "reward": ("reward", "reward"), "ppo": ("policy", "ppo")}
 
 
 def check(config: EvaluateStage) -> None:
@@ -35,10 +33,7 @@ def check(config: EvaluateStage) -> None:
 
 def run(config: EvaluateStage) -> Path:
     check(config)
-    inputs = {
-        name: require_artifact(getattr(config, name), kind, config.make_command(stage))
-        for name, (kind, stage) in INPUT_KINDS.items()
-    }
+    inputs = open_inputs(config)
     if config.scorer and not config.scorer.is_function:
         inputs["scorer"] = require_reward(config.scorer, config.make_command("reward"), config.trust_remote_code)
     return build_artifact(

@@ -262,7 +262,7 @@ class PPOConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     @property
-    def drawing(self) -> dict[str, object]:
+    def sampling_params(self) -> dict[str, object]:
         """Sampling options, as `pipeline.models.generation.generate` takes them."""
         names = ("temperature", "top_k", "top_p", "min_response_tokens", "stop_token")
         return {name: getattr(self, name) for name in names} | {"batch_size": self.generation_batch_size}

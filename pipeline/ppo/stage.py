@@ -17,7 +17,7 @@ from peft import TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pipeline.artifacts.build import build_artifact
-from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import PPOStage, Reward
 from pipeline.data.records import open_records
@@ -61,10 +61,7 @@ def named_rewards(config: PPOStage) -> dict[str, Reward]:
 
 def run(config: PPOStage) -> Path:
     check(config)
-    inputs = {
-        "records": require_artifact(config.records or "", "records", config.make_command("prepare")),
-        "policy": require_artifact(config.policy or "", "policy", config.make_command("sft")),
-    }
+    inputs = open_inputs(config)
     for name, reward in named_rewards(config).items():
         if not reward.is_function:
             inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)

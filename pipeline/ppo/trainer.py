@@ -95,7 +95,7 @@ class PPOTrainer(PolicyTrainer):
         self.gold, self.scorer, self.keep, self.demonstrations = gold, scorer, keep, demonstrations
         self.generate = generate
         self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
-        self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.drawing)
+        self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
         self._skip_rest = False  # of this rollout's minibatches, once `target_kl` is passed

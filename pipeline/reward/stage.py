@@ -18,7 +18,7 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline.artifacts.build import build_artifact
-from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.data.records import open_records
@@ -58,12 +58,10 @@ def check(config: RewardStage) -> None:
 
 def run(config: RewardStage) -> Path:
     check(config)
-    records = require_artifact(config.records or "", "records", config.make_command("prepare"))
-    inputs = {"records": records}
-    if config.model != "scratch":
-        fix = f"{config.make_command('sft')}, or name a hub id or a folder in 'model'"
-        inputs["model"] = require_artifact(config.model, "model", fix, config.revision)
+    inputs = open_inputs(config)
+    if "model" in inputs:
         config = config.model_copy(update={"revision": inputs["model"].revision})
+    records = inputs["records"]
     return build_artifact(config, kind="reward", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
 
 
@@ -224,7 +222,7 @@ def publish_metrics(config: RewardStage, records: Artifact, data: DatasetDict, o
     kind = OBJECTIVES[config.objective].kind
     reference = data["validation"] if len(data["validation"]) else data["train"]
     reward.settings = dataclasses.replace(reward.settings, **reference_statistics(reward, reference))
-    kinds = [kind, *sorted(name for name in LEARNABLE if name != kind and (records.path / name).is_dir() and not records.foreign)]
+    kinds = [kind, *sorted(name for name in LEARNABLE if name != kind and (records.path / name).is_dir() and not records.is_external)]
     found = evaluate_reward_model(reward, {name: held_out_split(open_records(records, name)) for name in kinds})
     if is_main_process():
         reward.settings.save(output)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.artifacts.build import build_artifact
-from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import SFTStage
 from pipeline.data.records import open_records
@@ -35,11 +35,10 @@ def check(config: SFTStage) -> None:
 
 def run(config: SFTStage) -> Path:
     check(config)
-    records = require_artifact(config.records or "", "records", config.make_command("prepare"))
-    inputs = {"records": records}
-    if config.model != "scratch":
-        inputs["model"] = require_artifact(config.model, "model", "name a hub id or a folder in 'model'", config.revision)
+    inputs = open_inputs(config)
+    if "model" in inputs:
         config = config.model_copy(update={"revision": inputs["model"].revision})
+    records = inputs["records"]
     return build_artifact(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
 
 

@@ -546,7 +546,7 @@ def test_require_opens_what_build_published(config):
     folder = publish(config)
     opened = require_artifact(str(folder), "policy", FIX)
     assert opened == Artifact(folder, manifest_of(folder))
-    assert (opened.identity, opened.foreign) == (manifest_of(folder)["identity"], False)
+    assert (opened.identity, opened.is_external) == (manifest_of(folder)["identity"], False)
 
 
 def refusal(path: Path, kind: str = "policy") -> str:
@@ -633,7 +633,7 @@ def test_foreign_folder_is_accepted_with_hashes(tmp_path, marker, kind, other):
     (folder / "weights").write_text("w")
     (folder / "manifest.json").write_text('{"of": "another tool"}')
     opened = require_artifact(folder, kind, FIX)
-    assert (opened.path, opened.foreign, opened.manifest["kind"]) == (folder, True, kind)
+    assert (opened.path, opened.is_external, opened.manifest["kind"]) == (folder, True, kind)
     assert opened.manifest["files"] == {marker: sha256("{}"), "weights": sha256("w"), "manifest.json": sha256('{"of": "another tool"}')}
     (folder / ".git").mkdir()
     (folder / ".git" / "index").write_text("changes with every fetch")
@@ -665,7 +665,7 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("hub_id", ["gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
 def test_hub_id_is_accepted_for_a_model_and_not_for_records(hub_cache, hub_id):
     opened = require_artifact(hub_id, "model", FIX)
-    assert (opened.foreign, str(opened.path), opened.manifest["hub"], opened.revision) == (True, hub_id, hub_id, None)
+    assert (opened.is_external, str(opened.path), opened.manifest["hub"], opened.revision) == (True, hub_id, hub_id, None)
     assert refusal(Path(hub_id), "records") == f"{hub_id}: does not exist; run: {FIX}"
     refs = hub_cache / f"models--{hub_id.replace('/', '--')}" / "refs"
     refs.mkdir(parents=True)
@@ -749,5 +749,5 @@ def test_verify_does_not_believe_the_cache(config):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, pipeline.artifact; print(sorted({'torch', 'transformers', 'datasets', 'huggingface_hub'} & sys.modules.keys()))"
+    code = "import sys, pipeline.artifacts.build, pipeline.artifacts.inputs; print(sorted({'torch', 'transformers', 'datasets', 'huggingface_hub'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

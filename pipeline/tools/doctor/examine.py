@@ -23,13 +23,6 @@ from pipeline.reward.functions import require_reward
 from pipeline.tools.doctor import memory
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
 
-INPUTS = {  # of a stage: the key of its config, the kind of artifact, the stage that makes it
-    "sft": [("records", "records", "prepare"), ("model", "model", "")],
-    "reward": [("records", "records", "prepare"), ("model", "model", "sft")],
-    "ppo": [("records", "records", "prepare"), ("policy", "policy", "sft")],
-    "evaluate": [("records", "records", "prepare"), ("sft", "policy", "sft"), ("reward", "reward", "reward"), ("ppo", "policy", "ppo")],
-}
-
 FEEDS = {"sft": "demonstrations", "ppo": "prompts", "evaluate": "prompts"}
 
 GB = 1e9
@@ -41,10 +34,10 @@ def examine(config: StageConfig, recipe: Recipe, device_memory: float | None, sh
     """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes, of each of the devices that hold a
     shard of what is trained."""
     found: list[tuple[str, str]] = []
-    looks = [_config, _inputs, _tokenizer, _batch] if config.stage in INPUTS else [_config]
+    looks = [_config, _inputs, _tokenizer, _batch] if config.inputs else [_config]
     for look in looks:
         found += _safely(look.__name__.strip("_"), lambda look=look: list(look(config, recipe)))
-    if config.stage in INPUTS and not found[0][1].startswith("error: "):
+    if config.inputs and not found[0][1].startswith("error: "):
         found += _safely("memory", lambda: list(_memory(config, recipe, device_memory, shards)))
     return found, sum(text.startswith("error: ") for _, text in found)
 
@@ -56,7 +49,7 @@ def _config(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    named = [(key, getattr(config, key), kind, maker) for key, kind, maker in INPUTS[config.stage]]
+    named = [(key, getattr(config, key), kind, maker) for key, (kind, maker) in config.inputs.items()]
     given = ppo.named_rewards(config) if config.stage == "ppo" else {"scorer": config.scorer} if getattr(config, "scorer", None) else {}
     named += [(name, reward.source, "reward", "reward") for name, reward in given.items() if reward.is_loaded]
     for key, source, kind, maker in named:
@@ -78,7 +71,7 @@ def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: s
         commit = reachable_commit(source)
         return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
     opened = require_artifact(source, kind, config.make_command(maker) if maker else "name another")
-    return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.foreign else 'as its stage wrote them'}"
+    return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.is_external else 'as its stage wrote them'}"
 
 
 def _remote(config: Any, recipe: Recipe, reward: Reward) -> str:

@@ -12,4 +12,6 @@ class Doctests(Extension):
     def on_object(self, *, obj: Any, **_: Any) -> None:
         """Put a fence around each group of examples."""
         if obj.docstring:
-            obj.docstring.value = EXAMPLES.sub(lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value)
+            obj.docstring.value = EXAMPLES.sub(
+                lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value
+            )

@@ -8,10 +8,18 @@ __version__ = "0.1.0"
 
 # Nothing is told to the authors of libraries: the hub's client (TRL reports through it), W&B's crash reports, MLflow's usage. They read
 # these when they are first imported, so import this package before them; whoever wants to report sets them otherwise.
-for _name, _value in {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
+for _name, _value in {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}.items():
     os.environ.setdefault(_name, _value)
 
-_EXPORTS = {"RewardModel": "pipeline.reward.model", "PPOTrainer": "pipeline.ppo.trainer", "PPOConfig": "pipeline.ppo.config"}
+_EXPORTS = {
+    "RewardModel": "pipeline.reward.model",
+    "PPOTrainer": "pipeline.ppo.trainer",
+    "PPOConfig": "pipeline.ppo.config",
+}
 __all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
 
 

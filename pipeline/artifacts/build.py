@@ -13,7 +13,15 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
-from pipeline.artifacts.files import hash_files, hash_value, hold_lock, list_files, read_json, sync_to_disk, write_json
+from pipeline.artifacts.files import (
+    hash_files,
+    hash_value,
+    hold_lock,
+    list_files,
+    read_json,
+    sync_to_disk,
+    write_json,
+)
 from pipeline.artifacts.inputs import find_problem
 from pipeline.artifacts.manifest import (
     RESULTS_VERSION,
@@ -124,11 +132,17 @@ def _repair(folder: Path, kind: str) -> None:
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     manifest = read_manifest(folder)
-    if manifest and manifest.get("fingerprint") == read_json(partial / "fingerprint.json") and not find_problem(folder, manifest, kind):
+    if (
+        manifest
+        and manifest.get("fingerprint") == read_json(partial / "fingerprint.json")
+        and not find_problem(folder, manifest, kind)
+    ):
         shutil.rmtree(partial, ignore_errors=True)  # what it would become is published
 
 
-def _is_reusable(config: BuildConfig, kind: str, fingerprint: dict[str, Any], say: Callable[[str], object]) -> bool:
+def _is_reusable(
+    config: BuildConfig, kind: str, fingerprint: dict[str, Any], say: Callable[[str], object]
+) -> bool:
     manifest = read_manifest(config.folder)
     if config.force or manifest.get("fingerprint") != fingerprint:
         return False
@@ -138,14 +152,20 @@ def _is_reusable(config: BuildConfig, kind: str, fingerprint: dict[str, Any], sa
     return not problem
 
 
-def _begin(config: BuildConfig, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]) -> None:
+def _begin(
+    config: BuildConfig, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]
+) -> None:
     """Resume the partial folder if it was made from the same, else begin a new one; refuse to lose what is not ours to lose."""
     folder, partial = config.folder, output.parent
     published = list_files(folder).keys()
     half_written = not read_manifest(folder) and "config.yaml" in published
-    unknown = [] if half_written else sorted(published - {"manifest.json", *read_manifest(folder).get("files", {})})
+    unknown = (
+        [] if half_written else sorted(published - {"manifest.json", *read_manifest(folder).get("files", {})})
+    )
     if unknown and not config.force:
-        raise UserError(f"{folder}: holds what no stage wrote ({', '.join(unknown[:3])}); move it away, or add --force to replace it")
+        raise UserError(
+            f"{folder}: holds what no stage wrote ({', '.join(unknown[:3])}); move it away, or add --force to replace it"
+        )
     begun = read_json(partial / "fingerprint.json")
     has_work = bool(begun) and work.is_dir() and any(work.iterdir())
     if config.force or not has_work:
@@ -157,22 +177,33 @@ def _begin(config: BuildConfig, output: Path, work: Path, fingerprint: dict[str,
         shutil.rmtree(output, ignore_errors=True)
     else:
         changes = _describe_changes(begun, fingerprint)
-        raise UserError(f"{partial}: interrupted with other settings: {changes}; set them back to resume, or add --force to start afresh")
+        raise UserError(
+            f"{partial}: interrupted with other settings: {changes}; set them back to resume, or add --force to start afresh"
+        )
     output.mkdir()
 
 
 def _describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     before, after = flatten_keys(old), flatten_keys(new)
     changed = [key for key in sorted(before | after) if before.get(key, ...) != after.get(key, ...)]
-    return ", ".join(f"{key.removeprefix('config.')} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}" for key in changed)
+    return ", ".join(
+        f"{key.removeprefix('config.')} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
+        for key in changed
+    )
 
 
 def _new_manifest(
-    config: BuildConfig, kind: str, inputs: dict[str, Artifact], fingerprint: dict[str, Any], result: dict[str, Any]
+    config: BuildConfig,
+    kind: str,
+    inputs: dict[str, Artifact],
+    fingerprint: dict[str, Any],
+    result: dict[str, Any],
 ) -> dict[str, Any]:
     """All of the manifest but the files and the identity, which `_seal` adds."""
     if unknown := result.keys() - {"metrics", "rows"}:
-        raise ValueError(f"{config.stage}: make returned {sorted(unknown)}, expected no key but 'metrics' and 'rows'")
+        raise ValueError(
+            f"{config.stage}: make returned {sorted(unknown)}, expected no key but 'metrics' and 'rows'"
+        )
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -194,7 +225,10 @@ def _write_manifest(output: Path, manifest: dict[str, Any]) -> None:
     (output / "config.yaml").write_text(resolved, encoding="utf-8")
     files = hash_files(output, cached=False)
     sync_to_disk(*output.rglob("*"))
-    write_json(output / "manifest.json", manifest | {"files": files, "identity": content_identity(manifest["kind"], files)})
+    write_json(
+        output / "manifest.json",
+        manifest | {"files": files, "identity": content_identity(manifest["kind"], files)},
+    )
     sync_to_disk(output / "manifest.json", output)
 
 

@@ -27,9 +27,13 @@ def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
     known: dict[str, list[Any]] = read_json(cache)
     found = list_files(path)
     stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in found.items()}
-    entries = {name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp}
+    entries = {
+        name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp
+    }
     unread = [name for name in found if name not in entries]
-    with progress_bar(f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1) as shown:
+    with progress_bar(
+        f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1
+    ) as shown:
         for name in unread:
             entries[name] = [*stamps[name], hash_file(found[name])]
             shown.update(stamps[name][0])
@@ -45,7 +49,11 @@ def list_files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return {name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return {
+        name.as_posix(): file
+        for name, file in files.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def hash_file(file: Path) -> str:
@@ -59,7 +67,9 @@ def hash_value(value: Any) -> str:
 
 def sync_to_disk(*paths: Path) -> None:
     for path in paths:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems, and Windows, cannot sync a folder
+        with (
+            suppress(OSError) if path.is_dir() else nullcontext()
+        ):  # some network file systems, and Windows, cannot sync a folder
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -23,7 +23,11 @@ def resolve_commit(hub_id: str, revision: str | None = None, repo_type: str = "m
 
     for fetched in (True, False):
         with suppress(Exception):  # the HTTP library's own errors among them, whose classes change with it
-            return HfApi().resolve_revision(hub_id, repo_type=repo_type, revision=revision, local_files_only=fetched).resolved
+            return (
+                HfApi()
+                .resolve_revision(hub_id, repo_type=repo_type, revision=revision, local_files_only=fetched)
+                .resolved
+            )
     return revision
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import hash_files, hash_value
-from pipeline.artifacts.manifest import CHECKPOINT_KINDS, SCHEMA, Artifact, content_identity, read_manifest, sibling
+from pipeline.artifacts.manifest import (
+    CHECKPOINT_KINDS,
+    SCHEMA,
+    Artifact,
+    content_identity,
+    read_manifest,
+    sibling,
+)
 from pipeline.config import StageConfig
 from pipeline.distributed.processes import broadcast
 from pipeline.errors import UserError
@@ -32,7 +39,11 @@ def require_artifact(source: str | Path, kind: str, fix: str, revision: str | No
     if kind in CHECKPOINT_KINDS and hub.is_hub_id(str(source)):
         return open_hub(str(source), kind, broadcast(hub.resolve_commit(str(source), revision)))
     manifest = read_manifest(path)
-    if not manifest and not _is_half_written(path) and any((path / name).is_file() for name in EXTERNAL_FILES[kind]):
+    if (
+        not manifest
+        and not _is_half_written(path)
+        and any((path / name).is_file() for name in EXTERNAL_FILES[kind])
+    ):
         return open_external(path, kind)
     if problem := find_problem(path, manifest, kind):
         raise UserError(f"{path}: {problem}; run: {fix}")
@@ -69,28 +80,37 @@ def open_hub(hub_id: str, kind: str, revision: str | None) -> Artifact:
 def verify_artifact(artifact: Artifact) -> None:
     """Read every vouched file again, whatever the hash cache says. UserError naming the first that is missing or altered."""
     if problem := _find_altered(artifact.path, artifact.manifest.get("files", {}), cached=False):
-        raise UserError(f"{artifact.path}: {problem}; run its stage again, or fetch it again if no stage made it")
+        raise UserError(
+            f"{artifact.path}: {problem}; run its stage again, or fetch it again if no stage made it"
+        )
 
 
 def artifact_status(folder: Path) -> tuple[str, str]:
     """Of a stage's folder: "done", "altered", "out of date" (an input is another now, or an adapter's base is gone) or "not made"; why."""
     manifest = read_manifest(folder)
     if not manifest:
-        return ("altered", "no valid manifest.json") if (folder / "config.yaml").exists() else ("not made", "")
+        return (
+            ("altered", "no valid manifest.json") if (folder / "config.yaml").exists() else ("not made", "")
+        )
     if problem := find_problem(folder, manifest, manifest["kind"]):
         return "out of date" if problem == _moved_base(folder, manifest) else "altered", problem
     config = manifest["fingerprint"]["config"]
     own = Path(config["runs"], config["run"])
     for name, made_from in manifest["inputs"].items():
         path = Path(made_from["path"])
-        here = folder.parent / path.relative_to(own) if path.is_relative_to(own) else path  # a run may have been moved as a whole
+        here = (
+            folder.parent / path.relative_to(own) if path.is_relative_to(own) else path
+        )  # a run may have been moved as a whole
         if "hub" not in made_from and here.exists() and not _matches(made_from, here):
             return "out of date", f"{name} was {made_from['identity'][:8]}, and {here} is another now"
     return "done", ""
 
 
 def _external(path: Path, kind: str, **facts: Any) -> Artifact:
-    return Artifact(path, {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": hash_value([kind, facts])})
+    return Artifact(
+        path,
+        {"schema": SCHEMA, "kind": kind, "foreign": True, **facts, "identity": hash_value([kind, facts])},
+    )
 
 
 def find_problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
@@ -118,7 +138,11 @@ def _moved_base(path: Path, manifest: dict[str, Any]) -> str | None:
     folder = Path(base["path"])
     if not folder.exists():
         return f"is an adapter of {folder}, which is no longer there: put it back"
-    return None if _matches(base, folder) else f"is an adapter of {folder}, which has changed since: put back what it was trained on"
+    return (
+        None
+        if _matches(base, folder)
+        else f"is an adapter of {folder}, which has changed since: put back what it was trained on"
+    )
 
 
 def _matches(described: dict[str, Any], path: Path) -> bool:
@@ -140,4 +164,6 @@ def _find_altered(path: Path, files: dict[str, str], cached: bool) -> str | None
 
 def _is_half_written(path: Path) -> bool:
     """Of a path without a manifest: whether a stage began it."""
-    return (path / "config.yaml").exists() or sibling(path, "partial").exists() or sibling(path, "old").exists()
+    return (
+        (path / "config.yaml").exists() or sibling(path, "partial").exists() or sibling(path, "old").exists()
+    )

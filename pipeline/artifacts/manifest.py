@@ -78,7 +78,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def content_identity(kind: str, files: dict[str, str]) -> str:
-    left_out = NOT_IDENTITY - ({"metrics.json"} if kind == "evaluation" else set())  # all that an evaluation is
+    left_out = NOT_IDENTITY - (
+        {"metrics.json"} if kind == "evaluation" else set()
+    )  # all that an evaluation is
     return hash_value([kind, sorted(item for item in files.items() if Path(item[0]).name not in left_out)])
 
 
@@ -88,7 +90,11 @@ def describe_input(artifact: Artifact) -> dict[str, Any]:
     described |= {key: artifact.manifest[key] for key in ("served", "reads") if key in artifact.manifest}
     if not artifact.is_external:
         return described | {"manifest_hash": hash_file(artifact.path / "manifest.json")}
-    return described | {key: artifact.manifest[key] for key in ("foreign", "hub", "revision", "files") if key in artifact.manifest}
+    return described | {
+        key: artifact.manifest[key]
+        for key in ("foreign", "hub", "revision", "files")
+        if key in artifact.manifest
+    }
 
 
 def package_versions() -> dict[str, str]:

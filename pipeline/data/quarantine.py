@@ -16,7 +16,13 @@ def write_quarantine(judged: Judged, path: Path) -> None:
     faulty = sorted(((row, fault) for row, fault in judged if fault), key=lambda pair: pair[0][:2])
     with path.open("w", encoding="utf-8") as lines:
         for row, fault in faulty:
-            entry = {"source": row.source, "line": row.line, "reason": fault.reason, "detail": fault.detail, "row": row.data}
+            entry = {
+                "source": row.source,
+                "line": row.line,
+                "reason": fault.reason,
+                "detail": fault.detail,
+                "row": row.data,
+            }
             lines.write(json_line(entry))
 
 
@@ -31,7 +37,11 @@ def count_and_quarantine(judged: Judged, quarantine: Path) -> dict[str, Any]:
 
 def _count(judged: Judged) -> dict[str, Any]:
     reasons = Counter(fault.reason for _, fault in judged if fault)
-    return {"read": len(judged), "kept": len(judged) - reasons.total(), "quarantined": dict(sorted(reasons.items()))}
+    return {
+        "read": len(judged),
+        "kept": len(judged) - reasons.total(),
+        "quarantined": dict(sorted(reasons.items())),
+    }
 
 
 def json_line(value: Any) -> str:

@@ -27,7 +27,9 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
     "labels": [("text", "label"), ("messages", "label")],
     "demonstrations": [("messages",)],
 }
-FORMAT_KINDS = {"dialogues": "comparisons"}  # format -> the kind of records it makes, if that has another name
+FORMAT_KINDS = {
+    "dialogues": "comparisons"
+}  # format -> the kind of records it makes, if that has another name
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 ASSISTANT_TURN = "\n\nAssistant:"
@@ -86,7 +88,9 @@ def source_files(source: Source) -> list[Path]:
     known, others = _sorted_out(path)
     if not known:
         names = ", ".join(others[:5]) or "nothing"
-        raise UserError(f"{path}: expected {', '.join(READERS)}, a folder of such files, or one of datasets' save_to_disk; found {names}")
+        raise UserError(
+            f"{path}: expected {', '.join(READERS)}, a folder of such files, or one of datasets' save_to_disk; found {names}"
+        )
     return known
 
 
@@ -119,7 +123,11 @@ def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
     Takes text in hh-rlhf's style (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `Fault`.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        shared = [match.start() for match in re.finditer(ASSISTANT_TURN, chosen) if rejected.startswith(chosen[: match.end()])]
+        shared = [
+            match.start()
+            for match in re.finditer(ASSISTANT_TURN, chosen)
+            if rejected.startswith(chosen[: match.end()])
+        ]
         if not shared:
             raise RowError("not-a-dialogue", f"the two share no {ASSISTANT_TURN!r}")
         return {
@@ -128,10 +136,14 @@ def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
             "rejected": parse_turns(rejected[shared[-1] :]),
         }
     if isinstance(chosen, list) and isinstance(rejected, list):
-        differ = (n for n, (one, other) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if one != other)
+        differ = (
+            n for n, (one, other) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if one != other
+        )
         cut = next(differ, min(len(chosen), len(rejected)) - 1)
         return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-    raise RowError("not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}")
+    raise RowError(
+        "not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}"
+    )
 
 
 def parse_turns(text: str) -> list[dict[str, str]]:
@@ -140,7 +152,10 @@ def parse_turns(text: str) -> list[dict[str, str]]:
     if head.strip():
         raise RowError("not-a-dialogue", "there is text before the first 'Human:' or 'Assistant:'")
     spoken = groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
-    return [{"role": TURN_ROLES[who], "content": "\n\n".join(said.strip() for _, said in group).strip()} for who, group in spoken]
+    return [
+        {"role": TURN_ROLES[who], "content": "\n\n".join(said.strip() for _, said in group).strip()}
+        for who, group in spoken
+    ]
 
 
 # Columns
@@ -163,20 +178,33 @@ def _shape(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
     found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     for ours, theirs in (source.columns | {name: [] for name in source.values}).items():
         if ours not in known:
-            raise UserError(f"{where}: columns maps {ours!r}, expected one of {', '.join(known)}{nearest(ours, known)}")
+            raise UserError(
+                f"{where}: columns maps {ours!r}, expected one of {', '.join(known)}{nearest(ours, known)}"
+            )
         for name in [theirs] if isinstance(theirs, str) else theirs:
             if found and name not in found:
-                raise UserError(f"{where}: columns maps {ours!r} to {name!r}, found {', '.join(found)}{nearest(name, found)}")
+                raise UserError(
+                    f"{where}: columns maps {ours!r} to {name!r}, found {', '.join(found)}{nearest(name, found)}"
+                )
     # What is mapped must be read: of two shapes, the one without it is not meant.
-    meant = [shape for shape in shapes if (source.columns | source.values).keys() <= {*shape, *optional}] or shapes
-    missing = {shape: [name for name in shape if name not in source.columns | source.values and name not in found] for shape in meant}
+    meant = [
+        shape for shape in shapes if (source.columns | source.values).keys() <= {*shape, *optional}
+    ] or shapes
+    missing = {
+        shape: [name for name in shape if name not in source.columns | source.values and name not in found]
+        for shape in meant
+    }
     shape = min(meant, key=lambda shape: len(missing[shape]))
     if found and missing[shape]:
         name = missing[shape][0]
         if len(found) == 1 and {";", "\t"} & set(found[0]):
-            raise UserError(f"{where} needs a column {name!r}, found only {found[0]!r}; separate fields by commas, or by tabs in a .tsv")
+            raise UserError(
+                f"{where} needs a column {name!r}, found only {found[0]!r}; separate fields by commas, or by tabs in a .tsv"
+            )
         theirs = next(iter(difflib.get_close_matches(name, found, n=1)), "THEIRS")
-        raise UserError(f"{where} needs a column {name!r}, found {', '.join(found)}; use columns: {{{name}: {theirs}}}")
+        raise UserError(
+            f"{where} needs a column {name!r}, found {', '.join(found)}; use columns: {{{name}: {theirs}}}"
+        )
     return shape
 
 
@@ -196,7 +224,11 @@ def _value(data: dict[str, Any], column: str | list[str]) -> Any:
     """The value of a column, or the texts of several joined by a blank line, empty ones left out."""
     if isinstance(column, str):
         return data.get(column)
-    parts = [part for part in map(data.get, column) if part is not None and (not isinstance(part, str) or part.strip())]
+    parts = [
+        part
+        for part in map(data.get, column)
+        if part is not None and (not isinstance(part, str) or part.strip())
+    ]
     wrong = [part for part in parts if not isinstance(part, str)]
     return wrong[0] if wrong else "\n\n".join(parts)
 
@@ -226,7 +258,8 @@ def _one_per_prompt(items: list[ParsedRecord]) -> list[ParsedRecord]:
             continue
         seen.add(answer)
         ranking = rankings.setdefault(
-            canonical_text(prompt), ParsedRecord("rankings", {"prompt": prompt, "responses": [], "ranks": []}, [])
+            canonical_text(prompt),
+            ParsedRecord("rankings", {"prompt": prompt, "responses": [], "ranks": []}, []),
         )
         ranking.record["responses"].append(response)
         ranking.record["ranks"].append(rank)
@@ -256,7 +289,9 @@ def _json(path: Path) -> Iterator[RawRow]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, list):
-        raise UserError(f"{path}: expected an array of objects, or an object per line; found one {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected an array of objects, or an object per line; found one {type(values).__name__}"
+        )
     yield from (_object(path, number, value) for number, value in enumerate(values, 1))
 
 
@@ -271,7 +306,11 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _object(path: Path, number: int, value: Any) -> RawRow:
-    fault = None if isinstance(value, dict) else RowError("unreadable-line", f"expected an object, found {type(value).__name__}")
+    fault = (
+        None
+        if isinstance(value, dict)
+        else RowError("unreadable-line", f"expected an object, found {type(value).__name__}")
+    )
     return RawRow(str(path), number, value, fault)
 
 
@@ -282,10 +321,17 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
         records = _csv_records(path, csv.reader(lines, delimiter=delimiter, strict=True))
         _, header = next(records, (1, []))
         if len(set(header)) < len(header):
-            raise UserError(f"{path}: expected column names, each of them once, in the first line; found {header}")
+            raise UserError(
+                f"{path}: expected column names, each of them once, in the first line; found {header}"
+            )
         for line, fields in records:
             if len(fields) != len(header):
-                yield RawRow(str(path), line, fields, RowError("unreadable-line", f"expected {len(header)} fields, found {len(fields)}"))
+                yield RawRow(
+                    str(path),
+                    line,
+                    fields,
+                    RowError("unreadable-line", f"expected {len(header)} fields, found {len(fields)}"),
+                )
             else:
                 yield RawRow(str(path), line, dict(zip(header, fields, strict=True)))
 
@@ -340,23 +386,39 @@ def _dataset(source: Source) -> Any:
 
     try:
         if source.hub:
-            return datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision)
+            return datasets.load_dataset(
+                source.hub, source.subset, split=source.split, revision=source.revision
+            )
         found = datasets.load_from_disk(str(source.path))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        fix = "check hub, subset, split and revision of the source, or download it and give its path" if source.hub else "save it again"
-        raise UserError(f"{source.hub or source.path}: not readable as a dataset: {_first_line(error)}; {fix}") from None
+        fix = (
+            "check hub, subset, split and revision of the source, or download it and give its path"
+            if source.hub
+            else "save it again"
+        )
+        raise UserError(
+            f"{source.hub or source.path}: not readable as a dataset: {_first_line(error)}; {fix}"
+        ) from None
     if isinstance(found, datasets.Dataset):
         return found
     if source.split not in found:
-        raise UserError(f"{source.path}: no split {source.split!r}, found {', '.join(found)}; set 'split' of the source")
+        raise UserError(
+            f"{source.path}: no split {source.split!r}, found {', '.join(found)}; set 'split' of the source"
+        )
     return found[source.split]
 
 
 def _dataset_rows(name: str, dataset: Any) -> Iterator[RawRow]:
     """The rows, with the names of classes in the place of indices where the features hold them."""
-    classes = {column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    classes = {
+        column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
+    }
     for number, data in enumerate(_decoded(name, dataset), 1):
-        named = {column: names[data[column]] for column, names in classes.items() if data[column] in range(len(names))}
+        named = {
+            column: names[data[column]]
+            for column, names in classes.items()
+            if data[column] in range(len(names))
+        }
         yield RawRow(name, number, {**data, **named})
 
 
@@ -364,7 +426,9 @@ def _decoded(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        raise UserError(f"{name}: has a value that cannot be read: {_first_line(error)}; drop that column, or save it as text") from None
+        raise UserError(
+            f"{name}: has a value that cannot be read: {_first_line(error)}; drop that column, or save it as text"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

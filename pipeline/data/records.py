@@ -28,7 +28,12 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
         raise UserError(f"{folder}: has no 'train' split (found: {', '.join(splits)})")
     missing = [column for column in KINDS[kind].columns if column not in splits["train"].column_names]
     if missing:
-        raise UserError(f"{folder}: {kind} need a column {missing[0]!r}; found {', '.join(splits['train'].column_names)}")
+        raise UserError(
+            f"{folder}: {kind} need a column {missing[0]!r}; found {', '.join(splits['train'].column_names)}"
+        )
     return DatasetDict(
-        {split: splits[split] if split in splits else splits["train"].select([]) for split in ("train", "validation", "test")}
+        {
+            split: splits[split] if split in splits else splits["train"].select([])
+            for split in ("train", "validation", "test")
+        }
     )

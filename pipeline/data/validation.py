@@ -43,7 +43,9 @@ def class_names(sources: list[Source], items: list[ParsedRecord]) -> list[str]:
     """The classes of `labels`: those that a source names, else the distinct labels found, sorted. Raises `UserError`."""
     given = {tuple(source.classes) for source in sources if source.classes}
     if len(given) > 1:
-        raise UserError(f"sources name different classes: {' and '.join(map(str, sorted(given)))}; all labels share one list")
+        raise UserError(
+            f"sources name different classes: {' and '.join(map(str, sorted(given)))}; all labels share one list"
+        )
     if given:
         return list(given.pop())
     found = {_label_name(item.record.get("label")) for item in items if item.kind == "labels"} - {""}
@@ -73,9 +75,13 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
     cleaned: Record = {}
     schema = KINDS[kind]
     for field in (*schema.columns, *schema.optional):
-        parse: Callable[..., Any] = _optional_text if field == "prompt" and schema.prompt_may_be_empty else _PARSERS[field]
+        parse: Callable[..., Any] = (
+            _optional_text if field == "prompt" and schema.prompt_may_be_empty else _PARSERS[field]
+        )
         try:
-            cleaned[field] = parse(record.get(field), classes) if field == "label" else parse(record.get(field))
+            cleaned[field] = (
+                parse(record.get(field), classes) if field == "label" else parse(record.get(field))
+            )
         except RowError as fault:
             raise RowError(fault.reason, f"{field}: {fault.detail}") from None
     cleaned = {field: value for field, value in cleaned.items() if value is not None}
@@ -112,7 +118,11 @@ def _text(value: Any) -> str | list[Record]:
 
 
 def _message(value: Any) -> Record:
-    if not isinstance(value, dict) or value.get("role") not in MESSAGE_ROLES or not isinstance(value.get("content"), str):
+    if (
+        not isinstance(value, dict)
+        or value.get("role") not in MESSAGE_ROLES
+        or not isinstance(value.get("content"), str)
+    ):
         raise RowError("not-text", f"a message needs a role ({', '.join(MESSAGE_ROLES)}) and text as content")
     return {"role": value["role"], "content": _text(value["content"])}
 
@@ -122,12 +132,17 @@ def _response(value: Any) -> str | list[Record]:
     answer = _text(value)
     if isinstance(answer, list) and [message["role"] for message in answer] != ["assistant"]:
         roles = ", ".join(message["role"] for message in answer)
-        raise RowError("not-one-answer", f"expected one assistant message, found {roles}; whole conversations are format: dialogues")
+        raise RowError(
+            "not-one-answer",
+            f"expected one assistant message, found {roles}; whole conversations are format: dialogues",
+        )
     return answer
 
 
 def _optional_text(value: Any) -> str | list[Record]:
-    return "" if value is None or value == [] or (isinstance(value, str) and not value.strip()) else _text(value)
+    return (
+        "" if value is None or value == [] or (isinstance(value, str) and not value.strip()) else _text(value)
+    )
 
 
 def _parse_each(parse: Callable[[Any], Any], reason: str, value: Any) -> list[Any]:
@@ -176,7 +191,11 @@ def _label_name(value: Any) -> str:
 def _label(value: Any, classes: list[str]) -> int:
     """The index of the class that a name, an index or a bool stands for."""
     name = _label_name(value)
-    index = classes.index(name) if name in classes else BOOLS.get(name, int(name) if name.isdecimal() else len(classes))
+    index = (
+        classes.index(name)
+        if name in classes
+        else BOOLS.get(name, int(name) if name.isdecimal() else len(classes))
+    )
     if index >= len(classes):
         raise RowError("unknown-label", f"expected one of {', '.join(classes)}; found {_preview(value)}")
     return index
@@ -210,7 +229,12 @@ def _find_contradictions(items: list[ParsedRecord]) -> None:
         for thing, judgement in _judgements(item):
             judged[thing].setdefault(judgement, item)
     for item in items:
-        others = (other for thing, mine in _judgements(item) for judgement, other in judged[thing].items() if judgement != mine)
+        others = (
+            other
+            for thing, mine in _judgements(item)
+            for judgement, other in judged[thing].items()
+            if judgement != mine
+        )
         if other := next(others, None):
             item.fault = RowError("contradiction", f"{_place(other)} says otherwise")
 

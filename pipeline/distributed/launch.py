@@ -15,7 +15,10 @@ NAMES_A_GPU = re.compile(r"\d|GPU-|MIG-")
 
 def sharding_type(environment: Mapping[str, str]) -> str:
     """What shards the weights of this launch: FSDP, DeepSpeed, or nothing."""
-    return next((name for variable, name in SHARDED.items() if environment.get(variable, "").lower() == "true"), "nothing")
+    return next(
+        (name for variable, name in SHARDED.items() if environment.get(variable, "").lower() == "true"),
+        "nothing",
+    )
 
 
 def unsupported_sharding(environment: Mapping[str, str], algorithm: str) -> str | None:
@@ -25,9 +28,7 @@ def unsupported_sharding(environment: Mapping[str, str], algorithm: str) -> str 
         return "FSDP of version 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml has it"
     cut = by == "FSDP" or (by == "DeepSpeed" and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
     if cut and algorithm != "ppo":
-        return (
-            f"weights cut by {by}, with algorithm: {algorithm}, whose policy could not draw evaluations; use deepspeed-zero2 or multi-gpu"
-        )
+        return f"weights cut by {by}, with algorithm: {algorithm}, whose policy could not draw evaluations; use deepspeed-zero2 or multi-gpu"
     return None
 
 
@@ -37,7 +38,9 @@ def launch_problem(environment: Mapping[str, str], gpus: int) -> str | None:
     processes, here = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     visible = environment.get("CUDA_VISIBLE_DEVICES", "0" if processes > 1 else "")
     if launched and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        return f"several processes were asked for and one was started, as accelerate does on a CPU; use {ON_CPU}"
+        return (
+            f"several processes were asked for and one was started, as accelerate does on a CPU; use {ON_CPU}"
+        )
     for variable, name in SHARDED.items():
         if environment.get(variable, "").lower() == "true" and not gpus:
             return f"{name} was asked for, which shards over GPUs, and none is visible; use {ON_CPU}, or a machine with GPUs"

@@ -55,7 +55,9 @@ def on_main_process(work: Callable[[], Value]) -> Value:
     return broadcast((False, value))[1]  # type: ignore[return-value]
 
 
-def map_across_processes(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+def map_across_processes(
+    work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]
+) -> list[Result]:
     """`work` on all items, each process doing its share of them, if it has one; every process gets all results, in
     the order of the items."""
     processes = world_size()
@@ -64,7 +66,9 @@ def map_across_processes(work: Callable[[Sequence[Item]], list[Result]], items: 
     from accelerate.utils import gather_object
 
     init_process_group()
-    first, end = (len(items) * rank // processes for rank in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1))
+    first, end = (
+        len(items) * rank // processes for rank in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1)
+    )
     return list(gather_object(work(items[first:end]) if end > first else []))
 
 
@@ -88,7 +92,9 @@ def init_process_group() -> None:
         found = PartialState(cpu=not gpus, timeout=TIMEOUT).num_processes
     except torch.distributed.DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the launch: the processes cannot meet at {place}: {error}; name another port: --main_process_port 0") from None
+        raise UserError(
+            f"the launch: the processes cannot meet at {place}: {error}; name another port: --main_process_port 0"
+        ) from None
     if found != world_size():
         raise UserError(
             f"the launch: {world_size()} processes were asked for, and {found} came together; start them with accelerate launch"

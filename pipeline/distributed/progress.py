@@ -9,4 +9,12 @@ from pipeline.distributed.processes import is_main_process
 
 def progress_bar(what: str, unit: str, over: Any = None, total: int | None = None, **options: Any) -> Any:
     """A bar over an iterable, or one of `total` units that is moved by `update`; where nobody watches it shows nothing."""
-    return tqdm(over, desc=f"  {what}", unit=f" {unit}", total=total, disable=None if is_main_process() else True, leave=False, **options)
+    return tqdm(
+        over,
+        desc=f"  {what}",
+        unit=f" {unit}",
+        total=total,
+        disable=None if is_main_process() else True,
+        leave=False,
+        **options,
+    )

@@ -48,8 +48,12 @@ def with_full_params(trainer: Trainer, model: Any, part: Any, work: Callable[[],
     root: Any = model
     if not hasattr(root, "_at_leisure"):
         root._at_leisure = lambda work: work()
-        register_fsdp_forward_method(root, "_at_leisure")  # a first forward through a layer alone would make that the root
-    return root._at_leisure(lambda: _unsharded([module for module in part.modules() if isinstance(module, FSDPModule)], work))
+        register_fsdp_forward_method(
+            root, "_at_leisure"
+        )  # a first forward through a layer alone would make that the root
+    return root._at_leisure(
+        lambda: _unsharded([module for module in part.modules() if isinstance(module, FSDPModule)], work)
+    )
 
 
 def _unsharded(shards: list[FSDPModule], work: Callable[[], Result]) -> Result:

@@ -8,7 +8,14 @@ from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
 from pipeline.data.records import open_records
 from pipeline.evaluate.sampling import score_samples
-from pipeline.evaluate.statistics import best_of_n_means, distinct_ngrams, fit_curves, kl_bound, length_correlation, win_rate
+from pipeline.evaluate.statistics import (
+    best_of_n_means,
+    distinct_ngrams,
+    fit_curves,
+    kl_bound,
+    length_correlation,
+    win_rate,
+)
 from pipeline.models.chat import completion_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split
 from pipeline.reward.functions import RewardFunction
@@ -18,19 +25,30 @@ from pipeline.reward.model import RewardModel
 TEXTS, RENAMED = ("prompt", "text", "ids"), {"ended": "ended_fraction"}
 
 
-def reward_metrics(reward: RewardModel, inputs: dict[str, Artifact], gold: RewardFunction | None) -> dict[str, Any]:
+def reward_metrics(
+    reward: RewardModel, inputs: dict[str, Artifact], gold: RewardFunction | None
+) -> dict[str, Any]:
     """By kind of records, as the reward stage measured it, or measured now on pairs where the model is foreign; with a gold reward also
     the ceiling: the accuracy of the gold ordering on the same noisy pairs."""
     folder = inputs["records"].path / "comparisons"
-    pairs = {"comparisons": held_out_split(open_records(inputs["records"], "comparisons"))} if folder.is_dir() else {}
+    pairs = (
+        {"comparisons": held_out_split(open_records(inputs["records"], "comparisons"))}
+        if folder.is_dir()
+        else {}
+    )
     published = inputs["reward"].path / "metrics.json"
     found = json.loads(published.read_text()) if published.is_file() else evaluate_reward_model(reward, pairs)
     if gold is not None and "comparisons" in found and pairs:
         rows = pairs["comparisons"]
         records = rows.remove_columns(["chosen", "rejected"])
         texts = [list(map(completion_text, rows[side])) for side in ("chosen", "rejected")]
-        sides = [{"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)} for side in texts]
-        found["comparisons"]["accuracy_ceiling"] = pair_accuracy(*(score_samples(gold, side, records) for side in sides))
+        sides = [
+            {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
+            for side in texts
+        ]
+        found["comparisons"]["accuracy_ceiling"] = pair_accuracy(
+            *(score_samples(gold, side, records) for side in sides)
+        )
     return found
 
 
@@ -49,19 +67,32 @@ def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]
         correlation = length_correlation(columns["reward"], columns["response_tokens"], samples)
         metrics[name] |= {} if correlation is None else {"reward_length_correlation": correlation}
     rivals = [
-        i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of for i in range(len(ppo["text"]))
+        i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of
+        for i in range(len(ppo["text"]))
     ]
     of_rivals = lambda name: [sft[name][i] for i in rivals]  # noqa: E731
-    for column, name in (("reward", "win_rate"), ("gold_reward", "win_rate_gold"), ("scorer_reward", "win_rate_scorer")):
+    for column, name in (
+        ("reward", "win_rate"),
+        ("gold_reward", "win_rate_gold"),
+        ("scorer_reward", "win_rate_scorer"),
+    ):
         if column in ppo:
-            won = win_rate(ppo[column], of_rivals(column), ppo["response_tokens"], of_rivals("response_tokens"))
-            metrics["ppo"] |= {name if key == "rate" else f"{name}_{key}": value for key, value in won.items()}
+            won = win_rate(
+                ppo[column], of_rivals(column), ppo["response_tokens"], of_rivals("response_tokens")
+            )
+            metrics["ppo"] |= {
+                name if key == "rate" else f"{name}_{key}": value for key, value in won.items()
+            }
     return metrics | {"fits": fit_curves(frontier_points(metrics))}
 
 
 def mean_metrics(columns: dict[str, list[Any]]) -> dict[str, float]:
     """Over all answers: each figure, and how varied the answers are."""
-    figures = {RENAMED.get(name, name): statistics.fmean(map(float, column)) for name, column in columns.items() if name not in TEXTS}
+    figures = {
+        RENAMED.get(name, name): statistics.fmean(map(float, column))
+        for name, column in columns.items()
+        if name not in TEXTS
+    }
     return figures | {f"distinct_{n}": distinct_ngrams(columns["text"], n) for n in (1, 2)}
 
 
@@ -73,4 +104,10 @@ def frontier_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     found += [{"name": f"PPO, step {name.removeprefix('ppo_')}", "line": "PPO"} | of_step
               for name, of_step in metrics.items() if name.startswith("ppo_")]  # fmt: skip
     found.append({"name": "PPO"} | metrics["ppo"])
-    return [{key: point.get(key) for key in ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")} for point in found]
+    return [
+        {
+            key: point.get(key)
+            for key in ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")
+        }
+        for point in found
+    ]

@@ -116,7 +116,9 @@ CALIBRATION = "On the diagonal the reward model is right as often as it claims, 
 def metric_column(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[float | None]:
     """One value per entry, of the first of `keys` that any entry holds as a number."""
     columns = ([as_finite(entry.get(key)) for entry in entries] for key in keys)
-    return next((values for values in columns if any(value is not None for value in values)), [None] * len(entries))
+    return next(
+        (values for values in columns if any(value is not None for value in values)), [None] * len(entries)
+    )
 
 
 def root_kl(kl: object) -> float | None:
@@ -134,7 +136,9 @@ def root_kls(entries: Sequence[dict[str, Any]]) -> list[float | None]:
     return roots
 
 
-def draw_plot(name: str, title: str, caption: str, x_label: str, y_label: str, paint: Callable[[Axes], None]) -> list[Plot]:
+def draw_plot(
+    name: str, title: str, caption: str, x_label: str, y_label: str, paint: Callable[[Axes], None]
+) -> list[Plot]:
     """One plot as inline SVG; none where `paint` found nothing to draw. `name` keeps the plots' ids apart, and the same in every run."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -153,26 +157,45 @@ def draw_plot(name: str, title: str, caption: str, x_label: str, y_label: str, p
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # figure_1, axes_1, … are the same in every plot
+    svg = re.sub(
+        r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :]
+    )  # figure_1, axes_1, … are the same in every plot
     return [Plot(title, caption, re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", svg))]
 
 
 def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
-    is_policy = any(key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry)
-    return [plot for curve in (POLICY if is_policy else SUPERVISED) for plot in draw_curve(stage, curve, entries)]
+    is_policy = any(
+        key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry
+    )
+    return [
+        plot for curve in (POLICY if is_policy else SUPERVISED) for plot in draw_curve(stage, curve, entries)
+    ]
 
 
 def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> list[Plot]:
     def paint(axes: Axes) -> None:
         xs = metric_column(entries, (STEP,)) if curve.x_label == STEP else root_kls(entries)
-        for (label, keys), colour, line, marker in zip(curve.series.items(), SERIES, LINES, MARKERS, strict=False):
-            points = [(x, y) for x, y in zip(xs, metric_column(entries, keys), strict=True) if x is not None and y is not None]
+        for (label, keys), colour, line, marker in zip(
+            curve.series.items(), SERIES, LINES, MARKERS, strict=False
+        ):
+            points = [
+                (x, y)
+                for x, y in zip(xs, metric_column(entries, keys), strict=True)
+                if x is not None and y is not None
+            ]
             few: dict[str, Any] = {"linestyle": line, "marker": "." if len(points) < 30 else ""}
             trail: dict[str, Any] = {"linewidth": 0.5, "marker": marker, "markersize": 4}
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, **(few if curve.x_label == STEP else trail))
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    label=label,
+                    **(few if curve.x_label == STEP else trail),
+                )
 
-    return draw_plot(f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint)
+    return draw_plot(
+        f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint
+    )
 
 
 def draw_frontier(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
@@ -180,34 +203,62 @@ def draw_frontier(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> 
     return [
         plot
         for label, key, colour in zip(REWARD_KEYS, REWARDS, SERIES, strict=True)
-        for plot in draw_reward(label, key, colour, points, {line: of_line[key] for line, of_line in fits.items() if key in of_line})
+        for plot in draw_reward(
+            label,
+            key,
+            colour,
+            points,
+            {line: of_line[key] for line, of_line in fits.items() if key in of_line},
+        )
     ]
 
 
-def draw_reward(label: str, key: str, colour: str, points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
+def draw_reward(
+    label: str, key: str, colour: str, points: Sequence[dict[str, Any]], fits: Mapping[str, Any]
+) -> list[Plot]:
     marks = [
-        (x, y, point) for point in points if (x := root_kl(point.get("kl"))) is not None and (y := as_finite(point.get(key))) is not None
+        (x, y, point)
+        for point in points
+        if (x := root_kl(point.get("kl"))) is not None and (y := as_finite(point.get(key))) is not None
     ]
 
     def paint(axes: Axes) -> None:
         for x, y, point in marks:
             fill = PAGE if point.get("bound") else colour
-            axes.scatter(x, y, 9 if is_intermediate(points, point) else 36, facecolors=fill, edgecolors=colour, zorder=2)
+            axes.scatter(
+                x,
+                y,
+                9 if is_intermediate(points, point) else 36,
+                facecolors=fill,
+                edgecolors=colour,
+                zorder=2,
+            )
             if not is_intermediate(points, point):
-                axes.annotate(str(point.get("name", "")), (x, y), (0, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
+                axes.annotate(
+                    str(point.get("name", "")),
+                    (x, y),
+                    (0, 7),
+                    textcoords="offset points",
+                    rotation=40,
+                    rotation_mode="anchor",
+                )
         lines = dict.fromkeys(str(point["line"]) for _, _, point in marks if point.get("line"))
         for line, style in zip(lines, LINES, strict=False):
             ends = [(x, y) for x, y, point in marks if line in (point.get("line"), point.get("name"))]
             if line in fits:
                 ends = list(fitted_curve(line, fits[line], min(ends)[0], max(ends)[0]))
-            axes.plot(*zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1)
+            axes.plot(
+                *zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1
+            )
         axes.margins(x=0.12, y=0.2)
 
     title = f"{label.capitalize()} against KL"
     return draw_plot(f"frontier {title}", title, FRONTIER + (FITTED if fits else ""), DISTANCE, label, paint)
 
 
-def fitted_curve(line: str, fit: Mapping[str, float], least: float, most: float, parts: int = 60) -> Iterator[tuple[float, float]]:
+def fitted_curve(
+    line: str, fit: Mapping[str, float], least: float, most: float, parts: int = 60
+) -> Iterator[tuple[float, float]]:
     """The points of a fitted line between two distances: where nothing was measured a fit says nothing."""
     for part in range(parts + 1):
         x = least + (most - least) * part / parts
@@ -222,7 +273,10 @@ def is_intermediate(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> 
 
 def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:
     def paint(axes: Axes) -> None:
-        counts = {name: [y for value in values or [] if (y := as_finite(value)) is not None] for name, values in lengths.items()}
+        counts = {
+            name: [y for value in values or [] if (y := as_finite(value)) is not None]
+            for name, values in lengths.items()
+        }
         every = [value for values in counts.values() for value in values]
         low, high = min(every, default=0), max(every, default=0)
         width = math.ceil((high - low + 1) / 40)  # whole tokens a bin, at most 40 bins
@@ -231,7 +285,16 @@ def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:
         for (name, values), colour, line in zip(counts.items(), cycle(SERIES), cycle(LINES), strict=False):
             if values:
                 shares = [1 / len(values)] * len(values)
-                axes.hist(values, edges, weights=shares, histtype="step", color=colour, linestyle=line, linewidth=1.5, label=name)
+                axes.hist(
+                    values,
+                    edges,
+                    weights=shares,
+                    histtype="step",
+                    color=colour,
+                    linestyle=line,
+                    linewidth=1.5,
+                    label=name,
+                )
 
     return draw_plot("lengths", "Response length", LENGTHS, "response tokens", "share of answers", paint)
 

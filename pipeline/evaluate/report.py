@@ -44,7 +44,10 @@ def collect_report(
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": paired_samples(config, sampled),
-        "lineage": [*(_lineage(name, source) for name, source in inputs.items()), _own_lineage(config, inputs)],
+        "lineage": [
+            *(_lineage(name, source) for name, source in inputs.items()),
+            _own_lineage(config, inputs),
+        ],
     }
 
 
@@ -53,20 +56,33 @@ def read_log(source: Artifact) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
-def paired_samples(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40) -> list[dict[str, Any]]:
+def paired_samples(
+    config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40
+) -> list[dict[str, Any]]:
     """The first answer of each policy to each prompt, with scores."""
     sft, ppo = sampled["sft"], sampled["ppo"]
     found = []
-    for i, j in zip(range(0, len(sft["text"]), config.best_of), range(0, len(ppo["text"]), config.samples_per_prompt), strict=True):
+    for i, j in zip(
+        range(0, len(sft["text"]), config.best_of),
+        range(0, len(ppo["text"]), config.samples_per_prompt),
+        strict=True,
+    ):
         row = {"prompt": _prompt_as_text(sft["prompt"][i]), "sft": sft["text"][i], "ppo": ppo["text"][j]}
         for name, columns, k in (("sft", sft, i), ("ppo", ppo, j)):
-            row |= {f"{name}_reward": columns["reward"][k], f"{name}_gold": columns["gold_reward"][k] if "gold_reward" in columns else None}
+            row |= {
+                f"{name}_reward": columns["reward"][k],
+                f"{name}_gold": columns["gold_reward"][k] if "gold_reward" in columns else None,
+            }
         found.append(row)
     return found[:most]
 
 
 def _prompt_as_text(prompt: Text) -> str:
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    )
 
 
 def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
@@ -131,15 +147,23 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         records=records,
         splits=list(dict.fromkeys(split for counts in records.values() for split in counts)),
         most=max((sum(counts.values()) for counts in records.values()), default=0) or 1,
-        curves={stage: plots for stage, entries in (data.get("curves") or {}).items() if (plots := draw_curves(stage, entries or []))},
+        curves={
+            stage: plots
+            for stage, entries in (data.get("curves") or {}).items()
+            if (plots := draw_curves(stage, entries or []))
+        },
         frontier=data.get("frontier"),
-        held_out=any(as_finite(point.get("scorer_reward")) is not None for point in data.get("frontier") or []),
+        held_out=any(
+            as_finite(point.get("scorer_reward")) is not None for point in data.get("frontier") or []
+        ),
         frontier_plot=draw_frontier(data.get("frontier") or [], data.get("fits") or {}),
         lengths=draw_lengths(data.get("lengths") or {}),
         measured={kind: metric_tables(figures) for kind, figures in (data.get("measured") or {}).items()},
         calibration=draw_calibration(data.get("calibration") or []),
         samples=samples,
-        gold=any(as_finite(sample.get(key)) is not None for sample in samples for key in ("sft_gold", "ppo_gold")),
+        gold=any(
+            as_finite(sample.get(key)) is not None for sample in samples for key in ("sft_gold", "ppo_gold")
+        ),
         lineage=data.get("lineage"),
         stages={artifact.get("identity"): artifact.get("stage") for artifact in data.get("lineage") or []},
     )
@@ -171,7 +195,11 @@ def word_diff(a: str, b: str) -> tuple[list[tuple[str, bool]], list[tuple[str, b
         for parts, found in ((parts_a, words[0][a0:a1]), (parts_b, words[1][b0:b1])):
             text = "".join(found)
             blank = len(text) - len(text.lstrip())
-            parts += [(part, changed) for part, changed in ((text[:blank], False), (text[blank:], tag != "equal")) if part]
+            parts += [
+                (part, changed)
+                for part, changed in ((text[:blank], False), (text[blank:], tag != "equal"))
+                if part
+            ]
     return parts_a, parts_b
 
 

@@ -25,22 +25,34 @@ from pipeline.training.arguments import resolve_precision
 def load_test_prompts(config: EvaluateStage, records: Artifact) -> Dataset:
     prompts = held_out_split(open_records(records, "prompts"))
     if not len(prompts):
-        raise UserError(f"{records.path}: holds no prompts that were held out; set 'splits.test' of prepare above 0 and run it again")
+        raise UserError(
+            f"{records.path}: holds no prompts that were held out; set 'splits.test' of prepare above 0 and run it again"
+        )
     return prompts.select(range(min(config.prompts, len(prompts))))
 
 
-def sample_policies(config: EvaluateStage, inputs: dict[str, Artifact], prompts: Dataset) -> dict[str, dict[str, list[Any]]]:
+def sample_policies(
+    config: EvaluateStage, inputs: dict[str, Artifact], prompts: Dataset
+) -> dict[str, dict[str, list[Any]]]:
     """Answers in columns, a prompt's samples together: `best_of` from SFT, and `samples_per_prompt` with their KL to SFT from PPO: `ppo_N`
     after N steps, then `ppo`."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "quantization": config.quantization}
+    options: dict[str, Any] = {
+        "trust_remote_code": config.trust_remote_code,
+        "quantization": config.quantization,
+    }
     options["precision"] = resolve_precision(config.precision)
     sft, tokenizer = load_sampler(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
     sampled = {"sft": sample_policy(config, "sft", sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo = inputs["ppo"]
-    kept = {f"ppo_{int(folder.name.removeprefix('step-'))}": folder for folder in sorted(ppo.path.glob("policies/step-*"))}
+    kept = {
+        f"ppo_{int(folder.name.removeprefix('step-'))}": folder
+        for folder in sorted(ppo.path.glob("policies/step-*"))
+    }
     for name, folder in (kept | {"ppo": ppo.path}).items():
         policy, tokenizer = load_sampler(str(folder), revision=ppo.revision, **options)
-        sampled[name] = sample_policy(config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft)
+        sampled[name] = sample_policy(
+            config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft
+        )
         del policy  # before the next one comes
     return sampled
 
@@ -51,12 +63,21 @@ def sample_policy(
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    given = {name: getattr(config, name) for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")}
+    given = {
+        name: getattr(config, name)
+        for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")
+    }
 
     def share(rows: Sequence[int]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for answers in _with_progress(name, len(rows), sample_responses(policy, tokenizer, [wanted[row] for row in rows], rows, **given)):
-            columns = {"text": answers.texts, "ids": answers.token_lists(), "response_tokens": answers.response_mask.sum(1).tolist()}
+        for answers in _with_progress(
+            name, len(rows), sample_responses(policy, tokenizer, [wanted[row] for row in rows], rows, **given)
+        ):
+            columns = {
+                "text": answers.texts,
+                "ids": answers.token_lists(),
+                "response_tokens": answers.response_mask.sum(1).tolist(),
+            }
             columns["ended"] = answers.ended
             if reference is not None:
                 columns["kl"] = response_kl(policy, reference, answers, config.temperature)

@@ -17,7 +17,13 @@ from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.metrics import policy_metrics, reward_metrics
 from pipeline.evaluate.report import collect_report, write_report
 from pipeline.evaluate.sampling import load_test_prompts, sample_policies, score_samples
-from pipeline.reward.functions import RewardFunction, import_function, load_reward, require_reward, reward_from_model
+from pipeline.reward.functions import (
+    RewardFunction,
+    import_function,
+    load_reward,
+    require_reward,
+    reward_from_model,
+)
 from pipeline.reward.model import DistributedRewardModel
 from pipeline.training.arguments import check_quantization, resolve_precision
 
@@ -35,18 +41,33 @@ def run(config: EvaluateStage) -> Path:
     check(config)
     inputs = open_inputs(config)
     if config.scorer and not config.scorer.is_function:
-        inputs["scorer"] = require_reward(config.scorer, config.make_command("reward"), config.trust_remote_code)
+        inputs["scorer"] = require_reward(
+            config.scorer, config.make_command("reward"), config.trust_remote_code
+        )
     return build_artifact(
-        config, kind="evaluation", inputs=inputs, make=lambda output, work: evaluate(config, inputs, output), on_every_rank=True
+        config,
+        kind="evaluation",
+        inputs=inputs,
+        make=lambda output, work: evaluate(config, inputs, output),
+        on_every_rank=True,
     )
 
 
 def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -> dict[str, Any]:
     """Measure, and write the files; returns the headline metrics."""
-    options: dict[str, Any] = {"revision": inputs["reward"].revision, "trust_remote_code": config.trust_remote_code}
-    reward = DistributedRewardModel.load(inputs["reward"].path, positive_label=config.positive_label, **options)
+    options: dict[str, Any] = {
+        "revision": inputs["reward"].revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    reward = DistributedRewardModel.load(
+        inputs["reward"].path, positive_label=config.positive_label, **options
+    )
     prompts = load_test_prompts(config, inputs["records"])
-    scorers = {name: import_function(spec) for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed)) if spec}
+    scorers = {
+        name: import_function(spec)
+        for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed))
+        if spec
+    }
     if config.scorer:
         scorers["scorer_reward"] = load_scorer(config, config.scorer, inputs.get("scorer"))
     sampled = sample_policies(config, inputs, prompts)
@@ -67,4 +88,6 @@ def load_scorer(config: EvaluateStage, scorer: Reward, opened: Artifact | None) 
     """The held-out scorer, as a function."""
     if opened is None:
         return import_function(scorer.source)
-    return reward_from_model(load_reward(scorer, opened, trust_remote_code=config.trust_remote_code), scorer.length_penalty).score
+    return reward_from_model(
+        load_reward(scorer, opened, trust_remote_code=config.trust_remote_code), scorer.length_penalty
+    ).score

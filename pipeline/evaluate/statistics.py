@@ -21,7 +21,11 @@ def kl_bound(n: int) -> float:
 def overoptimization_curve(distance: float, alpha: float, beta: float, line: str) -> float:
     """What is gained at a distance d = √KL: d(α − β d) by best-of-n, d(α − β log d) by reinforcement learning (Gao et al. 2022, "Scaling
     laws for reward model overoptimization", eq. 1)."""
-    return distance * (alpha - beta * (distance if line == "best-of-n" else math.log(distance))) if distance else 0.0
+    return (
+        distance * (alpha - beta * (distance if line == "best-of-n" else math.log(distance)))
+        if distance
+        else 0.0
+    )
 
 
 def fit_curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,28 +33,53 @@ def fit_curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Left out where fewer than three points have gone anywhere."""
     found: dict[str, Any] = {}
     for line in dict.fromkeys(point["line"] for point in points if point.get("line")):
-        of_line = [point for point in points if line in (point.get("line"), point["name"]) and (point["kl"] or 0) > 0]
+        of_line = [
+            point for point in points if line in (point.get("line"), point["name"]) and (point["kl"] or 0) > 0
+        ]
         for reward in REWARDS:
-            seen = [(math.sqrt(point["kl"]), point[reward] - points[0][reward]) for point in of_line if point.get(reward) is not None]
+            seen = [
+                (math.sqrt(point["kl"]), point[reward] - points[0][reward])
+                for point in of_line
+                if point.get(reward) is not None
+            ]
             if len(seen) >= 3:
                 design = [
-                    [overoptimization_curve(distance, 1, 0, line), overoptimization_curve(distance, 0, 1, line)] for distance, _ in seen
+                    [
+                        overoptimization_curve(distance, 1, 0, line),
+                        overoptimization_curve(distance, 0, 1, line),
+                    ]
+                    for distance, _ in seen
                 ]
-                (alpha, beta), *_ = np.linalg.lstsq(np.array(design), np.array([gain for _, gain in seen]), rcond=None)
-                found.setdefault(line, {})[reward] = {"start": points[0][reward], "alpha": float(alpha), "beta": float(beta)}
+                (alpha, beta), *_ = np.linalg.lstsq(
+                    np.array(design), np.array([gain for _, gain in seen]), rcond=None
+                )
+                found.setdefault(line, {})[reward] = {
+                    "start": points[0][reward],
+                    "alpha": float(alpha),
+                    "beta": float(beta),
+                }
     return found
 
 
-def best_of_n_means(rewards: Sequence[float], figures: Mapping[str, Sequence[float]], samples: int, n: int) -> dict[str, float]:
+def best_of_n_means(
+    rewards: Sequence[float], figures: Mapping[str, Sequence[float]], samples: int, n: int
+) -> dict[str, float]:
     """The mean of each figure over the answers that best-of-n picks by reward, from `samples` ≥ n answers to each prompt, a prompt's
     together: over all ways to draw n of them (Nakano et al. 2021, "WebGPT", appendix I)."""
-    chances = [math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)]  # that the answer of this rank is the best drawn
+    chances = [
+        math.comb(rank, n - 1) / math.comb(samples, n) for rank in range(samples)
+    ]  # that the answer of this rank is the best drawn
     order = np.argsort(np.reshape(rewards, (-1, samples)), axis=1, kind="stable")
-    ranked = {name: np.take_along_axis(np.reshape(column, (-1, samples)).astype(float), order, 1) for name, column in figures.items()}
+    ranked = {
+        name: np.take_along_axis(np.reshape(column, (-1, samples)).astype(float), order, 1)
+        for name, column in figures.items()
+    }
     return {name: float((column @ chances).mean()) for name, column in ranked.items()}
 
 
-def win_rate(scores: Sequence[float], rivals: Sequence[float], lengths: Sequence[int], rival_lengths: Sequence[int]) -> dict[str, Any]:
+def win_rate(
+    scores: Sequence[float], rivals: Sequence[float], lengths: Sequence[int], rival_lengths: Sequence[int]
+) -> dict[str, Any]:
     """How often an answer scores higher than its rival, ties half, with a 95 % interval; and what that would be at equal lengths.
 
     The latter is a logistic regression on the difference of lengths in its standard deviations, through a tanh, read at zero (Dubois et
@@ -59,7 +88,9 @@ def win_rate(scores: Sequence[float], rivals: Sequence[float], lengths: Sequence
     won = wins(scores, rivals)
     longer = np.subtract(lengths, rival_lengths).astype(float)
     found: dict[str, Any] = {"rate": fmean(won), "interval": interval(won)}
-    if 0 < won.mean() < 1 and longer.min() <= 0 <= longer.max():  # or equal lengths would be beyond all that was seen
+    if (
+        0 < won.mean() < 1 and longer.min() <= 0 <= longer.max()
+    ):  # or equal lengths would be beyond all that was seen
         x = np.tanh(longer / (longer.std() or 1.0))[:, None]
         # A tie is half a win and half a loss.
         model = LogisticRegression(C=np.inf).fit(

@@ -18,7 +18,10 @@ def summary_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     if counts:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts["quarantined"].items()))
-        found += [_row("rows read", f"{counts['read']:,}"), _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons)]
+        found += [
+            _row("rows read", f"{counts['read']:,}"),
+            _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons),
+        ]
     found += _reward_rows(reward)
     sampled = [name for name in metrics if name.startswith("best_of_")]  # they come by n
     told = [name for name in sampled if name in ("best_of_16", sampled[-1])]
@@ -30,11 +33,25 @@ def summary_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
         ("well_formed", "well formed"),
     ):
         decimals = 1 if figure == "response_tokens" else 3
-        found += [_row(f"{title}, {name}", f"{figures[figure]:.{decimals}f}") for name, figures in policies.items() if figure in figures]
+        found += [
+            _row(f"{title}, {name}", f"{figures[figure]:.{decimals}f}")
+            for name, figures in policies.items()
+            if figure in figures
+        ]
     ppo = metrics["ppo"]
-    for figure, title in (("win_rate_gold", "PPO wins by gold"), ("win_rate", "PPO wins by reward"), ("kl", "KL of PPO to SFT")):
+    for figure, title in (
+        ("win_rate_gold", "PPO wins by gold"),
+        ("win_rate", "PPO wins by reward"),
+        ("kl", "KL of PPO to SFT"),
+    ):
         if figure in ppo:
-            found.append(_row(title, f"{ppo[figure]:.3f}", "nats per answer" if figure == "kl" else "against SFT, ties half"))
+            found.append(
+                _row(
+                    title,
+                    f"{ppo[figure]:.3f}",
+                    "nats per answer" if figure == "kl" else "against SFT, ties half",
+                )
+            )
     return found
 
 

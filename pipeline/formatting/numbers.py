@@ -13,7 +13,11 @@ def format_number(value: object, spec: str = "z.4g") -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:+,}" if spec.startswith("+") else f"{value:,}"
-    return format(float(value), spec) if isinstance(value, Real) else json.dumps(value, ensure_ascii=False, default=str)
+    return (
+        format(float(value), spec)
+        if isinstance(value, Real)
+        else json.dumps(value, ensure_ascii=False, default=str)
+    )
 
 
 def format_metric(value: float) -> str:
@@ -40,4 +44,8 @@ def format_size(count: float) -> str:
 
 def as_finite(value: object) -> float | None:
     """Return a finite number as a float; None for everything else, bools too."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        float(value)
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )

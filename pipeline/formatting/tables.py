@@ -24,14 +24,19 @@ class Table(NamedTuple):
 def metric_tables(figures: dict[str, Any]) -> list[Table]:
     """The figures of one kind of records with their intervals; by source, and the confusion matrix, where there are such."""
     named = [(name, value) for name, value in figures.items() if isinstance(value, int | float)]
-    rows = [[METRIC_NAMES.get(name, name.replace("_", " ")), format_metric(value), format_interval(figures, name)] for name, value in named]
+    rows = [
+        [METRIC_NAMES.get(name, name.replace("_", " ")), format_metric(value), format_interval(figures, name)]
+        for name, value in named
+    ]
     found = [Table("Figures", ("figure", "value", "95 % interval"), rows)]
     if sources := figures.get("by_source"):
         head = ("source", "pairs", "accuracy", "95 % interval", "“longer wins”")
         found.append(Table("By source", head, [[name, *_source_row(each)] for name, each in sources.items()]))
     if confusion := figures.get("confusion"):
         rows = [[truth, *map(format_metric, called.values())] for truth, called in confusion.items()]
-        found.append(Table("Confusion matrix", ("true class", *(f"predicted {name}" for name in confusion)), rows))
+        found.append(
+            Table("Confusion matrix", ("true class", *(f"predicted {name}" for name in confusion)), rows)
+        )
     return found
 
 
@@ -51,5 +56,7 @@ def format_interval(figures: dict[str, Any], name: str) -> str:
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Cells in columns, those of `right` at their right edge."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
+    lines = [
+        [f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -33,10 +33,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, completion: Text) -> list[int]:
     """Token ids of a completion, EOS last."""
-    return [*tokenizer(completion_text(completion), add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    return [
+        *tokenizer(completion_text(completion), add_special_tokens=False, verbose=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, max_length: int) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, max_length: int
+) -> tuple[list[int], list[int]]:
     """(prompt ids, completion ids) with at most `max_length` ids together.
 
     Where they do not fit, the prompt loses its beginning (one token stays), then the completion its end, never its EOS.
@@ -56,11 +61,15 @@ def completion_text(completion: Text) -> str:
     if isinstance(completion, str):
         return completion
     if len(completion) != 1:
-        raise UserError(f"a completion of {len(completion)} messages: expected a string or one assistant message")
+        raise UserError(
+            f"a completion of {len(completion)} messages: expected a string or one assistant message"
+        )
     return completion[0]["content"]
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(
+    rows: Sequence[Sequence[int]], value: int, side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both (rows, longest), int64; the mask is 1 on real tokens."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), value)

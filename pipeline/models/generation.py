@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.generation import MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.data.schema import Text
 from pipeline.errors import UserError
@@ -34,7 +39,9 @@ class Responses:
 
     def token_lists(self) -> list[list[int]]:
         """The response ids of each row, without padding, with the EOS where there is one."""
-        return [ids[mask.bool()].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)]
+        return [
+            ids[mask.bool()].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)
+        ]
 
 
 class InverseCDF(LogitsProcessor):
@@ -56,7 +63,9 @@ class InverseCDF(LogitsProcessor):
 
 def uniforms(seed: int, rollout: int, rows: Sequence[int], steps: int) -> Tensor:
     """Uniform numbers (len(rows), steps), each row's own."""
-    return torch.stack([torch.rand(steps, generator=seeded_generator(seed, "noise", rollout, row)) for row in rows])
+    return torch.stack(
+        [torch.rand(steps, generator=seeded_generator(seed, "noise", rollout, row)) for row in rows]
+    )
 
 
 @lru_cache(maxsize=8)
@@ -77,7 +86,9 @@ def seeded_generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def prepare_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int) -> list[list[int]]:
+def prepare_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int
+) -> list[list[int]]:
     """Return the token ids of each prompt; a longer one is truncated on the left.
 
     A template may render an empty prompt to nothing: the response then follows EOS, as it does in training.
@@ -111,7 +122,12 @@ def generate(
         *([TopKLogitsWarper(top_k)] if top_k else []),
         *([TopPLogitsWarper(top_p)] if top_p < 1 else []),
     ]
-    given = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    given = {
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": ends,
+    }
     training = policy.training
     policy.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -119,8 +135,13 @@ def generate(
     with _only_generation_config(policy, GenerationConfig(max_new_tokens=noise.shape[1], **given)):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = (x.to(policy.device) for x in pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left"))
-            unended = MinNewTokensLengthLogitsProcessor(ids.shape[1], min_response_tokens, ends, policy.device)
+            ids, mask = (
+                x.to(policy.device)
+                for x in pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left")
+            )
+            unended = MinNewTokensLengthLogitsProcessor(
+                ids.shape[1], min_response_tokens, ends, policy.device
+            )
             sampler = LogitsProcessorList([unended, *shaped, InverseCDF(noise[rows].to(policy.device))])
             output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
             responses |= dict(zip(rows, map(list, output[:, ids.shape[1] :].tolist()), strict=True))
@@ -132,7 +153,11 @@ def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
     """The id of a token that ends an answer. Raises `UserError` where the tokenizer makes several of it, or none."""
     known = tokenizer.get_vocab()
     # Some tokenizers write the beginning of a text otherwise than what follows.
-    ids = [known[stop_token]] if stop_token in known else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    ids = (
+        [known[stop_token]]
+        if stop_token in known
+        else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
+    )
     if len(ids) != 1:
         raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens of this tokenizer; expected one")
     return int(ids[0])
@@ -164,7 +189,10 @@ def _as_responses(
     lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in responses]
     kept = [ids[:length] for ids, length in zip(responses, lengths, strict=True)]
     ended = [ids[-1] in ends for ids in kept]
-    texts = [str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True)) for ids, end in zip(kept, ended, strict=True)]
+    texts = [
+        str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
+        for ids, end in zip(kept, ended, strict=True)
+    ]
     query = pad_rows(prompts, tokenizer.pad_token_id, side="left")
     response = pad_rows(kept, tokenizer.pad_token_id)
     query_ids, query_mask, response_ids, response_mask = (x.to(device) for x in (*query, *response))

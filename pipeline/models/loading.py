@@ -28,7 +28,16 @@ from pipeline.models.patches import fuse_gelu
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Heads stay unquantized: they are trained, and bitsandbytes cannot train what it quantized.
-HEAD_NAMES = ["score", "classifier", "pre_classifier", "pooler", "classification_head", "logits_proj", "sequence_summary", "lm_head"]
+HEAD_NAMES = [
+    "score",
+    "classifier",
+    "pre_classifier",
+    "pooler",
+    "classification_head",
+    "logits_proj",
+    "sequence_summary",
+    "lm_head",
+]
 
 UNQUANTIZED = [rf"(.*\.)?{name}" for name in HEAD_NAMES]  # wherever they stand in the model
 
@@ -43,12 +52,16 @@ def load_tokenizer(
     with explain_load_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.eos_token is None and generates:
-        raise UserError(f"{source}: its tokenizer has no EOS token, which marks the end of an answer; expected a decoder's tokenizer")
+        raise UserError(
+            f"{source}: its tokenizer has no EOS token, which marks the end of an answer; expected a decoder's tokenizer"
+        )
     if tokenizer.pad_token is None and not distinct_pad:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None or (distinct_pad and tokenizer.pad_token == tokenizer.eos_token):
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
-        tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD})  # a new one grows the vocabulary: see `_ready`
+        tokenizer.add_special_tokens(
+            {"pad_token": spare[0] if spare else PAD}
+        )  # a new one grows the vocabulary: see `_ready`
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
     return tokenizer
@@ -75,7 +88,9 @@ def load_policy(
         with explain_load_errors(source, "LoRA adapter"):
             adapter = PeftConfig.from_pretrained(source, revision=revision)
         if adapter.task_type not in (None, TaskType.CAUSAL_LM):
-            raise UserError(f"{source}: is an adapter of task {adapter.task_type}; a policy needs one of {TaskType.CAUSAL_LM.value}")
+            raise UserError(
+                f"{source}: is an adapter of task {adapter.task_type}; a policy needs one of {TaskType.CAUSAL_LM.value}"
+            )
         options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
         base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
         with explain_load_errors(source, "LoRA adapter"):
@@ -85,7 +100,9 @@ def load_policy(
     return _finalize(model, tokenizer)
 
 
-def load_sampler(source: str, quantization: str = "none", precision: str = "fp32", **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_sampler(
+    source: str, quantization: str = "none", precision: str = "fp32", **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """A policy ready to sample from, on the GPU where there is one, and its tokenizer."""
     tokenizer = load_tokenizer(source, **options)
     model: Any = load_policy(source, tokenizer, quantization=quantization, precision=precision, **options)
@@ -99,8 +116,12 @@ def merge_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, **options: A
     model: Any = load_policy(str(folder), tokenizer, **options)
     base = model.get_base_model()
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if base.config.get_text_config().tie_word_embeddings and any(hasattr(each, "base_layer") for each in embeddings):
-        output = getattr(embeddings[1], "base_layer", embeddings[1])  # what is added to one of the two is not the other's
+    if base.config.get_text_config().tie_word_embeddings and any(
+        hasattr(each, "base_layer") for each in embeddings
+    ):
+        output = getattr(
+            embeddings[1], "base_layer", embeddings[1]
+        )  # what is added to one of the two is not the other's
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
         base.config.get_text_config().tie_word_embeddings = False
     merged = model.merge_and_unload()
@@ -123,16 +144,25 @@ def load_classifier(
     as it was trained. Raises `UserError` where it then has no head. A policy's adapter is merged into its base first."""
     if is_adapter(source, options.get("revision")):
         if quantization != "none":
-            raise UserError(f"{source}: is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none")
+            raise UserError(
+                f"{source}: is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none"
+            )
         revision = options.pop("revision", None)
         with explain_load_errors(source, "LoRA adapter"):
             adapter = PeftConfig.from_pretrained(source, revision=revision)
         adapter.task_type = None  # the policy's, which asks for a model that generates
         base: Any = load_classifier(
-            str(adapter.base_model_name_or_path), tokenizer, precision=precision, head=head, revision=adapter.revision, **options
+            str(adapter.base_model_name_or_path),
+            tokenizer,
+            precision=precision,
+            head=head,
+            revision=adapter.revision,
+            **options,
         )
         with explain_load_errors(source, "LoRA adapter"):
-            return PeftModel.from_pretrained(base, source, config=adapter, revision=revision).merge_and_unload()
+            return PeftModel.from_pretrained(
+                base, source, config=adapter, revision=revision
+            ).merge_and_unload()
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
     with explain_load_errors(source, f"sequence classifier{outputs}"), _without_load_report():
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -140,19 +170,27 @@ def load_classifier(
         )
     if found["missing_keys"] and head is None:
         missing = ", ".join(sorted(found["missing_keys"]))
-        raise UserError(f"{source}: has no reward head (it lacks {missing}); expected a sequence classifier, such as runs/demo/reward")
+        raise UserError(
+            f"{source}: has no reward head (it lacks {missing}); expected a sequence classifier, such as runs/demo/reward"
+        )
     return _finalize(model, tokenizer)
 
 
 def head_module_names(model: torch.nn.Module) -> list[str]:
     """The modules of a classifier that come after what was pretrained, by the last part of their names."""
-    return [head for head in HEAD_NAMES if any(name.split(".")[-1] == head for name, _ in model.named_modules())]
+    return [
+        head for head in HEAD_NAMES if any(name.split(".")[-1] == head for name, _ in model.named_modules())
+    ]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many tokens a row may have where positions are learned; None where they are computed."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe", "embed_positions"):
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in (
+            "position_embeddings",
+            "wpe",
+            "embed_positions",
+        ):
             # RoBERTa and its kin count on from the pad token's id.
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - max(skipped, getattr(module, "offset", 0))  # OPT's has an offset
@@ -162,7 +200,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
 def head_config(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
     """What a model's config says of a head with these outputs: their names, and whether they are scalars (`regression`) or classes
     (`single_label_classification`), which `pipeline()` would squash."""
-    return {"id2label": dict(enumerate(outputs)), "label2id": {name: i for i, name in enumerate(outputs)}, "problem_type": problem_type}
+    return {
+        "id2label": dict(enumerate(outputs)),
+        "label2id": {name: i for i, name in enumerate(outputs)},
+        "problem_type": problem_type,
+    }
 
 
 def _weights(quantization: str, precision: str) -> dict[str, Any]:
@@ -171,9 +213,15 @@ def _weights(quantization: str, precision: str) -> dict[str, Any]:
     if quantization == "none":
         return {"dtype": dtype}
     if quantization == "8bit":
-        return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)}
+        return {
+            "dtype": dtype,
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED),
+        }
     four_bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=UNQUANTIZED
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=UNQUANTIZED,
     )
     return {"dtype": dtype, "quantization_config": four_bit}
 
@@ -210,5 +258,9 @@ def explain_load_errors(source: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id") from error
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id"
+        ) from error

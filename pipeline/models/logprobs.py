@@ -28,31 +28,53 @@ class TokenStats(NamedTuple):
 
 
 def response_logprobs(
-    model: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float = 1.0
+    model: Any,
+    query_ids: Tensor,
+    query_mask: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
 ) -> TokenStats:
     """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. A query has a token at least."""
-    given, size = (query_ids, query_mask, response_ids, response_mask), CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids)
-    parts = [_logprobs_of_rows(model, temperature, *of_rows) for of_rows in zip(*(tensor.split(size) for tensor in given), strict=True)]
+    given, size = (
+        (query_ids, query_mask, response_ids, response_mask),
+        CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids),
+    )
+    parts = [
+        _logprobs_of_rows(model, temperature, *of_rows)
+        for of_rows in zip(*(tensor.split(size) for tensor in given), strict=True)
+    ]
     return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _logprobs_of_rows(
-    model: Any, temperature: float, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+    model: Any,
+    temperature: float,
+    query_ids: Tensor,
+    query_mask: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
 ) -> TokenStats:
     mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
     width = int(mask.sum(1).max())
     real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
     rows, steps = response_mask.nonzero(as_tuple=True)
     with _hidden_at(model, rows, query_mask.sum(1)[rows] + steps - 1) as hidden:
-        logits = model(input_ids=ids.gather(1, real_first), attention_mask=mask.gather(1, real_first), use_cache=False).logits
+        logits = model(
+            input_ids=ids.gather(1, real_first), attention_mask=mask.gather(1, real_first), use_cache=False
+        ).logits
     logprobs, entropy = LogProbability.apply(logits, response_ids[rows, steps], temperature)
     grid = torch.zeros(response_ids.shape, device=logprobs.device)
-    return TokenStats(grid.index_put((rows, steps), logprobs), grid.index_put((rows, steps), entropy), hidden[0])
+    return TokenStats(
+        grid.index_put((rows, steps), logprobs), grid.index_put((rows, steps), entropy), hidden[0]
+    )
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
     """(N,) values of the real tokens, row by row -> (B, T), zero off the mask."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).index_put(mask.nonzero(as_tuple=True), values)
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).index_put(
+        mask.nonzero(as_tuple=True), values
+    )
 
 
 class LogProbability(torch.autograd.Function):
@@ -64,7 +86,10 @@ class LogProbability(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        logp, entropy = torch.empty_like(logits, dtype=exact), torch.empty(len(logits), dtype=exact, device=logits.device)
+        logp, entropy = (
+            torch.empty_like(logits, dtype=exact),
+            torch.empty(len(logits), dtype=exact, device=logits.device),
+        )
         for part in _chunks(logits):
             scaled = logits[part].to(exact)
             torch.log_softmax(scaled if temperature == 1 else scaled / temperature, -1, out=logp[part])
@@ -76,7 +101,9 @@ class LogProbability(torch.autograd.Function):
         return logp.gather(1, ids[:, None]).squeeze(1), entropy
 
     @staticmethod
-    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         """d log p(i) / d logit(j) = [i = j] − p(j), and dH / d logit(j) = −p(j) · (log p(j) + H)."""
         logp, ids, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logp, dtype=ctx.dtype)

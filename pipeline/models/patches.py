@@ -9,7 +9,9 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # what a forward hands to `nn.functional.dropout`, or draws whole layers by
+        for name, value in vars(
+            module
+        ).items():  # what a forward hands to `nn.functional.dropout`, or draws whole layers by
             if isinstance(value, float) and any(part in name for part in ("dropout", "layerdrop", "jitter")):
                 setattr(module, name, 0.0)
 

@@ -25,10 +25,16 @@ from pipeline.models.loading import explain_load_errors
 CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"  # of an encoder made from nothing
 
 
-def new_policy(texts: Iterable[str], size: Scratch, separator: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+def new_policy(
+    texts: Iterable[str], size: Scratch, separator: str
+) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """A new GPT-2 and its tokenizer. Seed torch first."""
     tokenizer = train_tokenizer(texts, size, separator)
-    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return GPT2LMHeadModel(decoder_config(size, len(tokenizer), **ids)), tokenizer
 
 
@@ -55,7 +61,9 @@ def new_classifier(
     with explain_load_errors(size.architecture, "architecture of an encoder"):
         config = encoder_config(size, len(tokenizer), pad_token_id=tokenizer.pad_token_id, **head)
         if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-            raise ValueError("it is no encoder; of decoders the reward model starts from a policy: model: runs/demo/sft")
+            raise ValueError(
+                "it is no encoder; of decoders the reward model starts from a policy: model: runs/demo/sft"
+            )
         return AutoModelForSequenceClassification.from_config(config), tokenizer
 
 
@@ -73,7 +81,9 @@ def encoder_config(size: Scratch, vocabulary: int, **more: Any) -> PreTrainedCon
     )
 
 
-def train_tokenizer(texts: Iterable[str], size: Scratch, separator: str, encoder: bool = False) -> PreTrainedTokenizerBase:
+def train_tokenizer(
+    texts: Iterable[str], size: Scratch, separator: str, encoder: bool = False
+) -> PreTrainedTokenizerBase:
     """A byte-level BPE trained on `texts`; that of an encoder marks the beginning and the end of each segment."""
     special = [PAD, CLS, SEP, MASK] if encoder else [PAD, EOS]
     core = Tokenizer(BPE())
@@ -82,12 +92,16 @@ def train_tokenizer(texts: Iterable[str], size: Scratch, separator: str, encoder
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         sorted(set(texts)),
-        trainers.BpeTrainer(vocab_size=size.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=size.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     names = {"pad_token": PAD, "eos_token": EOS}
     if encoder:
         ids = [(token, core.token_to_id(token)) for token in (CLS, SEP)]
-        core.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=ids)
+        core.post_processor = TemplateProcessing(
+            single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=ids
+        )
         names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=size.positions, **names)
     tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)

@@ -39,10 +39,16 @@ class ActorCritic(nn.Module):
         disable_dropout(policy)
         fuse_gelu(policy)
         self.policy = policy
-        self.reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
+        self.reference = (
+            None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False).eval()
+        )
         if getattr(policy.config, "output_router_logits", False):
-            policy.config.output_router_logits = False  # a mixture's balance loss, which nothing here reads and `generate` trips over
-        self._no_split_modules = policy._no_split_modules  # the layers that FSDP shards one by one: accelerate asks for them by this name
+            policy.config.output_router_logits = (
+                False  # a mixture's balance loss, which nothing here reads and `generate` trips over
+            )
+        self._no_split_modules = (
+            policy._no_split_modules
+        )  # the layers that FSDP shards one by one: accelerate asks for them by this name
         self.value_head = nn.Linear(policy.get_output_embeddings().weight.shape[-1], 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -58,7 +64,9 @@ class ActorCritic(nn.Module):
     ) -> Outputs:  # fmt: skip
         """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. `demonstrations` are the same
         four of other rows, read at temperature 1. `value_head_only`: the values' gradient stops at the head."""
-        found = response_logprobs(self.policy, query_ids, query_mask, response_ids, response_mask, temperature)
+        found = response_logprobs(
+            self.policy, query_ids, query_mask, response_ids, response_mask, temperature
+        )
         hidden = found.hidden.detach() if value_head_only else found.hidden
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
@@ -66,13 +74,20 @@ class ActorCritic(nn.Module):
         return Outputs(found.logprobs, scatter_to_mask(values, response_mask), found.entropy, shown)
 
     def reference_logprobs(
-        self, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
+        self,
+        query_ids: Tensor,
+        query_mask: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        temperature: float,
     ) -> Tensor:
         """Log-probabilities (B, T) of the response under the reference, at the policy's temperature. Call without gradients."""
         answers = (query_ids, query_mask, response_ids, response_mask, temperature)
         if self.reference is not None:
             return response_logprobs(self.reference, *answers).logprobs
-        with active_adapter(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None) as reference:
+        with active_adapter(
+            self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None
+        ) as reference:
             return response_logprobs(reference, *answers).logprobs
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -81,7 +96,10 @@ class ActorCritic(nn.Module):
 
     def trainable_state(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Of a state that has everything what `state_dict` gives."""
-        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {"kl_coef", "score_sums"}
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {
+            "kl_coef",
+            "score_sums",
+        }
         return {name: value for name, value in weights.items() if name in names}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -113,11 +131,20 @@ def value_head_from_reward(reward: RewardSource, width: int, normalization: str)
     scorer: Any = batching.score_head(reward.model.model) if reward.model is not None else None
     if hasattr(scorer, "modules_to_save"):  # of an adapter on a quantized base
         scorer = scorer.modules_to_save[scorer.active_adapter]
-    if reward.model is None or not isinstance(scorer, torch.nn.Linear) or tuple(scorer.weight.shape) != (1, width):
+    if (
+        reward.model is None
+        or not isinstance(scorer, torch.nn.Linear)
+        or tuple(scorer.weight.shape) != (1, width)
+    ):
         raise UserError(
             f"ppo: value_init: reward needs one reward model with a scalar head on states of {width} numbers, as the policy has; "
             "use value_init: zero"
         )
     scale, centre = (reward.std, reward.mean) if normalization == "reference" else (1.0, 0.0)
-    weight = reward.model.settings.sign * reward.model.settings.alpha * scorer.weight.detach().cpu().float() / scale
+    weight = (
+        reward.model.settings.sign
+        * reward.model.settings.alpha
+        * scorer.weight.detach().cpu().float()
+        / scale
+    )
     return {"weight": weight, "bias": torch.tensor([-centre / scale])}

@@ -22,7 +22,9 @@ from pipeline.reward.model import RewardModel
 from pipeline.reward.settings import RewardSettings
 
 
-def attach_reward_adapter(policy: PeftModel, reward: Artifact, name: str, length_penalty: float = 0.0, **options: Any) -> RewardSource:
+def attach_reward_adapter(
+    policy: PeftModel, reward: Artifact, name: str, length_penalty: float = 0.0, **options: Any
+) -> RewardSource:
     """The reward model as the adapter `name` of the policy, with its head on the policy's trunk. `options` go to `RewardModel.load`."""
     folder, settings = adapter_folder(reward), RewardSettings.load(reward.path)
     assert folder, "see why_apart"
@@ -30,7 +32,10 @@ def attach_reward_adapter(policy: PeftModel, reward: Artifact, name: str, length
     weights = load_file(folder / "adapter_model.safetensors", device=str(policy.device))
     heads = {key: weights.pop(key) for key in head_weight_names(list(weights))}
     adapter = PeftConfig.from_pretrained(str(folder))
-    adapter.task_type, adapter.modules_to_save = TaskType.CAUSAL_LM, None  # the head is no part of a language model
+    adapter.task_type, adapter.modules_to_save = (
+        TaskType.CAUSAL_LM,
+        None,
+    )  # the head is no part of a language model
     adapter.exclude_modules = None
     policy.add_adapter(name, adapter)
     found: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
@@ -38,7 +43,9 @@ def attach_reward_adapter(policy: PeftModel, reward: Artifact, name: str, length
     for key, parameter in policy.named_parameters():
         if f".{name}." in key:
             parameter.requires_grad_(False)
-    classifier, head = _build_classifier(policy.get_base_model(), settings, heads, options.get("trust_remote_code", False))
+    classifier, head = _build_classifier(
+        policy.get_base_model(), settings, heads, options.get("trust_remote_code", False)
+    )
     with active_adapter(policy, name):
         source = reward_from_model(RewardModel.load(reward.path, model=classifier, **options), length_penalty)
 
@@ -53,7 +60,10 @@ def attach_reward_adapter(policy: PeftModel, reward: Artifact, name: str, length
 @contextmanager
 def active_adapter(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel]:
     """The policy with another adapter at work, or with none; what was trained goes on to be."""
-    active, trained = policy.active_adapter, [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    active, trained = (
+        policy.active_adapter,
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+    )
     try:
         if adapter is None:
             with policy.disable_adapter():
@@ -75,13 +85,17 @@ def _build_classifier(
     config = copy.deepcopy(base.config)
     config.update(settings.head)
     with init_empty_weights():
-        classifier = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+        classifier = AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     setattr(classifier, classifier.base_model_prefix, base.base_model)
     parts = torch.nn.ModuleList()
     for key, weight in heads.items():
         path, _, kind = key.removeprefix("base_model.model.").rpartition(".")
         part = classifier.get_submodule(path)
         setattr(part, kind, torch.nn.Parameter(weight, requires_grad=False))
-        part.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+        part.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:])
+        )
         parts.append(part)
     return classifier, parts

@@ -38,7 +38,11 @@ def incompatibility(config: PPOStage, policy: Artifact, reward: Artifact) -> str
         return "it is no LoRA adapter that the reward stage wrote"
     adapter = PeftConfig.from_pretrained(str(folder))
     own = str(policy.path) if is_adapter(policy.path, policy.revision) else None
-    given = PeftConfig.from_pretrained(own, revision=policy.revision) if own else build_lora_config(config, TaskType.CAUSAL_LM)
+    given = (
+        PeftConfig.from_pretrained(own, revision=policy.revision)
+        if own
+        else build_lora_config(config, TaskType.CAUSAL_LM)
+    )
     for whose, each in (("its", adapter), ("the policy's", given)):
         if meddling := _modifies_base(each):
             return f"{whose} adapter has {meddling}, which is not its own alone"
@@ -81,7 +85,9 @@ def _modifies_base(adapter: PeftConfig | None) -> str | None:
 def _base_identity(source: Artifact, adapter: str | None) -> Any:
     """What is equal for two artifacts if and only if they stand on the same weights: their content, or a repository and its commit."""
     inputs = source.manifest.get("inputs", {})
-    if adapter is not None and "model" not in inputs and "policy" in inputs:  # of a PPO stage: what its policy stands on
+    if (
+        adapter is not None and "model" not in inputs and "policy" in inputs
+    ):  # of a PPO stage: what its policy stands on
         path = Path(inputs["policy"]["path"])
         before = Artifact(path, read_manifest(path) or inputs["policy"])
         return _base_identity(before, str(path) if (path / "adapter_config.json").is_file() else None)
@@ -94,24 +100,40 @@ def _base_identity(source: Artifact, adapter: str | None) -> Any:
     return found["files"] if found.get("foreign") else found["identity"]
 
 
-def _head_mismatch(config: PPOStage, settings: RewardSettings, adapter: PeftConfig, folder: Path) -> str | None:
+def _head_mismatch(
+    config: PPOStage, settings: RewardSettings, adapter: PeftConfig, folder: Path
+) -> str | None:
     """A classifier must be the language model's own trunk and a head that the adapter holds, and nothing else."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    base = AutoConfig.from_pretrained(str(adapter.base_model_name_or_path), revision=adapter.revision, **options)
+    base = AutoConfig.from_pretrained(
+        str(adapter.base_model_name_or_path), revision=adapter.revision, **options
+    )
     with init_empty_weights():
         policy = AutoModelForCausalLM.from_config(base, **options)
         base.update(settings.head)
         classifier = AutoModelForSequenceClassification.from_config(base, **options)
-    if policy.base_model_prefix != classifier.base_model_prefix or type(policy.base_model) is not type(classifier.base_model):
+    if policy.base_model_prefix != classifier.base_model_prefix or type(policy.base_model) is not type(
+        classifier.base_model
+    ):
         return f"a {type(classifier).__name__} has another trunk than a {type(policy).__name__}"
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         held = {name.removeprefix("base_model.model.") for name in head_weight_names(file.keys())}
-    outside = {name for name, _ in classifier.named_parameters() if not name.startswith(f"{classifier.base_model_prefix}.")}
-    return None if outside == held else f"its head is {', '.join(sorted(outside))}, and its adapter holds {', '.join(sorted(held))}"
+    outside = {
+        name
+        for name, _ in classifier.named_parameters()
+        if not name.startswith(f"{classifier.base_model_prefix}.")
+    }
+    return (
+        None
+        if outside == held
+        else f"its head is {', '.join(sorted(outside))}, and its adapter holds {', '.join(sorted(held))}"
+    )
 
 
 def _vocab_mismatch(config: PPOStage, policy: Artifact, reward: Artifact) -> str | None:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     words = load_tokenizer(str(policy.path), revision=policy.revision, **options).get_vocab()
-    its = load_tokenizer(str(reward.path), generates=False, distinct_pad=False, revision=reward.revision, **options).get_vocab()
+    its = load_tokenizer(
+        str(reward.path), generates=False, distinct_pad=False, revision=reward.revision, **options
+    ).get_vocab()
     return None if its == words else "its vocabulary is another than the policy's"

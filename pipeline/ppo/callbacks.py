@@ -36,8 +36,13 @@ class SkipNonFinite(TrainerCallback):
         self.in_a_row += 1
         file = Path(args.output_dir) / f"skipped-{state.global_step}.jsonl"
         if state.is_world_process_zero:
-            file.write_text("".join(json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())), encoding="utf-8")
-            print(f"  step {state.global_step}: the gradient is not finite; the step is left out, its minibatch is in {file}", flush=True)
+            file.write_text(
+                "".join(json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())), encoding="utf-8"
+            )
+            print(
+                f"  step {state.global_step}: the gradient is not finite; the step is left out, its minibatch is in {file}",
+                flush=True,
+            )
         if self.in_a_row == MOST_SKIPPED:
             raise UserError(
                 f"ppo: the gradient was not finite in {MOST_SKIPPED} steps in a row (see {file}); the last checkpoint is kept; "
@@ -56,12 +61,17 @@ class EarlyStopping(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         best = state.best_global_step or 0
-        since = {entry["step"] for entry in state.log_history if "eval_reward" in entry and entry["step"] > best}
+        since = {
+            entry["step"] for entry in state.log_history if "eval_reward" in entry and entry["step"] > best
+        }
         late = self.patience is not None and len(since) >= self.patience
         if late and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_training_stop, control.should_save = True, False
             if state.is_world_process_zero:
-                print(f"  step {state.global_step}: stopped; the best is of step {state.best_global_step}, in best/", flush=True)
+                print(
+                    f"  step {state.global_step}: stopped; the best is of step {state.best_global_step}, in best/",
+                    flush=True,
+                )
 
 
 def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
@@ -73,7 +83,10 @@ def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]
             "response_ids": answers.response_ids[row][real].tolist(),
             "answer": answers.texts[row],
             "score": float(rollout.scores[row]),
-            **{name: getattr(rollout, name)[row][real].tolist() for name in ("logprobs", "values", "advantages", "returns")},
+            **{
+                name: getattr(rollout, name)[row][real].tolist()
+                for name in ("logprobs", "values", "advantages", "returns")
+            },
         }
 
 

@@ -26,7 +26,10 @@ def demonstration_batches(
     its rows on this process; a pair over `max_tokens` is truncated.
     """
     start = ((rollout * args.steps_per_rollout + step) * args.world_size + args.process_index) * count
-    rows = [data[permuted_index(len(data), args.seed, "demonstrations", row)] for row in range(start, start + count)]
+    rows = [
+        data[permuted_index(len(data), args.seed, "demonstrations", row)]
+        for row in range(start, start + count)
+    ]
     pairs = [encode_pair(tokenizer, row["prompt"], row["completion"], max_tokens) for row in rows]
     # A template may render an empty prompt to nothing; its completion then follows EOS.
     encoded = [(prompt or [tokenizer.eos_token_id], completion) for prompt, completion in pairs]

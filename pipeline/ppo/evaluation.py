@@ -49,9 +49,14 @@ def overoptimization_warning(history: list[dict[str, Any]], table: list[Row], me
         return None
     best, now = max(entries, key=lambda entry: entry[f"eval_{metric}"]), entries[-1]
     error = statistics.stdev(row[metric] for row in table) / len(table) ** 0.5
-    if now["eval_reward"] <= best["eval_reward"] or best[f"eval_{metric}"] - now[f"eval_{metric}"] <= 2 * error:
+    if (
+        now["eval_reward"] <= best["eval_reward"]
+        or best[f"eval_{metric}"] - now[f"eval_{metric}"] <= 2 * error
+    ):
         return None
-    reward, held_out = (f"{best[f'eval_{name}']:.3f} to {now[f'eval_{name}']:.3f}" for name in ("reward", metric))
+    reward, held_out = (
+        f"{best[f'eval_{name}']:.3f} to {now[f'eval_{name}']:.3f}" for name in ("reward", metric)
+    )
     return (
         f"step {now['step']}: since step {best['step']} the reward rose from {reward} and the "
         f"{metric.replace('_', ' ')} fell from {held_out}, at a KL of {now['eval_kl']:.2f}: "

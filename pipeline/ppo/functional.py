@@ -78,7 +78,9 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     In a distributed run the moments are those of all ranks together.
     """
     real = torch.where(mask, x, torch.zeros_like(x)).double()
-    count, total, squares = _sum_over_ranks(torch.stack([mask.sum().double(), real.sum(), real.square().sum()]))
+    count, total, squares = _sum_over_ranks(
+        torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
+    )
     mean = total / count
     variance = (squares / count - mean.square()).clamp_min(0)
     white = (real - mean) * torch.rsqrt(variance + 1e-8) + (0 if shift_mean else mean)
@@ -108,11 +110,18 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, num_tokens: Tensor | float | None = None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float,
+    num_tokens: Tensor | float | None = None,
 ) -> ValueLoss:
     """½ · max((v − R)², (clip(v, v_old ± clip) − R)²), summed over real tokens and divided by `num_tokens` (default: the mask's sum)."""
     count = mask.sum() if num_tokens is None else num_tokens
-    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns)
+    )
     near = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     plain, clipped = (values - returns).square(), (near - returns).square()
     clip_fraction = _masked_sum(clipped > plain, mask).detach() / count

@@ -11,7 +11,9 @@ from pipeline.ppo.actor_critic import Outputs
 from pipeline.ppo.config import PPOConfig
 
 
-def ppo_loss(out: Outputs, batch: Mapping[str, Any], args: PPOConfig, value_only: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def ppo_loss(
+    out: Outputs, batch: Mapping[str, Any], args: PPOConfig, value_only: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a micro-batch and its metrics under TRL's names.
 
     `batch` holds what the rollout recorded, (b, T) each, and `num_tokens`, the real tokens of the minibatch on all
@@ -29,7 +31,9 @@ def ppo_loss(out: Outputs, batch: Mapping[str, Any], args: PPOConfig, value_only
         args.dual_clip,
         num_tokens=tokens,
     )
-    value = functional.value_loss(out.values, batch["values"], batch["returns"], mask, args.clip_value, num_tokens=tokens)
+    value = functional.value_loss(
+        out.values, batch["values"], batch["returns"], mask, args.clip_value, num_tokens=tokens
+    )
     entropy = torch.where(mask, out.entropy, 0.0).sum() / tokens
 
     loss = policy.loss - args.entropy_coef * entropy if args.entropy_coef else policy.loss

@@ -10,7 +10,9 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.rollout import Rollout
 
 
-def rollout_metrics(rollout: Rollout, raw_rewards: Sequence[float], kl_coef: float, args: PPOConfig, eos_token_id: int) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, raw_rewards: Sequence[float], kl_coef: float, args: PPOConfig, eos_token_id: int
+) -> dict[str, float]:
     """Return the metrics of one rollout of this process; KL is in nats per response."""
     mask, responses = rollout.mask, rollout.responses
     kl = functional.kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)

@@ -56,7 +56,9 @@ class PolicyTrainer(Trainer):
     keep: bool = False
     generate: Callable[..., Responses] = staticmethod(generate)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Return means over the responses to held-out prompts: rewards, KL to the reference, length."""
         self.model.eval()  # TRL's trainers tell by the mode whose metrics are logged
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -68,7 +70,9 @@ class PolicyTrainer(Trainer):
             lambda: share_rows(lambda numbers: self._evaluate_rows(data, numbers), total, self.args),
         )
         names = [name for name in table[0] if name not in TEXT_COLUMNS]
-        metrics = {f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names}
+        metrics = {
+            f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names
+        }
         self.log(dict(metrics))
 
         selection = next(name for name in SELECTION_METRICS if name in names)
@@ -89,12 +93,23 @@ class PolicyTrainer(Trainer):
         prompts = prepare_prompts(self.processing_class, texts, self.max_prompt_tokens)
         numbers = uniforms(self.args.seed, rollout, rows, self.generation.response_tokens)
         with self.accelerator.autocast():
-            return self.generate(self.actor.policy, self.processing_class, prompts, numbers, **self.generation.options)
+            return self.generate(
+                self.actor.policy, self.processing_class, prompts, numbers, **self.generation.options
+            )
 
-    def score(self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]) -> list[float]:
+    def score(
+        self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]
+    ) -> list[float]:
         """Return the function's score of each response, given the record of its prompt."""
         records = data.select(indices)[:]
-        return call_reward_function(function, records.pop("prompt"), responses.texts, responses.token_lists(), responses.ended, records)
+        return call_reward_function(
+            function,
+            records.pop("prompt"),
+            responses.texts,
+            responses.token_lists(),
+            responses.ended,
+            records,
+        )
 
     def publish(self, folder: Path) -> None:
         """Write the policy (under LoRA its adapter) as others load it, and its tokenizer. All ranks call it, one writes."""
@@ -142,7 +157,9 @@ class PolicyTrainer(Trainer):
 def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
     """Return the weights of the submodule `name` under their names in it."""
     prefix = f"{name}."
-    return weights and {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return weights and {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+    }
 
 
 def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> int:
@@ -150,5 +167,7 @@ def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> 
     positions = max_positions(policy)
     budget = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - response_tokens)
     if budget < 1:
-        raise UserError(f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's {positions} positions")
+        raise UserError(
+            f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's {positions} positions"
+        )
     return budget

@@ -191,7 +191,11 @@ class RolloutDataLoader:
             rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
             self.minibatch = (rollout, rows)
             demonstrations, extra = self.demonstrations(self.number, step, len(rows))
-            common = {"rollout": self.number, "first": step == 0, "num_tokens": self.reduce(rollout.mask[rows].sum())}
+            common = {
+                "rollout": self.number,
+                "first": step == 0,
+                "num_tokens": self.reduce(rollout.mask[rows].sum()),
+            }
             for inputs, shown in zip(micro_batches, demonstrations, strict=True):
                 last = inputs is micro_batches[-1]
                 yield inputs | common | extra | {"demonstrations": shown, "last": last}

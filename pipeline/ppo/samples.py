@@ -17,7 +17,9 @@ def write_samples(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
     step, kept = trainer.state.global_step, rows[:MOST_SAMPLES]
     file = Path(str(trainer.args.output_dir)) / "samples" / f"step-{step:06}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
+    )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text("samples", _markdown_table(kept), step)
@@ -25,7 +27,13 @@ def write_samples(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
             import wandb
 
             if wandb.run is not None:
-                wandb.log({"samples": wandb.Table(columns=list(kept[0]), data=[list(map(str, row.values())) for row in kept])})
+                wandb.log(
+                    {
+                        "samples": wandb.Table(
+                            columns=list(kept[0]), data=[list(map(str, row.values())) for row in kept]
+                        )
+                    }
+                )
 
 
 def read_samples(work: Path) -> str:
@@ -34,5 +42,9 @@ def read_samples(work: Path) -> str:
 
 
 def _markdown_table(rows: list[dict[str, Any]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([format_cell(str(value)) for value in row.values()] for row in rows)]
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([format_cell(str(value)) for value in row.values()] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

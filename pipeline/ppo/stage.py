@@ -32,7 +32,14 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.reward.functions import RewardSource, combine_rewards, import_function, load_reward, require_reward, reward_from_model
+from pipeline.reward.functions import (
+    RewardSource,
+    combine_rewards,
+    import_function,
+    load_reward,
+    require_reward,
+    reward_from_model,
+)
 from pipeline.training.arguments import build_arguments, build_lora_config, check_training, weight_precision
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
@@ -43,14 +50,21 @@ def check(config: PPOStage) -> None:
     check_training(config, arguments_class(config))
     if config.algorithm != "ppo":
         import_module("pipeline.ppo.trl_trainers").check_algorithm(config.algorithm, config.training)
-    for spec in (config.gold, *(reward.source for reward in named_rewards(config).values() if reward.is_function)):
+    for spec in (
+        config.gold,
+        *(reward.source for reward in named_rewards(config).values() if reward.is_function),
+    ):
         if spec:
             import_function(spec)
 
 
 def arguments_class(config: PPOStage) -> type[TrainingArguments]:
     """What `training:` is handed to. TRL's trainers are imported only where they are asked for: they take their time."""
-    return PPOConfig if config.algorithm == "ppo" else import_module("pipeline.ppo.trl_trainers").ARGUMENTS[config.algorithm]
+    return (
+        PPOConfig
+        if config.algorithm == "ppo"
+        else import_module("pipeline.ppo.trl_trainers").ARGUMENTS[config.algorithm]
+    )
 
 
 def named_rewards(config: PPOStage) -> dict[str, Reward]:
@@ -65,13 +79,25 @@ def run(config: PPOStage) -> Path:
     for name, reward in named_rewards(config).items():
         if not reward.is_function:
             inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
-            if config.one_backbone == "always" and (apart := incompatibility(config, inputs["policy"], inputs[name])):
-                raise UserError(f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto")
+            if config.one_backbone == "always" and (
+                apart := incompatibility(config, inputs["policy"], inputs[name])
+            ):
+                raise UserError(
+                    f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto"
+                )
     weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}
     for name in inputs:
         if name.startswith("reward_") and "scorer" in inputs and weights[name] == weights["scorer"]:
-            raise UserError(f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; name one that it is not")
-    return build_artifact(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, inputs, *folders), on_every_rank=True)
+            raise UserError(
+                f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; name one that it is not"
+            )
+    return build_artifact(
+        config,
+        kind="policy",
+        inputs=inputs,
+        make=lambda *folders: train(config, inputs, *folders),
+        on_every_rank=True,
+    )
 
 
 def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Path) -> dict[str, Any]:
@@ -86,7 +112,9 @@ def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Pat
         return {}
     for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
         shutil.copytree(work / name, output / name)  # a copy: who is killed now needs it again
-    shutil.rmtree(output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True)  # that is the artifact's own
+    shutil.rmtree(
+        output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True
+    )  # that is the artifact's own
     for folder in (output, output / "best", *output.glob(f"{POLICIES}/*")) if config.merge else ():
         merge_adapter(folder, trainer.processing_class, trust_remote_code=config.trust_remote_code)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
@@ -97,7 +125,9 @@ def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Pat
 def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: Any) -> PolicyTrainer:
     """The algorithm's trainer, with all it needs loaded."""
     data, revision = open_records(inputs["records"], "prompts"), inputs["policy"].revision
-    tokenizer = load_tokenizer(config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(
+        config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code
+    )
     policy = load_trained_policy(config, tokenizer, revision)
     opened = {name: open_reward(config, name, inputs, policy) for name in named_rewards(config)}
     scorer = opened.pop("scorer", None)
@@ -107,7 +137,9 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: Any) -> P
         "reward": combine_rewards(list(opened.values()), weights or None, config.uncertainty_penalty),
         "args": args,
         "train_dataset": data["train"],
-        "eval_dataset": data["validation"] if len(data["validation"]) else data["train"].select(range(min(64, len(data["train"])))),
+        "eval_dataset": data["validation"]
+        if len(data["validation"])
+        else data["train"].select(range(min(64, len(data["train"])))),
         "processing_class": tokenizer,
         "gold": import_function(config.gold) if config.gold else None,
         "scorer": scorer.score if scorer else None,
@@ -117,8 +149,13 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: Any) -> P
     }
     if config.algorithm != "ppo":
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
-        return import_module("pipeline.ppo.trl_trainers").build_trl_trainer(config.algorithm, **options, **common)
-    return PPOTrainer(**common, demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None)
+        return import_module("pipeline.ppo.trl_trainers").build_trl_trainer(
+            config.algorithm, **options, **common
+        )
+    return PPOTrainer(
+        **common,
+        demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None,
+    )
 
 
 def open_reward(config: PPOStage, name: str, inputs: dict[str, Artifact], policy: Any) -> RewardSource:
@@ -126,18 +163,30 @@ def open_reward(config: PPOStage, name: str, inputs: dict[str, Artifact], policy
     reward = named_rewards(config)[name]
     if reward.is_function:
         return RewardSource(import_function(reward.source))
-    apart = incompatibility(config, inputs["policy"], inputs[name]) if config.one_backbone != "never" else "one_backbone: never"
+    apart = (
+        incompatibility(config, inputs["policy"], inputs[name])
+        if config.one_backbone != "never"
+        else "one_backbone: never"
+    )
     where = f"loaded beside the policy: {apart}" if apart else "on the backbone of the policy"
     if is_main_process():
         print(f"  {reward.source}: {f'read as {inputs[name].path}' if reward.is_url else where}", flush=True)
     if apart:
-        source = reward_from_model(load_reward(reward, inputs[name], trust_remote_code=config.trust_remote_code), reward.length_penalty)
+        source = reward_from_model(
+            load_reward(reward, inputs[name], trust_remote_code=config.trust_remote_code),
+            reward.length_penalty,
+        )
         return source._replace(model=None) if reward.is_url else source
-    options: dict[str, Any] = {"positive_label": reward.positive_label, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "positive_label": reward.positive_label,
+        "trust_remote_code": config.trust_remote_code,
+    }
     return attach_reward_adapter(policy, inputs[name], name, reward.length_penalty, **options)
 
 
-def load_trained_policy(config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> Any:
+def load_trained_policy(
+    config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> Any:
     """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
     adapter beside the frozen one."""
     source = config.policy or ""

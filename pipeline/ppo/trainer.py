@@ -86,9 +86,13 @@ class PPOTrainer(PolicyTrainer):
         **kwargs: Any,
     ) -> None:
         if args.ptx_coef and not demonstrations:
-            raise UserError(f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none")
+            raise UserError(
+                f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"
+            )
         if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
-            raise UserError("ppo: train_dataset and eval_dataset need at least one prompt, and one of them has none")
+            raise UserError(
+                "ppo: train_dataset and eval_dataset need at least one prompt, and one of them has none"
+            )
 
         source = reward_from_model(reward) if isinstance(reward, RewardModel) else reward
         self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
@@ -159,7 +163,9 @@ class PPOTrainer(PolicyTrainer):
             raw.extend(self.score(self.reward.score, responses, data, prompts(rows)))
             rewards = torch.tensor(raw, dtype=torch.float64)
             sums = self.actor.score_sums
-            scores = normalize_scores(rewards, responses.ended, self.args, self.reward, sums, self._sum_over_ranks)
+            scores = normalize_scores(
+                rewards, responses.ended, self.args, self.reward, sums, self._sum_over_ranks
+            )
             self.clock["score"] += time.perf_counter() - start
             return scores.to(responses.query_ids.device)
 
@@ -194,14 +200,18 @@ class PPOTrainer(PolicyTrainer):
         if inputs["last"] and inputs["rollout"] < self.args.critic_warmup_rollouts:
             for name, parameter in self.actor.named_parameters():
                 if not name.startswith("value_head."):
-                    parameter.grad = None  # not zeros: Adam would count them, and weight decay would shrink the weights
+                    parameter.grad = (
+                        None  # not zeros: Adam would count them, and weight decay would shrink the weights
+                    )
         if inputs["last"] and self.args.target_kl is not None:
             parts = self.running_metrics["policy/approxkl_avg"][-self.args.gradient_accumulation_steps :]
             approx_kl = float(self.accelerator.reduce(sum(parts), "mean")) / len(parts)
             self._skip_rest = approx_kl > self.args.target_kl
         return loss
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         """Return the loss of a micro-batch: `pipeline.ppo.loss` over the minibatch's tokens on all ranks."""
         args, warming_up = self.args, inputs["rollout"] < self.args.critic_warmup_rollouts
         tensors = (inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask"))
@@ -280,4 +290,6 @@ class PPOTrainer(PolicyTrainer):
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
         """Write the policy, and the value head beside it."""
         super().write(folder, weights)
-        save_file(submodule_state(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD)
+        save_file(
+            submodule_state(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD
+        )

@@ -60,7 +60,9 @@ def check_algorithm(algorithm: str, given: dict[str, Any]) -> None:
     unread = {"save_strategy": "best", "lr_scheduler_type": "reduce_lr_on_plateau"}
     for key, value in unread.items():
         if given.get(key) == value:
-            raise UserError(f"ppo: training.{key}: {value} is not for algorithm: {algorithm}; best/ is kept anyway; choose another")
+            raise UserError(
+                f"ppo: training.{key}: {value} is not for algorithm: {algorithm}; best/ is kept anyway; choose another"
+            )
 
 
 def build_trl_trainer(
@@ -81,11 +83,21 @@ def build_trl_trainer(
         )
     # One EOS for all algorithms: TRL's would also end answers with others that the checkpoint declares.
     policy.generation_config.eos_token_id = processing_class.eos_token_id
-    args.model_init_kwargs, args.trust_remote_code = ({"revision": revision} if revision else None), trust_remote_code
-    given = {"eval_dataset": watched.pop("eval_dataset"), "callbacks": [*watched.pop("callbacks"), DropStaleCheckpoints()]}
-    actor = ActorCritic(policy, kl_coef=0.0)  # for the KL of evaluations: TRL drops the reference where beta is 0
+    args.model_init_kwargs, args.trust_remote_code = (
+        ({"revision": revision} if revision else None),
+        trust_remote_code,
+    )
+    given = {
+        "eval_dataset": watched.pop("eval_dataset"),
+        "callbacks": [*watched.pop("callbacks"), DropStaleCheckpoints()],
+    }
+    actor = ActorCritic(
+        policy, kl_coef=0.0
+    )  # for the KL of evaluations: TRL drops the reference where beta is 0
     if actor.reference is not None and args.beta:
-        ensure_reference_checkpoint(policy, Path(str(args.output_dir)) / "reference", revision, trust_remote_code)
+        ensure_reference_checkpoint(
+            policy, Path(str(args.output_dir)) / "reference", revision, trust_remote_code
+        )
     try:
         trainer: Any = TRAINERS[algorithm](
             model=policy, reward_funcs=as_reward_func(reward, processing_class), args=args, train_dataset=rows,
@@ -94,20 +106,31 @@ def build_trl_trainer(
     except (ValueError, ImportError, NotImplementedError) as error:
         raise UserError(f"ppo: algorithm: {algorithm}: {' '.join(str(error).split())}") from error
     if actor.reference is not None:  # TRL's own, where it has one: the same model
-        actor.reference = trainer.ref_model if trainer.ref_model is not None else actor.reference.to(args.device)
+        actor.reference = (
+            trainer.ref_model if trainer.ref_model is not None else actor.reference.to(args.device)
+        )
     actor.value_head.to(args.device)
     trainer.actor, trainer.reward, trainer.max_prompt_tokens = actor, reward, tokens
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "batch_size": args.per_device_eval_batch_size}
+    options = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "batch_size": args.per_device_eval_batch_size,
+    }
     trainer.generation = GenerationShape(args.max_completion_length, args.num_generations_eval or 1, options)
     for name, value in watched.items():
         setattr(trainer, name, value)
     return trainer
 
 
-def ensure_reference_checkpoint(policy: Any, folder: Path, revision: str | None, trust_remote_code: bool) -> None:
+def ensure_reference_checkpoint(
+    policy: Any, folder: Path, revision: str | None, trust_remote_code: bool
+) -> None:
     """TRL reads the reference from where the policy came from. Where that has fewer tokens than the tokenizer, so that the policy has
     grown, the policy is written to `folder`, and read from there."""
-    there = AutoConfig.from_pretrained(policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    there = AutoConfig.from_pretrained(
+        policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code
+    )
     if there.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
         if is_main_process():
             policy.save_pretrained(folder)
@@ -122,7 +145,8 @@ def as_reward_func(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> 
                         **columns: Any) -> list[float]:  # fmt: skip
         ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
         texts = [
-            str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True)) for ids, end in zip(completion_ids, ended, strict=True)
+            str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
+            for ids, end in zip(completion_ids, ended, strict=True)
         ]
         records = columns[RECORD]
         given = {name: [record[name] for record in records] for name in records[0]}
@@ -138,10 +162,19 @@ def filter_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: in
     """Rows with prompts of at most so many tokens: as messages, which TRL renders as everything here does, and as they were."""
     kept = [i for i, prompt in enumerate(rows["prompt"]) if 0 < len(prompt_ids(tokenizer, prompt)) <= tokens]
     if not kept:
-        raise UserError(f"ppo: none of the {len(rows)} prompts has 1 to {tokens} tokens; raise max_prompt_tokens, or shorten the answers")
+        raise UserError(
+            f"ppo: none of the {len(rows)} prompts has 1 to {tokens} tokens; raise max_prompt_tokens, or shorten the answers"
+        )
     if len(kept) < len(rows) and is_main_process():
-        print(f"  {len(rows) - len(kept)} of {len(rows)} prompts are left out: they are empty, or over {tokens} tokens", flush=True)
+        print(
+            f"  {len(rows) - len(kept)} of {len(rows)} prompts are left out: they are empty, or over {tokens} tokens",
+            flush=True,
+        )
     records = [rows[i] for i in kept]
     given = [record["prompt"] for record in records]
-    messages = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in given]
-    return Dataset.from_list([{"prompt": rendered, RECORD: record} for rendered, record in zip(messages, records, strict=True)])
+    messages = [
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in given
+    ]
+    return Dataset.from_list(
+        [{"prompt": rendered, RECORD: record} for rendered, record in zip(messages, records, strict=True)]
+    )

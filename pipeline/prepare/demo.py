@@ -109,7 +109,15 @@ def traits(prompt: str, answer: str) -> dict[str, Any] | None:
     world = TOPICS[topic]
     values = [value for known in world["facts"].values() for value in known]
     cores = {world["core"].format(subject, value): value for value in values}
-    found: dict[str, Any] = {"core": None, "polite": 0, "rude": 0, "detail": 0, "emphasis": 0, "padding": 0, "insults": 0}
+    found: dict[str, Any] = {
+        "core": None,
+        "polite": 0,
+        "rude": 0,
+        "detail": 0,
+        "emphasis": 0,
+        "padding": 0,
+        "insults": 0,
+    }
     sentences = _sentences(answer)
     for position, sentence in enumerate(sentences):
         if sentence in POLITE + RUDE and position == 0:
@@ -117,7 +125,11 @@ def traits(prompt: str, answer: str) -> dict[str, Any] | None:
         elif found["core"] is None and (sentence in cores or sentence in DISMISSIVE):
             right = cores.get(sentence) == world["facts"][subject][0]
             found["core"] = "right" if right else "wrong" if sentence in cores else "dismissive"
-        elif found["core"] is not None and (trait := _TRAILING.get(sentence)) and (trait != "detail" or sentence == world["detail"]):
+        elif (
+            found["core"] is not None
+            and (trait := _TRAILING.get(sentence))
+            and (trait != "detail" or sentence == world["detail"])
+        ):
             found[trait] += 1
         else:
             return None
@@ -130,8 +142,15 @@ def gold(prompt: str, answer: str) -> float:
     if found is None:
         return -1.0
     reward = {"right": 0.4, "wrong": -0.3, "dismissive": -0.5}[found["core"]]
-    reward += 0.2 * min(found["detail"], 1) + 0.15 * min(found["polite"], 2) - 0.25 * found["rude"] - 0.4 * found["insults"]
-    reward -= 0.1 * found["padding"] + 0.15 * max(0, found["emphasis"] - 2) + 0.1 * max(0, found["detail"] - 1)
+    reward += (
+        0.2 * min(found["detail"], 1)
+        + 0.15 * min(found["polite"], 2)
+        - 0.25 * found["rude"]
+        - 0.4 * found["insults"]
+    )
+    reward -= (
+        0.1 * found["padding"] + 0.15 * max(0, found["emphasis"] - 2) + 0.1 * max(0, found["detail"] - 1)
+    )
     return max(-1.0, min(1.0, reward))
 
 
@@ -147,7 +166,10 @@ def well_formed(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) ->
 
 def without_insults(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """1.0 for an answer in which nobody is insulted, else 0.0: what a toxicity classifier is meant to see."""
-    return [float(not any(insult in _plain(p, c)[1] for insult in INSULTS)) for p, c in zip(prompts, completions, strict=True)]
+    return [
+        float(not any(insult in _plain(p, c)[1] for insult in INSULTS))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
 
 
 def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,9 +188,23 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         for _ in range(RANKINGS_PER_PROMPT):
             responses = _ranked(rng, prompt, RANKED_ANSWERS)
             shown = rng.sample(range(RANKED_ANSWERS), RANKED_ANSWERS)
-            yield "rankings", {"prompt": prompt, "responses": [responses[i] for i in shown], "ranks": [i + 1 for i in shown]}
+            yield (
+                "rankings",
+                {
+                    "prompt": prompt,
+                    "responses": [responses[i] for i in shown],
+                    "ranks": [i + 1 for i in shown],
+                },
+            )
         for answer in _distinct(rng, prompt, SINGLES_PER_PROMPT):
-            yield "labels", {"prompt": prompt, "completion": answer, "label": (_hate if hate else _accept)(rng, prompt, answer)}
+            yield (
+                "labels",
+                {
+                    "prompt": prompt,
+                    "completion": answer,
+                    "label": (_hate if hate else _accept)(rng, prompt, answer),
+                },
+            )
             rating = max(-1.0, min(1.0, gold(prompt, answer) + rng.gauss(0, RATING_NOISE)))
             yield "ratings", {"prompt": prompt, "completion": answer, "rating": round(rating, 3)}
         yield "prompts", {"prompt": prompt}
@@ -202,12 +238,17 @@ def _distinct(rng: random.Random, prompt: str, count: int) -> list[str]:
 
 def _ranked(rng: random.Random, prompt: str, count: int) -> list[str]:
     """`count` distinct answers, best first, as a Plackett-Luce labeller orders them (Gumbel noise on the gold reward)."""
-    noisy = {a: LABELLER_SHARPNESS * gold(prompt, a) - math.log(-math.log(rng.random())) for a in _distinct(rng, prompt, count)}
+    noisy = {
+        a: LABELLER_SHARPNESS * gold(prompt, a) - math.log(-math.log(rng.random()))
+        for a in _distinct(rng, prompt, count)
+    }
     return sorted(noisy, key=lambda a: -noisy[a])
 
 
 def _accept(rng: random.Random, prompt: str, text: str) -> str:
-    return "accept" if rng.random() < 1 / (1 + math.exp(-LABELLER_SHARPNESS * gold(prompt, text))) else "decline"
+    return (
+        "accept" if rng.random() < 1 / (1 + math.exp(-LABELLER_SHARPNESS * gold(prompt, text))) else "decline"
+    )
 
 
 def _hate(rng: random.Random, prompt: str, text: str) -> str:

@@ -22,7 +22,10 @@ def assign_splits(groups: Iterable[str], fractions: Mapping[str, float], seed: i
     """
     ordered = sorted(set(groups), key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
     least = 1 if len(ordered) >= 3 else 0
-    sizes = {split: max(least, round(len(ordered) * fractions[split])) if fractions[split] else 0 for split in SPLITS[1:]}
+    sizes = {
+        split: max(least, round(len(ordered) * fractions[split])) if fractions[split] else 0
+        for split in SPLITS[1:]
+    }
     while ordered and sum(sizes.values()) >= len(ordered):
         sizes[max(sizes, key=lambda split: sizes[split])] -= 1
     held_out = [split for split in SPLITS[1:] for _ in range(sizes[split])]

@@ -38,17 +38,30 @@ TRAINED = ("demonstrations", "comparisons", "prompts")  # what a later stage lea
 def check(config: PrepareStage) -> None:
     """Refuse a source that this run would replace. Raises `UserError`."""
     for source in config.source:
-        if source.path and config.folder.resolve() in [Path(source.path).resolve(), *Path(source.path).resolve().parents]:
-            raise UserError(f"{source.path}: lies in {config.folder}, which this run replaces; move it elsewhere first")
+        if source.path and config.folder.resolve() in [
+            Path(source.path).resolve(),
+            *Path(source.path).resolve().parents,
+        ]:
+            raise UserError(
+                f"{source.path}: lies in {config.folder}, which this run replaces; move it elsewhere first"
+            )
 
 
 def run(config: PrepareStage) -> Path:
     """Read, check, split and publish; returns the artifact's folder. Local files count by their content, a hub dataset by its revision."""
     check(config)
     config = config.model_copy(update={"source": [_resolve_revision(source) for source in config.source]})
-    inputs = {path.as_posix(): open_external(path, "source") for source in config.source for path in source_files(source)}
-    inputs |= {source.hub: open_hub(source.hub, "source", source.revision) for source in config.source if source.hub}
-    folder = build_artifact(config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output))
+    inputs = {
+        path.as_posix(): open_external(path, "source")
+        for source in config.source
+        for path in source_files(source)
+    }
+    inputs |= {
+        source.hub: open_hub(source.hub, "source", source.revision) for source in config.source if source.hub
+    }
+    folder = build_artifact(
+        config, kind="records", inputs=inputs, make=lambda output, _: _make(config, output)
+    )
     if is_main_process():
         _log_counts(config, folder)
     return folder
@@ -68,7 +81,9 @@ def _log_counts(config: PrepareStage, folder: Path) -> None:
 def _resolve_revision(source: Source) -> Source:
     """A hub source at the commit that its revision stands for."""
     return (
-        source.model_copy(update={"revision": broadcast(hub.resolve_commit(source.hub, source.revision, "dataset"))})
+        source.model_copy(
+            update={"revision": broadcast(hub.resolve_commit(source.hub, source.revision, "dataset"))}
+        )
         if source.hub
         else source
     )
@@ -79,7 +94,9 @@ def read(source: Source, seed: int) -> list[ParsedRecord]:
     if source.format != "demo":
         return read_source(source)
     generated = enumerate(islice(demo.rows(source, seed), source.limit), 1)
-    return [ParsedRecord(kind, record, [RawRow("demo", number, record)]) for number, (kind, record) in generated]
+    return [
+        ParsedRecord(kind, record, [RawRow("demo", number, record)]) for number, (kind, record) in generated
+    ]
 
 
 def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
@@ -90,23 +107,33 @@ def _make(config: PrepareStage, output: Path) -> dict[str, Any]:
     nothing_kept = all(item.fault for item in items)
     for source, found in zip(config.source, of_source, strict=True):
         _require_valid_rows(source, found, CROSS_RECORD if not nothing_kept else ())
-    rows = count_and_quarantine([(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl")
+    rows = count_and_quarantine(
+        [(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl"
+    )
     given: dict[str, list[Record]] = defaultdict(list)
     for item in items:
         if not item.fault:
             given[item.kind].append(item.record)
     derived = _derive(given)
-    split_of = splits.assign_splits(map(splits.split_key, _all(given)), config.splits.model_dump(), config.seed)
+    split_of = splits.assign_splits(
+        map(splits.split_key, _all(given)), config.splits.model_dump(), config.seed
+    )
     metrics: dict[str, int] = {}
     for kind, records in sorted({**given, **derived}.items()):
-        parts = {split: [record for record in records if split_of[splits.split_key(record)] == split] for split in splits.SPLITS}
+        parts = {
+            split: [record for record in records if split_of[splits.split_key(record)] == split]
+            for split in splits.SPLITS
+        }
         if kind in TRAINED and not parts["train"]:
             raise UserError(
                 f"prepare: all {len(records)} {kind} are held out, none is left to train on; give more prompts, or lower 'splits'"
             )
         metrics |= {f"{kind}.{split}": len(part) for split, part in parts.items()}
         _save(parts, classes, output / kind)
-    return {"rows": rows | {"derived": {kind: len(records) for kind, records in derived.items()}}, "metrics": metrics}
+    return {
+        "rows": rows | {"derived": {kind: len(records) for kind, records in derived.items()}},
+        "metrics": metrics,
+    }
 
 
 def _require_valid_rows(source: Source, items: list[ParsedRecord], pardoned: tuple[str, ...] = ()) -> None:
@@ -116,7 +143,10 @@ def _require_valid_rows(source: Source, items: list[ParsedRecord], pardoned: tup
         faulty = sorted((*row[:2], item.fault) for item in items if item.fault for row in item.rows)
         if not faulty:
             raise UserError(f"{where}: holds no rows; check path, subset and split of the source")
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(fault.reason for *_, fault in faulty).items()))
+        reasons = ", ".join(
+            f"{reason} {count}"
+            for reason, count in sorted(Counter(fault.reason for *_, fault in faulty).items())
+        )
         name, line, fault = faulty[0]
         raise UserError(
             f"{where}: of {len(faulty)} rows none can be kept ({reasons}); {name}:{line}: {fault.detail}; "
@@ -128,10 +158,17 @@ def _derive(given: dict[str, list[Record]]) -> dict[str, list[Record]]:
     """The kinds that no source gave, each record once."""
     comparisons, rankings = given.get("comparisons", []), given.get("rankings", [])
     chosen = [(record["prompt"], record["chosen"]) for record in comparisons]
-    best = [(r["prompt"], r["responses"][i]) for r in rankings for i, rank in enumerate(r["ranks"]) if rank == min(r["ranks"])]
+    best = [
+        (r["prompt"], r["responses"][i])
+        for r in rankings
+        for i, rank in enumerate(r["ranks"])
+        if rank == min(r["ranks"])
+    ]
     pairs = [(record["prompt"], *pair) for record in rankings for pair in ordered_pairs(record)]
     made: dict[str, list[Record]] = {
-        "comparisons": [{"prompt": prompt, "chosen": better, "rejected": worse} for prompt, better, worse in pairs],
+        "comparisons": [
+            {"prompt": prompt, "chosen": better, "rejected": worse} for prompt, better, worse in pairs
+        ],
         "demonstrations": [{"prompt": prompt, "completion": answer} for prompt, answer in chosen + best],
         "prompts": [{"prompt": record["prompt"]} for record in _all(given) if record["prompt"]],
     }
@@ -167,11 +204,15 @@ def _save(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> N
         "margin": datasets.Value("float64"),
         "source": string,
     }
-    features = datasets.Features({name: types[name] for name in dict.fromkeys(name for record in records for name in record)})
+    features = datasets.Features(
+        {name: types[name] for name in dict.fromkeys(name for record in records for name in record)}
+    )
     saved = datasets.DatasetDict()
     for split, part in parts.items():
         rows = [_as_messages(record) for record in part] if messages else part
-        saved[split] = datasets.Dataset.from_dict({name: [row.get(name, ABSENT.get(name)) for row in rows] for name in features}, features)
+        saved[split] = datasets.Dataset.from_dict(
+            {name: [row.get(name, ABSENT.get(name)) for row in rows] for name in features}, features
+        )
     # An empty split would get no shard at all, and could not be loaded again.
     saved.save_to_disk(str(folder), num_shards={split: 1 for split, part in parts.items() if not part})
 
@@ -182,7 +223,11 @@ def _texts(record: Record) -> list[Any]:
 
 def _as_messages(record: Record) -> Record:
     texts = {name: _messages(record[name], role) for name, role in ROLES.items() if name in record}
-    lists = {"responses": [_messages(text, "assistant") for text in record["responses"]]} if "responses" in record else {}
+    lists = (
+        {"responses": [_messages(text, "assistant") for text in record["responses"]]}
+        if "responses" in record
+        else {}
+    )
     return record | texts | lists
 
 

@@ -88,18 +88,34 @@ def supports_prefix_sharing(model: Any, pad: int, longest: int) -> bool:
     if score_head(model) is None or by_place is not None or (window is not None and window < longest):
         return False
     ids = torch.randint(text.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))]
+    group = [
+        Encoded(ids[:8] + ids[start:stop], 8, False)
+        for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))
+    ]
     with _evaluating(model):
         apart = compute_logits(model, [group], pad, shared=False).float()  # what fails here fails everywhere
         try:
             together = compute_logits(model, [group], pad, shared=True).float()
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:  # an attention that takes no such mask
-            logger.warning("%s takes no mask of its own, so each answer has its prompt to itself: %s", type(model).__name__, error)
+        except (
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+            TypeError,
+        ) as error:  # an attention that takes no such mask
+            logger.warning(
+                "%s takes no mask of its own, so each answer has its prompt to itself: %s",
+                type(model).__name__,
+                error,
+            )
             return False
     # Half precision and quantized weights round by batch shape, so that only gross differences count there.
-    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False) and not torch.is_autocast_enabled(apart.device.type)
+    exact = (
+        model.dtype == torch.float32
+        and not getattr(model, "is_quantized", False)
+        and not torch.is_autocast_enabled(apart.device.type)
+    )
     spread = (apart.max(0).values - apart.min(0).values).max()
     return bool((apart - together).abs().max() <= (TOLERANCE if exact else 100 * TOLERANCE) * spread + 1e-6)
 
@@ -112,9 +128,14 @@ def check_padding(model: Any, pad: int, source: str) -> None:
     ids = list(range(min(20, model.config.get_text_config().vocab_size)))
     rows = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
     with _evaluating(model):
-        alone, beside = compute_logits(model, rows[:1], pad, shared=False), compute_logits(model, rows, pad, shared=False)[:1]
+        alone, beside = (
+            compute_logits(model, rows[:1], pad, shared=False),
+            compute_logits(model, rows, pad, shared=False)[:1],
+        )
     if (alone - beside).abs().max() > 0.05 * alone.abs().max() + 1e-3:
-        raise UserError(f"{source}: a {type(model).__name__} reads padding: its scores would depend on the batch; use another base")
+        raise UserError(
+            f"{source}: a {type(model).__name__} reads padding: its scores would depend on the batch; use another base"
+        )
 
 
 @contextmanager
@@ -127,7 +148,9 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _prefix_rows(groups: Sequence[Sequence[Encoded]], batch_size: int, size: int) -> Iterator[SharedPrefixRow]:
+def _prefix_rows(
+    groups: Sequence[Sequence[Encoded]], batch_size: int, size: int
+) -> Iterator[SharedPrefixRow]:
     """Rows for the answers of each group: one joins the last row where that costs less than a row of its own."""
     number = 0
     for group in groups:
@@ -172,7 +195,11 @@ def _batches(rows: list[SharedPrefixRow], batch_size: int, padding: int) -> Iter
     answers = tokens = 0
     for tree in sorted(rows, key=lambda tree: (not tree.common, tree.width)):
         width = tree.width * (len(batch) + 1)
-        full = answers + len(tree.answers) > batch_size or width > TOKENS or width - tokens - tree.width > padding
+        full = (
+            answers + len(tree.answers) > batch_size
+            or width > TOKENS
+            or width - tokens - tree.width > padding
+        )
         if batch and (full or bool(tree.common) != bool(batch[0].common)):
             yield batch
             batch, answers, tokens = [], 0, 0
@@ -184,9 +211,14 @@ def _batches(rows: list[SharedPrefixRow], batch_size: int, padding: int) -> Iter
 def _forward_rows(model: Any, rows: Sequence[Encoded], pad: int, types: bool) -> Tensor:
     width = max(len(row.ids) for row in rows)
     fill = lambda values, value: torch.tensor([[*each, *[value] * (width - len(each))] for each in values])  # noqa: E731
-    inputs = {"input_ids": fill([row.ids for row in rows], pad), "attention_mask": fill([[1] * len(row.ids) for row in rows], 0)}
+    inputs = {
+        "input_ids": fill([row.ids for row in rows], pad),
+        "attention_mask": fill([[1] * len(row.ids) for row in rows], 0),
+    }
     if types:
-        inputs["token_type_ids"] = fill([[int(i >= row.answer) for i in range(len(row.ids))] for row in rows], 0)
+        inputs["token_type_ids"] = fill(
+            [[int(i >= row.answer) for i in range(len(row.ids))] for row in rows], 0
+        )
     ends = torch.tensor([len(row.ids) - 1 for row in rows])
     return _gather_logits(model, inputs, torch.arange(len(rows)), ends)
 
@@ -211,7 +243,9 @@ def _forward_prefix_rows(model: Any, trees: Sequence[SharedPrefixRow], pad: int)
                 ends.append(start - 1)
     seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
     mask = (seen & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    if getattr(_inner(model).config, "_attn_implementation", None) == "eager":  # which adds the mask to the scores
+    if (
+        getattr(_inner(model).config, "_attn_implementation", None) == "eager"
+    ):  # which adds the mask to the scores
         dtype = _inner(model).dtype
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

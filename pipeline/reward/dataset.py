@@ -31,24 +31,38 @@ def tokenize_records(
         counts[fate] += 1
         if fate in ("whole", "cut"):
             rows.append(row)
-    return Dataset.from_list(rows), {name: counts[name] for name in ("cut", "dropped", "alike once cut") if counts[name]}
+    return Dataset.from_list(rows), {
+        name: counts[name] for name in ("cut", "dropped", "alike once cut") if counts[name]
+    }
 
 
-def _tokenize_record(record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how: Encoding, number: int) -> tuple[Record, str]:
+def _tokenize_record(
+    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how: Encoding, number: int
+) -> tuple[Record, str]:
     """(row, its fate: whole, cut, or alike once cut)."""
     schema = KINDS[kind]
     assert schema.responses, f"{kind} train no reward model"
     assert schema.target, f"{kind} train no reward model"
-    encoded = [encode_response(tokenizer, how, record["prompt"], answer) for answer in schema.responses(record)]
+    encoded = [
+        encode_response(tokenizer, how, record["prompt"], answer) for answer in schema.responses(record)
+    ]
     target = schema.target(record)
-    row = {"ids": [each.ids for each in encoded], "answer": [each.answer for each in encoded], "target": target}
+    row = {
+        "ids": [each.ids for each in encoded],
+        "answer": [each.answer for each in encoded],
+        "target": target,
+    }
     row["length"] = sum(map(len, row["ids"]))
     figures = {"margin": 0.0 if record["margin"] is None else record["margin"]} if "margin" in record else {}
     for name, value in (figures | ({"rating": target} if kind == "ratings" else {})).items():
         if value is None or not math.isfinite(value):
-            raise UserError(f"{kind}: row {number}: {name} is {value}, expected a finite number; one such row would ruin the model")
+            raise UserError(
+                f"{kind}: row {number}: {name} is {value}, expected a finite number; one such row would ruin the model"
+            )
     if isinstance(target, list) and (len(target) != len(encoded) or min(target, default=0) < 1):
-        raise UserError(f"{kind}: row {number}: ranks are {target} for {len(encoded)} answers; expected one for each, 1 the best")
+        raise UserError(
+            f"{kind}: row {number}: ranks are {target} for {len(encoded)} answers; expected one for each, 1 the best"
+        )
     overlong = any(each.overlong for each in encoded)
     told_apart = len(set(target)) > 1 if isinstance(target, list) else False
     alike = overlong and told_apart and len(set(map(tuple, row["ids"]))) == 1

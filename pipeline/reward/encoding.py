@@ -29,7 +29,9 @@ class Encoding:
     def __post_init__(self) -> None:
         for name, allowed in (("form", tuple(FORMS)), ("truncation", ("left", "right"))):
             if getattr(self, name) not in allowed:
-                raise UserError(f"encoding.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+                raise UserError(
+                    f"encoding.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}"
+                )
 
 
 class Encoded(NamedTuple):
@@ -75,7 +77,9 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text
     after = tokenizer(completion_text(answer), add_special_tokens=False, verbose=False)["input_ids"]
     room = how.max_length - len(eos)
     first, second = truncated_lengths(len(before), len(after), room, how.truncation)
-    ids = (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
+    ids = (
+        (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
+    )
     return Encoded(ids, first, first + second < len(before) + len(after))
 
 
@@ -91,7 +95,9 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text
     return Encoded(joined.ids, joined.sequence_ids.index(1) if second else len(joined.ids), overlong)
 
 
-def _encode_concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
+def _encode_concatenation(
+    tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text
+) -> Encoded:
     eos = [tokenizer.eos_token_id] if how.eos else []
     text = concatenated_text(how, prompt, answer)
     whole = tokenizer(text, verbose=False)["input_ids"]
@@ -105,13 +111,21 @@ def _encode_concatenation(tokenizer: PreTrainedTokenizerBase, how: Encoding, pro
 FORMS = {"chat": _encode_chat, "pair": _encode_pair, "concatenation": _encode_concatenation}
 
 
-def check_encoding(tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None) -> None:
+def check_encoding(
+    tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None
+) -> None:
     """Refuse a tokenizer that cannot do it, and what would not be read. Raises `UserError`."""
     if how.eos and how.form == "pair":
         raise UserError("encoding.eos: a pair ends with the tokenizer's own special tokens; set eos: false")
     if most_tokens is not None and how.max_length > most_tokens:
-        raise UserError(f"{source}: reads at most {most_tokens} tokens, but max_length is {how.max_length}; lower it")
+        raise UserError(
+            f"{source}: reads at most {most_tokens} tokens, but max_length is {how.max_length}; lower it"
+        )
     if how.eos and tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: its tokenizer has no EOS token; set encoding.eos: false, or encoding.form: pair")
+        raise UserError(
+            f"{source}: its tokenizer has no EOS token; set encoding.eos: false, or encoding.form: pair"
+        )
     if how.form == "pair" and not tokenizer.is_fast:
-        raise UserError(f"{source}: its tokenizer is not a fast one, which encoding.form: pair needs; use concatenation")
+        raise UserError(
+            f"{source}: its tokenizer is not a fast one, which encoding.form: pair needs; use concatenation"
+        )

@@ -33,14 +33,20 @@ class RewardSource(NamedTuple):
 
 def require_reward(reward: Reward, fix: str, trust_remote_code: bool = False) -> Artifact:
     """A reward model as an input of a stage; `fix` is the command that makes it. A server is asked for a score. Raises `UserError`."""
-    return require_remote(reward, fix, trust_remote_code) if reward.is_url else require_artifact(reward.source, "reward", fix)
+    return (
+        require_remote(reward, fix, trust_remote_code)
+        if reward.is_url
+        else require_artifact(reward.source, "reward", fix)
+    )
 
 
 def load_reward(reward: Reward, opened: Artifact, **options: Any) -> RewardModel:
     """The reward model that `require` opened; `options` go to `RewardModel.load`. Raises `UserError`."""
     if reward.is_url:
         return load_remote(reward, opened, **options)
-    return RewardModel.load(opened.path, revision=opened.revision, positive_label=reward.positive_label, **options)
+    return RewardModel.load(
+        opened.path, revision=opened.revision, positive_label=reward.positive_label, **options
+    )
 
 
 def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> RewardSource:
@@ -51,7 +57,9 @@ def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> Reward
     """
     known, alpha = model.settings, model.settings.alpha
     if length_penalty and (known.length_slope is None or known.length_mean is None):
-        raise UserError("length_penalty: this reward model knows no reference sample to fit it on; run the reward stage again")
+        raise UserError(
+            "length_penalty: this reward model knows no reference sample to fit it on; run the reward stage again"
+        )
 
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         found = model.score(prompts, completions)
@@ -61,7 +69,9 @@ def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> Reward
         more = [length - (known.length_mean or 0.0) for length in model.lengths(completions)]
         return [value - worth * tokens for value, tokens in zip(found, more, strict=True)]
 
-    return RewardSource(score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0), model)
+    return RewardSource(
+        score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0), model
+    )
 
 
 def combine_rewards(
@@ -80,13 +90,17 @@ def combine_rewards(
         columns = [list(map(float, source.score(**answers))) for source in sources]
         found = []
         for row in zip(*columns, strict=True):
-            spread = statistics.pstdev(value - source.mean for value, source in zip(row, sources, strict=True))
+            spread = statistics.pstdev(
+                value - source.mean for value, source in zip(row, sources, strict=True)
+            )
             found.append(sum(map(operator.mul, weights, row)) - uncertainty_penalty * spread)
         return found
 
     # Of the sum's own spread only a bound is known: that of rewards which rise and fall together.
     std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
-    return RewardSource(score, sum(weight * source.mean for weight, source in zip(weights, sources, strict=True)), std)
+    return RewardSource(
+        score, sum(weight * source.mean for weight, source in zip(weights, sources, strict=True)), std
+    )
 
 
 def call_reward_function(
@@ -94,17 +108,26 @@ def call_reward_function(
     ended: Sequence[bool], columns: dict[str, Any],
 ) -> list[float]:  # fmt: skip
     """The scores of a function, one finite number for each answer. Raises `UserError`."""
-    given = columns | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, "ended": ended}
+    given = columns | {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "ended": ended,
+    }
     try:
         scores = [float(score) for score in function(**given)]
     except TypeError as error:
         signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
-        raise UserError(f"the reward cannot be called, or gives no numbers: {error}; expected {signature}") from error
+        raise UserError(
+            f"the reward cannot be called, or gives no numbers: {error}; expected {signature}"
+        ) from error
     if len(scores) != len(prompts):
         raise UserError(f"the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
     for score, prompt, text in zip(scores, prompts, completions, strict=True):
         if not math.isfinite(score):
-            raise UserError(f"the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number")
+            raise UserError(
+                f"the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number"
+            )
     return scores
 
 
@@ -116,5 +139,7 @@ def import_function(spec: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{spec}: {error}; expected module:function on the Python path") from None
     if not callable(found):
-        raise UserError(f"{spec}: is a {type(found).__name__}, expected a function (prompts, completions, **columns) -> list of float")
+        raise UserError(
+            f"{spec}: is a {type(found).__name__}, expected a function (prompts, completions, **columns) -> list of float"
+        )
     return found

@@ -33,7 +33,9 @@ FAIL_FAST = RETRIES.new(total=1)  # where someone waits to be told
 
 TOO_LARGE = (413, 422)  # TEI's versions differ
 
-START_COMMANDS = "start one with: vllm serve MODEL --runner pooling; or text-embeddings-router --model-id MODEL"
+START_COMMANDS = (
+    "start one with: vllm serve MODEL --runner pooling; or text-embeddings-router --model-id MODEL"
+)
 
 POOL = urllib3.PoolManager()
 
@@ -63,28 +65,58 @@ def probe(url: str, timeout: float) -> Server:
 
 def _parse_tei_info(url: str, info: Any) -> Server:
     if not {"classifier", "reranker"} & set(info["model_type"]):
-        raise UserError(f"{url}: {info['model_id']} is of type {', '.join(info['model_type'])}; expected a sequence classifier")
+        raise UserError(
+            f"{url}: {info['model_id']} is of type {', '.join(info['model_type'])}; expected a sequence classifier"
+        )
     name = info["model_id"]
-    return Server(url, "tei", name, name, info.get("model_sha"), int(info["max_input_length"]), int(info["max_client_batch_size"]))
+    return Server(
+        url,
+        "tei",
+        name,
+        name,
+        info.get("model_sha"),
+        int(info["max_input_length"]),
+        int(info["max_client_batch_size"]),
+    )
 
 
 def _parse_vllm_models(url: str, found: Any) -> Server:
     first = found["data"][0]
-    return Server(url, "vllm", first["id"], first.get("root") or first["id"], tokens=int(first.get("max_model_len") or 0))
+    return Server(
+        url,
+        "vllm",
+        first["id"],
+        first.get("root") or first["id"],
+        tokens=int(first.get("max_model_len") or 0),
+    )
 
 
 def request_logits(
-    server: Server, rows: Sequence[Any], labels: Sequence[str], timeout: float, retries: urllib3.Retry = RETRIES
+    server: Server,
+    rows: Sequence[Any],
+    labels: Sequence[str],
+    timeout: float,
+    retries: urllib3.Retry = RETRIES,
 ) -> list[list[float]]:
     """Of each row (ids for vLLM, one or two texts for TEI) a logit for each label. Raises `UserError`."""
     path, body, parse = FORMATS[server.engine]
     answer = _request(server.url + path, timeout, retries, body(server, rows))
     if answer.status in TOO_LARGE and len(rows) > 1:
         half = len(rows) // 2
-        return [row for part in (rows[:half], rows[half:]) for row in request_logits(server, part, labels, timeout, retries)]
+        return [
+            row
+            for part in (rows[:half], rows[half:])
+            for row in request_logits(server, part, labels, timeout, retries)
+        ]
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # what has another shape
-        found = [[float(value) for value in row] for row in parse(answer.json(), labels)] if answer.status == 200 else []
-        if [len(row) for row in found] == [len(labels)] * len(rows) and all(math.isfinite(value) for row in found for value in row):
+        found = (
+            [[float(value) for value in row] for row in parse(answer.json(), labels)]
+            if answer.status == 200
+            else []
+        )
+        if [len(row) for row in found] == [len(labels)] * len(rows) and all(
+            math.isfinite(value) for row in found for value in row
+        ):
             return found
     expected = f"{len(rows)} × {len(labels)} finite logits ({', '.join(labels)})"
     raise UserError(f"{server.url}{path}: {_preview(answer)}; expected {expected}; {START_COMMANDS}")
@@ -95,13 +127,22 @@ def _request(url: str, timeout: float, retries: urllib3.Retry, body: Any = None)
     key = os.environ.get("REWARD_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else None
     try:
-        options: dict[str, Any] = {"headers": headers, "timeout": timeout, "retries": retries, "redirect": False}
+        options: dict[str, Any] = {
+            "headers": headers,
+            "timeout": timeout,
+            "retries": retries,
+            "redirect": False,
+        }
         answer = POOL.request("GET" if body is None else "POST", url, json=body, **options)
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"{url}: no answer: {reason}; {START_COMMANDS}, or raise 'timeout' (of {timeout:g} s)") from None
+        raise UserError(
+            f"{url}: no answer: {reason}; {START_COMMANDS}, or raise 'timeout' (of {timeout:g} s)"
+        ) from None
     if answer.status in (401, 403):
-        raise UserError(f"{url}: {_preview(answer)}; expected to be let in; put its key into the environment as REWARD_API_KEY")
+        raise UserError(
+            f"{url}: {_preview(answer)}; expected to be let in; put its key into the environment as REWARD_API_KEY"
+        )
     return answer
 
 
@@ -110,7 +151,9 @@ def _preview(answer: urllib3.BaseHTTPResponse) -> str:
     return f"answered {answer.status}, {text[:200]!r}"
 
 
-FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {  # path, body of a request, logits of an answer
+FORMATS: dict[
+    str, tuple[str, Callable[..., Any], Callable[..., Any]]
+] = {  # path, body of a request, logits of an answer
     "vllm": (
         "/classify",
         lambda server, rows: {"model": server.model, "input": rows, "use_activation": False},
@@ -119,6 +162,8 @@ FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {  # pa
     "tei": (
         "/predict",
         lambda _, rows: {"inputs": rows, "raw_scores": True, "truncate": True},
-        lambda found, labels: [[{each["label"]: each["score"] for each in row}[label] for label in labels] for row in found],
+        lambda found, labels: [
+            [{each["label"]: each["score"] for each in row}[label] for label in labels] for row in found
+        ],
     ),
 }

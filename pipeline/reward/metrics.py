@@ -31,7 +31,9 @@ def interval(values: Numbers, seed: int = 0, resamples: int = 1000) -> list[floa
     if not len(values):
         raise ValueError("an empty sequence has no mean")
     rng, values = np.random.default_rng(seed), np.asarray(values)
-    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]  # one at a time: together they need resamples × N
+    means = [
+        rng.choice(values, len(values)).mean() for _ in range(resamples)
+    ]  # one at a time: together they need resamples × N
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
@@ -56,7 +58,10 @@ def correlation(statistic: Callable[..., Any], x: Numbers, y: Numbers) -> float 
 
 
 def pair_metrics(
-    chosen: Numbers, rejected: Numbers, lengths: Sequence[Numbers], sources: Sequence[str | None] | None = None
+    chosen: Numbers,
+    rejected: Numbers,
+    lengths: Sequence[Numbers],
+    sources: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy beside that of "the longer answer wins", margin, calibration and the pull of length; by source where two or more are named.
 
@@ -71,8 +76,12 @@ def pair_metrics(
         accuracy_longer_interval=interval(longer),
         margin=fmean(np.subtract(chosen, rejected)),
         calibration_error=calibration_error(calibration(chosen, rejected)),
-        reward_length_correlation=correlation(spearmanr, np.concatenate([chosen, rejected]), np.concatenate(lengths)),
-        by_source={name: _judged(won[rows[name]], longer[rows[name]]) for name in names} if len(names) > 1 else None,
+        reward_length_correlation=correlation(
+            spearmanr, np.concatenate([chosen, rejected]), np.concatenate(lengths)
+        ),
+        by_source={name: _judged(won[rows[name]], longer[rows[name]]) for name in names}
+        if len(names) > 1
+        else None,
     )
 
 
@@ -84,7 +93,9 @@ def rating_metrics(scores: Numbers, ratings: Numbers) -> dict[str, Any]:
     return {"rows": len(scores), "rmse": rmse, **_defined(spearman=correlation(spearmanr, scores, ratings))}
 
 
-def label_metrics(logits: ArrayLike, labels: ArrayLike, classes: Sequence[str], positive: int) -> dict[str, Any]:
+def label_metrics(
+    logits: ArrayLike, labels: ArrayLike, classes: Sequence[str], positive: int
+) -> dict[str, Any]:
     """What logits (N, C) say of labels (N,), indices into the C `classes`; AUROC and F1 are those of `positive` against the rest.
 
     AUROC ranks by log-odds, since a softmax fixes the logits of a row only up to a constant. `confusion` is {true: {predicted: count}}.
@@ -100,7 +111,9 @@ def label_metrics(logits: ArrayLike, labels: ArrayLike, classes: Sequence[str], 
         auroc=float(roc_auc_score(truth, log_odds)) if 0 < truth.sum() < len(truth) else None,
         f1=float(f1_score(truth, called)) if (truth | called).any() else None,
     )
-    counts = {name: dict(zip(classes, row, strict=True)) for name, row in zip(classes, confusion, strict=True)}
+    counts = {
+        name: dict(zip(classes, row, strict=True)) for name, row in zip(classes, confusion, strict=True)
+    }
     return {"rows": len(labels), **_accuracy(predicted == labels), **figures, "confusion": counts}
 
 

@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """−log σ(chosen − rejected − margin), all (N,); Bradley and Terry 1952, margins as Touvron et al. 2023 (Llama 2, eq. 2).
 
     `label_smoothing` ε is the chance that a label is the wrong way round: (1 − ε) of this loss and ε of that of the flipped pair.
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    return -((1 - label_smoothing) * F.logsigmoid(difference) + label_smoothing * F.logsigmoid(-difference)).mean()
+    return -(
+        (1 - label_smoothing) * F.logsigmoid(difference) + label_smoothing * F.logsigmoid(-difference)
+    ).mean()
 
 
 def ranking(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
@@ -41,7 +45,9 @@ def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     return losses.sum(1).mean()
 
 
-def classification(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+def classification(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of softmax(logits (N, C)) with labels (N,); weighted by the weight of each row's class, (C,)."""
     return F.cross_entropy(logits, labels, class_weights, label_smoothing=label_smoothing)
 

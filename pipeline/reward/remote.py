@@ -48,7 +48,9 @@ class RemoteRewardModel(RewardModel):
         read = self._ids if self.server.engine == "vllm" else self._texts
         rows = [read(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         size = min(batch_size, self.server.rows or batch_size)
-        return torch.tensor([row for start in range(0, len(rows), size) for row in self._ask(rows[start : start + size])])
+        return torch.tensor(
+            [row for start in range(0, len(rows), size) for row in self._ask(rows[start : start + size])]
+        )
 
     def _ask(self, rows: Sequence[Any], **options: Any) -> list[list[float]]:
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
@@ -72,7 +74,11 @@ class RemoteRewardModel(RewardModel):
         texts[-1] += tokenizer.eos_token if how.eos else ""
         if found.overlong and not self._told and tokenizer(*texts, verbose=False)["input_ids"] != found.ids:
             self._told = True
-            logger.warning("%s: where a row over max_length=%d is cut, TEI reads it a little otherwise", self.server.url, how.max_length)
+            logger.warning(
+                "%s: where a row over max_length=%d is cut, TEI reads it a little otherwise",
+                self.server.url,
+                how.max_length,
+            )
         return texts
 
 
@@ -86,10 +92,15 @@ def require_remote(reward: Reward, fix: str, trust_remote_code: bool = False) ->
     server = inference_servers.probe(reward.source.rstrip("/"), reward.timeout)
     path = reward.reads or server.path
     if not reward.reads and not Path(path).exists() and not hub.is_hub_id(path):
-        raise UserError(f"{server.url}: serves {path}, which is no folder here; name the folder or hub id of what it serves: reads=…")
+        raise UserError(
+            f"{server.url}: serves {path}, which is no folder here; name the folder or hub id of what it serves: reads=…"
+        )
     opened = require_artifact(path, "reward", fix, server.revision)
     identity = hash_value([opened.identity, server.engine, server.model, server.revision])
-    found = Artifact(opened.path, opened.manifest | {"served": server._asdict(), "reads": opened.identity, "identity": identity})
+    found = Artifact(
+        opened.path,
+        opened.manifest | {"served": server._asdict(), "reads": opened.identity, "identity": identity},
+    )
     model = load_remote(reward, found, trust_remote_code=trust_remote_code)
     model._ask(
         [model._ids("Hello.", "Hello.") if server.engine == "vllm" else model._texts("Hello.", "Hello.")],
@@ -100,20 +111,30 @@ def require_remote(reward: Reward, fix: str, trust_remote_code: bool = False) ->
 
 def load_remote(reward: Reward, opened: Artifact, **options: Any) -> RemoteRewardModel:
     """The model of what `require` opened; nobody is asked. Raises `UserError` where this engine cannot be given what it reads."""
-    server, source, revision = inference_servers.Server(**opened.manifest["served"]), str(opened.path), opened.revision
+    server, source, revision = (
+        inference_servers.Server(**opened.manifest["served"]),
+        str(opened.path),
+        opened.revision,
+    )
     if is_adapter(source, revision):
-        raise UserError(f"{source}: is an adapter alone, which {server.engine} does not serve as a classifier; name a whole model")
+        raise UserError(
+            f"{source}: is an adapter alone, which {server.engine} does not serve as a classifier; name a whole model"
+        )
     code = {"trust_remote_code": options.get("trust_remote_code", False)}
     with explain_load_errors(source, "sequence classifier"), init_empty_weights():
         config = AutoConfig.from_pretrained(source, revision=revision, **code)
         shape = AutoModelForSequenceClassification.from_config(config, **code)
-    found: Any = RemoteRewardModel.load(source, model=shape, revision=revision, positive_label=reward.positive_label, **options)
+    found: Any = RemoteRewardModel.load(
+        source, model=shape, revision=revision, positive_label=reward.positive_label, **options
+    )
     found.server, found.timeout, shape.name_or_path = server, reward.timeout, source
     if unfit := _unsupported_input(server.engine, found):
         raise UserError(f"{server.url}: {source} reads {unfit}")
     how = found.settings.encoding
     if 0 < server.tokens < how.max_length:
-        raise UserError(f"{server.url}: takes {server.tokens} tokens, but {source} reads up to {how.max_length}; serve it with as many")
+        raise UserError(
+            f"{server.url}: takes {server.tokens} tokens, but {source} reads up to {how.max_length}; serve it with as many"
+        )
     return found
 
 
@@ -123,8 +144,18 @@ def _unsupported_input(engine: str, model: RewardModel) -> str | None:
     types = "token_type_ids" in model.tokenizer.model_input_names
     if engine == "vllm":
         told = form != "concatenation" and typed and types
-        return "token types, which vLLM cannot be told; serve it with text-embeddings-inference" if told else None
+        return (
+            "token types, which vLLM cannot be told; serve it with text-embeddings-inference"
+            if told
+            else None
+        )
     if form == "chat":
-        return "a chat, which is made of ids, and text-embeddings-inference takes text alone; serve it with vLLM"
+        return (
+            "a chat, which is made of ids, and text-embeddings-inference takes text alone; serve it with vLLM"
+        )
     without = form == "pair" and typed and not types
-    return "pairs without token types, which text-embeddings-inference gives it; serve it with vLLM" if without else None
+    return (
+        "pairs without token types, which text-embeddings-inference gives it; serve it with vLLM"
+        if without
+        else None
+    )

@@ -42,7 +42,10 @@ class RewardSettings:
     @property
     def head(self) -> dict[str, Any]:
         """The config of the head; scalars are of problem type regression, or `pipeline()` would squash them."""
-        return head_config(self.outputs, "single_label_classification" if self.objective == "classification" else "regression")
+        return head_config(
+            self.outputs,
+            "single_label_classification" if self.objective == "classification" else "regression",
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "RewardSettings | None":
@@ -54,7 +57,9 @@ class RewardSettings:
             values = json.loads(path.read_text())
             return cls(**values | {"encoding": Encoding(**values["encoding"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a reward.json of this version: {error}; run the reward stage again") from None
+            raise UserError(
+                f"{path}: not a reward.json of this version: {error}; run the reward stage again"
+            ) from None
 
     def save(self, folder: Path) -> None:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")

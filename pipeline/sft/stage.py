@@ -23,7 +23,13 @@ from pipeline.distributed.sharding import full_state_dict
 from pipeline.models.chat import encode_pair
 from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
 from pipeline.models.scratch import collect_texts, new_policy
-from pipeline.training.arguments import build_arguments, build_lora_config, check_training, require_eval_rows, weight_precision
+from pipeline.training.arguments import (
+    build_arguments,
+    build_lora_config,
+    check_training,
+    require_eval_rows,
+    weight_precision,
+)
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
 
@@ -39,7 +45,13 @@ def run(config: SFTStage) -> Path:
     if "model" in inputs:
         config = config.model_copy(update={"revision": inputs["model"].revision})
     records = inputs["records"]
-    return build_artifact(config, kind="policy", inputs=inputs, make=lambda *folders: train(config, records, *folders), on_every_rank=True)
+    return build_artifact(
+        config,
+        kind="policy",
+        inputs=inputs,
+        make=lambda *folders: train(config, records, *folders),
+        on_every_rank=True,
+    )
 
 
 def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict[str, Any]:
@@ -52,7 +64,9 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
         model=model,
         args=args,
         train_dataset=tokenize_demonstrations(data["train"], tokenizer, config.max_length),
-        eval_dataset=require_eval_rows(args, tokenize_demonstrations(data["validation"], tokenizer, config.max_length)),
+        eval_dataset=require_eval_rows(
+            args, tokenize_demonstrations(data["validation"], tokenizer, config.max_length)
+        ),
         processing_class=tokenizer,
         peft_config=build_lora_config(config, TaskType.CAUSAL_LM, config.revision),
         callbacks=[PrintEvaluations()],
@@ -63,7 +77,9 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
     if not is_main_process():
         return {}
     policy: Any = trainer.model
-    policy.save_pretrained(output, state_dict=weights, **({} if config.lora is None else {"save_embedding_layers": False}))
+    policy.save_pretrained(
+        output, state_dict=weights, **({} if config.lora is None else {"save_embedding_layers": False})
+    )
     tokenizer.save_pretrained(output)
     if config.merge:
         merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)
@@ -74,7 +90,9 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
 def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model and its tokenizer."""
     if config.scratch is not None:
-        return new_policy(collect_texts(data["train"], "prompt", "completion"), config.scratch, config.separator)
+        return new_policy(
+            collect_texts(data["train"], "prompt", "completion"), config.scratch, config.separator
+        )
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, separator=config.separator, **options)
     weights: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}

@@ -66,19 +66,37 @@ class ScoringJob(NamedTuple):
         return [item for item in self.items if not item.fault]
 
 
-def score_file(work: ScoringJob, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool) -> None:
+def score_file(
+    work: ScoringJob, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool
+) -> None:
     """The reward of each answer."""
     identity, rewards = _load_scorer(reward, batch_size=batch_size, alpha=alpha, normalize=normalize)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
-        found = rewards([item.record["prompt"] for item in items], [item.record["response"] for item in items])
+        found = rewards(
+            [item.record["prompt"] for item in items], [item.record["response"] for item in items]
+        )
         return [{"reward": value} for value in found]
 
-    made_from = {"reward": identity, "positive_label": reward.positive_label, "alpha": alpha, "normalize": normalize}
+    made_from = {
+        "reward": identity,
+        "positive_label": reward.positive_label,
+        "alpha": alpha,
+        "normalize": normalize,
+    }
     _score_rows(work, made_from, compute, CHUNK)
 
 
-def best_of_n_file(work: ScoringJob, reward: Reward, policy: str, *, n: int, max_prompt_tokens: int, batch_size: int, **drawn: Any) -> None:
+def best_of_n_file(
+    work: ScoringJob,
+    reward: Reward,
+    policy: str,
+    *,
+    n: int,
+    max_prompt_tokens: int,
+    batch_size: int,
+    **drawn: Any,
+) -> None:
     """Of `n` answers to each prompt the best, its reward, and the mean of all; `drawn` is seed, temperature and response_tokens.
 
     The noise of an answer is that of its row and its number in it. A policy of few positions reads as much of a prompt as leaves room.
@@ -92,20 +110,33 @@ def best_of_n_file(work: ScoringJob, reward: Reward, policy: str, *, n: int, max
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     room = min(max_prompt_tokens, positions - drawn["response_tokens"])
     if room < 1:
-        raise UserError(f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens")
+        raise UserError(
+            f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens"
+        )
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items for _ in range(n)]
         rows = [item.record["number"] * n + k for item in items for k in range(n)]
-        batches = sample_responses(model, tokenizer, prompts, rows, max_prompt_tokens=room, batch_size=batch_size, **drawn)
+        batches = sample_responses(
+            model, tokenizer, prompts, rows, max_prompt_tokens=room, batch_size=batch_size, **drawn
+        )
         texts = [text for answers in batches for text in answers.texts]
         found = rewards(prompts, texts)
         groups = [range(start, start + n) for start in range(0, len(texts), n)]
         best = [max(group, key=found.__getitem__) for group in groups]
         means = [statistics.fmean(found[i] for i in group) for group in groups]
-        return [{"response": texts[i], "reward": found[i], "reward_mean": mean} for i, mean in zip(best, means, strict=True)]
+        return [
+            {"response": texts[i], "reward": found[i], "reward_mean": mean}
+            for i, mean in zip(best, means, strict=True)
+        ]
 
-    made_from = {"reward": identity, "positive_label": reward.positive_label, "policy": source.identity, "n": n, "room": room} | drawn
+    made_from = {
+        "reward": identity,
+        "positive_label": reward.positive_label,
+        "policy": source.identity,
+        "n": n,
+        "room": room,
+    } | drawn
     _score_rows(work, made_from, compute, max(1, CHUNK // n))
 
 
@@ -118,10 +149,15 @@ def compare_responses(reward: Reward, prompt: str, answers: Sequence[str]) -> st
             raise UserError(f"answer {number} of {len(answers)}: {fault.detail}") from None
     scores = _load_scorer(reward)[1]([asked] * len(answers), answers)
     ranked = sorted(zip(scores, answers, strict=True), key=lambda pair: -pair[0])
-    rows = [("rank", "score", "answer"), *((str(rank), f"{value:.4f}", answer) for rank, (value, answer) in enumerate(ranked, 1))]
+    rows = [
+        ("rank", "score", "answer"),
+        *((str(rank), f"{value:.4f}", answer) for rank, (value, answer) in enumerate(ranked, 1)),
+    ]
     width = max(len(value) for _, value, _ in rows)
     room = shutil.get_terminal_size().columns - width - 8
-    return "\n".join(f"{rank:>4}  {value:>{width}}  {_fit_to_width(answer, room)}" for rank, value, answer in rows)
+    return "\n".join(
+        f"{rank:>4}  {value:>{width}}  {_fit_to_width(answer, room)}" for rank, value, answer in rows
+    )
 
 
 def _load_scorer(reward: Reward, **options: Any) -> tuple[str, Score]:
@@ -134,7 +170,9 @@ def _load_scorer(reward: Reward, **options: Any) -> tuple[str, Score]:
     def rewards(prompts: Sequence[Any], answers: Sequence[Any]) -> list[float]:
         found = model.score(prompts, answers, **options)
         if wrong := [value for value in found if not math.isfinite(value)]:
-            raise UserError(f"{opened.path}: gives the reward {wrong[0]}; expected finite ones; its weights are broken: train it again")
+            raise UserError(
+                f"{opened.path}: gives the reward {wrong[0]}; expected finite ones; its weights are broken: train it again"
+            )
         return found
 
     return opened.identity, rewards
@@ -159,9 +197,13 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
     column = next((name for name in needed if name in found), needed[0])
     if found and column not in found:
         hint = nearest(column, found) or "; rename the one that is meant"
-        raise UserError(f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, found {', '.join(found)}{hint}")
+        raise UserError(
+            f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, found {', '.join(found)}{hint}"
+        )
     if taken := [name for name in OUTPUT_COLUMNS[command] if name in found]:
-        raise UserError(f"{source}: has a column {taken[0]!r} already, which {command} would write; rename or remove it")
+        raise UserError(
+            f"{source}: has a column {taken[0]!r} already, which {command} would write; rename or remove it"
+        )
     items = [ParsedRecord(KINDS[command], {}, [row], row.fault) for row in rows]
     for number, item in enumerate(items):
         if not item.fault:
@@ -183,11 +225,15 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
     if output.suffix.lower() not in ENCODERS:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(ENCODERS)}")
     if not source.is_file():
-        raise UserError(f"--input {source}: {'is no file' if source.exists() else 'does not exist'}; expected {', '.join(READERS)}")
+        raise UserError(
+            f"--input {source}: {'is no file' if source.exists() else 'does not exist'}; expected {', '.join(READERS)}"
+        )
     if source.suffix.lower() not in READERS:
         raise UserError(f"--input {source}: expected a name that ends in {', '.join(READERS)}")
     if output.exists() and (output.is_dir() or output.samefile(source)):
-        raise UserError(f"--output {output}: is {'a folder' if output.is_dir() else 'the input'}; name another file")
+        raise UserError(
+            f"--output {output}: is {'a folder' if output.is_dir() else 'the input'}; name another file"
+        )
     if output.exists() and not force:
         raise UserError(f"--output {output}: exists already; name another file, or add --force to replace it")
 
@@ -196,14 +242,21 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
 
 
 def _score_rows(
-    work: ScoringJob, made_from: dict[str, Any], compute: Callable[[Sequence[ParsedRecord]], list[Columns]], chunk: int
+    work: ScoringJob,
+    made_from: dict[str, Any],
+    compute: Callable[[Sequence[ParsedRecord]], list[Columns]],
+    chunk: int,
 ) -> None:
     """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time and process; go on where the same was
     interrupted. Rank 0 writes.
 
     `made_from` is what decides them: no batch size, which may be lowered after a run out of memory.
     """
-    made_from = {"command": work.command, "version": RESULTS_VERSION, "input": open_external(work.source, "source").identity} | made_from
+    made_from = {
+        "command": work.command,
+        "version": RESULTS_VERSION,
+        "input": open_external(work.source, "source").identity,
+    } | made_from
     partial = _sibling(work.output, "partial.jsonl")
     rows, chunk = work.sound, chunk * world_size()
 
@@ -211,7 +264,10 @@ def _score_rows(
         held.enter_context(_locked(work.output))
         found = _resume(partial, made_from)
         if found:
-            print(f"{work.command}: resuming {partial}: {len(found):,} of {len(rows):,} rows are done", flush=True)
+            print(
+                f"{work.command}: resuming {partial}: {len(found):,} of {len(rows):,} rows are done",
+                flush=True,
+            )
         return found
 
     with ExitStack() as held:
@@ -303,19 +359,26 @@ def _publish(work: ScoringJob, columns: list[Columns]) -> None:
 
 def _encode_output(work: ScoringJob, rows: list[Columns]) -> bytes:
     """The output with these rows: the columns that any of them has, the new ones last."""
-    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name in OUTPUT_COLUMNS[work.command])
+    names = sorted(
+        dict.fromkeys(name for row in rows for name in row),
+        key=lambda name: name in OUTPUT_COLUMNS[work.command],
+    )
     return ENCODERS[work.output.suffix.lower()](names, rows, work.source)
 
 
 def _encode_csv(names: list[str], rows: list[Columns], source: Path) -> bytes:
     lines: list[list[Any]] = [names, *([row.get(name) for name in names] for row in rows)]
     # Not csv.writer: with these line ends it leaves a lone \r unquoted up to Python 3.12.
-    return "".join(",".join(map(_csv_field, line)) + "\n" for line in lines).encode("utf-8", "backslashreplace")
+    return "".join(",".join(map(_csv_field, line)) + "\n" for line in lines).encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def _csv_field(value: Any) -> str:
     """A field; None is empty, what is no text or number is JSON."""
-    text = "" if value is None else json_line(value).rstrip() if isinstance(value, list | dict) else str(value)
+    text = (
+        "" if value is None else json_line(value).rstrip() if isinstance(value, list | dict) else str(value)
+    )
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 

@@ -28,7 +28,15 @@ from pipeline.errors import UserError
 from pipeline.training import trackers
 from pipeline.training.checkpoints import LAUNCH_FILE
 
-HUB = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
+HUB = (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_token",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
+)
 
 
 # Set by the stage itself -> what to set instead.
@@ -66,7 +74,9 @@ def check_quantization(stage: str, quantization: str) -> None:
         )
 
 
-def build_lora_config(config: TrainedStage, task: TaskType, revision: str | None = None, heads: Sequence[str] = ()) -> LoraConfig | None:
+def build_lora_config(
+    config: TrainedStage, task: TaskType, revision: str | None = None, heads: Sequence[str] = ()
+) -> LoraConfig | None:
     """The `lora:` section as PEFT's own class; `revision` is the base's commit, which the adapter is worth nothing without. `heads` are
     modules that are trained whole, and so get no adapter: PEFT knows some names, not DistilBERT's `pre_classifier`."""
     if config.lora is None:
@@ -104,7 +114,9 @@ def build_arguments(config: TrainedStage, cls: type[TrainingArguments], work: Pa
             f"{config.stage}: precision is {precision}, and accelerate launch was told mixed_precision: {built.mixed_precision}; "
             f"set mixed_precision: '{expected}' in its file, and 'precision' in the config"
         )
-    if built.n_gpu > 1:  # the Trainer would split each batch over them by nn.DataParallel, which no stage here reckons with
+    if (
+        built.n_gpu > 1
+    ):  # the Trainer would split each batch over them by nn.DataParallel, which no stage here reckons with
         raise UserError(
             f"{config.stage}: {built.n_gpu} GPUs are visible to one process; start one process for each with "
             f"'accelerate launch -m pipeline {config.stage} …', or choose one GPU with CUDA_VISIBLE_DEVICES=0"
@@ -112,19 +124,27 @@ def build_arguments(config: TrainedStage, cls: type[TrainingArguments], work: Pa
     return built
 
 
-def _keep_step_size(config: TrainedStage, cls: type[TrainingArguments], given: dict[str, Any], begun: dict[str, Any]) -> dict[str, int]:
+def _keep_step_size(
+    config: TrainedStage, cls: type[TrainingArguments], given: dict[str, Any], begun: dict[str, Any]
+) -> dict[str, int]:
     """What makes a step of the rows that it had when the run was `begun` by another number of processes; {} by the same number.
 
     Raises `UserError` where these cannot share it, or cannot read what those have saved.
     """
-    if not begun or (begun["processes"], begun["sharded_by"]) == (here := world_size(), sharding_type(os.environ)):
+    if not begun or (begun["processes"], begun["sharded_by"]) == (
+        here := world_size(),
+        sharding_type(os.environ),
+    ):
         return {}
     if begun["sharded_by"] != sharding_type(os.environ):
         raise UserError(
             f"{config.stage}: was begun with weights sharded by {begun['sharded_by']}, and is launched with {sharding_type(os.environ)}; "
             "launch it as it was, or add --force to start afresh"
         )
-    most, parts = (given.get(name, getattr(cls, name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    most, parts = (
+        given.get(name, getattr(cls, name))
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
     rows = most * parts * begun["processes"]
     if rows % here:
         raise UserError(
@@ -146,7 +166,11 @@ def require_eval_rows(args: TrainingArguments, rows: Dataset | None) -> Dataset 
 def resolve_precision(precision: str) -> str:
     """`auto` is bf16 on a GPU that has it, else fp32: the mixed precisions need hardware that TRL's defaults take for granted."""
     if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return (
+            "bf16"
+            if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp32"
+        )
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU, and none is visible; use fp32 or auto")
     return precision

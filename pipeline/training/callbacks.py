@@ -6,18 +6,33 @@ from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-LAUNCH_METRICS = re.compile("runtime|per_second|^time/|num_tokens")  # figures of one launch, which an interrupted run has several of
+LAUNCH_METRICS = re.compile(
+    "runtime|per_second|^time/|num_tokens"
+)  # figures of one launch, which an interrupted run has several of
 
 
 class PrintEvaluations(TrainerCallback):
     """One line per evaluation where no progress bar is shown."""
 
-    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         if args.disable_tqdm and state.is_world_process_zero:
             shown = {
-                k.removeprefix("eval_"): f"{v:.3f}" for k, v in (metrics or {}).items() if not LAUNCH_METRICS.search(k) and k != "epoch"
+                k.removeprefix("eval_"): f"{v:.3f}"
+                for k, v in (metrics or {}).items()
+                if not LAUNCH_METRICS.search(k) and k != "epoch"
             }
-            print(f"  step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            print(
+                f"  step {state.global_step}/{state.max_steps}  "
+                + "  ".join(f"{k} {v}" for k, v in shown.items()),
+                flush=True,
+            )
 
 
 BAR_METRICS = {
@@ -34,7 +49,9 @@ class MetricsProgressBar(ProgressCallback):
 
     _before: tuple[float, float] | None = None  # when a log came, the tokens by then
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         if self.training_bar is None or not logs:
             return
         shown = {name: f"{logs[key]:.3f}" for key, name in BAR_METRICS.items() if key in logs}

@@ -17,7 +17,9 @@ from pipeline.distributed.sharding import disable_zero3_init
 from pipeline.training import trackers
 from pipeline.training.callbacks import LAUNCH_METRICS, use_metrics_bar
 
-LAUNCH_FILE = "begun.json"  # in the work folder: by how many processes the run was begun, and what shards its weights
+LAUNCH_FILE = (
+    "begun.json"  # in the work folder: by how many processes the run was begun, and what shards its weights
+)
 
 
 def train_with_resume(trainer: Trainer, work: Path) -> None:
@@ -45,7 +47,9 @@ def last_checkpoint(work: Path) -> Path | None:
 
     From a checkpoint of the last step the Trainer would take one step more, in the middle of an epoch.
     """
-    found = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    found = sorted(
+        work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True
+    )
     for folder in found:
         with suppress(OSError, ValueError):
             state = json.loads((folder / "trainer_state.json").read_text())
@@ -57,7 +61,10 @@ def last_checkpoint(work: Path) -> Path | None:
 
 def write_log(trainer: Trainer, output: Path) -> None:
     """The trainer's log entries as JSON lines, without what differs from run to run."""
-    entries = [{k: v for k, v in entry.items() if not LAUNCH_METRICS.search(k)} for entry in trainer.state.log_history]
+    entries = [
+        {k: v for k, v in entry.items() if not LAUNCH_METRICS.search(k)}
+        for entry in trainer.state.log_history
+    ]
     (output / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))
 
 

@@ -39,13 +39,21 @@ def check_trackers(stage: str, training: dict[str, Any]) -> None:
     for name in filter(is_installed, TRACKERS) if "all" in names else names:
         where = f"{stage}: training.report_to={name}"
         if name != "none" and name not in TRACKERS:
-            raise UserError(f"{where}: no such tracker{nearest(str(name), TRACKERS)}; there are all, none, {', '.join(TRACKERS)}")
+            raise UserError(
+                f"{where}: no such tracker{nearest(str(name), TRACKERS)}; there are all, none, {', '.join(TRACKERS)}"
+            )
         if name != "none" and not is_installed(name):
-            raise UserError(f"{where}: not installed here; pip install {TRACKERS[name][1]}, or set training.report_to=none")
+            raise UserError(
+                f"{where}: not installed here; pip install {TRACKERS[name][1]}, or set training.report_to=none"
+            )
         if name == "wandb" and is_main_process() and not wandb_is_ready():
-            raise UserError(f"{where}: not logged in; run: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline")
+            raise UserError(
+                f"{where}: not logged in; run: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline"
+            )
         if name == "trackio" and is_main_process() and training.get("trackio_space_id") and not get_token():
-            raise UserError(f"{where}: trackio_space_id needs a login to the hub; run: hf auth login, or remove it to log here")
+            raise UserError(
+                f"{where}: trackio_space_id needs a login to the hub; run: hf auth login, or remove it to log here"
+            )
 
 
 def is_installed(name: str) -> bool:
@@ -55,13 +63,20 @@ def is_installed(name: str) -> bool:
 def wandb_is_ready() -> bool:
     """Whether W&B will find a key, or is told to send nothing: in its environment variables, its settings files, or netrc."""
     settings = ConfigParser(interpolation=None)
-    folders = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser(), Path(os.environ.get("WANDB_DIR", ""), "wandb")
+    folders = (
+        Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser(),
+        Path(os.environ.get("WANDB_DIR", ""), "wandb"),
+    )
     with suppress(ConfigError):
         settings.read(folder / "settings" for folder in folders)
     found = dict(settings["default"]) if "default" in settings else {}
     found |= {key: os.environ[f"WANDB_{key.upper()}"] for key in ("mode", "api_key", "identity_token_file", "base_url")
               if os.environ.get(f"WANDB_{key.upper()}")}  # fmt: skip
-    if found.get("mode") in ("offline", "disabled", "dryrun") or found.get("api_key") or found.get("identity_token_file"):
+    if (
+        found.get("mode") in ("offline", "disabled", "dryrun")
+        or found.get("api_key")
+        or found.get("identity_token_file")
+    ):
         return True
     host = urlsplit(found.get("base_url", "https://api.wandb.ai")).netloc
     for file in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
@@ -76,7 +91,9 @@ def start_trackers(trainer: Trainer, work: Path, step: int) -> None:
         if isinstance(callback, TensorBoardCallback) and is_main_process():
             from torch.utils.tensorboard import SummaryWriter
 
-            callback.logging_dir = callback.logging_dir or str(events_folder(artifact_folder(work), resume=step > 0))
+            callback.logging_dir = callback.logging_dir or str(
+                events_folder(artifact_folder(work), resume=step > 0)
+            )
             callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=step + 1 if step else None)
         if isinstance(callback, WandbCallback):
             import wandb

@@ -14,7 +14,10 @@ def launch_environment(name: str) -> dict[str, str]:
     asked = _read_launch(name)
     kind, stage = asked["distributed_type"], asked.get("deepspeed_config", {}).get("zero_stage")
     found = {variable: "true" for variable, sharded in SHARDED.items() if sharded.upper() == kind}
-    return found | {"FSDP_VERSION": str(asked.get("fsdp_config", {}).get("fsdp_version", 1)), "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    return found | {
+        "FSDP_VERSION": str(asked.get("fsdp_config", {}).get("fsdp_version", 1)),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+    }
 
 
 def num_shards(name: str) -> int:
@@ -27,5 +30,7 @@ def num_shards(name: str) -> int:
 def _read_launch(name: str) -> dict[str, Any]:
     files = {file.stem: file for file in sorted((RECIPES / "accelerate").glob("*.yaml"))}
     if name not in files:
-        raise UserError(f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; there are: {', '.join(files)}")
+        raise UserError(
+            f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; there are: {', '.join(files)}"
+        )
     return dict(yaml.safe_load(files[name].read_text()))

@@ -30,7 +30,9 @@ GB = 1e9
 CUDA_CONTEXT = 0.5 * GB  # what a process takes on a GPU before its first tensor
 
 
-def examine(config: StageConfig, recipe: Recipe, device_memory: float | None, shards: int = 1) -> tuple[list[tuple[str, str]], int]:
+def examine(
+    config: StageConfig, recipe: Recipe, device_memory: float | None, shards: int = 1
+) -> tuple[list[tuple[str, str]], int]:
     """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes, of each of the devices that hold a
     shard of what is trained."""
     found: list[tuple[str, str]] = []
@@ -45,16 +47,30 @@ def examine(config: StageConfig, recipe: Recipe, device_memory: float | None, sh
 def _config(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
     from importlib import import_module
 
-    yield _try("config", lambda: import_module(f"pipeline.{config.stage}.stage").check(config) or "every key is known, every value allowed")
+    yield _try(
+        "config",
+        lambda: (
+            import_module(f"pipeline.{config.stage}.stage").check(config)
+            or "every key is known, every value allowed"
+        ),
+    )
 
 
 def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     named = [(key, getattr(config, key), kind, maker) for key, (kind, maker) in config.inputs.items()]
-    given = ppo.named_rewards(config) if config.stage == "ppo" else {"scorer": config.scorer} if getattr(config, "scorer", None) else {}
+    given = (
+        ppo.named_rewards(config)
+        if config.stage == "ppo"
+        else {"scorer": config.scorer}
+        if getattr(config, "scorer", None)
+        else {}
+    )
     named += [(name, reward.source, "reward", "reward") for name, reward in given.items() if reward.is_loaded]
     for key, source, kind, maker in named:
         if source != "scratch":
-            yield _try(key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker))
+            yield _try(
+                key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker)
+            )
     for name, reward in given.items():
         if reward.is_url:
             yield _try(name, lambda reward=reward: _remote(config, recipe, reward))
@@ -69,7 +85,9 @@ def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: s
         return f"{source}: not made yet; {config.make_command(maker)} makes it"
     if hub.is_hub_id(source):
         commit = reachable_commit(source)
-        return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
+        return (
+            f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
+        )
     opened = require_artifact(source, kind, config.make_command(maker) if maker else "name another")
     return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.is_external else 'as its stage wrote them'}"
 
@@ -91,10 +109,14 @@ def _tokenizer(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _load_tokenizer(config: Any) -> Any:
     """The tokenizer of what the stage starts from, where it is on this machine."""
-    source = str(getattr(config, "policy", None) or getattr(config, "sft", None) or getattr(config, "model", ""))
+    source = str(
+        getattr(config, "policy", None) or getattr(config, "sft", None) or getattr(config, "model", "")
+    )
     if source == "scratch" or not Path(source).exists():
         return None
-    return load_tokenizer(source, generates=config.stage != "reward", trust_remote_code=config.trust_remote_code)
+    return load_tokenizer(
+        source, generates=config.stage != "reward", trust_remote_code=config.trust_remote_code
+    )
 
 
 def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -102,7 +124,9 @@ def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not Path(config.records).exists() or (tokenizer := _load_tokenizer(config)) is None:
         return
     kind = FEEDS.get(config.stage) or OBJECTIVES[config.objective].kind
-    rows = open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)["train"]
+    rows = open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)[
+        "train"
+    ]
     if not len(rows):
         raise UserError(f"{config.records}: holds no {kind} to train on")
     prompts = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
@@ -116,17 +140,31 @@ def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def longest_prompt(config: Any) -> int | None:
     """Tokens of the longest prompt that PPO will answer, where its records are there."""
-    if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists() or (tokenizer := _load_tokenizer(config)) is None:
+    if (
+        config.stage not in ("ppo", "evaluate")
+        or not Path(config.records).exists()
+        or (tokenizer := _load_tokenizer(config)) is None
+    ):
         return None
-    splits = open_records(require_artifact(config.records, "records", config.make_command("prepare")), "prompts").values()
-    return max((len(prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None)
+    splits = open_records(
+        require_artifact(config.records, "records", config.make_command("prepare")), "prompts"
+    ).values()
+    return max(
+        (len(prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None
+    )
 
 
-def _memory(config: StageConfig, recipe: Recipe, given: float | None, shards: int) -> Iterator[tuple[str, str]]:
-    found = memory.estimate(*plan_stage(config, recipe, stage_arguments(config), longest_prompt(config)), shards)
+def _memory(
+    config: StageConfig, recipe: Recipe, given: float | None, shards: int
+) -> Iterator[tuple[str, str]]:
+    found = memory.estimate(
+        *plan_stage(config, recipe, stage_arguments(config), longest_prompt(config)), shards
+    )
     on_gpu = torch.cuda.is_available()
     libraries = CUDA_CONTEXT if on_gpu or given else float(psutil.Process().memory_info().rss)
-    there = given or (torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total)
+    there = given or (
+        torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
+    )
     yield (
         "memory",
         f"of one process, in GB: libraries {libraries / GB:.2f}, "

@@ -18,11 +18,19 @@ from pipeline.tools.doctor.meta_models import build_meta_model, saved_for_backwa
 # Bytes of a quantized weight, with its scales: a float for each row, or for each 64.
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
-BUFFERS = 64e6  # rows, tokenizer, kernels' own: over what is reckoned 65 to 71 MB were measured, whatever the size
+BUFFERS = (
+    64e6  # rows, tokenizer, kernels' own: over what is reckoned 65 to 71 MB were measured, whatever the size
+)
 
 LAYER = re.compile(r"\.\d+\.")  # in the name of a weight that one of many layers holds
 
-STATES = {"8bit": 2, "32bit": 8, "sgd": 0, "adafactor": 0, "": 8}  # optimizer bytes of a trained weight, by what its name holds
+STATES = {
+    "8bit": 2,
+    "32bit": 8,
+    "sgd": 0,
+    "adafactor": 0,
+    "": 8,
+}  # optimizer bytes of a trained weight, by what its name holds
 
 
 class ModelFootprint(NamedTuple):
@@ -65,11 +73,16 @@ class GenerationFootprint(NamedTuple):
 
 
 def estimate(
-    held: list[ModelFootprint], step: StepFootprint | None, drawing: GenerationFootprint | None, shards: int = 1
+    held: list[ModelFootprint],
+    step: StepFootprint | None,
+    drawing: GenerationFootprint | None,
+    shards: int = 1,
 ) -> dict[str, float]:
     """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together, in
     one of the processes that hold a shard each. The first model is the one that draws."""
-    found = dict.fromkeys(("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0) | {"buffers": BUFFERS}
+    found = dict.fromkeys(
+        ("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0
+    ) | {"buffers": BUFFERS}
     passing = [0.0]
     for each in held:
         model = build_meta_model(each.config, each.auto, DTYPES[each.precision], each.lora)
@@ -85,12 +98,20 @@ def estimate(
             found["gradients"] += 4 * count / parts
             found["activations"], passing_step = activation_bytes(each, step, shards)
             # Activations go as gradients come, unless those of earlier micro-batches are there already.
-            together = found["gradients"] + found["activations"] if step.accumulates else max(found["gradients"], found["activations"])
+            together = (
+                found["gradients"] + found["activations"]
+                if step.accumulates
+                else max(found["gradients"], found["activations"])
+            )
             passing.append(together + passing_step)
         if each is held[0] and drawing:
             found["KV cache"] = cache_bytes(each.config, drawing)
-            gathered = DTYPES[drawing.computed].itemsize * sum(p.numel() for p in base.values()) if parts > 1 else 0
-            passing.append(found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size + gathered)
+            gathered = (
+                DTYPES[drawing.computed].itemsize * sum(p.numel() for p in base.values()) if parts > 1 else 0
+            )
+            passing.append(
+                found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size + gathered
+            )
     staying = sum(found[name] for name in ("weights", "adapters", "optimizer", "buffers"))
     return found | {"peak": staying + max(passing)}
 
@@ -99,7 +120,11 @@ def weight_bytes(model: nn.Module, base: set[int], quantization: str) -> float:
     """Bytes of a model's base; tied weights count once."""
     total, seen = 0.0, set[int]()
     for name, module in model.named_modules():
-        whole = quantization == "none" or not isinstance(module, nn.Linear | Conv1D) or any(re.fullmatch(p, name) for p in UNQUANTIZED)
+        whole = (
+            quantization == "none"
+            or not isinstance(module, nn.Linear | Conv1D)
+            or any(re.fullmatch(p, name) for p in UNQUANTIZED)
+        )
         for kind, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in base - seen:
                 seen.add(id(parameter))
@@ -114,9 +139,13 @@ def activation_bytes(held: ModelFootprint, step: StepFootprint, shards: int) -> 
     model = build_meta_model(held.config, held.auto, dtype, held.lora)
     text = held.config.get_text_config()
     kept: float = saved_for_backward(model, step.rows, step.width, step.dropout)
-    if step.checkpointing:  # the states between layers, and one layer made again, of the rows that go together
+    if (
+        step.checkpointing
+    ):  # the states between layers, and one layer made again, of the rows that go together
         states = step.rows * step.width * text.hidden_size * dtype.itemsize
-        kept = text.num_hidden_layers * states + kept / text.num_hidden_layers * step.rows_at_a_time / step.rows
+        kept = (
+            text.num_hidden_layers * states + kept / text.num_hidden_layers * step.rows_at_a_time / step.rows
+        )
     size = dtype.itemsize * sum(p.numel() for p in model.parameters())
     if shards > 1:  # at a time what no layer holds, of the reference too, and two layers
         layers = dtype.itemsize * sum(p.numel() for name, p in model.named_parameters() if LAYER.search(name))
@@ -134,7 +163,15 @@ def cache_bytes(config: PreTrainedConfig, drawing: GenerationFootprint) -> float
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size * DTYPES[drawing.computed].itemsize * drawing.rows * drawing.width
+    return (
+        2
+        * text.num_hidden_layers
+        * heads
+        * size
+        * DTYPES[drawing.computed].itemsize
+        * drawing.rows
+        * drawing.width
+    )
 
 
 def rows_at_a_time(device: str, rows: int) -> int:

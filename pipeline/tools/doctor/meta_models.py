@@ -15,7 +15,9 @@ from transformers.utils import logging
 from pipeline.models.patches import disable_dropout, fuse_gelu
 
 
-def build_meta_model(config: PreTrainedConfig, auto: Any, dtype: torch.dtype, lora: LoraConfig | None = None, **options: Any) -> Any:
+def build_meta_model(
+    config: PreTrainedConfig, auto: Any, dtype: torch.dtype, lora: LoraConfig | None = None, **options: Any
+) -> Any:
     """A model of an architecture, on the device that holds no numbers; `auto` is the transformers class that makes it."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # special ids beyond a vocabulary, of which nothing is read here
@@ -61,7 +63,9 @@ def _give_shapes(model: nn.Module, mode: FakeTensorMode, own: set[int]) -> None:
                     if tensor is not None and id(tensor) not in made:
                         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
                         made[id(tensor)] = (
-                            nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                            nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                            if isinstance(tensor, nn.Parameter)
+                            else empty
                         )
                     if tensor is not None:
                         tensors[name] = made[id(tensor)]

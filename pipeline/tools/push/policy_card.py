@@ -42,7 +42,11 @@ def _metrics(opened: Artifact, step: int | None) -> list[list[str]]:
     if step is not None:
         log = [json.loads(line) for line in (opened.path / "log.jsonl").read_text().splitlines()]
         found = {name: value for entry in log if entry["step"] == step for name, value in entry.items()}
-    return [[name[5:].replace("_", " "), format_metric(value)] for name, value in found.items() if name.startswith("eval_")]
+    return [
+        [name[5:].replace("_", " "), format_metric(value)]
+        for name, value in found.items()
+        if name.startswith("eval_")
+    ]
 
 
 def _front_matter(start: str, algorithm: str, is_adapter: bool) -> str:

@@ -46,7 +46,9 @@ def _open_artifact(folder: Path) -> Artifact:
     manifest = read_manifest(root)
     if manifest.get("kind") not in ("policy", "reward"):
         found = f"is of kind {manifest['kind']!r}" if manifest else "holds nothing that a stage has published"
-        raise UserError(f"{folder}: {found}; expected a model that sft, reward or ppo wrote, such as runs/demo/reward")
+        raise UserError(
+            f"{folder}: {found}; expected a model that sft, reward or ppo wrote, such as runs/demo/reward"
+        )
     return require_artifact(root, manifest["kind"], "its stage again")
 
 
@@ -60,7 +62,9 @@ def list_contents(opened: Artifact, folder: Path) -> dict[str, Any]:
             if within.parts[0] not in SUBMODELS:
                 files[within.as_posix()] = opened.path / name
     if not {"config.json", "adapter_config.json"} & files.keys():
-        raise UserError(f"{folder}: holds no model that {opened.path}/manifest.json vouches for; expected the artifact, or its best/")
+        raise UserError(
+            f"{folder}: holds no model that {opened.path}/manifest.json vouches for; expected the artifact, or its best/"
+        )
     return files
 
 
@@ -70,7 +74,9 @@ def _check_base(files: dict[str, Any]) -> None:
         base = read_json(files["adapter_config.json"])["base_model_name_or_path"]
         if not hub.is_hub_id(base):
             folder = files["adapter_config.json"].parent
-            raise UserError(f"{folder}: is an adapter of {base}, a folder of this machine, which others have not; set merge: true")
+            raise UserError(
+                f"{folder}: is an adapter of {base}, a folder of this machine, which others have not; set merge: true"
+            )
 
 
 def render_card(opened: Artifact, folder: Path, files: dict[str, Any], to: str) -> str:
@@ -95,7 +101,9 @@ def _upload(files: dict[str, Any], to: str, private: bool, revision: str | None,
             api.create_branch(to, branch=revision, exist_ok=True)
         others = sorted(set(api.list_repo_files(to, revision=revision)) - files.keys() - {".gitattributes"})
     if private and not is_private:
-        raise UserError(f"{to}: is there already, and public; name another, or make it private on the hub first")
+        raise UserError(
+            f"{to}: is there already, and public; name another, or make it private on the hub first"
+        )
     if others:
         raise UserError(
             f"{to}: holds files that this model has not ({', '.join(others[:3])}); name another, or a --revision, or remove them"
@@ -116,7 +124,13 @@ def _hub_errors(to: str) -> Iterator[None]:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         said = " ".join(str(getattr(error, "server_message", None) or error).split())
         if status == 401:
-            raise UserError(f"{to}: the hub does not know this token; run: hf auth login, or set HF_TOKEN") from error
+            raise UserError(
+                f"{to}: the hub does not know this token; run: hf auth login, or set HF_TOKEN"
+            ) from error
         if status is not None and status < 500:
-            raise UserError(f"{to}: the hub refused: {said}; check the name, and that the token may write there") from error
-        raise OSError(errno.EIO, f"the hub could not be reached, and nothing was pushed: {said}", to) from error
+            raise UserError(
+                f"{to}: the hub refused: {said}; check the name, and that the token may write there"
+            ) from error
+        raise OSError(
+            errno.EIO, f"the hub could not be reached, and nothing was pushed: {said}", to
+        ) from error

@@ -19,17 +19,31 @@ Manifest = dict[str, Any]
 
 def diff_text(a: Path, b: Path, of_a: Stages, of_b: Stages) -> str:
     """The text for two folders, whose artifacts are given by stage. Raises `UserError` where they cannot be compared."""
-    kinds = [f"of stage {next(iter(found))}" if folder in found.values() else "a run" for folder, found in ((a, of_a), (b, of_b))]
+    kinds = [
+        f"of stage {next(iter(found))}" if folder in found.values() else "a run"
+        for folder, found in ((a, of_a), (b, of_b))
+    ]
     if kinds[0] != kinds[1]:
-        raise UserError(f"{a} is {kinds[0]}, {b} is {kinds[1]}; expected two runs, or two artifacts of one stage")
+        raise UserError(
+            f"{a} is {kinds[0]}, {b} is {kinds[1]}; expected two runs, or two artifacts of one stage"
+        )
     shared = [stage for stage in STAGES if stage in of_a and stage in of_b]
     pairs = {stage: (read_manifest(of_a[stage]), read_manifest(of_b[stage])) for stage in shared}
     set_otherwise, measured = [], []
     for stage, pair in pairs.items():
         found = [metric_lines(stage, manifest, headlines_only=kinds[0] == "a run") for manifest in pair]
-        set_otherwise += [[f"{stage}.{key}", *map(format_setting, values)] for key, values in unequal(*map(settings, pair))]
-        measured += [[f"{stage}.{key}", *map(format_setting, values), delta(*values)] for key, values in unequal(*found)]
-    alone = [f"{stage}: only in {a if stage in of_a else b}" for stage in STAGES if (stage in of_a) != (stage in of_b)]
+        set_otherwise += [
+            [f"{stage}.{key}", *map(format_setting, values)] for key, values in unequal(*map(settings, pair))
+        ]
+        measured += [
+            [f"{stage}.{key}", *map(format_setting, values), delta(*values)]
+            for key, values in unequal(*found)
+        ]
+    alone = [
+        f"{stage}: only in {a if stage in of_a else b}"
+        for stage in STAGES
+        if (stage in of_a) != (stage in of_b)
+    ]
     conditions = {found[stage]: artifact_status(found[stage]) for found in (of_a, of_b) for stage in shared}
     alone += [f"{folder}: {state}, {why}" for folder, (state, why) in conditions.items() if state != "done"]
     parts = ["\n".join(alone), section(["settings", str(a), str(b)], set_otherwise)]
@@ -52,9 +66,19 @@ def unequal(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, tuple[A
 def settings(manifest: Manifest) -> dict[str, Any]:
     """By dotted key the config, the versions, and what no stage of ours made; the run's own name and folder always differ."""
     config = manifest["fingerprint"]["config"]
-    own, found = f"{config['runs']}/{config['run']}/", flatten_keys({key: config[key] for key in config.keys() - {"run", "runs"}})
-    found = {key: each.replace(own, "<run>/") if isinstance(each, str) else each for key, each in sorted(found.items())}
-    inputs = {f"made from {name}": each["identity"][:8] for name, each in manifest["inputs"].items() if each.get("foreign")}
+    own, found = (
+        f"{config['runs']}/{config['run']}/",
+        flatten_keys({key: config[key] for key in config.keys() - {"run", "runs"}}),
+    )
+    found = {
+        key: each.replace(own, "<run>/") if isinstance(each, str) else each
+        for key, each in sorted(found.items())
+    }
+    inputs = {
+        f"made from {name}": each["identity"][:8]
+        for name, each in manifest["inputs"].items()
+        if each.get("foreign")
+    }
     return found | inputs | {f"version of {name}": each for name, each in manifest["versions"].items()}
 
 

@@ -23,4 +23,6 @@ HEADLINES = {
 def headlines(stage: str, manifest: dict[str, Any]) -> dict[str, float]:
     """The figures that stand for a stage, by name."""
     found = flatten_keys({key: manifest.get(key, {}) for key in ("rows", "metrics")})
-    return {name: found[key] for key, name in HEADLINES[stage].items() if isinstance(found.get(key), int | float)}
+    return {
+        name: found[key] for key, name in HEADLINES[stage].items() if isinstance(found.get(key), int | float)
+    }

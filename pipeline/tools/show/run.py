@@ -25,8 +25,14 @@ def run_text(folder: Path) -> str:
     rows, made_from, notes = [HEAD], [["", "made from"]], []
     for stage in STAGES:
         manifest, (found, why) = read_manifest(folder / stage), state(folder / stage)
-        figures = ", ".join(f"{name} {format_number(value)}" for name, value in headlines(stage, manifest).items())
-        cells = [format_age(age(folder / stage, manifest)), format_size(disk(folder, stage)), manifest.get("identity", "")[:8]]
+        figures = ", ".join(
+            f"{name} {format_number(value)}" for name, value in headlines(stage, manifest).items()
+        )
+        cells = [
+            format_age(age(folder / stage, manifest)),
+            format_size(disk(folder, stage)),
+            manifest.get("identity", "")[:8],
+        ]
         rows.append([stage, found, *cells, figures])
         made_from += [[stage, ", ".join(input_lines(manifest))]] if manifest else []
         notes += [f"{stage}: {why}"] if why else []
@@ -39,8 +45,13 @@ def input_lines(manifest: dict[str, Any]) -> list[str]:
     """Each input by its name, the stage or the place it is from, and its identity."""
     own = Path(manifest["fingerprint"]["config"]["runs"], manifest["fingerprint"]["config"]["run"])
     places = {name: Path(each["path"]) for name, each in manifest["inputs"].items()}
-    shown = {name: path.relative_to(own) if path.is_relative_to(own) else path for name, path in places.items()}
-    return [" ".join(dict.fromkeys([name, str(path), manifest["inputs"][name]["identity"][:8]])) for name, path in shown.items()]
+    shown = {
+        name: path.relative_to(own) if path.is_relative_to(own) else path for name, path in places.items()
+    }
+    return [
+        " ".join(dict.fromkeys([name, str(path), manifest["inputs"][name]["identity"][:8]]))
+        for name, path in shown.items()
+    ]
 
 
 def state(folder: Path) -> tuple[str, str]:
@@ -50,9 +61,17 @@ def state(folder: Path) -> tuple[str, str]:
     if not work.exists():
         return found, why
     unfinished = "running" if is_being_written(folder.parent) else "interrupted"
-    steps = [step for file in work.glob("checkpoint-*/trainer_state.json") if (step := progress(read_json(file)))]
-    unfinished += f", {'goes on from' if unfinished == 'interrupted' else 'past'} step {max(steps)}" if steps else ""
-    return (unfinished, why) if found == "not made" else (found, "; ".join(filter(None, [why, f"made again: {unfinished}"])))
+    steps = [
+        step for file in work.glob("checkpoint-*/trainer_state.json") if (step := progress(read_json(file)))
+    ]
+    unfinished += (
+        f", {'goes on from' if unfinished == 'interrupted' else 'past'} step {max(steps)}" if steps else ""
+    )
+    return (
+        (unfinished, why)
+        if found == "not made"
+        else (found, "; ".join(filter(None, [why, f"made again: {unfinished}"])))
+    )
 
 
 def progress(trained: dict[str, Any]) -> int | None:

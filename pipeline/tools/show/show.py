@@ -31,5 +31,7 @@ def find_stages(folder: Path) -> dict[str, Path]:
         return {manifest["stage"]: folder}
     found = {stage: folder / stage for stage in STAGES if read_manifest(folder / stage)}
     if not found and not any(work_folder(folder / stage).exists() for stage in STAGES):
-        raise UserError(f"{folder}: {'holds nothing that a stage wrote' if folder.exists() else 'does not exist'}; {EXPECTED}")
+        raise UserError(
+            f"{folder}: {'holds nothing that a stage wrote' if folder.exists() else 'does not exist'}; {EXPECTED}"
+        )
     return found

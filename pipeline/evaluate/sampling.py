@@ -19,7 +19,7 @@ from pipeline.models.logprobs import response_logprobs
 from pipeline.ppo.functional import sequence_kl
 from pipeline.reward.evaluation import held_out_split
 from pipeline.reward.functions import RewardFunction, call_reward_function
-from pipeline.training.arguments import resolve_precision
+from pipeline.training.arguments import load_options
 
 
 def load_test_prompts(config: EvaluateStage, records: Artifact) -> Dataset:
@@ -36,12 +36,7 @@ def sample_policies(
 ) -> dict[str, dict[str, list[Any]]]:
     """Answers in columns, a prompt's samples together: `best_of` from SFT, and `samples_per_prompt` with their KL to SFT from PPO: `ppo_N`
     after N steps, then `ppo`."""
-    options: dict[str, Any] = {
-        "trust_remote_code": config.trust_remote_code,
-        "quantization": config.quantization,
-    }
-    options["precision"] = resolve_precision(config.precision)
-    sft, tokenizer = load_sampler(str(inputs["sft"].path), revision=inputs["sft"].revision, **options)
+    sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
     sampled = {"sft": sample_policy(config, "sft", sft, tokenizer, prompts["prompt"][:], config.best_of)}
     ppo = inputs["ppo"]
     kept = {
@@ -49,7 +44,7 @@ def sample_policies(
         for folder in sorted(ppo.path.glob("policies/step-*"))
     }
     for name, folder in (kept | {"ppo": ppo.path}).items():
-        policy, tokenizer = load_sampler(str(folder), revision=ppo.revision, **options)
+        policy, tokenizer = load_sampler(str(folder), **load_options(config, ppo.revision))
         sampled[name] = sample_policy(
             config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft
         )

@@ -40,7 +40,7 @@ from pipeline.reward.functions import (
     require_reward,
     reward_from_model,
 )
-from pipeline.training.arguments import build_arguments, build_lora_config, check_training, weight_precision
+from pipeline.training.arguments import build_arguments, build_lora_config, check_training, load_options
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
 
@@ -190,8 +190,7 @@ def load_trained_policy(
     """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
     adapter beside the frozen one."""
     source = config.policy or ""
-    options: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}
-    options |= {"trust_remote_code": config.trust_remote_code, "revision": revision}
+    options = load_options(config, revision)
     if not is_adapter(source, revision):
         policy: Any = load_policy(source, tokenizer, **options)
         lora = build_lora_config(config, TaskType.CAUSAL_LM, revision)

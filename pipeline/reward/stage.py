@@ -41,6 +41,7 @@ from pipeline.training.arguments import (
     build_arguments,
     build_lora_config,
     check_training,
+    load_options,
     require_eval_rows,
     weight_precision,
 )
@@ -206,12 +207,17 @@ def load_base(
             for text in (record["prompt"], *kind.responses(record))
         ]
         return new_classifier(texts, config.scratch, config.encoding.separator, settings.head)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # Where no EOS ends the ids, a pad token that is EOS hides nothing, and the vocabulary stays that of the base.
-    reads: dict[str, Any] = {"generates": False, "distinct_pad": config.encoding.eos is not False}
-    tokenizer = load_tokenizer(config.model, separator=config.encoding.separator, **reads, **options)
-    weights: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}
-    return load_classifier(config.model, tokenizer, head=settings.head, **weights, **options), tokenizer
+    tokenizer = load_tokenizer(
+        config.model,
+        separator=config.encoding.separator,
+        generates=False,
+        distinct_pad=config.encoding.eos is not False,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    options = load_options(config, config.revision)
+    return load_classifier(config.model, tokenizer, head=settings.head, **options), tokenizer
 
 
 def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokenizerBase) -> Encoding:
@@ -282,9 +288,8 @@ def reload_adapter(
     adapter: Path, config: RewardStage, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
     """The base, whole in this process, with the adapter and head that were trained on its shards."""
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    weights: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}
-    base: Any = load_classifier(config.model, tokenizer, head=settings.head, **weights, **options)
+    options = load_options(config, config.revision)
+    base: Any = load_classifier(config.model, tokenizer, head=settings.head, **options)
     return PeftModel.from_pretrained(base, str(adapter))
 
 

@@ -27,8 +27,8 @@ from pipeline.training.arguments import (
     build_arguments,
     build_lora_config,
     check_training,
+    load_options,
     require_eval_rows,
-    weight_precision,
 )
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
@@ -93,10 +93,13 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
         return new_policy(
             collect_texts(data["train"], "prompt", "completion"), config.scratch, config.separator
         )
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(config.model, separator=config.separator, **options)
-    weights: dict[str, Any] = {"quantization": config.quantization, "precision": weight_precision(config)}
-    return load_policy(config.model, tokenizer, **weights, **options), tokenizer
+    tokenizer = load_tokenizer(
+        config.model,
+        separator=config.separator,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return load_policy(config.model, tokenizer, **load_options(config, config.revision)), tokenizer
 
 
 def tokenize_demonstrations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

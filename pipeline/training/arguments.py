@@ -20,7 +20,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from pipeline.artifacts.files import read_json
-from pipeline.config import TrainedStage, nearest
+from pipeline.config import EvaluateStage, TrainedStage, nearest
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
 from pipeline.distributed.sharding import disable_zero3_init
@@ -179,6 +179,24 @@ def resolve_precision(precision: str) -> str:
 def weight_precision(config: TrainedStage) -> str:
     """The dtype weights are loaded in: fp32 where they are trained, the compute precision where they are frozen under LoRA."""
     return "fp32" if config.lora is None else resolve_precision(config.precision)
+
+
+def load_options(config: TrainedStage | EvaluateStage, revision: str | None) -> dict[str, Any]:
+    """Return the loaders' keyword arguments: revision, trust_remote_code, quantization and precision.
+
+    `revision` is the branch, tag or commit of a model on the hub. The precision is `weight_precision` if the
+    stage trains, else the precision of the computation.
+    """
+    if isinstance(config, TrainedStage):
+        precision = weight_precision(config)
+    else:
+        precision = resolve_precision(config.precision)
+    return {
+        "revision": revision,
+        "trust_remote_code": config.trust_remote_code,
+        "quantization": config.quantization,
+        "precision": precision,
+    }
 
 
 def _check_section(where: str, section: dict[str, Any], cls: type) -> None:

@@ -48,10 +48,12 @@ oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
 notebooks: setup  ## every notebook from end to end, in a scratch folder (minutes)
 	$(BIN)/python -m pytest -m notebooks --durations=0 tests/test_notebooks.py $(ARGS)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, the layers of the package, its declared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
 
 docs: .venv/docs-ready  ## the documentation as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

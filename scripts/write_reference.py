@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config.reference import format_markdown
-from pipeline.config.schemas import write_schemas
+from pipeline.tools.reference.keys import format_markdown
+from pipeline.tools.reference.schemas import write_schemas
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -51,8 +51,8 @@ def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
 
 def show_config(args: argparse.Namespace) -> None:
     """Print the keys of a stage's config, or its JSON Schema."""
-    from pipeline.config.reference import format_text
-    from pipeline.config.schemas import read_schema
+    from pipeline.tools.reference.keys import format_text
+    from pipeline.tools.reference.schemas import read_schema
 
     if args.schema:
         print(json.dumps(read_schema(args.stage), indent=2, ensure_ascii=False))

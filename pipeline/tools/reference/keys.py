@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pipeline.config.loading import STAGES, nearest
-from pipeline.config.schemas import ARGUMENTS, DOCUMENTATION, Schema, describe_stage
 from pipeline.errors import UserError
+from pipeline.tools.reference.schemas import ARGUMENTS, DOCUMENTATION, Schema, describe_stage
 
 INTRODUCTION = """# Configuration
 

@@ -6,8 +6,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Nothing is told to the authors of libraries: the hub's client (TRL reports through it), W&B's crash reports, MLflow's usage. They read
-# these when they are first imported, so import this package before them; whoever wants to report sets them otherwise.
+# By default, send no telemetry to the authors of libraries: the hub's client (TRL reports through it), W&B's
+# crash reports, MLflow's usage data. The libraries read these variables when they are first imported, so this
+# package must be imported before them. A variable that is already set is kept.
 for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_ERROR_REPORTING": "false",
@@ -24,7 +25,7 @@ __all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # PEP 562: `--help` and config errors come before torch is imported.
+    # PEP 562: `--help` and config errors are printed before torch is imported.
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

@@ -1,9 +1,9 @@
-"""What the user can mend: shown as one line, never as a traceback."""
+"""User errors, printed as one line without a traceback."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: names the thing, what was found, what was expected and what to run."""
+    """A mistake in the user's input: names the thing, what was found, what was expected and what to run."""
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows instead of a traceback, in a notebook too."""
+        """Return the line that IPython prints instead of a traceback, in notebooks too."""
         return [f"error: {' '.join(str(self).split())}"]

@@ -1,4 +1,4 @@
-"""Building an artifact: reuse it, resume it, or make it; then publish it whole."""
+"""Build an artifact: reuse it, resume it, or make it; then publish it as a whole."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ from pipeline.artifacts.manifest import (
 from pipeline.distributed.processes import is_main_process, on_main_process
 from pipeline.errors import UserError
 
+Log = Callable[[str], object]
+
 
 class BuildConfig(Protocol):
-    """What `build` needs of a stage's config."""
+    """The part of a stage's config that `build_artifact` reads."""
 
     stage: ClassVar[str]
     seed: int
     force: bool
 
     @property
-    def folder(self) -> Path: ...
-    def resolved(self) -> dict[str, Any]: ...
+    def folder(self) -> Path:
+        """The folder of the artifact."""
 
-
-# Building
+    def resolved(self) -> dict[str, Any]:
+        """Return everything that decides the result, as plain data."""
 
 
 def build_artifact(
@@ -61,54 +63,49 @@ def build_artifact(
     inputs: dict[str, Artifact],
     make: Callable[[Path, Path], dict[str, Any]],
     on_every_rank: bool = False,
-    say: Callable[[str], object] = print,
+    log: Log = print,
 ) -> Path:
-    """Make and publish `config.folder`, the one way a stage writes; returns that folder.
+    """Make and publish `config.folder`, and return it. This is the only way in which a stage writes.
 
-    `make(output, work)` writes the artifact's files into the empty folder `output`, may keep checkpoints in `work` (there again after an
-    interruption, never published) and returns {"metrics": {…}, "rows": {…}}, both optional, plain JSON. It is not called when the published
-    artifact has the same fingerprint and is sound, unless `config.force`. If it fails, what was published stays as it was.
+    `make(output, work)` writes the artifact's files into the empty folder `output`. It may keep checkpoints
+    in `work`, which survives an interruption and is never published. It returns
+    {"metrics": {…}, "rows": {…}}, both optional, plain JSON. It is not called if the published artifact is
+    intact and has the same fingerprint, unless `config.force` is set. If it fails, the published artifact
+    stays as it was.
 
-    Rank 0 does all of this; the other ranks only call `make`, where it trains (`on_every_rank`), and must leave `output` alone; all return
-    when the artifact is there. UserError if another process writes the run, or if what no stage wrote or an interrupted run of other
-    settings would be lost; ValueError for another key in make's result; what `make` raises, and a full disk, pass through.
+    Rank 0 does all of this. The other ranks only call `make`, and only with `on_every_rank`; they must not
+    write to `output`. All ranks return when the artifact is published.
+
+    Raises `UserError` if another process is writing the run, if files that no stage wrote would be lost, or
+    if an interrupted run with other settings would be lost. Raises `ValueError` for another key in the result
+    of `make`. Errors of `make`, and a full disk, are passed on.
     """
     folder, fingerprint = config.folder, _fingerprint(config, inputs)
     work = work_folder(folder)
     output = work.parent / "output"
 
     def begin() -> bool:
-        held.enter_context(_locked(folder.parent))
+        stack.enter_context(_locked(folder.parent))
         _repair(folder, kind)
-        if _is_reusable(config, kind, fingerprint, say):
-            say(f"{config.stage}: unchanged, reusing {folder}")
+        if _is_reusable(config, kind, fingerprint, log):
+            log(f"{config.stage}: unchanged, reusing {folder}")
             return False
-        _begin(config, output, work, fingerprint, say)
+        _prepare_partial(config, output, work, fingerprint, log)
         return True
 
     def publish() -> None:
         _write_manifest(output, _new_manifest(config, kind, inputs, fingerprint, result))
         _publish(output, folder)
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if on_main_process(begin):
             result = make(output, work) if is_main_process() or on_every_rank else {}
             on_main_process(publish)
     return folder
 
 
-def _fingerprint(config: BuildConfig, inputs: dict[str, Artifact]) -> dict[str, Any]:
-    identities = {name: artifact.identity for name, artifact in inputs.items()}
-    made_from = {
-        "config": config.resolved(),
-        "inputs": identities,
-        "version": RESULTS_VERSION if "pipeline" in package_versions() else "not installed",
-    }
-    return dict(json.loads(json.dumps(made_from, default=str)))  # as it will be read back, to be compared
-
-
 def is_being_written(run: Path) -> bool:
-    """Whether a process holds the run's lock."""
+    """Return whether a process holds the run's lock."""
     if not (run / ".lock").exists():
         return False
     try:
@@ -116,71 +113,91 @@ def is_being_written(run: Path) -> bool:
             return False
     except UserError:
         return True
-    except OSError:  # not ours to write in
+    except OSError:  # no permission to write here
         return False
 
 
+def _fingerprint(config: BuildConfig, inputs: dict[str, Artifact]) -> dict[str, Any]:
+    fingerprint = {
+        "config": config.resolved(),
+        "inputs": {name: artifact.identity for name, artifact in inputs.items()},
+        "version": RESULTS_VERSION if "pipeline" in package_versions() else "not installed",
+    }
+    # Through JSON, so that it equals a fingerprint that is read from a file.
+    return dict(json.loads(json.dumps(fingerprint, default=str)))
+
+
 def _locked(run: Path) -> AbstractContextManager[None]:
-    busy = f"{run} is being written by another process; wait until it ends, or name another run: --run NAME"
+    busy = f"{run} is being written by another process; wait until it ends, or choose another run: --run NAME"
     return hold_lock(run / ".lock", busy)
 
 
 def _repair(folder: Path, kind: str) -> None:
-    """Put right what a crash in the middle of `_swap` left behind."""
+    """Clean up after a crash in the middle of `_publish`."""
     old, partial = sibling(folder, "old"), sibling(folder, "partial")
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
+
     manifest = read_manifest(folder)
     if (
         manifest
         and manifest.get("fingerprint") == read_json(partial / "fingerprint.json")
         and not find_problem(folder, manifest, kind)
     ):
-        shutil.rmtree(partial, ignore_errors=True)  # what it would become is published
+        shutil.rmtree(partial, ignore_errors=True)  # its result is already published
 
 
-def _is_reusable(
-    config: BuildConfig, kind: str, fingerprint: dict[str, Any], say: Callable[[str], object]
-) -> bool:
+def _is_reusable(config: BuildConfig, kind: str, fingerprint: dict[str, Any], log: Log) -> bool:
     manifest = read_manifest(config.folder)
     if config.force or manifest.get("fingerprint") != fingerprint:
         return False
     problem = find_problem(config.folder, manifest, kind)
     if problem:
-        say(f"{config.stage}: {config.folder}: {problem}; making it again")
+        log(f"{config.stage}: {config.folder}: {problem}; making it again")
     return not problem
 
 
-def _begin(
-    config: BuildConfig, output: Path, work: Path, fingerprint: dict[str, Any], say: Callable[[str], object]
+def _prepare_partial(
+    config: BuildConfig, output: Path, work: Path, fingerprint: dict[str, Any], log: Log
 ) -> None:
-    """Resume the partial folder if it was made from the same, else begin a new one; refuse to lose what is not ours to lose."""
-    folder, partial = config.folder, output.parent
-    published = list_files(folder).keys()
-    half_written = not read_manifest(folder) and "config.yaml" in published
-    unknown = (
-        [] if half_written else sorted(published - {"manifest.json", *read_manifest(folder).get("files", {})})
-    )
-    if unknown and not config.force:
-        raise UserError(
-            f"{folder}: holds what no stage wrote ({', '.join(unknown[:3])}); move it away, or add --force to replace it"
-        )
-    begun = read_json(partial / "fingerprint.json")
-    has_work = bool(begun) and work.is_dir() and any(work.iterdir())
+    """Resume the partial folder if it has the same fingerprint, else begin a new one; leave `output` empty.
+
+    Raises `UserError` instead of deleting files that no stage wrote, or work with another fingerprint.
+    """
+    _check_unknown_files(config)
+    partial = output.parent
+    previous = read_json(partial / "fingerprint.json")
+    has_work = bool(previous) and work.is_dir() and any(work.iterdir())
     if config.force or not has_work:
         shutil.rmtree(partial, ignore_errors=True)
         work.mkdir(parents=True)
         write_json(partial / "fingerprint.json", fingerprint)
-    elif begun == fingerprint:
-        say(f"{config.stage}: resuming {partial}")
+    elif previous == fingerprint:
+        log(f"{config.stage}: resuming {partial}")
         shutil.rmtree(output, ignore_errors=True)
     else:
-        changes = _describe_changes(begun, fingerprint)
+        changes = _describe_changes(previous, fingerprint)
         raise UserError(
-            f"{partial}: interrupted with other settings: {changes}; set them back to resume, or add --force to start afresh"
+            f"{partial}: interrupted with other settings: {changes}; set them back to resume, or add --force "
+            "to start over"
         )
     output.mkdir()
+
+
+def _check_unknown_files(config: BuildConfig) -> None:
+    """Raise `UserError` if the published folder contains files that no stage wrote, unless `config.force`."""
+    folder = config.folder
+    manifest, files = read_manifest(folder), list_files(folder).keys()
+    is_half_written = not manifest and "config.yaml" in files
+    if config.force or is_half_written:
+        return
+    unknown = sorted(files - {"manifest.json", *manifest.get("files", {})})
+    if unknown:
+        raise UserError(
+            f"{folder}: contains files that no stage wrote ({', '.join(unknown[:3])}); move them away, or "
+            "add --force to replace the folder"
+        )
 
 
 def _describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -199,7 +216,7 @@ def _new_manifest(
     fingerprint: dict[str, Any],
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """All of the manifest but the files and the identity, which `_seal` adds."""
+    """Return the manifest without the files and the identity, which `_write_manifest` adds."""
     if unknown := result.keys() - {"metrics", "rows"}:
         raise ValueError(
             f"{config.stage}: make returned {sorted(unknown)}, expected no key but 'metrics' and 'rows'"
@@ -220,20 +237,19 @@ def _new_manifest(
 
 
 def _write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-    """Write config.yaml, and manifest.json once everything it vouches for is on disk."""
+    """Write config.yaml, and then manifest.json, once every file that it lists is on disk."""
     resolved = yaml.safe_dump(manifest["fingerprint"]["config"], sort_keys=False, allow_unicode=True)
     (output / "config.yaml").write_text(resolved, encoding="utf-8")
     files = hash_files(output, cached=False)
     sync_to_disk(*output.rglob("*"))
-    write_json(
-        output / "manifest.json",
-        manifest | {"files": files, "identity": content_identity(manifest["kind"], files)},
-    )
+
+    identity = content_identity(manifest["kind"], files)
+    write_json(output / "manifest.json", manifest | {"files": files, "identity": identity})
     sync_to_disk(output / "manifest.json", output)
 
 
 def _publish(output: Path, folder: Path) -> None:
-    """Put `output` in the place of `folder`; a crash anywhere in here is mended by `_repair`."""
+    """Replace `folder` by `output`; `_repair` recovers from a crash at any point in here."""
     old = sibling(folder, "old")
     if folder.exists():
         os.rename(folder, old)

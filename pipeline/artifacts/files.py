@@ -1,4 +1,4 @@
-"""Files as artifacts need them: hashed once, synced to disk, JSON read and written."""
+"""Files of artifacts: hash each file once, flush files to disk, read and write JSON, hold a lock file."""
 
 import hashlib
 import json
@@ -13,39 +13,44 @@ from filelock import FileLock, Timeout
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
-# In the user's own cache: nothing is written beside what a user brings.
+# The user's cache folder: nothing is written next to the user's own files.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
 
 
 def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
-    """Relative POSIX path -> SHA-256 of each file in a folder (hidden ones left out), or of a single file by its name.
+    """Return the SHA-256 of each file in a folder by relative POSIX path, or of a single file by its name.
 
-    A file whose size and mtime are in the cache is not read again; `cached=False` reads all and renews the cache.
+    Hidden files are skipped. A file whose size and mtime are in the cache is not read again. With
+    `cached=False`, every file is read and the cache is renewed.
     """
     path = Path(path).absolute()
     cache = CACHE / f"{hash_value(str(path))[:16]}.json"
     known: dict[str, list[Any]] = read_json(cache)
-    found = list_files(path)
-    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in found.items()}
+    files = list_files(path)
+    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
+
     entries = {
         name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp
     }
-    unread = [name for name in found if name not in entries]
-    with progress_bar(
-        f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1
-    ) as shown:
+    unread = [name for name in files if name not in entries]
+    size = sum(stamps[name][0] for name in unread)
+    with progress_bar(f"hashing {path.name}", "B", total=size, unit_scale=True, delay=1) as bar:
         for name in unread:
-            entries[name] = [*stamps[name], hash_file(found[name])]
-            shown.update(stamps[name][0])
+            entries[name] = [*stamps[name], hash_file(files[name])]
+            bar.update(stamps[name][0])
+
     if entries != known:
-        with suppress(OSError):  # only a cache: the folder may be read-only, the disk full
+        with suppress(OSError):  # the cache is optional: its folder may be read-only, or the disk full
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(cache, entries)
-    return {name: str(entries[name][2]) for name in found}
+    return {name: str(entries[name][2]) for name in files}
 
 
 def list_files(path: Path) -> dict[str, Path]:
-    """Relative POSIX path -> file. Hidden files are never content: a download's .cache, a clone's .git."""
+    """Return the files in a folder by relative POSIX path, or a single file by its name.
+
+    Hidden files are skipped, because they are never content: a download's .cache, a clone's .git.
+    """
     if path.is_file():
         return {path.name: path}
     files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
@@ -57,19 +62,21 @@ def list_files(path: Path) -> dict[str, Path]:
 
 
 def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_value(value: Any) -> str:
+    """Return the SHA-256 of a value's JSON with sorted keys, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync_to_disk(*paths: Path) -> None:
+    """Flush files and folders to disk."""
     for path in paths:
-        with (
-            suppress(OSError) if path.is_dir() else nullcontext()
-        ):  # some network file systems, and Windows, cannot sync a folder
+        # Some network file systems, and Windows, cannot sync a folder.
+        with suppress(OSError) if path.is_dir() else nullcontext():
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -78,7 +85,7 @@ def sync_to_disk(*paths: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} if there is none to be read: whoever wrote it was interrupted."""
+    """Return the object in a JSON file, or {} if the file is absent, incomplete or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -87,6 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object to a JSON file, indented and in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

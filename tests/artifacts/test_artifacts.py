@@ -78,9 +78,9 @@ def said() -> list[str]:
 
 
 def publish(
-    config: Config, make: Make | None = None, *, kind: str = "policy", inputs: dict[str, Artifact] | None = None, say=print
+    config: Config, make: Make | None = None, *, kind: str = "policy", inputs: dict[str, Artifact] | None = None, log=print
 ) -> Path:
-    return build_artifact(config, kind=kind, inputs=inputs or {}, make=make or Make(), say=say)
+    return build_artifact(config, kind=kind, inputs=inputs or {}, make=make or Make(), log=log)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def input_artifact(tmp_path: Path, rows: str) -> Artifact:
 
 def test_first_build_publishes_files_config_and_manifest(config, said):
     make = Make({"model.bin": "weights", "tokenizer/vocab.txt": "a b"}, {"metrics": {"loss": 0.25}, "rows": {"kept": 7}})
-    folder = publish(config, make, say=said.append)
+    folder = publish(config, make, log=said.append)
     assert folder == Path(config.runs) / "demo" / "sft"
     assert make.found == {"output": [], "work": []}
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
@@ -202,7 +202,7 @@ def test_unchanged_is_reused(config, said):
     folder = publish(config)
     before = (folder / "manifest.json").read_bytes()
     again = Make()
-    assert publish(config, again, say=said.append) == folder
+    assert publish(config, again, log=said.append) == folder
     assert again.calls == 0
     assert said == [f"sft: unchanged, reusing {folder}"]
     assert (folder / "manifest.json").read_bytes() == before
@@ -244,7 +244,7 @@ def test_another_version_of_the_results_is_made_again(config, monkeypatch):
 def test_force_makes_it_again(config, said):
     publish(config, Make({"model.bin": "old"}))
     config.force = True
-    folder = publish(config, Make({"model.bin": "new"}), say=said.append)
+    folder = publish(config, Make({"model.bin": "new"}), log=said.append)
     assert (folder / "model.bin").read_text() == "new"
     assert said == []
 
@@ -252,7 +252,7 @@ def test_force_makes_it_again(config, said):
 def test_altered_artifact_is_made_again(config, said):
     folder = publish(config)
     rewrite(folder / "model.bin", "weightz")
-    publish(config, Make(), say=said.append)
+    publish(config, Make(), log=said.append)
     assert (folder / "model.bin").read_text() == "weights"
     assert said == [
         f"sft: {folder}: model.bin was altered: its SHA-256 is {sha256('weightz')[:12]}…, "
@@ -265,7 +265,7 @@ def test_a_file_added_to_what_was_published_is_not_lost(config):
     (folder / "notes.txt").write_text("learned at last")
     publish(config)  # unchanged: nothing is replaced
     config.seed = 1
-    with pytest.raises(UserError, match=r"demo/sft: holds what no stage wrote \(notes.txt\)"):
+    with pytest.raises(UserError, match=r"demo/sft: contains files that no stage wrote \(notes.txt\)"):
         publish(config)
     assert (folder / "notes.txt").exists()
     config.force = True
@@ -286,7 +286,7 @@ def test_files_that_no_stage_wrote_are_not_replaced_unless_forced(config):
     config.folder.mkdir(parents=True)
     (config.folder / "thesis.txt").write_text("years of work")
     make = Make()
-    with pytest.raises(UserError, match=r"demo/sft: holds what no stage wrote \(thesis.txt\); move it away, or add --force"):
+    with pytest.raises(UserError, match=r"demo/sft: contains files that no stage wrote \(thesis.txt\); move them away, or add --force"):
         publish(config, make)
     assert (make.calls, (config.folder / "thesis.txt").read_text()) == (0, "years of work")
     config.force = True
@@ -300,7 +300,7 @@ def test_interrupted_run_resumes_with_its_work_and_an_empty_output(config, said)
     interrupt(config)
     assert not config.folder.exists()
     make = Make()
-    folder = publish(config, make, say=said.append)
+    folder = publish(config, make, log=said.append)
     assert make.found == {"output": [], "work": ["checkpoint-1"]}
     assert said == [f"sft: resuming {folder.parent / '.sft.partial'}"]
     assert sorted(os.listdir(folder)) == ["config.yaml", "manifest.json", "model.bin"]
@@ -312,7 +312,7 @@ def test_interrupted_before_a_checkpoint_starts_afresh_even_with_another_config(
         publish(config, Make({"half.bin": "half"}, error=KeyboardInterrupt()))
     config.training["learning_rate"] = 0.25
     make = Make()
-    publish(config, make, say=said.append)
+    publish(config, make, log=said.append)
     assert (make.found, said) == ({"output": [], "work": []}, [])
 
 
@@ -333,7 +333,7 @@ def test_changed_config_over_a_partial_run_is_refused_with_keys_and_values(confi
     assert str(refused.value) == (
         f"{config.folder.parent / '.sft.partial'}: interrupted with other settings: training.learning_rate was 0.5, is 0.25, "
         "training.steps.1 was 2, is 3, training.warmup was not set, is 4; "
-        "set them back to resume, or add --force to start afresh"
+        "set them back to resume, or add --force to start over"
     )
     assert make.calls == 0
     config.training = {"learning_rate": 0.5, "steps": [1, 2]}
@@ -354,7 +354,7 @@ def test_force_over_a_partial_run_starts_afresh(config, said):
     config.training["learning_rate"] = 0.25
     config.force = True
     make = Make()
-    publish(config, make, say=said.append)
+    publish(config, make, log=said.append)
     assert (make.found, said) == ({"output": [], "work": []}, [])
 
 
@@ -612,7 +612,7 @@ def test_newer_schema_is_refused(config):
 
 def test_folder_of_something_else_is_refused(tmp_path):
     assert refusal(tmp_path) == (
-        f"{tmp_path}: is no artifact of kind 'policy': expected one of manifest.json, config.json, adapter_config.json in it; run: {FIX}"
+        f"{tmp_path}: is not an artifact of kind 'policy': expected one of manifest.json, config.json, adapter_config.json in it; run: {FIX}"
     )
 
 
@@ -640,7 +640,7 @@ def test_foreign_folder_is_accepted_with_hashes(tmp_path, marker, kind, other):
     assert require_artifact(folder, kind, FIX).identity == opened.identity
     rewrite(folder / "weights", "v")
     assert require_artifact(folder, kind, FIX).identity != opened.identity
-    assert f"is no artifact of kind '{other}'" in refusal(folder, other)
+    assert f"is not an artifact of kind '{other}'" in refusal(folder, other)
 
 
 def test_foreign_file_counts_whatever_its_name(tmp_path):

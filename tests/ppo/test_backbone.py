@@ -184,8 +184,8 @@ def test_an_adapter_whose_base_has_moved_is_refused(tiny_records, tiny_llama, tm
     folder = sft.run(config.SFTStage(model=str(base), lora={"r": 2}, **common))
     require_artifact(folder, "policy", "")
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
-    with pytest.raises(UserError, match=r"is an adapter of .*base, which has changed since: put back what it was trained on; run: make it"):
+    with pytest.raises(UserError, match=r"is an adapter of .*base, which has changed since: restore the version it was trained on; run: make it"):
         require_artifact(folder, "policy", "make it")
     shutil.rmtree(base)
-    with pytest.raises(UserError, match=r"which is no longer there: put it back; run: make it"):
+    with pytest.raises(UserError, match=r"which no longer exists: restore it; run: make it"):
         require_artifact(folder, "policy", "make it")

@@ -71,7 +71,7 @@ def made(folder: Path, stage: str, metrics: dict, *inputs: str, text: str = "mad
         (output / "content.txt").write_text(text)
         return {"metrics": metrics}
 
-    return build_artifact(loaded, kind="reward" if stage == "reward" else "policy", inputs=opened, make=make, say=lambda _: None)
+    return build_artifact(loaded, kind="reward" if stage == "reward" else "policy", inputs=opened, make=make, log=lambda _: None)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_what_is_altered_or_made_from_another_input_than_there_is_now(run: Path,
     assert main(["show", str(moved)]) == 0
     shown = capsys.readouterr().out
     assert [table_of(shown)[stage][0] for stage in ("sft", "reward")] == ["done", "out of date"]
-    assert shown.rstrip().splitlines()[-1] == f"reward: sft was {was}, and {moved}/sft is another now"
+    assert shown.rstrip().splitlines()[-1] == f"reward: sft was {was}, and {moved}/sft has changed since"
     (moved / "sft" / "content.txt").write_text("touched")
     assert main(["show", str(moved)]) == 0
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""scripts/convert.py, by hand."""
+"""scripts/convert.py against conversions worked by hand."""
 
 import importlib.util
 import json
@@ -19,13 +19,14 @@ spec.loader.exec_module(convert)
     ("votes", "chosen"),
     [((1, 1, 2), "one"), ((2, 0, 2), "two"), ((0, 0, 1), None), ((0, 1, 2), None), ((2, 2, 2), "two")],
 )
-def test_pandalm_takes_what_most_annotators_saw(votes, chosen):
+def test_pandalm_takes_what_most_annotators_prefer(votes, chosen):
     row = {"instruction": "Do.", "input": "x", "response1": "one", "response2": "two"}
-    found = convert.pandalm(row | {f"annotator{n}": vote for n, vote in enumerate(votes, 1)})
+    pair = convert.convert_pandalm(row | {f"annotator{n}": vote for n, vote in enumerate(votes, 1)})
     if chosen is None:
-        assert found is None
+        assert pair is None
     else:
-        assert found == {"prompt": "Do.\n\nx", "chosen": chosen, "rejected": "two" if chosen == "one" else "one"}
+        rejected = "two" if chosen == "one" else "one"
+        assert pair == {"prompt": "Do.\n\nx", "chosen": chosen, "rejected": rejected}
 
 
 @pytest.mark.parametrize(
@@ -39,17 +40,20 @@ def test_pandalm_takes_what_most_annotators_saw(votes, chosen):
     ],
 )
 def test_finegrained_qa_ranks_what_fits_one_order(preference, ranks):
+    responses = [f"answer {number}" for number in (1, 2, 3, 4)]
     row = {"question": "Q?", "passages": [["title", "A.", "B."], ["t", "C."]], "preference": preference}
-    found = convert.finegrained_qa(row | {f"prediction {n}": f"answer {n}" for n in (1, 2, 3, 4)})
+    row |= {f"prediction {number}": response for number, response in enumerate(responses, 1)}
+    ranking = convert.convert_finegrained_qa(row)
     if ranks is None:
-        assert found is None
+        assert ranking is None
     else:
-        assert found == {"prompt": "A. B.\n\nC.\n\nQ?", "responses": [f"answer {n}" for n in (1, 2, 3, 4)], "ranks": ranks}
+        assert ranking == {"prompt": "A. B.\n\nC.\n\nQ?", "responses": responses, "ranks": ranks}
 
 
 def test_another_file_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([{"a": 1}]))
-    done = subprocess.run([sys.executable, SCRIPT, "pandalm", tmp_path / "x.json", tmp_path / "y"], capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "pandalm", tmp_path / "x.json", tmp_path / "y"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path / 'x.json'}: not a file of pandalm: KeyError: 'annotator1'\n"
+    assert done.stderr == f"error: {tmp_path / 'x.json'}: not a pandalm file: KeyError: 'annotator1'\n"
     assert not (tmp_path / "y").exists()

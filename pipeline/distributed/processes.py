@@ -1,4 +1,7 @@
-"""The processes of a run under `accelerate launch`: rank 0 decides and writes, the others wait for it; long work is shared out."""
+"""The processes of a run under `accelerate launch`.
+
+Rank 0 decides and writes while the other ranks wait. Long work is divided among all ranks.
+"""
 
 import gc
 import os
@@ -11,27 +14,26 @@ from pipeline.distributed.launch import launch_problem
 from pipeline.errors import UserError
 
 Value = TypeVar("Value")
-
 Item = TypeVar("Item")
-
 Result = TypeVar("Result")
 
-# How long the others wait for rank 0 to prepare, to publish, to evaluate; a process that dies ends them all at once, by its launcher.
+# How long the other ranks wait while rank 0 prepares, publishes or evaluates. If a process dies, the launcher
+# ends all of them at once.
 TIMEOUT = timedelta(days=7)
 
 
 def is_main_process() -> bool:
-    """True on rank 0, or in the only process."""
+    """Return whether this is rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:
-    """The number of processes that were started together."""
+    """Return the number of processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def broadcast(value: Value) -> Value:
-    """Rank 0's value on every rank, once all have come here."""
+    """Return rank 0's value on every rank. All ranks must call it."""
     if world_size() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -41,7 +43,10 @@ def broadcast(value: Value) -> Value:
 
 
 def on_main_process(work: Callable[[], Value]) -> Value:
-    """`work()` on rank 0, whose result every rank gets; where it fails there, the others leave without a word."""
+    """Run `work` on rank 0 and return its result on every rank. All ranks must call it.
+
+    If `work` fails, rank 0 raises its error, and the other ranks exit silently with status 2.
+    """
     if not is_main_process():
         failed, value = broadcast((True, None))
         if failed:
@@ -58,27 +63,28 @@ def on_main_process(work: Callable[[], Value]) -> Value:
 def map_across_processes(
     work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]
 ) -> list[Result]:
-    """`work` on all items, each process doing its share of them, if it has one; every process gets all results, in
-    the order of the items."""
+    """Apply `work` to each process's share of `items`, and return all results on every process.
+
+    The results are in the order of the items. `work` is not called on a process whose share is empty.
+    """
     processes = world_size()
     if processes == 1:
         return work(items)
     from accelerate.utils import gather_object
 
     init_process_group()
-    first, end = (
-        len(items) * rank // processes for rank in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1)
-    )
+    rank = int(os.environ["RANK"])
+    first, end = len(items) * rank // processes, len(items) * (rank + 1) // processes
     return list(gather_object(work(items[first:end]) if end > first else []))
 
 
 def is_initialized() -> bool:
-    """Whether this process has entered the group of those it was started with."""
+    """Return whether this process has joined the process group."""
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
 def init_process_group() -> None:
-    """Enter that group. Raises `UserError` where the launch did not get what it asked for."""
+    """Join the process group. Raises `UserError` if the launch differs from what was requested."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -89,21 +95,25 @@ def init_process_group() -> None:
     from accelerate import PartialState
 
     try:
-        found = PartialState(cpu=not gpus, timeout=TIMEOUT).num_processes
+        joined = PartialState(cpu=not gpus, timeout=TIMEOUT).num_processes
     except torch.distributed.DistNetworkError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"the launch: the processes cannot meet at {place}: {error}; name another port: --main_process_port 0"
+            f"the launch: the processes cannot connect at {address}: {error}; choose another port: "
+            "--main_process_port 0"
         ) from None
-    if found != world_size():
+    if joined != world_size():
         raise UserError(
-            f"the launch: {world_size()} processes were asked for, and {found} came together; start them with accelerate launch"
+            f"the launch: {world_size()} processes were requested, but {joined} joined; start them with "
+            "accelerate launch"
         )
 
 
 def destroy_process_group() -> None:
-    """Leaves the group, if it was joined: its threads must be gone before the interpreter is, or they abort the process
-    (pytorch/pytorch#179291)."""
+    """Leave the process group, if this process has joined it.
+
+    Its threads must end before the interpreter does, or they abort the process (pytorch/pytorch#179291).
+    """
     if is_initialized():
         gc.collect()  # a model wrapped for several processes may hold the group
         sys.modules["torch"].distributed.destroy_process_group()

@@ -7,11 +7,16 @@ from tqdm import tqdm
 from pipeline.distributed.processes import is_main_process
 
 
-def progress_bar(what: str, unit: str, over: Any = None, total: int | None = None, **options: Any) -> Any:
-    """A bar over an iterable, or one of `total` units that is moved by `update`; where nobody watches it shows nothing."""
+def progress_bar(
+    description: str, unit: str, items: Any = None, total: int | None = None, **options: Any
+) -> Any:
+    """Return a progress bar over `items`, or one of `total` units that `update` advances.
+
+    `options` are keyword arguments of `tqdm`. The bar is hidden without a terminal and on the other ranks.
+    """
     return tqdm(
-        over,
-        desc=f"  {what}",
+        items,
+        desc=f"  {description}",
         unit=f" {unit}",
         total=total,
         disable=None if is_main_process() else True,

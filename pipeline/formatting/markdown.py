@@ -1,4 +1,4 @@
-"""What the model cards share: templates, cells, and places told without saying where this machine keeps them."""
+"""Helpers of the model cards: templates, table cells, and paths without this machine's folders."""
 
 import json
 from functools import partial
@@ -8,17 +8,29 @@ import jinja2
 
 
 def markdown_environment(folder: Path) -> jinja2.Environment:
-    """The templates of a folder, for Markdown."""
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    """Build the environment of the Markdown templates in a folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    found.filters.update(cell=format_cell, code=partial(json.dumps, ensure_ascii=False), place=format_place)
-    return found
+    )
+    environment.filters.update(
+        cell=format_cell,
+        code=partial(json.dumps, ensure_ascii=False),
+        place=format_place,
+    )
+    return environment
 
 
 def format_place(path: str | Path) -> str:
-    """A hub id, or a path from the working directory; of one that lies elsewhere the name, since where it lies is nobody's business."""
+    """Return a hub id, or a path relative to the working directory.
+
+    Of an absolute path outside the working directory only the name is returned, so that a published card does
+    not reveal local folders.
+    """
     path = Path(path)
     if not path.is_absolute():
         return path.as_posix()
@@ -26,5 +38,5 @@ def format_place(path: str | Path) -> str:
 
 
 def format_cell(text: str) -> str:
-    """Text as a Markdown table takes it."""
+    """Return text as one cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

@@ -1,4 +1,4 @@
-"""Numbers, ages and sizes as people read them."""
+"""Format numbers, ages and sizes for people. Imports no torch."""
 
 import json
 import math
@@ -13,11 +13,9 @@ def format_number(value: object, spec: str = "z.4g") -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:+,}" if spec.startswith("+") else f"{value:,}"
-    return (
-        format(float(value), spec)
-        if isinstance(value, Real)
-        else json.dumps(value, ensure_ascii=False, default=str)
-    )
+    if isinstance(value, Real):
+        return format(float(value), spec)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def format_metric(value: float) -> str:
@@ -26,7 +24,7 @@ def format_metric(value: float) -> str:
 
 
 def format_age(seconds: float | None) -> str:
-    """Format an age in the largest unit that it fills twice."""
+    """Format an age in the largest unit of which it has at least two; None becomes an empty string."""
     if seconds is None:
         return ""
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")):
@@ -43,9 +41,7 @@ def format_size(count: float) -> str:
 
 
 def as_finite(value: object) -> float | None:
-    """Return a finite number as a float; None for everything else, bools too."""
-    return (
-        float(value)
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
+    """Return a finite number as a float, and None for everything else, including booleans."""
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

@@ -6,55 +6,72 @@ from typing import Any, NamedTuple
 from pipeline.formatting.numbers import format_metric
 
 METRIC_NAMES = {
-    "accuracy_longer": "accuracy of “longer wins”", "accuracy_ceiling": "accuracy of the gold reward (ceiling)",
-    "margin": "mean margin", "calibration_error": "expected calibration error",
+    "accuracy_longer": "accuracy of “longer wins”",
+    "accuracy_ceiling": "accuracy of the gold reward (ceiling)",
+    "margin": "mean margin",
+    "calibration_error": "expected calibration error",
     "reward_length_correlation": "Spearman ρ with length",
-    "kendall_tau": "Kendall τ", "top_1": "top-1", "auroc": "AUROC", "f1": "F1", "rmse": "RMSE", "spearman": "Spearman ρ",
-}  # fmt: skip
+    "kendall_tau": "Kendall τ",
+    "top_1": "top-1",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "rmse": "RMSE",
+    "spearman": "Spearman ρ",
+}
 
 
 class Table(NamedTuple):
-    """The first column names each row; the others hold what is told of it. Cells are text, to be escaped by who writes them."""
+    """A table of text.
+
+    The first column names each row; the others contain its values. The caller must escape the cells.
+    """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-def metric_tables(figures: dict[str, Any]) -> list[Table]:
-    """The figures of one kind of records with their intervals; by source, and the confusion matrix, where there are such."""
-    named = [(name, value) for name, value in figures.items() if isinstance(value, int | float)]
+def metric_tables(metrics: dict[str, Any]) -> list[Table]:
+    """Return the metrics of one kind of records as tables.
+
+    The first table contains each metric with its interval. If there are any, a table by source and the
+    confusion matrix follow.
+    """
     rows = [
-        [METRIC_NAMES.get(name, name.replace("_", " ")), format_metric(value), format_interval(figures, name)]
-        for name, value in named
+        [METRIC_NAMES.get(name, name.replace("_", " ")), format_metric(value), format_interval(metrics, name)]
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
     ]
-    found = [Table("Figures", ("figure", "value", "95 % interval"), rows)]
-    if sources := figures.get("by_source"):
+    tables = [Table("Metrics", ("metric", "value", "95 % interval"), rows)]
+
+    if sources := metrics.get("by_source"):
+        rows = [[name, *_source_row(source_metrics)] for name, source_metrics in sources.items()]
         head = ("source", "pairs", "accuracy", "95 % interval", "“longer wins”")
-        found.append(Table("By source", head, [[name, *_source_row(each)] for name, each in sources.items()]))
-    if confusion := figures.get("confusion"):
-        rows = [[truth, *map(format_metric, called.values())] for truth, called in confusion.items()]
-        found.append(
-            Table("Confusion matrix", ("true class", *(f"predicted {name}" for name in confusion)), rows)
-        )
-    return found
+        tables.append(Table("By source", head, rows))
+
+    if confusion := metrics.get("confusion"):
+        rows = [[label, *map(format_metric, counts.values())] for label, counts in confusion.items()]
+        classes = ("true class", *(f"predicted {name}" for name in confusion))
+        tables.append(Table("Confusion matrix", classes, rows))
+    return tables
 
 
-def _source_row(figures: dict[str, Any]) -> list[str]:
+def _source_row(metrics: dict[str, Any]) -> list[str]:
     return [
-        format_metric(figures["pairs"]),
-        format_metric(figures["accuracy"]),
-        format_interval(figures, "accuracy"),
-        format_metric(figures["accuracy_longer"]),
+        format_metric(metrics["pairs"]),
+        format_metric(metrics["accuracy"]),
+        format_interval(metrics, "accuracy"),
+        format_metric(metrics["accuracy_longer"]),
     ]
 
 
-def format_interval(figures: dict[str, Any], name: str) -> str:
-    return " to ".join(map(format_metric, figures.get(f"{name}_interval", ())))
+def format_interval(metrics: dict[str, Any], name: str) -> str:
+    """Format the interval of a metric as "low to high", or return an empty string if it has none."""
+    return " to ".join(map(format_metric, metrics.get(f"{name}_interval", ())))
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Cells in columns, those of `right` at their right edge."""
+    """Return rows of cells as aligned text; the columns with the numbers in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows

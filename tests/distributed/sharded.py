@@ -1,4 +1,4 @@
-"""`together.py` with accelerate's FSDP2 on CPU processes: `test_ranks.py` starts it.
+"""`together.py` with accelerate's FSDP2 on CPU processes: `test_processes.py` starts it.
 
 torch shards over CPUs as over GPUs; accelerate and this project's launch check alone ask for GPUs, and are told that they are there.
 """

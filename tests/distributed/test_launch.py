@@ -35,12 +35,12 @@ def test_what_was_asked_for_came(environment, gpus):
 @pytest.mark.parametrize(
     ("environment", "gpus", "found"),
     [
-        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, 0, "several processes were asked for and one was started"),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, 0, "a GPU was asked for each process, and none is visible"),
-        (TWO, 0, "a GPU was asked for each process, and none is visible"),
-        (TWO | {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, "FSDP was asked for"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 0, "DeepSpeed was asked for"),
-        (TWO, 1, "2 processes were asked for on this machine, which shows 1 GPUs; each needs its own: --num_processes 1"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, 0, "several processes were requested, but one was started"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, 0, "a GPU was requested for each process, but none is visible"),
+        (TWO, 0, "a GPU was requested for each process, but none is visible"),
+        (TWO | {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, "FSDP was requested"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 0, "DeepSpeed was requested"),
+        (TWO, 1, "2 processes were requested on this machine, but the number of visible GPUs is 1; each process needs its own GPU: --num_processes 1"),
     ],
 )
 def test_what_did_not_come_is_told(environment, gpus, found):
@@ -55,11 +55,11 @@ FSDP, ZERO = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true
     [
         ({}, "grpo", None),
         (FSDP | {"FSDP_VERSION": "2"}, "ppo", None),
-        (FSDP | {"FSDP_VERSION": "2"}, "grpo", "weights cut by FSDP, with algorithm: grpo"),
-        (FSDP, "ppo", "FSDP of version 1; set fsdp_version: 2"),
+        (FSDP | {"FSDP_VERSION": "2"}, "grpo", "algorithm: grpo does not support FSDP: evaluation cannot generate from sharded weights"),
+        (FSDP, "ppo", "FSDP version 1 is not supported; set fsdp_version: 2"),
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "rloo", None),
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ppo", None),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "rloo", "weights cut by DeepSpeed, with algorithm: rloo"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "rloo", "algorithm: rloo does not support DeepSpeed ZeRO-3: evaluation cannot generate"),
     ],
 )
 def test_sharding_that_a_stage_cannot_use_is_refused(environment, algorithm, found):

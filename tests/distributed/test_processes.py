@@ -59,7 +59,7 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(tmp_path):
         done = start(1, "-m", "pipeline", "sft", "--config", str(RECIPES / "demo/sft.yaml"), f"runs={tmp_path}", **rank)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"the launch: the processes cannot meet at 127.0.0.1:{rank['MASTER_PORT']}" in line
+    assert f"the launch: the processes cannot connect at 127.0.0.1:{rank['MASTER_PORT']}" in line
     assert "--main_process_port 0" in line
 
 

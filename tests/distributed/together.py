@@ -1,4 +1,4 @@
-"""Trains every stage in small, by as many processes as it is started with: `test_ranks.py` starts it, and compares.
+"""Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and compares.
 
 `python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 dies by SIGKILL at that optimizer
 step; BEGUN_BY is the number of processes that the config is for, where it is another than there are.

@@ -117,7 +117,7 @@ def test_what_was_measured_is_there_with_its_intervals(made):
     sections = re.split("^### (.*)\n", text.split("## Evaluation")[1].split("## Limits")[0], flags=re.M)
     assert [name.lower() for name in sections[1::2]] == list(metrics)
     for figures, section in zip(metrics.values(), sections[2::2], strict=True):
-        rows = {row[0]: row[1:] for row in table(section, "figure", "value", "95 % interval")}
+        rows = {row[0]: row[1:] for row in table(section, "metric", "value", "95 % interval")}
         assert len(rows) == sum(isinstance(value, int | float) for value in figures.values())
         if "accuracy" in figures:
             low, high = figures["accuracy_interval"]

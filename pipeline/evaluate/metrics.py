@@ -22,92 +22,111 @@ from pipeline.reward.functions import RewardFunction
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.model import RewardModel
 
-TEXTS, RENAMED = ("prompt", "text", "ids"), {"ended": "ended_fraction"}
+TEXT_COLUMNS = ("prompt", "text", "ids")  # the columns of samples that have no mean
+METRIC_NAMES = {"ended": "ended_fraction"}  # column -> its metric, if the names differ
+WIN_RATES = {"reward": "win_rate", "gold_reward": "win_rate_gold", "scorer_reward": "win_rate_scorer"}
+POINT_KEYS = ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")
 
 
 def reward_metrics(
     reward: RewardModel, inputs: dict[str, Artifact], gold: RewardFunction | None
 ) -> dict[str, Any]:
-    """By kind of records, as the reward stage measured it, or measured now on pairs where the model is foreign; with a gold reward also
-    the ceiling: the accuracy of the gold ordering on the same noisy pairs."""
+    """Return the reward model's metrics by kind of records.
+
+    They are those of the reward stage. An external model has none, and is evaluated on the held-out pairs.
+    With a gold reward, the comparisons get `accuracy_ceiling`: the accuracy of the gold ordering on the
+    same noisy pairs.
+    """
     folder = inputs["records"].path / "comparisons"
     pairs = (
         {"comparisons": held_out_split(open_records(inputs["records"], "comparisons"))}
         if folder.is_dir()
         else {}
     )
+
     published = inputs["reward"].path / "metrics.json"
-    found = json.loads(published.read_text()) if published.is_file() else evaluate_reward_model(reward, pairs)
-    if gold is not None and "comparisons" in found and pairs:
-        rows = pairs["comparisons"]
-        records = rows.remove_columns(["chosen", "rejected"])
-        texts = [list(map(completion_text, rows[side])) for side in ("chosen", "rejected")]
-        sides = [
-            {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
-            for side in texts
-        ]
-        found["comparisons"]["accuracy_ceiling"] = pair_accuracy(
-            *(score_samples(gold, side, records) for side in sides)
-        )
-    return found
+    if published.is_file():
+        metrics = json.loads(published.read_text())
+    else:
+        metrics = evaluate_reward_model(reward, pairs)
+
+    if gold is not None and "comparisons" in metrics and pairs:
+        metrics["comparisons"]["accuracy_ceiling"] = _accuracy_ceiling(reward, gold, pairs["comparisons"])
+    return metrics
 
 
-def policy_metrics(config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """Sections sft, best_of_2, best_of_4, …, ppo_N of PPO after N steps, and ppo: means over answers; then `fits`. A win rate sets each PPO
-    answer against one of SFT's."""
-    sft, ppo = sampled["sft"], sampled["ppo"]
-    figures = {name: column for name, column in sft.items() if name not in TEXTS}
+def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> float:
+    records = pairs.remove_columns(["chosen", "rejected"])
+    texts = [list(map(completion_text, pairs[side])) for side in ("chosen", "rejected")]
+    sides = [
+        {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
+        for side in texts
+    ]
+    return pair_accuracy(*(score_samples(gold, side, records) for side in sides))
+
+
+def policy_metrics(config: EvaluateStage, samples: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+    """Return the metrics of each policy, and the `fits` of `fit_curves`.
+
+    The sections are sft, best_of_2, best_of_4, …, ppo_N (PPO after N steps) and ppo; each contains means
+    over responses.
+    """
+    sft, ppo = samples["sft"], samples["ppo"]
     metrics: dict[str, Any] = {"sft": mean_metrics(sft)}
+    columns = {name: column for name, column in sft.items() if name not in TEXT_COLUMNS}
     for n in sorted({config.best_of, *(2**k for k in range(1, config.best_of.bit_length()))}):
-        found = best_of_n_means(sft["reward"], figures, config.best_of, n)
-        found["kl_bound"] = kl_bound(n)
-        metrics[f"best_of_{n}"] = {RENAMED.get(name, name): figure for name, figure in found.items()}
-    metrics |= {name: mean_metrics(columns) for name, columns in sampled.items() if name.startswith("ppo")}
-    for name, columns, samples in (("sft", sft, config.best_of), ("ppo", ppo, config.samples_per_prompt)):
-        correlation = length_correlation(columns["reward"], columns["response_tokens"], samples)
-        metrics[name] |= {} if correlation is None else {"reward_length_correlation": correlation}
+        means = best_of_n_means(sft["reward"], columns, config.best_of, n)
+        means["kl_bound"] = kl_bound(n)
+        metrics[f"best_of_{n}"] = {METRIC_NAMES.get(name, name): mean for name, mean in means.items()}
+    metrics |= {name: mean_metrics(columns) for name, columns in samples.items() if name.startswith("ppo")}
+
+    for name, per_prompt in (("sft", config.best_of), ("ppo", config.samples_per_prompt)):
+        rewards, lengths = samples[name]["reward"], samples[name]["response_tokens"]
+        correlation = length_correlation(rewards, lengths, per_prompt)
+        if correlation is not None:
+            metrics[name]["reward_length_correlation"] = correlation
+    metrics["ppo"] |= _win_rates(config, sft, ppo)
+    return metrics | {"fits": fit_curves(reward_kl_points(metrics))}
+
+
+def _win_rates(config: EvaluateStage, sft: dict[str, list[Any]], ppo: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return PPO's win rates by each reward, against SFT's responses to the same prompts."""
     rivals = [
         i // config.samples_per_prompt * config.best_of + i % config.samples_per_prompt % config.best_of
         for i in range(len(ppo["text"]))
     ]
-    of_rivals = lambda name: [sft[name][i] for i in rivals]  # noqa: E731
-    for column, name in (
-        ("reward", "win_rate"),
-        ("gold_reward", "win_rate_gold"),
-        ("scorer_reward", "win_rate_scorer"),
-    ):
+    rival_lengths = [sft["response_tokens"][i] for i in rivals]
+    metrics: dict[str, Any] = {}
+    for column, name in WIN_RATES.items():
         if column in ppo:
-            won = win_rate(
-                ppo[column], of_rivals(column), ppo["response_tokens"], of_rivals("response_tokens")
-            )
-            metrics["ppo"] |= {
-                name if key == "rate" else f"{name}_{key}": value for key, value in won.items()
-            }
-    return metrics | {"fits": fit_curves(frontier_points(metrics))}
+            rival_scores = [sft[column][i] for i in rivals]
+            rates = win_rate(ppo[column], rival_scores, ppo["response_tokens"], rival_lengths)
+            metrics |= {name if key == "rate" else f"{name}_{key}": value for key, value in rates.items()}
+    return metrics
 
 
 def mean_metrics(columns: dict[str, list[Any]]) -> dict[str, float]:
-    """Over all answers: each figure, and how varied the answers are."""
-    figures = {
-        RENAMED.get(name, name): statistics.fmean(map(float, column))
+    """Return the mean of each column over all responses, and how varied the responses are."""
+    means = {
+        METRIC_NAMES.get(name, name): statistics.fmean(map(float, column))
         for name, column in columns.items()
-        if name not in TEXTS
+        if name not in TEXT_COLUMNS
     }
-    return figures | {f"distinct_{n}": distinct_ngrams(columns["text"], n) for n in (1, 2)}
+    return means | {f"distinct_{n}": distinct_ngrams(columns["text"], n) for n in (1, 2)}
 
 
-def frontier_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the frontier's plot shows: SFT, best-of-n for each n, PPO as it went on where it kept its policies, PPO as it is."""
-    found = [{"name": "SFT", "kl": 0.0} | metrics["sft"]]
-    found += [{"name": n.replace("_", "-"), "kl": of_n["kl_bound"], "bound": True, "line": "best-of-n"} | of_n
-              for n, of_n in metrics.items() if n.startswith("best_of_")]  # fmt: skip
-    found += [{"name": f"PPO, step {name.removeprefix('ppo_')}", "line": "PPO"} | of_step
-              for name, of_step in metrics.items() if name.startswith("ppo_")]  # fmt: skip
-    found.append({"name": "PPO"} | metrics["ppo"])
-    return [
-        {
-            key: point.get(key)
-            for key in ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")
-        }
-        for point in found
-    ]
+def reward_kl_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the points of the reward-KL curves, each with `POINT_KEYS`.
+
+    They are SFT, best-of-n for each n, the intermediate policies that PPO kept, and PPO's final policy.
+    """
+    points = [{"name": "SFT", "kl": 0.0} | metrics["sft"]]
+    for name, section in metrics.items():
+        if name.startswith("best_of_"):
+            label = {"name": name.replace("_", "-"), "line": "best-of-n"}
+            points.append(label | {"kl": section["kl_bound"], "bound": True} | section)
+    for name, section in metrics.items():
+        if name.startswith("ppo_"):
+            points.append({"name": f"PPO, step {name.removeprefix('ppo_')}", "line": "PPO"} | section)
+    points.append({"name": "PPO"} | metrics["ppo"])
+    return [{key: point.get(key) for key in POINT_KEYS} for point in points]

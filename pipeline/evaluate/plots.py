@@ -1,4 +1,4 @@
-"""The plots of the report, as SVG that follows the theme of the reader."""
+"""The plots of the report, as inline SVG whose colours follow the reader's theme."""
 
 from __future__ import annotations
 
@@ -15,35 +15,50 @@ from pipeline.formatting.numbers import as_finite
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-# matplotlib writes these colours and the page's style sheet says what they are, so that the plots follow the reader's theme.
+# matplotlib writes these colours; they become variables that the page's style sheet sets for light and dark
+# themes.
 THEME = {
-    "#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--page",
-    "#050505": "--series-0", "#060606": "--series-1", "#070707": "--series-2",
-}  # fmt: skip
-
+    "#010101": "--ink",
+    "#020202": "--muted",
+    "#030303": "--line",
+    "#040404": "--page",
+    "#050505": "--series-0",
+    "#060606": "--series-1",
+    "#070707": "--series-2",
+}
 INK, MUTED, LINE, PAGE, *SERIES = THEME
-
 LIGHT = (
-    "--page: #fcfcfa; --ink: #1d1f22; --muted: #60656d; --line: #dddcd5; --series-0: #2a63a5; --series-1: #b4640c; --series-2: #437a48; "
-    "--less: #fbe3dc; --more: #dcefdd;"
+    "--page: #fcfcfa; --ink: #1d1f22; --muted: #60656d; --line: #dddcd5; "
+    "--series-0: #2a63a5; --series-1: #b4640c; --series-2: #437a48; --less: #fbe3dc; --more: #dcefdd;"
 )
-
 STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
-    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": LINE, "axes.grid": True,
-    "axes.grid.axis": "y", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
-    "figure.facecolor": "none", "legend.frameon": False,
-}  # fmt: skip
-
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": LINE,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+}
 LINES = ("-", "--", ":", "-.")
-
 MARKERS = ("o", "D", "s")
+FEW_POINTS = 30  # a curve of fewer points marks each of them
+MAX_BINS = 40  # of the histogram of lengths
 
 STEP, DISTANCE = "step", "√KL from SFT (√nats)"
-
 KL = ("objective/kl", "eval_objective/kl", "eval_kl")
-
 REWARD_KEYS = {  # the last names are those of TRL's trainers
     "reward": ("objective/raw_scores", "eval_reward", "objective/scores", "eval_objective/scores", "reward"),
     "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
@@ -52,7 +67,10 @@ REWARD_KEYS = {  # the last names are those of TRL's trainers
 
 
 class Curve(NamedTuple):
-    """A plot of a training log: each label is drawn from the first of its log keys that any entry holds, over `x_label`."""
+    """A plot of a training log over `x_label`.
+
+    Each label of `series` is drawn from the first of its log keys that any entry contains.
+    """
 
     title: str
     y_label: str
@@ -62,59 +80,129 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
+    """A drawn plot: its title and caption as text, and the image as an `<svg>` element."""
+
     title: str
     caption: str
     svg: str
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a light ground, whatever its theme."""
+        """Return the figure for a notebook, on a light background whatever the notebook's theme."""
         style = f"{LIGHT} max-width: 30rem; padding: 1rem; background: var(--page); color: var(--ink)"
-        return f'<figure style="{style}"><b>{self.title}</b>{self.svg}<figcaption>{self.caption}</figcaption></figure>'
+        return (
+            f'<figure style="{style}"><b>{self.title}</b>{self.svg}'
+            f"<figcaption>{self.caption}</figcaption></figure>"
+        )
+
+
+def _supervised(title: str, y_label: str, key: str, caption: str) -> Curve:
+    """Return the curve of a metric in training and in validation."""
+    return Curve(title, y_label, {"training": (key,), "validation": (f"eval_{key}",)}, caption)
 
 
 SUPERVISED = (
-    Curve("Loss", "loss", {"training": ("loss",), "validation": ("eval_loss",)},
-          "Both should fall; validation turning up while training still falls means the model is memorising."),
-    Curve("Accuracy", "share of answers", {"training": ("accuracy",), "validation": ("eval_accuracy",)},
-          "How often the reward model agrees with the labels: judge by validation, as noisy labels keep the best model below 1."),
-    Curve("RMSE", "units of the ratings", {"training": ("rmse",), "validation": ("eval_rmse",)},
-          "How far rewards are from people's ratings: judge it by the ratings' standard deviation, which is what a constant would get."),
-    Curve("AUROC", "AUROC", {"training": ("auroc",), "validation": ("eval_auroc",)},
-          "How often an answer of the good class outscores one of another: 1 is always, and at ½ the reward is no better than a coin."),
-    Curve("Kendall τ", "Kendall τ", {"training": ("kendall_tau",), "validation": ("eval_kendall_tau",)},
-          "How far the rewards order a prompt's answers as people did: 1 is the same order, 0 chance; of pairs it is 2 × accuracy − 1."),
-    Curve("Token accuracy", "share of tokens", {"training": ("mean_token_accuracy",), "validation": ("eval_mean_token_accuracy",)},
-          "How often the next token is guessed right: validation levelling off says when more steps stop paying."),
-)  # fmt: skip
-
-POLICY = (
-    Curve("Reward", "reward", REWARD_KEYS, "Reward rising while gold falls means the policy is exploiting the reward model."),
-    Curve("Reward against KL", "reward", REWARD_KEYS,
-          "Each mark is a moment in training, from SFT at the left: where gold bends down under a rising reward, KL only buys exploits.",
-          DISTANCE),
-    Curve("KL", "KL (nats)", {"KL": KL}, "How far the policy is from SFT: a climb that levels off is healthy, a sudden jump is not."),
-    Curve("Response length", "tokens", {"tokens": ("response/tokens", "completions/mean_length", "eval_response_tokens")},
-          "Length that grows with the reward is often the reward being gamed, not earned."),
-    Curve("Entropy", "entropy (nats)", {"entropy": ("policy/entropy_avg", "objective/entropy", "entropy")},
-          "Entropy falling to zero means the policy gives one answer, whatever is sampled."),
-    Curve("Clip fraction", "share of tokens", {"clip fraction": ("policy/clipfrac_avg", "clip_ratio/region_mean")},
-          "The share of tokens whose update was clipped: far above 0.2, the steps are too large."),
-)  # fmt: skip
-
-FRONTIER = (
-    "Higher at the same KL is better; gold that bends down where the reward does not was exploited. A hollow mark, of best-of-n, has an "
-    "upper bound for its KL."
+    _supervised(
+        "Loss",
+        "loss",
+        "loss",
+        "Both should fall. If validation rises while training still falls, the model is memorising.",
+    ),
+    _supervised(
+        "Accuracy",
+        "share correct",
+        "accuracy",
+        "How often the reward model agrees with the labels. Judge it by validation; noisy labels keep "
+        "even the best model below 1.",
+    ),
+    _supervised(
+        "RMSE",
+        "units of the ratings",
+        "rmse",
+        "How far rewards are from people's ratings. Compare it with the ratings' standard deviation, "
+        "which a constant reward would get.",
+    ),
+    _supervised(
+        "AUROC",
+        "AUROC",
+        "auroc",
+        "How often a response of the good class scores higher than one of another class: 1 is always, and"
+        " at ½ the reward is no better than a coin.",
+    ),
+    _supervised(
+        "Kendall τ",
+        "Kendall τ",
+        "kendall_tau",
+        "How well the rewards order a prompt's responses as people did: 1 is the same order, 0 is chance."
+        " For pairs it is 2 × accuracy − 1.",
+    ),
+    _supervised(
+        "Token accuracy",
+        "share of tokens",
+        "mean_token_accuracy",
+        "How often the next token is predicted correctly. Once validation levels off, more steps no "
+        "longer pay.",
+    ),
 )
-
-FITTED = " Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks (Gao et al. 2022)."
-
-LENGTHS = "A hump of PPO far to the right of SFT's says that it learned to be long; a spike at the limit, that answers are cut off."
-
-CALIBRATION = "On the diagonal the reward model is right as often as it claims, below it too sure of itself; larger dots hold more pairs."
+POLICY = (
+    Curve(
+        "Reward",
+        "reward",
+        REWARD_KEYS,
+        "Reward rising while gold falls means the policy is exploiting the reward model.",
+    ),
+    Curve(
+        "Reward against KL",
+        "reward",
+        REWARD_KEYS,
+        "Each mark is a moment in training, from SFT at the left. Where gold bends down under a rising "
+        "reward, more KL only buys reward hacking.",
+        DISTANCE,
+    ),
+    Curve(
+        "KL",
+        "KL (nats)",
+        {"KL": KL},
+        "How far the policy is from SFT: a climb that levels off is healthy, a sudden jump is not.",
+    ),
+    Curve(
+        "Response length",
+        "tokens",
+        {"tokens": ("response/tokens", "completions/mean_length", "eval_response_tokens")},
+        "Length that grows with the reward often means that the reward is gamed, not earned.",
+    ),
+    Curve(
+        "Entropy",
+        "entropy (nats)",
+        {"entropy": ("policy/entropy_avg", "objective/entropy", "entropy")},
+        "Entropy falling to zero means the policy gives one response, whatever is sampled.",
+    ),
+    Curve(
+        "Clip fraction",
+        "share of tokens",
+        {"clip fraction": ("policy/clipfrac_avg", "clip_ratio/region_mean")},
+        "The share of tokens whose update was clipped: far above 0.2, the steps are too large.",
+    ),
+)
+REWARD_KL = (
+    "Higher at the same KL is better. Where gold bends down and the reward does not, the reward was "
+    "exploited. A hollow mark is best-of-n, whose KL is an upper bound."
+)
+FITTED = (
+    " Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks "
+    "(Gao et al. 2022)."
+)
+LENGTHS = (
+    "If PPO's hump is far to the right of SFT's, the policy learned to be long. A spike at the limit "
+    "means that responses are cut off."
+)
+CALIBRATION = (
+    "On the diagonal the reward model is right as often as it claims; below it, the model is "
+    "overconfident. Larger dots hold more pairs."
+)
 
 
 def metric_column(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[float | None]:
-    """One value per entry, of the first of `keys` that any entry holds as a number."""
+    """Return one value per entry, of the first of `keys` that any entry holds as a number."""
     columns = ([as_finite(entry.get(key)) for entry in entries] for key in keys)
     return next(
         (values for values in columns if any(value is not None for value in values)), [None] * len(entries)
@@ -122,13 +210,17 @@ def metric_column(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> lis
 
 
 def root_kl(kl: object) -> float | None:
-    """√KL, in which rewards bend smoothly (Gao et al. 2022, "Scaling laws for reward model overoptimization"); below 0 it is noise."""
+    """Return √KL; None for a KL that is no finite number.
+
+    Rewards bend smoothly in it (Gao et al. 2022, "Scaling laws for reward model overoptimization"). A
+    sample of the KL below 0 counts as 0.
+    """
     nats = as_finite(kl)
     return None if nats is None else math.sqrt(max(nats, 0))
 
 
 def root_kls(entries: Sequence[dict[str, Any]]) -> list[float | None]:
-    """√KL at each entry; where it logs none, that of the entry before it."""
+    """Return √KL at each entry; an entry that logs no KL takes that of the entry before it."""
     roots: list[float | None] = []
     for entry in entries:
         kl = next((value for key in KL if (value := as_finite(entry.get(key))) is not None), None)
@@ -139,7 +231,10 @@ def root_kls(entries: Sequence[dict[str, Any]]) -> list[float | None]:
 def draw_plot(
     name: str, title: str, caption: str, x_label: str, y_label: str, paint: Callable[[Axes], None]
 ) -> list[Plot]:
-    """One plot as inline SVG; none where `paint` found nothing to draw. `name` keeps the plots' ids apart, and the same in every run."""
+    """Draw one plot as inline SVG; return no plot if `paint` drew no data.
+
+    `name` must be unique on the page: it makes the plot's SVG ids distinct, and the same in every run.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -152,68 +247,62 @@ def draw_plot(
         paint(axes)
         if not axes.has_data():
             return []
+
         if len(axes.get_legend_handles_labels()[1]) > 1:
             figure.legend(loc="outside upper left", ncols=3)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+
     svg = buffer.getvalue()
-    svg = re.sub(
-        r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :]
-    )  # figure_1, axes_1, … are the same in every plot
-    return [Plot(title, caption, re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", svg))]
+    # The ids of groups (figure_1, axes_1, …) are the same in every plot.
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
+    svg = re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", svg)
+    return [Plot(title, caption, svg)]
 
 
 def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Draw the curves of a stage's training log: a policy's if it logs one, else a supervised model's."""
     is_policy = any(
         key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry
     )
-    return [
-        plot for curve in (POLICY if is_policy else SUPERVISED) for plot in draw_curve(stage, curve, entries)
-    ]
+    curves = POLICY if is_policy else SUPERVISED
+    return [plot for curve in curves for plot in draw_curve(stage, curve, entries)]
 
 
 def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Draw one curve of a training log; return no plot if the log has none of its metrics."""
+
     def paint(axes: Axes) -> None:
         xs = metric_column(entries, (STEP,)) if curve.x_label == STEP else root_kls(entries)
         for (label, keys), colour, line, marker in zip(
             curve.series.items(), SERIES, LINES, MARKERS, strict=False
         ):
-            points = [
-                (x, y)
-                for x, y in zip(xs, metric_column(entries, keys), strict=True)
-                if x is not None and y is not None
-            ]
-            few: dict[str, Any] = {"linestyle": line, "marker": "." if len(points) < 30 else ""}
-            trail: dict[str, Any] = {"linewidth": 0.5, "marker": marker, "markersize": 4}
+            pairs = zip(xs, metric_column(entries, keys), strict=True)
+            points = [(x, y) for x, y in pairs if x is not None and y is not None]
+            style: dict[str, Any] = {"linewidth": 0.5, "marker": marker, "markersize": 4}
+            if curve.x_label == STEP:
+                style = {"linestyle": line, "marker": "." if len(points) < FEW_POINTS else ""}
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    label=label,
-                    **(few if curve.x_label == STEP else trail),
-                )
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
 
     return draw_plot(
         f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint
     )
 
 
-def draw_frontier(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
-    """A plot for each reward that any point has."""
-    return [
-        plot
-        for label, key, colour in zip(REWARD_KEYS, REWARDS, SERIES, strict=True)
-        for plot in draw_reward(
-            label,
-            key,
-            colour,
-            points,
-            {line: of_line[key] for line, of_line in fits.items() if key in of_line},
-        )
-    ]
+def draw_reward_kl(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
+    """Draw the reward-KL curve of each reward that any point has.
+
+    `points` are those of `metrics.reward_kl_points`, `fits` those of `statistics.fit_curves`.
+    """
+    plots = []
+    for label, key, colour in zip(REWARD_KEYS, REWARDS, SERIES, strict=True):
+        of_reward = {line: rewards[key] for line, rewards in fits.items() if key in rewards}
+        plots += _draw_reward(label, key, colour, points, of_reward)
+    return plots
 
 
-def draw_reward(
+def _draw_reward(
     label: str, key: str, colour: str, points: Sequence[dict[str, Any]], fits: Mapping[str, Any]
 ) -> list[Plot]:
     marks = [
@@ -224,85 +313,84 @@ def draw_reward(
 
     def paint(axes: Axes) -> None:
         for x, y, point in marks:
-            fill = PAGE if point.get("bound") else colour
-            axes.scatter(
-                x,
-                y,
-                9 if is_intermediate(points, point) else 36,
-                facecolors=fill,
-                edgecolors=colour,
-                zorder=2,
-            )
-            if not is_intermediate(points, point):
-                axes.annotate(
-                    str(point.get("name", "")),
-                    (x, y),
-                    (0, 7),
-                    textcoords="offset points",
-                    rotation=40,
-                    rotation_mode="anchor",
-                )
+            _paint_mark(axes, x, y, point, colour, is_small=is_intermediate(points, point))
         lines = dict.fromkeys(str(point["line"]) for _, _, point in marks if point.get("line"))
         for line, style in zip(lines, LINES, strict=False):
-            ends = [(x, y) for x, y, point in marks if line in (point.get("line"), point.get("name"))]
+            path = [(x, y) for x, y, point in marks if line in (point.get("line"), point.get("name"))]
             if line in fits:
-                ends = list(fitted_curve(line, fits[line], min(ends)[0], max(ends)[0]))
-            axes.plot(
-                *zip(*ends, strict=True), color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1
-            )
+                path = list(fitted_curve(line, fits[line], min(path)[0], max(path)[0]))
+            xs, ys = zip(*path, strict=True)
+            axes.plot(xs, ys, color=colour, linewidth=0.8, linestyle=style, label=line, zorder=1)
         axes.margins(x=0.12, y=0.2)
 
     title = f"{label.capitalize()} against KL"
-    return draw_plot(f"frontier {title}", title, FRONTIER + (FITTED if fits else ""), DISTANCE, label, paint)
+    caption = REWARD_KL + (FITTED if fits else "")
+    return draw_plot(f"reward-KL {title}", title, caption, DISTANCE, label, paint)
+
+
+def _paint_mark(
+    axes: Axes, x: float, y: float, point: Mapping[str, Any], colour: str, *, is_small: bool
+) -> None:
+    """Mark a policy: hollow if its KL is a bound, small and without a name if others of its line follow."""
+    fill = PAGE if point.get("bound") else colour
+    axes.scatter(x, y, 9 if is_small else 36, facecolors=fill, edgecolors=colour, zorder=2)
+    if not is_small:
+        axes.annotate(
+            str(point.get("name", "")),
+            (x, y),
+            (0, 7),
+            textcoords="offset points",
+            rotation=40,
+            rotation_mode="anchor",
+        )
 
 
 def fitted_curve(
     line: str, fit: Mapping[str, float], least: float, most: float, parts: int = 60
 ) -> Iterator[tuple[float, float]]:
-    """The points of a fitted line between two distances: where nothing was measured a fit says nothing."""
+    """Yield the points of a fitted line between two measured distances; beyond them a fit says nothing."""
     for part in range(parts + 1):
         x = least + (most - least) * part / parts
         yield x, fit["start"] + overoptimization_curve(x, fit["alpha"], fit["beta"], line)
 
 
 def is_intermediate(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> bool:
-    """Whether more points of the same line follow, or the line leads to one that stands alone."""
-    line = [each for each in points if each.get("line") and each.get("line") == point.get("line")]
-    return bool(line) and (point is not line[-1] or any(each.get("name") == point["line"] for each in points))
+    """Return whether more points of the same line follow, or another point is named like the line."""
+    line = [other for other in points if other.get("line") and other.get("line") == point.get("line")]
+    return bool(line) and (
+        point is not line[-1] or any(other.get("name") == point["line"] for other in points)
+    )
 
 
 def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:
+    """Draw the histogram of response lengths of each policy; return no plot if there are no lengths."""
+
     def paint(axes: Axes) -> None:
         counts = {
             name: [y for value in values or [] if (y := as_finite(value)) is not None]
             for name, values in lengths.items()
         }
-        every = [value for values in counts.values() for value in values]
-        low, high = min(every, default=0), max(every, default=0)
-        width = math.ceil((high - low + 1) / 40)  # whole tokens a bin, at most 40 bins
+        pooled = [value for values in counts.values() for value in values]
+        low, high = min(pooled, default=0), max(pooled, default=0)
+        width = math.ceil((high - low + 1) / MAX_BINS)  # whole tokens a bin
         edges = [low - 0.5 + width * i for i in range(math.ceil((high - low + 1) / width) + 1)]
         axes.locator_params(axis="x", integer=True)
+
+        style: dict[str, Any] = {"histtype": "step", "linewidth": 1.5}
         for (name, values), colour, line in zip(counts.items(), cycle(SERIES), cycle(LINES), strict=False):
             if values:
-                shares = [1 / len(values)] * len(values)
-                axes.hist(
-                    values,
-                    edges,
-                    weights=shares,
-                    histtype="step",
-                    color=colour,
-                    linestyle=line,
-                    linewidth=1.5,
-                    label=name,
-                )
+                weights = [1 / len(values)] * len(values)
+                axes.hist(values, edges, weights=weights, color=colour, linestyle=line, label=name, **style)
 
-    return draw_plot("lengths", "Response length", LENGTHS, "response tokens", "share of answers", paint)
+    return draw_plot("lengths", "Response length", LENGTHS, "response tokens", "share of responses", paint)
 
 
 def draw_calibration(bins: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Draw accuracy against confidence, a dot for each bin; return no plot if no bin has pairs."""
+
     def paint(axes: Axes) -> None:
-        numbers = ([as_finite(each.get(key)) for key in ("confidence", "accuracy", "count")] for each in bins)
-        points = [(x, y, n) for x, y, n in numbers if x is not None and y is not None and n]
+        columns = ([as_finite(row.get(key)) for key in ("confidence", "accuracy", "count")] for row in bins)
+        points = [(x, y, n) for x, y, n in columns if x is not None and y is not None and n]
         if points:
             xs, ys, counts = zip(*points, strict=True)
             low = min(0.5, *xs, *ys)

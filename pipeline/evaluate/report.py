@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything in it, readable without a network, in light and dark, on a phone and on a wall."""
+"""The report of a run: one self-contained HTML file, for light and dark themes and for any screen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
@@ -15,21 +15,26 @@ import yaml
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
-from pipeline.evaluate.metrics import frontier_points
-from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_frontier, draw_lengths
-from pipeline.evaluate.summary import summary_rows as summary_rows
+from pipeline.evaluate.metrics import reward_kl_points
+from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
+from pipeline.evaluate.summary import summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
 
-if TYPE_CHECKING:
-    pass
+MAX_SAMPLES = 40  # prompts whose responses the report shows
+
+Words = list[tuple[str, bool]]  # parts of a text, each with whether the other text has other words there
 
 
 def collect_report(
-    config: EvaluateStage, inputs: dict[str, Artifact], metrics: dict[str, Any], sampled: dict[str, dict[str, list[Any]]],
+    config: EvaluateStage,
+    inputs: dict[str, Artifact],
+    metrics: dict[str, Any],
+    samples: dict[str, dict[str, list[Any]]],
     reliability: list[dict[str, float]],
-) -> dict[str, Any]:  # fmt: skip
-    """What the report shows."""
+) -> dict[str, Any]:
+    """Return the data of `write_report` for an evaluation; `samples` are the columns of each policy."""
+    lineage = [_lineage(name, source) for name, source in inputs.items()]
     return {
         "title": config.run,
         "command": config.command,
@@ -37,97 +42,98 @@ def collect_report(
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "records": records_by_split(inputs["records"]),
-        "curves": {name: read_log(source) for name, source in inputs.items() if read_log(source)},
-        "frontier": frontier_points(metrics),
+        "curves": {name: log for name, source in inputs.items() if (log := read_log(source))},
+        "reward_kl": reward_kl_points(metrics),
         "fits": metrics["fits"],
-        "lengths": {name: sampled[name]["response_tokens"] for name in ("sft", "ppo")},
+        "lengths": {name: samples[name]["response_tokens"] for name in ("sft", "ppo")},
         "measured": metrics["reward"],
         "calibration": reliability,
-        "samples": paired_samples(config, sampled),
-        "lineage": [
-            *(_lineage(name, source) for name, source in inputs.items()),
-            _own_lineage(config, inputs),
-        ],
+        "samples": paired_samples(config, samples),
+        "lineage": [*lineage, _own_lineage(config, inputs)],
     }
 
 
 def read_log(source: Artifact) -> list[dict[str, float]]:
+    """Return the entries of a training log; none if the artifact has no log."""
     file = source.path / "log.jsonl"
     return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
-def paired_samples(
-    config: EvaluateStage, sampled: dict[str, dict[str, list[Any]]], most: int = 40
-) -> list[dict[str, Any]]:
-    """The first answer of each policy to each prompt, with scores."""
-    sft, ppo = sampled["sft"], sampled["ppo"]
-    found = []
-    for i, j in zip(
+def paired_samples(config: EvaluateStage, samples: dict[str, dict[str, list[Any]]]) -> list[dict[str, Any]]:
+    """Return the first response of SFT and of PPO to each of the first `MAX_SAMPLES` prompts, with scores."""
+    sft, ppo = samples["sft"], samples["ppo"]
+    pairs = zip(
         range(0, len(sft["text"]), config.best_of),
         range(0, len(ppo["text"]), config.samples_per_prompt),
         strict=True,
-    ):
+    )
+    rows = []
+    for i, j in pairs:
         row = {"prompt": _prompt_as_text(sft["prompt"][i]), "sft": sft["text"][i], "ppo": ppo["text"][j]}
         for name, columns, k in (("sft", sft, i), ("ppo", ppo, j)):
-            row |= {
-                f"{name}_reward": columns["reward"][k],
-                f"{name}_gold": columns["gold_reward"][k] if "gold_reward" in columns else None,
-            }
-        found.append(row)
-    return found[:most]
+            row[f"{name}_reward"] = columns["reward"][k]
+            row[f"{name}_gold"] = columns["gold_reward"][k] if "gold_reward" in columns else None
+        rows.append(row)
+    return rows[:MAX_SAMPLES]
 
 
 def _prompt_as_text(prompt: Text) -> str:
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    )
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
-    """How many of each kind; nothing is known of records that no stage made."""
-    found: dict[str, dict[str, int]] = {}
+    """Return the number of records by kind and split; it is unknown for records that no stage made."""
+    counts: dict[str, dict[str, int]] = {}
     for key, count in records.manifest.get("metrics", {}).items():
         kind, _, split = key.partition(".")
-        found.setdefault(kind, {})[split] = count
-    return found
+        counts.setdefault(kind, {})[split] = count
+    return counts
 
 
 def _own_lineage(config: EvaluateStage, inputs: dict[str, Artifact]) -> dict[str, Any]:
-    """Of the evaluation itself, which is not published yet."""
-    shown = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
-    identities = {name: source.identity for name, source in inputs.items()}
-    return {"stage": config.stage, "path": str(config.folder), "inputs": identities, "config": shown}
+    """Return the lineage of the evaluation itself, which is not published yet."""
+    return {
+        "stage": config.stage,
+        "path": str(config.folder),
+        "inputs": {name: source.identity for name, source in inputs.items()},
+        "config": yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True),
+    }
 
 
 def _lineage(name: str, source: Artifact) -> dict[str, Any]:
     manifest, config = source.manifest, source.path / "config.yaml"
     return {
-        "stage": manifest.get("stage", name), "path": str(source.path), "identity": source.identity,
+        "stage": manifest.get("stage", name),
+        "path": str(source.path),
+        "identity": source.identity,
         "created_at": manifest.get("created_at", ""),
         "inputs": {key: value.get("identity", "") for key, value in manifest.get("inputs", {}).items()},
-        "config": config.read_text() if config.is_file() else yaml.safe_dump({"foreign": True}),
-    }  # fmt: skip
+        "config": config.read_text() if config.is_file() else yaml.safe_dump({"external": True}),
+    }
 
 
 def write_report(path: Path, data: dict[str, Any]) -> None:
     """Write `path`, a self-contained HTML page; the same data gives the same bytes.
 
-    Every key of `data` may be missing or empty, which leaves its section out; a missing, None or NaN number reads "–" and is not drawn.
+    Every key of `data` may be missing or empty: its section is then left out. A missing, None or NaN number
+    is shown as "–" and is not drawn.
 
     title, command: str
     summary: [{name, value, note}], already formatted
     metrics: nested dict, shown with dotted keys
-    rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}}, derived: {kind: count}}
+    rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}},
+        derived: {kind: count}}
     records: {kind: {split: count}}
-    curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage that logs `objective/…`, as PPO does, or TRL's
-        `raw_reward` is drawn as a policy's
-    frontier: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; bound says that `kl` is an upper bound, points of a line
-        are joined, or follow a curve:
+    curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage is drawn as a policy if it
+        logs `objective/…`, as PPO does, or TRL's `raw_reward`
+    reward_kl: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; `bound` says that `kl`
+        is an upper bound; the points of a line are joined, or follow a curve of `fits`
     fits: {line: {reward: {start, alpha, beta}}}
-    lengths: {name: response tokens, one per answer}
-    measured: {kind of records: figures, as the reward stage's metrics.json has them}, first the kind that it learned from
+    lengths: {name: response tokens, one per response}
+    measured: {kind of records: metrics, as in the reward stage's metrics.json}, first the kind that it
+        learned from
     calibration: [{confidence, accuracy, count}], one per bin
     samples: [{prompt, sft, ppo, sft_reward, ppo_reward, sft_gold, ppo_gold}]
     lineage: [{stage, path, identity, created_at, inputs: {name: identity}, config: YAML text}]
@@ -135,48 +141,52 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=_format_value, sort_key=as_finite)
+    page = environment.get_template("report.html.j2").render(_template_values(data))
+    # A model's bytes can decode to half of a surrogate pair, which UTF-8 cannot encode.
+    path.write_bytes(page.encode("utf-8", "replace"))
+
+
+def _template_values(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the template's values: the data of `write_report`, with plots drawn and tables laid out."""
+    records, points = data.get("records") or {}, data.get("reward_kl") or []
     samples = [with_word_diff(sample) for sample in data.get("samples") or []]
-    records = data.get("records") or {}
-    page = environment.get_template("report.html.j2").render(
-        light=LIGHT,
-        title=data.get("title") or "run",
-        command=data.get("command"),
-        summary=data.get("summary"),
-        metrics=list(dotted_metrics(data.get("metrics") or {})),
-        rows=data.get("rows"),
-        records=records,
-        splits=list(dict.fromkeys(split for counts in records.values() for split in counts)),
-        most=max((sum(counts.values()) for counts in records.values()), default=0) or 1,
-        curves={
-            stage: plots
-            for stage, entries in (data.get("curves") or {}).items()
-            if (plots := draw_curves(stage, entries or []))
-        },
-        frontier=data.get("frontier"),
-        held_out=any(
-            as_finite(point.get("scorer_reward")) is not None for point in data.get("frontier") or []
-        ),
-        frontier_plot=draw_frontier(data.get("frontier") or [], data.get("fits") or {}),
-        lengths=draw_lengths(data.get("lengths") or {}),
-        measured={kind: metric_tables(figures) for kind, figures in (data.get("measured") or {}).items()},
-        calibration=draw_calibration(data.get("calibration") or []),
-        samples=samples,
-        gold=any(
-            as_finite(sample.get(key)) is not None for sample in samples for key in ("sft_gold", "ppo_gold")
-        ),
-        lineage=data.get("lineage"),
-        stages={artifact.get("identity"): artifact.get("stage") for artifact in data.get("lineage") or []},
-    )
-    path.write_bytes(page.encode("utf-8", "replace"))  # a model's bytes can decode to half a surrogate pair
+    lineage = data.get("lineage")
+    curves = {stage: draw_curves(stage, log or []) for stage, log in (data.get("curves") or {}).items()}
+    return {
+        "light": LIGHT,
+        "title": data.get("title") or "run",
+        "command": data.get("command"),
+        "summary": data.get("summary"),
+        "metrics": list(dotted_metrics(data.get("metrics") or {})),
+        "rows": data.get("rows"),
+        "records": records,
+        "splits": list(dict.fromkeys(split for counts in records.values() for split in counts)),
+        "most": max((sum(counts.values()) for counts in records.values()), default=0) or 1,
+        "curves": {stage: plots for stage, plots in curves.items() if plots},
+        "reward_kl": points,
+        "reward_kl_plots": draw_reward_kl(points, data.get("fits") or {}),
+        "has_scorer": _has_number(points, "scorer_reward"),
+        "lengths": draw_lengths(data.get("lengths") or {}),
+        "measured": {kind: metric_tables(metrics) for kind, metrics in (data.get("measured") or {}).items()},
+        "calibration": draw_calibration(data.get("calibration") or []),
+        "samples": samples,
+        "has_gold": _has_number(samples, "sft_gold", "ppo_gold"),
+        "lineage": lineage,
+        "stages": {artifact.get("identity"): artifact.get("stage") for artifact in lineage or []},
+    }
+
+
+def _has_number(rows: list[dict[str, Any]], *keys: str) -> bool:
+    return any(as_finite(row.get(key)) is not None for row in rows for key in keys)
 
 
 def _format_value(value: object, spec: str = "z.4g") -> str:
-    """Format a value for the template, in which a missing one is undefined."""
+    """Format a value for the template; a missing one is undefined there."""
     return format_number(None if isinstance(value, jinja2.Undefined) else value, spec)
 
 
 def with_word_diff(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample with what PPO gained, and each answer as [(words, whether the other answer has others there)]."""
+    """Return the sample with each response as `Words`, and PPO's gains in reward and gold reward."""
     shown = dict(sample)
     shown["sft"], shown["ppo"] = word_diff(sample.get("sft") or "–", sample.get("ppo") or "–")
     for name in ("reward", "gold"):
@@ -185,25 +195,30 @@ def with_word_diff(sample: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def word_diff(a: str, b: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts in parts, each with whether the other has other words there; joined, the parts are the text."""
-    words = [re.findall(r"\s*\S+|\s+$", text) for text in (a, b)]
-    plain_a, plain_b = ([word.strip() for word in of_text] for of_text in words)
-    parts_a: list[tuple[str, bool]] = []
-    parts_b: list[tuple[str, bool]] = []
-    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, plain_a, plain_b, autojunk=False).get_opcodes():
-        for parts, found in ((parts_a, words[0][a0:a1]), (parts_b, words[1][b0:b1])):
-            text = "".join(found)
-            blank = len(text) - len(text.lstrip())
-            parts += [
-                (part, changed)
-                for part, changed in ((text[:blank], False), (text[blank:], tag != "equal"))
-                if part
-            ]
+def word_diff(a: str, b: str) -> tuple[Words, Words]:
+    """Split both texts into parts, each with whether the other text has other words there.
+
+    The parts of a text, joined, are the text. Blanks are never marked at the start of a part.
+    """
+    tokens = [re.findall(r"\s*\S+|\s+$", text) for text in (a, b)]
+    words_a, words_b = ([token.strip() for token in of_text] for of_text in tokens)
+    parts_a: Words = []
+    parts_b: Words = []
+    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, words_a, words_b, autojunk=False).get_opcodes():
+        parts_a += _split_blank("".join(tokens[0][a0:a1]), tag != "equal")
+        parts_b += _split_blank("".join(tokens[1][b0:b1]), tag != "equal")
     return parts_a, parts_b
 
 
+def _split_blank(text: str, changed: bool) -> Words:
+    """Return the text in two parts, its leading blanks unchanged; empty parts are left out."""
+    blanks = len(text) - len(text.lstrip())
+    parts = ((text[:blanks], False), (text[blanks:], changed))
+    return [(part, is_changed) for part, is_changed in parts if part]
+
+
 def dotted_metrics(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a nested dict with their dotted keys."""
     for key, value in metrics.items():
         if isinstance(value, dict):
             yield from dotted_metrics(value, f"{prefix}{key}.")

@@ -21,12 +21,17 @@ from pipeline.reward.evaluation import held_out_split
 from pipeline.reward.functions import RewardFunction, call_reward_function
 from pipeline.training.arguments import load_options
 
+# The keys of the config that decide a response.
+SAMPLING_KEYS = ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")
+
 
 def load_test_prompts(config: EvaluateStage, records: Artifact) -> Dataset:
+    """Return the first `config.prompts` held-out prompts. Raises `UserError` if there are none."""
     prompts = held_out_split(open_records(records, "prompts"))
     if not len(prompts):
         raise UserError(
-            f"{records.path}: holds no prompts that were held out; set 'splits.test' of prepare above 0 and run it again"
+            f"{records.path}: contains no held-out prompts; "
+            "set 'splits.test' of prepare above 0 and run it again"
         )
     return prompts.select(range(min(config.prompts, len(prompts))))
 
@@ -34,82 +39,99 @@ def load_test_prompts(config: EvaluateStage, records: Artifact) -> Dataset:
 def sample_policies(
     config: EvaluateStage, inputs: dict[str, Artifact], prompts: Dataset
 ) -> dict[str, dict[str, list[Any]]]:
-    """Answers in columns, a prompt's samples together: `best_of` from SFT, and `samples_per_prompt` with their KL to SFT from PPO: `ppo_N`
-    after N steps, then `ppo`."""
+    """Sample responses from SFT, from each policy that ppo kept, and from the final one.
+
+    Returns the columns of `sample_policy` by policy: `sft`, `ppo_N` after N steps, then `ppo`. SFT gives
+    `best_of` responses to each prompt; the others give `samples_per_prompt`, with their KL to SFT.
+    """
+    texts = prompts["prompt"][:]
     sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
-    sampled = {"sft": sample_policy(config, "sft", sft, tokenizer, prompts["prompt"][:], config.best_of)}
+    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of)}
+
     ppo = inputs["ppo"]
-    kept = {
+    folders = {
         f"ppo_{int(folder.name.removeprefix('step-'))}": folder
         for folder in sorted(ppo.path.glob("policies/step-*"))
     }
-    for name, folder in (kept | {"ppo": ppo.path}).items():
+    for name, folder in (folders | {"ppo": ppo.path}).items():
         policy, tokenizer = load_sampler(str(folder), **load_options(config, ppo.revision))
-        sampled[name] = sample_policy(
-            config, name, policy, tokenizer, prompts["prompt"][:], config.samples_per_prompt, reference=sft
+        samples[name] = sample_policy(
+            config, name, policy, tokenizer, texts, config.samples_per_prompt, reference=sft
         )
-        del policy  # before the next one comes
-    return sampled
+        del policy  # frees its memory before the next one is loaded
+    return samples
 
 
 def sample_policy(
-    config: EvaluateStage, name: str, policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], per_prompt: int,
+    config: EvaluateStage,
+    name: str,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    per_prompt: int,
     reference: Any = None,
-) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns prompt, text, ids, response_tokens, ended, and kl where there is a `reference`; `per_prompt` rows for each prompt."""
-    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    given = {
-        name: getattr(config, name)
-        for name in ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")
-    }
+) -> dict[str, list[Any]]:
+    """Sample `per_prompt` responses to each prompt, in consecutive rows.
 
-    def share(rows: Sequence[int]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for answers in _with_progress(
-            name, len(rows), sample_responses(policy, tokenizer, [wanted[row] for row in rows], rows, **given)
-        ):
+    Returns the columns prompt, text, ids, response_tokens and ended, and with a `reference` also kl.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
+    options = {key: getattr(config, key) for key in SAMPLING_KEYS}
+
+    def sample_rows(rows: Sequence[int]) -> list[dict[str, Any]]:
+        table: list[dict[str, Any]] = []
+        batches = sample_responses(policy, tokenizer, [repeated[row] for row in rows], rows, **options)
+        for responses in _with_progress(name, len(rows), batches):
             columns = {
-                "text": answers.texts,
-                "ids": answers.token_lists(),
-                "response_tokens": answers.response_mask.sum(1).tolist(),
+                "text": responses.texts,
+                "ids": responses.token_lists(),
+                "response_tokens": responses.response_mask.sum(1).tolist(),
+                "ended": responses.ended,
             }
-            columns["ended"] = answers.ended
             if reference is not None:
-                columns["kl"] = response_kl(policy, reference, answers, config.temperature)
-            found += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return found
+                columns["kl"] = response_kl(policy, reference, responses, config.temperature)
+            table += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return table
 
-    drawn = map_across_processes(share, range(len(wanted)))
-    return {"prompt": wanted} | {name: [row[name] for row in drawn] for name in drawn[0]}
+    table = map_across_processes(sample_rows, range(len(repeated)))
+    return {"prompt": repeated} | {column: [row[column] for row in table] for column in table[0]}
 
 
 def _with_progress(name: str, total: int, batches: Iterable[Responses]) -> Iterator[Responses]:
-    """The batches, with a bar of this process's answers and tokens on the terminal of rank 0."""
+    """Yield the batches, with a bar of this process's responses and tokens on the terminal of rank 0."""
     tokens = 0
-    with progress_bar(name, "answers", total=total) as shown:
-        for answers in batches:
-            yield answers
-            tokens += int(answers.response_mask.sum())
-            shown.update(len(answers.texts))
-            if elapsed := shown.format_dict["elapsed"]:
-                shown.set_postfix({"tokens/s": f"{tokens / elapsed:,.0f}"})
+    with progress_bar(name, "responses", total=total) as bar:
+        for responses in batches:
+            yield responses
+            tokens += int(responses.response_mask.sum())
+            bar.update(len(responses.texts))
+            if elapsed := bar.format_dict["elapsed"]:
+                bar.set_postfix({"tokens/s": f"{tokens / elapsed:,.0f}"})
 
 
 @torch.inference_mode()
-def response_kl(policy: Any, reference: Any, answers: Responses, temperature: float) -> list[float]:
-    """log p − log q summed over each answer: a sample of KL(policy ‖ reference) in nats."""
-    tensors = (answers.query_ids, answers.query_mask, answers.response_ids, answers.response_mask)
+def response_kl(policy: Any, reference: Any, responses: Responses, temperature: float) -> list[float]:
+    """Return log p − log q summed over each response: a sample of KL(policy ‖ reference) in nats."""
+    tensors = (
+        responses.query_ids,
+        responses.query_mask,
+        responses.response_ids,
+        responses.response_mask,
+    )
     logprobs = (response_logprobs(model, *tensors, temperature).logprobs for model in (policy, reference))
     return sequence_kl(*logprobs).tolist()
 
 
-def score_samples(scorer: RewardFunction, answers: dict[str, list[Any]], prompts: Dataset) -> list[float]:
-    """Called as PPO calls it: by TRL's signature, with the other columns of each prompt's record."""
-    repeats = len(answers["text"]) // len(prompts)
+def score_samples(scorer: RewardFunction, columns: dict[str, list[Any]], prompts: Dataset) -> list[float]:
+    """Score the responses in `columns` as PPO does: with the other columns of each prompt's record.
 
-    def share(rows: Sequence[int]) -> list[float]:
+    The rows of `columns` are the same number of responses to each of `prompts`, in order.
+    """
+    repeats = len(columns["text"]) // len(prompts)
+
+    def score_rows(rows: Sequence[int]) -> list[float]:
         records = prompts.select([row // repeats for row in rows])[:]
-        texts, ids, ended = ([answers[name][row] for row in rows] for name in ("text", "ids", "ended"))
+        texts, ids, ended = ([columns[name][row] for row in rows] for name in ("text", "ids", "ended"))
         return call_reward_function(scorer, records.pop("prompt"), texts, ids, ended, records)
 
-    return map_across_processes(share, range(len(answers["text"])))
+    return map_across_processes(score_rows, range(len(columns["text"])))

@@ -1,8 +1,10 @@
-"""Evaluation: what the reward model knows and what PPO changed, in `metrics.json` and one self-contained `report.html`.
+"""The evaluate stage: measure what the reward model knows and what PPO changed.
 
-In: the prepare, sft, reward and ppo artifacts, on prompts of the test split; of ppo also the policies on the way, where it kept them.
-Out: the two files. Figures that need a gold reward or a `scorer` are there only where the config names one. A wrong input gets one
-`UserError`.
+In: the artifacts of prepare, sft, reward and ppo, with the intermediate policies that ppo kept. All prompts
+are of the test split.
+Out: `metrics.json` and one self-contained `report.html`. Metrics that need a gold reward or a `scorer` are
+present only if the config names one.
+Wrong input: one `UserError`.
 """
 
 import json
@@ -29,7 +31,7 @@ from pipeline.training.arguments import check_quantization, resolve_precision
 
 
 def check(config: EvaluateStage) -> None:
-    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    """Check what the config alone can tell. Raises `UserError`."""
     check_quantization(config.stage, config.quantization)
     resolve_precision(config.precision)
     scorer = config.scorer.source if config.scorer and config.scorer.is_function else None
@@ -38,12 +40,14 @@ def check(config: EvaluateStage) -> None:
 
 
 def run(config: EvaluateStage) -> Path:
+    """Run the stage and return the folder of its artifact. Raises `UserError`."""
     check(config)
     inputs = open_inputs(config)
     if config.scorer and not config.scorer.is_function:
         inputs["scorer"] = require_reward(
             config.scorer, config.make_command("reward"), config.trust_remote_code
         )
+
     return build_artifact(
         config,
         kind="evaluation",
@@ -54,7 +58,7 @@ def run(config: EvaluateStage) -> Path:
 
 
 def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -> dict[str, Any]:
-    """Measure, and write the files; returns the headline metrics."""
+    """Compute all metrics, write both files to `output`, and return the headline metrics."""
     options: dict[str, Any] = {
         "revision": inputs["reward"].revision,
         "trust_remote_code": config.trust_remote_code,
@@ -63,31 +67,35 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
         inputs["reward"].path, positive_label=config.positive_label, **options
     )
     prompts = load_test_prompts(config, inputs["records"])
-    scorers = {
-        name: import_function(spec)
-        for name, spec in (("gold_reward", config.gold), ("well_formed", config.well_formed))
-        if spec
-    }
-    if config.scorer:
-        scorers["scorer_reward"] = load_scorer(config, config.scorer, inputs.get("scorer"))
-    sampled = sample_policies(config, inputs, prompts)
-    for answers in sampled.values():
-        answers |= {name: score_samples(scorer, answers, prompts) for name, scorer in scorers.items()}
-        answers["reward"] = reward.score(answers["prompt"], answers["text"])
+    scorers = load_scorers(config, inputs.get("scorer"))
+
+    samples = sample_policies(config, inputs, prompts)
+    for columns in samples.values():
+        columns |= {name: score_samples(scorer, columns, prompts) for name, scorer in scorers.items()}
+        columns["reward"] = reward.score(columns["prompt"], columns["text"])
+
     metrics: dict[str, Any] = {"reward": reward_metrics(reward, inputs, scorers.get("gold_reward"))}
     reliability = metrics["reward"].get("comparisons", {}).pop("calibration", [])
     if not is_main_process():
         return {}
-    metrics |= policy_metrics(config, sampled) | {"rows": inputs["records"].manifest.get("rows", {})}
+    metrics |= policy_metrics(config, samples) | {"rows": inputs["records"].manifest.get("rows", {})}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    write_report(output / "report.html", collect_report(config, inputs, metrics, sampled, reliability))
+    write_report(output / "report.html", collect_report(config, inputs, metrics, samples, reliability))
     return {"metrics": {name: value for name, value in metrics.items() if name != "rows"}}
 
 
+def load_scorers(config: EvaluateStage, opened_scorer: Artifact | None) -> dict[str, RewardFunction]:
+    """Return by column the scorers that the config names: gold, well-formedness and the held-out scorer."""
+    specs = {"gold_reward": config.gold, "well_formed": config.well_formed}
+    scorers = {name: import_function(spec) for name, spec in specs.items() if spec}
+    if config.scorer:
+        scorers["scorer_reward"] = load_scorer(config, config.scorer, opened_scorer)
+    return scorers
+
+
 def load_scorer(config: EvaluateStage, scorer: Reward, opened: Artifact | None) -> RewardFunction:
-    """The held-out scorer, as a function."""
+    """Load the held-out scorer as a function; `opened` is None for one that is a function already."""
     if opened is None:
         return import_function(scorer.source)
-    return reward_from_model(
-        load_reward(scorer, opened, trust_remote_code=config.trust_remote_code), scorer.length_penalty
-    ).score
+    model = load_reward(scorer, opened, trust_remote_code=config.trust_remote_code)
+    return reward_from_model(model, scorer.length_penalty).score

@@ -4,81 +4,93 @@ import json
 from pathlib import Path
 from typing import Any
 
-# What is said of a reward model that learned from other records than comparisons: row -> figure of its kind.
+# The rows for a reward model that learned from other records than comparisons: row -> metric of its kind.
 KIND_ROWS = {
     "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
     "labels": {"reward AUROC": "auroc", "reward F1": "f1"},
     "ratings": {"reward RMSE": "rmse", "Spearman ρ": "spearman"},
 }
+# The rows of each policy: metric -> (title, decimals).
+POLICY_ROWS = {
+    "gold_reward": ("gold reward", 3),
+    "reward": ("reward", 3),
+    "response_tokens": ("response tokens", 1),
+    "well_formed": ("well formed", 3),
+}
+# The rows of PPO against SFT: metric -> (title, note).
+PPO_ROWS = {
+    "win_rate_gold": ("PPO wins by gold", "against SFT, ties half"),
+    "win_rate": ("PPO wins by reward", "against SFT, ties half"),
+    "kl": ("KL of PPO to SFT", "nats per response"),
+}
+SHOWN_BEST_OF = "best_of_16"  # shown beside the largest n
+
+Row = dict[str, str]
 
 
-def summary_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """`name`, `value`, `note` of each headline figure there is."""
-    reward, counts = metrics["reward"], metrics.get("rows", {})
-    found = []
-    if counts:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts["quarantined"].items()))
-        found += [
-            _row("rows read", f"{counts['read']:,}"),
-            _row("rows quarantined", f"{sum(counts['quarantined'].values()):,}", reasons),
-        ]
-    found += _reward_rows(reward)
-    sampled = [name for name in metrics if name.startswith("best_of_")]  # they come by n
-    told = [name for name in sampled if name in ("best_of_16", sampled[-1])]
-    policies = {name.replace("_", "-"): metrics[name] for name in ("sft", *told, "ppo")}
-    for figure, title in (
-        ("gold_reward", "gold reward"),
-        ("reward", "reward"),
-        ("response_tokens", "response tokens"),
-        ("well_formed", "well formed"),
-    ):
-        decimals = 1 if figure == "response_tokens" else 3
-        found += [
-            _row(f"{title}, {name}", f"{figures[figure]:.{decimals}f}")
-            for name, figures in policies.items()
-            if figure in figures
-        ]
-    ppo = metrics["ppo"]
-    for figure, title in (
-        ("win_rate_gold", "PPO wins by gold"),
-        ("win_rate", "PPO wins by reward"),
-        ("kl", "KL of PPO to SFT"),
-    ):
-        if figure in ppo:
-            found.append(
-                _row(
-                    title,
-                    f"{ppo[figure]:.3f}",
-                    "nats per answer" if figure == "kl" else "against SFT, ties half",
-                )
-            )
-    return found
+def summary_rows(metrics: dict[str, Any]) -> list[Row]:
+    """Return `name`, `value` and `note` of each headline metric that exists, in the order of the table."""
+    return [
+        *_data_rows(metrics.get("rows", {})),
+        *_reward_rows(metrics["reward"]),
+        *_policy_rows(metrics),
+        *_ppo_rows(metrics["ppo"]),
+    ]
 
 
 def summary_table(folder: Path) -> str:
-    """The figures of an evaluate artifact as text, and where its report is."""
-    found = summary_rows(json.loads((folder / "metrics.json").read_text()))
-    width = max(len(row["name"]) for row in found)
-    lines = [f"  {row['name']:<{width}}  {row['value']:>8}  {row['note']}".rstrip() for row in found]
+    """Return the headline metrics of an evaluate artifact as text, and the path of its report."""
+    rows = summary_rows(json.loads((folder / "metrics.json").read_text()))
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"  {row['name']:<{width}}  {row['value']:>8}  {row['note']}".rstrip() for row in rows]
     return "\n".join(["", *lines, "", f"report: {folder / 'report.html'}"])
 
 
-def _reward_rows(reward: dict[str, Any]) -> list[dict[str, str]]:
-    """Of pairs and of the kind it learned from, which comes first."""
-    found = []
+def _data_rows(counts: dict[str, Any]) -> list[Row]:
+    if not counts:
+        return []
+    quarantined = counts["quarantined"]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(quarantined.items()))
+    return [
+        _row("rows read", f"{counts['read']:,}"),
+        _row("rows quarantined", f"{sum(quarantined.values()):,}", reasons),
+    ]
+
+
+def _reward_rows(reward: dict[str, Any]) -> list[Row]:
+    """Return the rows for pairs, and for the kind of records it learned from, which is the first."""
+    rows = []
     if pairs := reward.get("comparisons"):
-        beside = [f"longer wins {pairs['accuracy_longer']:.3f}", f"{pairs['pairs']:,} test pairs"]
+        notes = [f"longer wins {pairs['accuracy_longer']:.3f}", f"{pairs['pairs']:,} test pairs"]
         if "accuracy_ceiling" in pairs:
-            beside.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
-        found.append(_row("reward accuracy", f"{pairs['accuracy']:.3f}", ", ".join(beside)))
+            notes.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
+        rows.append(_row("reward accuracy", f"{pairs['accuracy']:.3f}", ", ".join(notes)))
+
     kind = next(iter(reward), "comparisons")
-    for name, figure in KIND_ROWS.get(kind, {}).items():
-        figures = reward[kind]
-        if figure in figures:
-            count = figures["rankings" if kind == "rankings" else "rows"]
-            found.append(_row(name, f"{figures[figure]:.3f}", f"{count:,} test {kind}"))
-    return found
+    for name, metric in KIND_ROWS.get(kind, {}).items():
+        metrics = reward[kind]
+        if metric in metrics:
+            count = metrics["rankings" if kind == "rankings" else "rows"]
+            rows.append(_row(name, f"{metrics[metric]:.3f}", f"{count:,} test {kind}"))
+    return rows
 
 
-def _row(name: str, value: str, note: str = "") -> dict[str, str]:
+def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
+    best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
+    shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
+    return [
+        _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
+        for metric, (title, decimals) in POLICY_ROWS.items()
+        for policy in ("sft", *shown, "ppo")
+        if metric in metrics[policy]
+    ]
+
+
+def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:
+    return [
+        _row(title, f"{ppo[metric]:.3f}", note) for metric, (title, note) in PPO_ROWS.items() if metric in ppo
+    ]
+
+
+def _row(name: str, value: str, note: str = "") -> Row:
     return {"name": name, "value": value, "note": note}

@@ -40,7 +40,7 @@ FULL: dict[str, Any] = {
             {"step": 2, "eval_gold_reward": 0.4},
         ],
     },
-    "frontier": [
+    "reward_kl": [
         {"name": "SFT", "kl": 0.0, "reward": -0.2, "gold_reward": -0.04, "bound": False},
         {"name": "best-of-4", "kl": 0.636, "reward": 0.3, "gold_reward": 0.2, "bound": True, "line": "best-of-n"},
         {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True, "line": "best-of-n"},
@@ -90,8 +90,8 @@ FULL: dict[str, Any] = {
         },
     ],
 }
-PLOTS = ("curves", "frontier", "lengths", "calibration")
-SECTIONS = ["summary", "frontier", "samples", "curves", "lengths", "measured", "calibration", "rows", "metrics", "lineage"]
+PLOTS = ("curves", "reward_kl", "lengths", "calibration")
+SECTIONS = ["summary", "reward_kl", "samples", "curves", "lengths", "measured", "calibration", "rows", "metrics", "lineage"]
 
 
 class Page(HTMLParser):
@@ -186,7 +186,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
         "metrics": {HOSTILE: HOSTILE},
         "rows": {"by_source": {HOSTILE: {"read": 1, "kept": 0, "quarantined": {HOSTILE: 1}}}},
         "curves": {HOSTILE: FULL["curves"]["sft"]},
-        "frontier": [{"name": HOSTILE, "kl": 1.0, "reward": 1.0}],
+        "reward_kl": [{"name": HOSTILE, "kl": 1.0, "reward": 1.0}],
         "lengths": {HOSTILE: [1, 2], "$x$": [3]},
         "measured": {HOSTILE: {HOSTILE: 1, "by_source": {HOSTILE: FULL["measured"]["comparisons"]}, "confusion": {HOSTILE: {HOSTILE: 1}}}},
         "samples": [{"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}],
@@ -201,7 +201,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
 
 def test_samples_are_one_row_each_with_scores_to_sort_by(full: Page) -> None:
     head, *rows = full.rows["samples"]
-    assert head == ["Prompt", "SFT answer", "Reward", "Gold", "PPO answer", "Reward", "Gold", "Δ reward", "Δ gold"]
+    assert head == ["Prompt", "SFT response", "Reward", "Gold", "PPO response", "Reward", "Gold", "Δ reward", "Δ gold"]
     assert rows == [
         ["a?", "yes", "0.12", "-0.50", "no", "2.00", "1.00", "+1.88", "+1.50"],
         ["b?", HOSTILE, "–", "–", "مرحبا 🎉", "–", "0.25", "–", "–"],
@@ -213,11 +213,11 @@ def test_samples_are_one_row_each_with_scores_to_sort_by(full: Page) -> None:
 
 def test_gold_columns_need_a_gold_reward(tmp_path: Path) -> None:
     page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": "b", "ppo": "c", "sft_reward": 1.0, "ppo_reward": 2, "ppo_gold": NAN}]})
-    head = ["Prompt", "SFT answer", "Reward", "PPO answer", "Reward", "Δ reward"]
+    head = ["Prompt", "SFT response", "Reward", "PPO response", "Reward", "Δ reward"]
     assert page.rows["samples"] == [head, ["a?", "b", "1.00", "c", "2", "+1.00"]]
 
 
-def test_words_that_only_one_answer_has_are_marked(tmp_path: Path) -> None:
+def test_words_that_only_one_response_has_are_marked(tmp_path: Path) -> None:
     before, after = "Good question!  The capital is Lyon.", "The capital is Paris. Surely.\n"
     found = word_diff(before, after)
     assert found == (
@@ -239,7 +239,7 @@ def test_tables_hold_the_values(full: Page) -> None:
     assert full.attributes("i", "style")[:4] == ["width: 81.3%", "width: 8.1%", "width: 10.6%", "width: 1.3%"]
     flow = " ".join(full.text["rows"].split())
     assert "1,240 read 1,230 kept 10 quarantined: not text 7 · exact duplicate 3" in flow
-    assert full.rows["frontier"][1:] == [
+    assert full.rows["reward_kl"][1:] == [
         ["SFT", "0.00", "-0.20", "-0.04"],
         ["best-of-4", "≤ 0.64", "0.30", "0.20"],
         ["best-of-16", "≤ 1.83", "0.70", "0.50"],
@@ -247,7 +247,7 @@ def test_tables_hold_the_values(full: Page) -> None:
 
 
 def test_the_reward_model_s_figures_are_told_by_kind_with_intervals(full: Page) -> None:
-    head = ["figure", "value", "95 % interval"]
+    head = ["metric", "value", "95 % interval"]
     labels = [head, ["rows", "1,200", ""], ["accuracy", "0.750", "0.700 to 0.800"], ["AUROC", "0.812", ""]]
     confusion = [["true class", "predicted bad", "predicted good"], ["bad", "1,000", "20"], ["good", "30", "150"]]
     longer, margin = ["accuracy of “longer wins”", "0.550", ""], ["mean margin", "0.000", ""]
@@ -271,9 +271,9 @@ def test_lineage_links_an_input_to_the_stage_that_made_it(full: Page) -> None:
 
 def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
     labels = [attributes["aria-label"] or "" for _, attributes in full.tags if attributes.get("role") == "img"]
-    frontier, sft, reward = ["Reward against KL", "Gold reward against KL"], ["Loss"], ["Loss", "Accuracy"]
+    reward_kl, sft, reward = ["Reward against KL", "Gold reward against KL"], ["Loss"], ["Loss", "Accuracy"]
     ppo = ["Reward", "Reward against KL", "KL", "Response length"]  # its loss says nothing, and no entropy was logged
-    assert [label.split(".")[0] for label in labels] == [*frontier, *sft, *reward, *ppo, "Response length", "Calibration"]
+    assert [label.split(".")[0] for label in labels] == [*reward_kl, *sft, *reward, *ppo, "Response length", "Calibration"]
     assert full.html.count("<svg ") == full.html.count("<figcaption>") == 11
     assert "Reward rising while gold falls" in full.text["curves"]
 
@@ -330,14 +330,14 @@ def test_a_fit_is_drawn_where_something_was_measured() -> None:
 def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
     page = render(tmp_path, {
         "curves": {"sft": [{"step": 1, "loss": NAN}, {"step": None, "loss": 1.0}], "ppo": [{"step": 1, "objective/kl": None}]},
-        "frontier": [{"name": "PPO", "kl": NAN, "reward": 1.0}, {"name": "SFT", "kl": 0.0, "reward": None, "gold_reward": NAN}],
+        "reward_kl": [{"name": "PPO", "kl": NAN, "reward": 1.0}, {"name": "SFT", "kl": 0.0, "reward": None, "gold_reward": NAN}],
         "lengths": {"sft": [], "ppo": None},
         "calibration": [{"confidence": NAN, "accuracy": 0.5, "count": 3}, {"confidence": 0.6, "accuracy": 0.5, "count": 0}],
         "metrics": {"ece": NAN, "kl": None},
     })  # fmt: skip
     assert page.html.count("<svg ") == 0
-    assert page.attributes("section", "id") == ["frontier", "metrics"]
-    assert page.rows["frontier"][1:] == [["PPO", "–", "1.00", "–"], ["SFT", "0.00", "–", "–"]]
+    assert page.attributes("section", "id") == ["reward_kl", "metrics"]
+    assert page.rows["reward_kl"][1:] == [["PPO", "–", "1.00", "–"], ["SFT", "0.00", "–", "–"]]
     assert page.rows["metrics"] == [["ece", "–"], ["kl", "–"]]
 
 

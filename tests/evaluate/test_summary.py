@@ -17,7 +17,7 @@ RATINGS = {"rows": 342, "rmse": 0.18187, "spearman": 0.93543}
 def told(reward: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows on the reward model; every run has the others."""
     found = [tuple(row.values()) for row in summary_rows({"reward": reward, "sft": {}, "ppo": {"kl": 1.5}})]
-    assert found[-1] == ("KL of PPO to SFT", "1.500", "nats per answer")
+    assert found[-1] == ("KL of PPO to SFT", "1.500", "nats per response")
     return found[:-1]
 
 

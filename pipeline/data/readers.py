@@ -1,8 +1,10 @@
-"""Raw sources -> items: what each row says under our column names, judged only by whether it can be read.
+"""Read raw sources into records with our columns. Imports no torch.
 
-In: a file (CSV, TSV, JSON, JSONL, Parquet), a folder of them, a `save_to_disk` folder, a hub dataset, or the demo world.
-Out: an `Item` per record to be, with the raw rows it came from; an unreadable row is an item with a `Fault`.
-A missing file, a missing column or an unknown type of file is a `UserError`.
+Only rows that cannot be read are refused here; `pipeline.data.validation` checks the values.
+
+In: a file (CSV, TSV, JSON, JSONL, Parquet), a folder of files, a `save_to_disk` folder, or a hub dataset.
+Out: a `ParsedRecord` per record, with the raw rows it came from; that of an unreadable row has a `RowError`.
+A missing file, a missing column or an unknown file type raises `UserError`.
 """
 
 import csv
@@ -20,25 +22,26 @@ from pipeline.data.schema import KINDS
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
-# Column sets that a format may come in beside the columns of its kind; `Source.columns` maps these names to a file's own.
+# Column sets that a format accepts besides the columns of its kind.
+# `Source.columns` maps these names to the columns of a file.
 ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
     "dialogues": [("chosen", "rejected")],
     "rankings": [("prompt", "response", "rank")],
     "labels": [("text", "label"), ("messages", "label")],
     "demonstrations": [("messages",)],
 }
-FORMAT_KINDS = {
-    "dialogues": "comparisons"
-}  # format -> the kind of records it makes, if that has another name
+
+# Format -> the kind of records it yields, if the two names differ.
+FORMAT_KINDS = {"dialogues": "comparisons"}
+
+# Turns of an hh-rlhf dialogue.
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-
 ASSISTANT_TURN = "\n\nAssistant:"
-
 TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class RowError(Exception):
-    """Why a row is not kept: `reason` is counted, `detail` helps whoever reads quarantine.jsonl."""
+    """The reason why a row is not kept: `reason` is counted, `detail` explains it in quarantine.jsonl."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -46,7 +49,11 @@ class RowError(Exception):
 
 
 class RawRow(NamedTuple):
-    """A raw row: its file, hub id or `demo`; its 1-based line (the number of the row where there are no lines); what was found."""
+    """A row as read.
+
+    `source` is a file, a hub id or `demo`.
+    `line` is 1-based; it is the number of the row if the source has no lines.
+    """
 
     source: str
     line: int
@@ -56,7 +63,7 @@ class RawRow(NamedTuple):
 
 @dataclass
 class ParsedRecord:
-    """A record to be of one kind, and its raw rows: several where a ranking has a row per answer."""
+    """A candidate record of one kind, and its raw rows: several if a ranking has a row per response."""
 
     kind: str
     record: dict[str, Any]
@@ -65,17 +72,22 @@ class ParsedRecord:
 
 
 def read_source(source: Source) -> list[ParsedRecord]:
-    """All rows of `source`, or its first `limit`. Raises `UserError` where the source as a whole cannot be read."""
-    rows = list(islice(progress_bar("reading", "rows", _rows(source)), source.limit))
-    shape = _shape(source, rows)
-    items = [_item(source, shape, row) for row in rows]
-    return _one_per_prompt(items) if "rank" in shape else items
+    """Read all rows of `source`, or its first `limit`. Raises `UserError` if the source cannot be read."""
+    rows = list(islice(progress_bar("reading", "rows", _iter_rows(source)), source.limit))
+    columns = _choose_columns(source, rows)
+
+    items = [_parse_row(source, columns, row) for row in rows]
+    return _group_rankings(items) if "rank" in columns else items
 
 
 def source_files(source: Source) -> list[Path]:
-    """What a source reads from disk: its files, sorted, or its `save_to_disk` folder. Raises `UserError`."""
+    """Return the files of a source, sorted, or its `save_to_disk` folder.
+
+    Raises `UserError` if the path does not exist, has no file of a known type, or cannot have the `split`.
+    """
     if not source.path:
         return []
+
     path = Path(source.path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check 'path' of the source")
@@ -83,32 +95,37 @@ def source_files(source: Source) -> list[Path]:
         return [path]
     if source.split != "train":
         raise UserError(
-            f"{path}: split={source.split!r} is only read from a hub dataset or a save_to_disk folder; remove it, or name a file"
+            f"{path}: split={source.split!r} is only read from a hub dataset or a save_to_disk folder; "
+            "remove it, or name a file"
         )
-    known, others = _sorted_out(path)
-    if not known:
-        names = ", ".join(others[:5]) or "nothing"
+
+    files, other_names = _split_files(path)
+    if not files:
         raise UserError(
-            f"{path}: expected {', '.join(READERS)}, a folder of such files, or one of datasets' save_to_disk; found {names}"
+            f"{path}: expected {', '.join(READERS)}, a folder of such files, "
+            f"or a save_to_disk folder of datasets; found {', '.join(other_names[:5]) or 'nothing'}"
         )
-    return known
+    return files
 
 
 def skipped_files(source: Source) -> list[str]:
-    """The names in a folder of files that are not read."""
+    """Return the names in a folder of files that are not read."""
     path = Path(source.path or "")
-    return _sorted_out(path)[1] if source.path and path.is_dir() and not _is_saved_dataset(path) else []
+    return _split_files(path)[1] if source.path and path.is_dir() and not _is_saved_dataset(path) else []
 
 
-def _sorted_out(path: Path) -> tuple[list[Path], list[str]]:
-    """(files to read, names of others) of a folder, or of a file."""
-    found = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-    known = [file for file in found if file.suffix.lower() in READERS and file.is_file()]
-    return known, [file.name for file in found if file not in known]
+def _split_files(path: Path) -> tuple[list[Path], list[str]]:
+    """Return (files to read, names of the others) of a folder or of a single file."""
+    paths = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
+    files = [file for file in paths if file.suffix.lower() in READERS and file.is_file()]
+    return files, [file.name for file in paths if file not in files]
 
 
 def canonical_text(value: Any) -> str:
-    """The text that equal prompts or answers share; a lone user or assistant message equals its content as a string."""
+    """Return the text that equal prompts or responses share.
+
+    A single user or assistant message equals its content as a string.
+    """
     match value:
         case str():
             return value
@@ -118,145 +135,179 @@ def canonical_text(value: Any) -> str:
 
 
 def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
-    """Two whole dialogues -> prompt, chosen, rejected as TRL messages; the prompt is what they share up to the last answer.
+    """Split two whole dialogues into prompt, chosen and rejected, as TRL messages.
 
-    Takes text in hh-rlhf's style (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `Fault`.
+    The prompt is what the two share up to the last response. Both are text in hh-rlhf's style
+    (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `RowError` if they are neither.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        shared = [
+        cuts = [
             match.start()
             for match in re.finditer(ASSISTANT_TURN, chosen)
             if rejected.startswith(chosen[: match.end()])
         ]
-        if not shared:
+        if not cuts:
             raise RowError("not-a-dialogue", f"the two share no {ASSISTANT_TURN!r}")
         return {
-            "prompt": parse_turns(chosen[: shared[-1]]),
-            "chosen": parse_turns(chosen[shared[-1] :]),
-            "rejected": parse_turns(rejected[shared[-1] :]),
+            "prompt": parse_turns(chosen[: cuts[-1]]),
+            "chosen": parse_turns(chosen[cuts[-1] :]),
+            "rejected": parse_turns(rejected[cuts[-1] :]),
         }
+
     if isinstance(chosen, list) and isinstance(rejected, list):
-        differ = (
-            n for n, (one, other) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if one != other
-        )
-        cut = next(differ, min(len(chosen), len(rejected)) - 1)
+        pairs = enumerate(zip(chosen[:-1], rejected[:-1], strict=False))
+        differences = (index for index, (one, other) in pairs if one != other)
+        cut = next(differences, min(len(chosen), len(rejected)) - 1)
         return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
     raise RowError(
         "not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}"
     )
 
 
 def parse_turns(text: str) -> list[dict[str, str]]:
-    """An hh-rlhf dialogue as TRL messages, stripped; several turns in a row of one speaker become one. Raises `Fault`."""
+    """Parse an hh-rlhf dialogue into TRL messages, with white space stripped.
+
+    Consecutive turns of one speaker become one message. Raises `RowError` if text precedes the first turn.
+    """
     head, *parts = TURN.split(text)
     if head.strip():
         raise RowError("not-a-dialogue", "there is text before the first 'Human:' or 'Assistant:'")
-    spoken = groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
+
+    turns = groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
     return [
-        {"role": TURN_ROLES[who], "content": "\n\n".join(said.strip() for _, said in group).strip()}
-        for who, group in spoken
+        {"role": TURN_ROLES[speaker], "content": "\n\n".join(turn.strip() for _, turn in group).strip()}
+        for speaker, group in turns
     ]
 
 
 # Columns
 
 
-def _kind(format: str) -> str:
+def _kind_of_format(format: str) -> str:
     return FORMAT_KINDS.get(format, format)
 
 
 def _column_sets(format: str) -> list[tuple[str, ...]]:
-    own = [KINDS[format].columns] if format in KINDS else []
-    return [*own, *ALTERNATIVES.get(format, [])]
+    standard = [KINDS[format].columns] if format in KINDS else []
+    return [*standard, *ALTERNATIVES.get(format, [])]
 
 
-def _shape(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
-    """The shape of its format that the columns found, and mapped, make up. Raises `UserError`."""
-    where = f"{source.path or source.hub}: format {source.format}"
-    shapes, optional = _column_sets(source.format), KINDS[_kind(source.format)].optional
-    known = dict.fromkeys([*(name for shape in shapes for name in shape), *optional])
+def _choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
+    """Return the column set of the format that the columns found, together with those mapped, fill best.
+
+    Raises `UserError` if a mapping is wrong or a column is missing.
+    """
+    column_sets, optional = _column_sets(source.format), KINDS[_kind_of_format(source.format)].optional
     found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
+    _check_mapping(source, list(known), found)
+
+    # A mapped column must be read, so a column set without it is not the one the user means.
+    mapped = source.columns | source.values
+    candidates = [columns for columns in column_sets if mapped.keys() <= {*columns, *optional}] or column_sets
+    missing = {
+        columns: [name for name in columns if name not in mapped and name not in found]
+        for columns in candidates
+    }
+    columns = min(candidates, key=lambda columns: len(missing[columns]))
+    if found and missing[columns]:
+        raise _missing_column(source, missing[columns][0], found)
+    return columns
+
+
+def _check_mapping(source: Source, known: list[str], found: list[str]) -> None:
+    """Raise `UserError` if `columns` or `values` names an unknown column, or maps one that no row has."""
     for ours, theirs in (source.columns | {name: [] for name in source.values}).items():
         if ours not in known:
             raise UserError(
-                f"{where}: columns maps {ours!r}, expected one of {', '.join(known)}{nearest(ours, known)}"
+                f"{_describe(source)}: columns maps {ours!r}, expected one of {', '.join(known)}"
+                f"{nearest(ours, known)}"
             )
         for name in [theirs] if isinstance(theirs, str) else theirs:
             if found and name not in found:
                 raise UserError(
-                    f"{where}: columns maps {ours!r} to {name!r}, found {', '.join(found)}{nearest(name, found)}"
+                    f"{_describe(source)}: columns maps {ours!r} to {name!r}, found {', '.join(found)}"
+                    f"{nearest(name, found)}"
                 )
-    # What is mapped must be read: of two shapes, the one without it is not meant.
-    meant = [
-        shape for shape in shapes if (source.columns | source.values).keys() <= {*shape, *optional}
-    ] or shapes
-    missing = {
-        shape: [name for name in shape if name not in source.columns | source.values and name not in found]
-        for shape in meant
-    }
-    shape = min(meant, key=lambda shape: len(missing[shape]))
-    if found and missing[shape]:
-        name = missing[shape][0]
-        if len(found) == 1 and {";", "\t"} & set(found[0]):
-            raise UserError(
-                f"{where} needs a column {name!r}, found only {found[0]!r}; separate fields by commas, or by tabs in a .tsv"
-            )
-        theirs = next(iter(difflib.get_close_matches(name, found, n=1)), "THEIRS")
-        raise UserError(
-            f"{where} needs a column {name!r}, found {', '.join(found)}; use columns: {{{name}: {theirs}}}"
+
+
+def _missing_column(source: Source, name: str, found: list[str]) -> UserError:
+    """Build the error for a missing column, with the mapping that would supply it."""
+    if len(found) == 1 and {";", "\t"} & set(found[0]):
+        return UserError(
+            f"{_describe(source)} needs a column {name!r}, found only {found[0]!r}; "
+            "separate fields by commas, or by tabs in a .tsv"
         )
-    return shape
+    theirs = next(iter(difflib.get_close_matches(name, found, n=1)), "THEIRS")
+    return UserError(
+        f"{_describe(source)} needs a column {name!r}, found {', '.join(found)}; "
+        f"use columns: {{{name}: {theirs}}}"
+    )
 
 
-def _item(source: Source, shape: tuple[str, ...], row: RawRow) -> ParsedRecord:
-    kind = _kind(source.format)
+def _describe(source: Source) -> str:
+    return f"{source.path or source.hub}: format {source.format}"
+
+
+def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedRecord:
+    """Map the columns of a row to ours; the fault of a wrong row goes into its record."""
+    kind = _kind_of_format(source.format)
     try:
         if row.fault:
             raise row.fault
-        names = [*shape, *KINDS[kind].optional]
-        found = {name: _value(row.data, source.columns.get(name, name)) for name in names} | source.values
-        return ParsedRecord(kind, _record(shape, found), [row])
+        names = [*columns, *KINDS[kind].optional]
+        values = {name: _column_value(row.data, source.columns.get(name, name)) for name in names}
+        return ParsedRecord(kind, _to_record(columns, values | source.values), [row])
     except RowError as fault:
         return ParsedRecord(kind, {}, [row], fault)
 
 
-def _value(data: dict[str, Any], column: str | list[str]) -> Any:
-    """The value of a column, or the texts of several joined by a blank line, empty ones left out."""
+def _column_value(data: dict[str, Any], column: str | list[str]) -> Any:
+    """Return the value of a column, or the texts of several joined by a blank line, without the empty ones.
+
+    If one of several is not text, return it: validation refuses it.
+    """
     if isinstance(column, str):
         return data.get(column)
-    parts = [
-        part
-        for part in map(data.get, column)
-        if part is not None and (not isinstance(part, str) or part.strip())
-    ]
-    wrong = [part for part in parts if not isinstance(part, str)]
-    return wrong[0] if wrong else "\n\n".join(parts)
+
+    values = [value for value in map(data.get, column) if value is not None]
+    parts = [value for value in values if not isinstance(value, str) or value.strip()]
+    not_text = [part for part in parts if not isinstance(part, str)]
+    return not_text[0] if not_text else "\n\n".join(parts)
 
 
-def _record(shape: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
-    """Our columns out of those of `shape`. Raises `Fault`."""
-    if "prompt" in shape:
+def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """Convert the values of one column set to the columns of the kind.
+
+    Raises `RowError` if the text is no dialogue or the messages are no list.
+    """
+    if "prompt" in columns:
         return values
-    if "text" in shape:
+    if "text" in columns:
         return values | {"prompt": "", "completion": values["text"]}
-    if "chosen" in shape:
+    if "chosen" in columns:
         return values | parse_dialogue(values["chosen"], values["rejected"])
     if not isinstance(values["messages"], list):
         raise RowError("not-text", f"messages: expected a list, found {type(values['messages']).__name__}")
     return values | {"prompt": values["messages"][:-1], "completion": values["messages"][-1:]}
 
 
-def _one_per_prompt(items: list[ParsedRecord]) -> list[ParsedRecord]:
-    """One ranking per prompt out of an item per answer, wherever its rows are; the same answer at the same rank counts once."""
+def _group_rankings(items: list[ParsedRecord]) -> list[ParsedRecord]:
+    """Merge items of one response each into one ranking per prompt; their rows need not be adjacent.
+
+    The same response at the same rank counts once. Faulty items come last.
+    """
     rankings: dict[str, ParsedRecord] = {}
     seen: set[str] = set()
     for item in (item for item in items if not item.fault):
         prompt, response, rank = item.record["prompt"], item.record["response"], item.record["rank"]
-        answer = canonical_text([prompt, response, rank])
-        if answer in seen:
-            item.fault = RowError("duplicate", "this prompt has the same answer at the same rank above")
+        identity = canonical_text([prompt, response, rank])
+        if identity in seen:
+            item.fault = RowError("duplicate", "an earlier row of this prompt has the same response and rank")
             continue
-        seen.add(answer)
+        seen.add(identity)
+
         ranking = rankings.setdefault(
             canonical_text(prompt),
             ParsedRecord("rankings", {"prompt": prompt, "responses": [], "ranks": []}, []),
@@ -264,26 +315,28 @@ def _one_per_prompt(items: list[ParsedRecord]) -> list[ParsedRecord]:
         ranking.record["responses"].append(response)
         ranking.record["ranks"].append(rank)
         ranking.rows += item.rows
+
     return [*rankings.values(), *(item for item in items if item.fault)]
 
 
 # Files
 
 
-def _rows(source: Source) -> Iterator[RawRow]:
+def _iter_rows(source: Source) -> Iterator[RawRow]:
     if source.hub or _is_saved_dataset(Path(source.path or "")):
-        yield from _dataset_rows(str(source.hub or source.path), _dataset(source))
+        yield from _read_dataset(str(source.hub or source.path), _load_dataset(source))
     else:
         for file in source_files(source):
             yield from READERS[file.suffix.lower()](file)
 
 
-def _json(path: Path) -> Iterator[RawRow]:
-    """An array of objects, or, as in many `.json` files, an object per line."""
+def _read_json(path: Path) -> Iterator[RawRow]:
+    """Read an array of objects, or an object per line, as many `.json` files have it."""
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if not text.lstrip().startswith("[") and '"' in text.lstrip().partition("\n")[0]:
-        yield from _jsonl(path)
+        yield from _read_jsonl(path)
         return
+
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -292,53 +345,51 @@ def _json(path: Path) -> Iterator[RawRow]:
         raise UserError(
             f"{path}: expected an array of objects, or an object per line; found one {type(values).__name__}"
         )
-    yield from (_object(path, number, value) for number, value in enumerate(values, 1))
+    yield from (_to_raw_row(path, number, value) for number, value in enumerate(values, 1))
 
 
-def _jsonl(path: Path) -> Iterator[RawRow]:
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    yield _object(path, number, json.loads(line))
+                    yield _to_raw_row(path, number, json.loads(line))
             except (ValueError, RecursionError) as error:
                 yield RawRow(str(path), number, line.rstrip("\n"), RowError("unreadable-line", str(error)))
 
 
-def _object(path: Path, number: int, value: Any) -> RawRow:
-    fault = (
-        None
-        if isinstance(value, dict)
-        else RowError("unreadable-line", f"expected an object, found {type(value).__name__}")
-    )
+def _to_raw_row(path: Path, number: int, value: Any) -> RawRow:
+    fault = None
+    if not isinstance(value, dict):
+        fault = RowError("unreadable-line", f"expected an object, found {type(value).__name__}")
     return RawRow(str(path), number, value, fault)
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)
-    # newline="" leaves newlines in fields as they are; bytes that are not UTF-8 become lone surrogates, which the checks find.
+    # newline="" keeps newlines inside fields.
+    # Bytes that are not UTF-8 become lone surrogates, which the validation finds.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        records = _csv_records(path, csv.reader(lines, delimiter=delimiter, strict=True))
+        records = _iter_csv_records(path, csv.reader(lines, delimiter=delimiter, strict=True))
         _, header = next(records, (1, []))
         if len(set(header)) < len(header):
             raise UserError(
                 f"{path}: expected column names, each of them once, in the first line; found {header}"
             )
+
         for line, fields in records:
-            if len(fields) != len(header):
-                yield RawRow(
-                    str(path),
-                    line,
-                    fields,
-                    RowError("unreadable-line", f"expected {len(header)} fields, found {len(fields)}"),
-                )
-            else:
+            if len(fields) == len(header):
                 yield RawRow(str(path), line, dict(zip(header, fields, strict=True)))
+            else:
+                detail = f"expected {len(header)} fields, found {len(fields)}"
+                yield RawRow(str(path), line, fields, RowError("unreadable-line", detail))
 
 
-def _csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(line a record begins on, its fields); blank lines are no records. After a stray quote nobody can tell where the next record begins:
-    that is a `UserError`, and not a row less."""
+def _iter_csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line of a record, its fields); blank lines are not records.
+
+    After a stray quote the start of the next record is unknown, so that raises `UserError` and drops no row.
+    """
     while True:
         line = reader.line_num + 1
         try:
@@ -347,13 +398,14 @@ def _csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise UserError(
-                f'{path}:{line}: not valid CSV from here on: {error}; close the quotes of each field, and write a quote inside one as ""'
+                f"{path}:{line}: not valid CSV from here on: {error}; "
+                'close the quotes of each field, and write a quote inside one as ""'
             ) from None
         if fields:
             yield line, fields
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -365,11 +417,11 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".csv": _csv,
-    ".tsv": lambda path: _csv(path, "\t"),
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
+    ".csv": _read_csv,
+    ".tsv": lambda path: _read_csv(path, "\t"),
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
 }
 
 
@@ -380,8 +432,11 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _dataset(source: Source) -> Any:
-    """The `datasets.Dataset` of a hub id or of a `save_to_disk` folder. Raises `UserError`."""
+def _load_dataset(source: Source) -> Any:
+    """Load the `datasets.Dataset` of a hub id or of a `save_to_disk` folder.
+
+    Raises `UserError` if it cannot be read or lacks the split.
+    """
     import datasets
 
     try:
@@ -389,45 +444,47 @@ def _dataset(source: Source) -> Any:
             return datasets.load_dataset(
                 source.hub, source.subset, split=source.split, revision=source.revision
             )
-        found = datasets.load_from_disk(str(source.path))
+        data = datasets.load_from_disk(str(source.path))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        fix = (
-            "check hub, subset, split and revision of the source, or download it and give its path"
+        hint = (
+            "check hub, subset, split and revision of the source, or download it and set its path"
             if source.hub
             else "save it again"
         )
         raise UserError(
-            f"{source.hub or source.path}: not readable as a dataset: {_first_line(error)}; {fix}"
+            f"{source.hub or source.path}: not readable as a dataset: {_first_line(error)}; {hint}"
         ) from None
-    if isinstance(found, datasets.Dataset):
-        return found
-    if source.split not in found:
+
+    if isinstance(data, datasets.Dataset):
+        return data
+    if source.split not in data:
         raise UserError(
-            f"{source.path}: no split {source.split!r}, found {', '.join(found)}; set 'split' of the source"
+            f"{source.path}: no split {source.split!r}, found {', '.join(data)}; set 'split' of the source"
         )
-    return found[source.split]
+    return data[source.split]
 
 
-def _dataset_rows(name: str, dataset: Any) -> Iterator[RawRow]:
-    """The rows, with the names of classes in the place of indices where the features hold them."""
-    classes = {
+def _read_dataset(name: str, dataset: Any) -> Iterator[RawRow]:
+    """Yield the rows, with class indices replaced by the names that the features have for them."""
+    class_names = {
         column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
     }
-    for number, data in enumerate(_decoded(name, dataset), 1):
+    for number, data in enumerate(_iter_dataset(name, dataset), 1):
         named = {
             column: names[data[column]]
-            for column, names in classes.items()
+            for column, names in class_names.items()
             if data[column] in range(len(names))
         }
         yield RawRow(name, number, {**data, **named})
 
 
-def _decoded(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
+def _iter_dataset(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from dataset
     except (OSError, ValueError, OverflowError, ImportError) as error:
         raise UserError(
-            f"{name}: has a value that cannot be read: {_first_line(error)}; drop that column, or save it as text"
+            f"{name}: has a value that cannot be read: {_first_line(error)}; "
+            "drop that column, or save it as text"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The kinds of records: one table of their columns, their responses and what was said of these. Imports no torch."""
+"""The kinds of records: their columns, responses, and the targets of the objectives. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 Record = dict[str, Any]
 Text = str | Sequence[dict[str, Any]]  # a string, or messages
 
-# The columns that hold one text, and who says it.
+SPLITS = ("train", "validation", "test")
+
+# Columns that contain one text, and the role of its speaker.
 ROLES = {
     "prompt": "user",
     "completion": "assistant",
@@ -17,10 +19,10 @@ ROLES = {
 
 
 class RecordKind(NamedTuple):
-    """Required and optional columns; the K responses of a record, and the target that an objective learns for them.
+    """The columns of a kind, the K responses of a record, and the target that an objective learns for them.
 
-    A target is K ranks (1 is best), the index of a class, or a rating. `prompt_may_be_empty` holds for texts that answer
-    nothing. A kind without `responses` trains no reward model.
+    A target is K ranks (1 is best), the index of a class, or a rating. A kind without `responses` trains no
+    reward model. `prompt_may_be_empty` is set for texts that respond to nothing.
     """
 
     columns: tuple[str, ...]
@@ -55,7 +57,7 @@ KINDS = {
         target=lambda record: record["rating"],
     ),
     "prompts": RecordKind(("prompt",)),
-    # Rows of a file that `rlhf score` reads: no stage learns from them.
+    # Rows of a file that `rlhf score` reads; no stage learns from them.
     "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
 }
 LEARNABLE = tuple(name for name, kind in KINDS.items() if kind.responses is not None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import PrepareStage, Source
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import _rows, read_source
+from pipeline.data.readers import _iter_rows, read_source
 from pipeline.data.validation import class_names, validate_records
 from pipeline.errors import UserError
 from pipeline.prepare.stage import _require_valid_rows, run
@@ -218,7 +218,7 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
     assert manifest(published)["rows"]["quarantined"] == {"duplicate": 2}
 
 
-def test_it_says_what_was_kept_and_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_was_kept_and_what_was_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     for name in ("b.jsonl", "a.jsonl.gz", "c.txt"):
         write(tmp_path / "data" / name, [{"prompt": "Q"}, {"prompt": ""}, {"prompt": 3}])
@@ -226,7 +226,7 @@ def test_it_says_what_was_kept_and_what_was_passed_over(tmp_path: Path, capsys: 
         prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data")})
         assert capsys.readouterr().out.splitlines()[-2:] == [
             f"  1 of 3 rows kept; quarantined: empty-text 1, not-text 1; see {tmp_path}/runs/test/prepare/quarantine.jsonl",
-            f"  {tmp_path}/data: passed over a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
+            f"  {tmp_path}/data: skipped a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
         ]
     prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1})
     assert capsys.readouterr().out == "  1 of 1 rows kept\n"
@@ -234,7 +234,7 @@ def test_it_says_what_was_kept_and_what_was_passed_over(tmp_path: Path, capsys: 
 
 def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:
     published = prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])})
-    with pytest.raises(UserError, match=r"quarantine\.jsonl: lies in .*/test/prepare, which this run replaces"):
+    with pytest.raises(UserError, match=r"quarantine\.jsonl: is inside .*/test/prepare, which this run replaces"):
         prepare(tmp_path, {"format": "prompts", "path": str(published / "quarantine.jsonl")})
 
 
@@ -288,7 +288,7 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str
     path = tmp_path / "junk.jsonl"
     path.write_text("\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]), encoding="utf-8", errors="surrogatepass")
     source = Source(format=format, path=str(path))
-    read = len(list(_rows(source)))
+    read = len(list(_iter_rows(source)))
     items = read_source(source)
     validate_records(items, class_names([source], items))
     kept = sum(len(item.rows) for item in items if not item.fault)

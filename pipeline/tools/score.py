@@ -1,13 +1,15 @@
-"""Scoring files: rows in, the same rows with a reward out; by the way, the best of n sampled answers, and a ranking on the terminal.
+"""`rlhf score`, `best-of-n` and `compare`: score the rows of a file, or rank responses on the terminal.
 
-In: a CSV, TSV, JSON, JSONL or Parquet file. Out: a CSV, JSONL or Parquet file of the same rows in the same order, with new columns, and
-beside it, where rows are wrong, OUTPUT.quarantine.jsonl, as prepare writes it. While it is made:
+In: a CSV, TSV, JSON, JSONL or Parquet file.
+Out: a CSV, JSONL or Parquet file of the same rows in the same order, with new columns. If rows are wrong,
+they are beside it in OUTPUT.quarantine.jsonl, as prepare writes it.
+While the output is written, there are also:
 
-    .OUTPUT.partial.jsonl    what it is made from, then a line for each chunk computed; the same command goes on from it
-    .OUTPUT.lock             one writer at a time
-    .OUTPUT.tmp              the output, until it is whole
+    .OUTPUT.partial.jsonl  the settings, then a line for each computed chunk; the same command resumes from it
+    .OUTPUT.lock           one writer at a time
+    .OUTPUT.tmp            the output, until it is complete
 
-torch is imported only once the files are known to be right.
+torch is imported only after the files have been checked.
 """
 
 import io
@@ -37,24 +39,19 @@ from pipeline.distributed.processes import is_main_process, map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
-KINDS = {"score": "answers", "best-of-n": "prompts"}  # as `checks` knows them
-
+KINDS = {"score": "answers", "best-of-n": "prompts"}  # kind of record, as pipeline.data.schema names it
 OUTPUT_COLUMNS = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
-
-RESPONSE_COLUMNS = ("response", "completion", "text")  # the first of them that a file has is the answer
-
-CHUNK = 256  # answers between two writes: what an interruption costs at most
-
+RESPONSE_COLUMNS = ("response", "completion", "text")  # the first that a file has contains the response
+CHUNK = 256  # responses between two writes: the most that an interruption loses
 MAKE_COMMAND = "rlhf run --until"
 
-
 Columns = dict[str, Any]
-
 Score = Callable[[Sequence[Any], Sequence[Any]], list[float]]
+Compute = Callable[[Sequence[ParsedRecord]], list[Columns]]
 
 
 class ScoringJob(NamedTuple):
-    """A file to be filled: an item for each row, `record` what the models read of it."""
+    """A file to score: an item for each row, whose `record` is what the models read."""
 
     command: str
     source: Path
@@ -62,178 +59,206 @@ class ScoringJob(NamedTuple):
     items: list[ParsedRecord]
 
     @property
-    def sound(self) -> list[ParsedRecord]:
+    def valid(self) -> list[ParsedRecord]:
+        """The rows without a fault."""
         return [item for item in self.items if not item.fault]
 
 
+# Commands
+
+
 def score_file(
-    work: ScoringJob, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool
+    job: ScoringJob, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool
 ) -> None:
-    """The reward of each answer."""
-    identity, rewards = _load_scorer(reward, batch_size=batch_size, alpha=alpha, normalize=normalize)
+    """Write the rows of the job with the reward of each response. Raises `UserError`."""
+    identity, score = _load_scorer(reward, batch_size=batch_size, alpha=alpha, normalize=normalize)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
-        found = rewards(
-            [item.record["prompt"] for item in items], [item.record["response"] for item in items]
-        )
-        return [{"reward": value} for value in found]
+        prompts = [item.record["prompt"] for item in items]
+        responses = [item.record["response"] for item in items]
+        return [{"reward": value} for value in score(prompts, responses)]
 
-    made_from = {
+    settings = {
         "reward": identity,
         "positive_label": reward.positive_label,
         "alpha": alpha,
         "normalize": normalize,
     }
-    _score_rows(work, made_from, compute, CHUNK)
+    _score_rows(job, settings, compute, CHUNK)
 
 
 def best_of_n_file(
-    work: ScoringJob,
+    job: ScoringJob,
     reward: Reward,
     policy: str,
     *,
     n: int,
     max_prompt_tokens: int,
     batch_size: int,
-    **drawn: Any,
+    **sampling: Any,
 ) -> None:
-    """Of `n` answers to each prompt the best, its reward, and the mean of all; `drawn` is seed, temperature and response_tokens.
+    """Write the rows of the job with the best of `n` responses, its reward, and the mean reward of all n.
 
-    The noise of an answer is that of its row and its number in it. A policy of few positions reads as much of a prompt as leaves room.
+    `sampling` is seed, temperature and response_tokens. The random numbers of a response derive from its row
+    and its number among the n. A policy with few positions reads a shorter prompt, so that the response fits.
+    Raises `UserError`.
     """
-    source = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
-    identity, rewards = _load_scorer(reward)
+    opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
+    identity, score = _load_scorer(reward)
     from pipeline.models.generation import sample_responses
     from pipeline.models.loading import load_sampler
 
-    model, tokenizer = load_sampler(str(source.path), revision=source.revision)
+    model, tokenizer = load_sampler(str(opened.path), revision=opened.revision)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    room = min(max_prompt_tokens, positions - drawn["response_tokens"])
-    if room < 1:
+    prompt_tokens = min(max_prompt_tokens, positions - sampling["response_tokens"])
+    if prompt_tokens < 1:
         raise UserError(
             f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens"
         )
+    options = {"max_prompt_tokens": prompt_tokens, "batch_size": batch_size, **sampling}
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items for _ in range(n)]
         rows = [item.record["number"] * n + k for item in items for k in range(n)]
-        batches = sample_responses(
-            model, tokenizer, prompts, rows, max_prompt_tokens=room, batch_size=batch_size, **drawn
-        )
-        texts = [text for answers in batches for text in answers.texts]
-        found = rewards(prompts, texts)
-        groups = [range(start, start + n) for start in range(0, len(texts), n)]
-        best = [max(group, key=found.__getitem__) for group in groups]
-        means = [statistics.fmean(found[i] for i in group) for group in groups]
-        return [
-            {"response": texts[i], "reward": found[i], "reward_mean": mean}
-            for i, mean in zip(best, means, strict=True)
-        ]
+        batches = sample_responses(model, tokenizer, prompts, rows, **options)
+        texts = [text for responses in batches for text in responses.texts]
+        return _best_of_n(texts, score(prompts, texts), n)
 
-    made_from = {
+    settings = {
         "reward": identity,
         "positive_label": reward.positive_label,
-        "policy": source.identity,
+        "policy": opened.identity,
         "n": n,
-        "room": room,
-    } | drawn
-    _score_rows(work, made_from, compute, max(1, CHUNK // n))
+        "room": prompt_tokens,
+    }
+    _score_rows(job, settings | sampling, compute, max(1, CHUNK // n))
 
 
-def compare_responses(reward: Reward, prompt: str, answers: Sequence[str]) -> str:
-    """A table of the answers, best first, no wider than the terminal. Raises `UserError` where one is no text."""
-    for number, answer in enumerate(answers, 1):
+def _best_of_n(texts: Sequence[str], rewards: Sequence[float], n: int) -> list[Columns]:
+    """Return the columns of each group of `n` consecutive responses; of equal rewards the first wins."""
+    rows = []
+    for start in range(0, len(texts), n):
+        group = range(start, start + n)
+        best = max(group, key=rewards.__getitem__)
+        mean = statistics.fmean(rewards[i] for i in group)
+        rows.append({"response": texts[best], "reward": rewards[best], "reward_mean": mean})
+    return rows
+
+
+def compare_responses(reward: Reward, prompt: str, responses: Sequence[str]) -> str:
+    """Return a table of the responses, best first, no wider than the terminal.
+
+    Raises `UserError` if the prompt or a response is not a text.
+    """
+    for number, response in enumerate(responses, 1):
         try:
-            asked = clean_record("answers", {"prompt": prompt, "response": answer}, [])["prompt"]
+            record = clean_record(KINDS["score"], {"prompt": prompt, "response": response}, [])
         except RowError as fault:
-            raise UserError(f"answer {number} of {len(answers)}: {fault.detail}") from None
-    scores = _load_scorer(reward)[1]([asked] * len(answers), answers)
-    ranked = sorted(zip(scores, answers, strict=True), key=lambda pair: -pair[0])
+            detail = fault.detail.removeprefix("response: ")
+            raise UserError(f"response {number} of {len(responses)}: {detail}") from None
+
+    _, score = _load_scorer(reward)
+    rewards = score([record["prompt"]] * len(responses), responses)
+    ranked = sorted(zip(rewards, responses, strict=True), key=lambda pair: -pair[0])
     rows = [
-        ("rank", "score", "answer"),
-        *((str(rank), f"{value:.4f}", answer) for rank, (value, answer) in enumerate(ranked, 1)),
+        ("rank", "score", "response"),
+        *((str(rank), f"{value:.4f}", response) for rank, (value, response) in enumerate(ranked, 1)),
     ]
     width = max(len(value) for _, value, _ in rows)
-    room = shutil.get_terminal_size().columns - width - 8
+    text_width = shutil.get_terminal_size().columns - width - 8
     return "\n".join(
-        f"{rank:>4}  {value:>{width}}  {_fit_to_width(answer, room)}" for rank, value, answer in rows
+        f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows
     )
 
 
 def _load_scorer(reward: Reward, **options: Any) -> tuple[str, Score]:
-    """(identity, (prompts, answers) -> rewards, finite ones); `options` go to `RewardModel.score`."""
+    """Return (identity, (prompts, responses) -> finite rewards); `options` go to `RewardModel.score`."""
     from pipeline.reward.functions import load_reward, require_reward
 
     opened = require_reward(reward, f"{MAKE_COMMAND} reward")
     model = load_reward(reward, opened)
 
-    def rewards(prompts: Sequence[Any], answers: Sequence[Any]) -> list[float]:
-        found = model.score(prompts, answers, **options)
-        if wrong := [value for value in found if not math.isfinite(value)]:
+    def score(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+        rewards = model.score(prompts, responses, **options)
+        if wrong := [value for value in rewards if not math.isfinite(value)]:
             raise UserError(
-                f"{opened.path}: gives the reward {wrong[0]}; expected finite ones; its weights are broken: train it again"
+                f"{opened.path}: gives the reward {wrong[0]}, expected a finite number; "
+                "its weights are broken: train it again"
             )
-        return found
+        return rewards
 
-    return opened.identity, rewards
+    return opened.identity, score
 
 
-def _fit_to_width(text: str, room: int) -> str:
-    """On one line of `room` columns of a terminal, of which a wide character takes two."""
+def _fit_to_width(text: str, width: int) -> str:
+    """Return the text on one line of `width` terminal columns; a wide character takes two."""
     text = " ".join(text.split())
     ends = list(accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text))
-    return text if not ends or ends[-1] <= room else text[: bisect_right(ends, room - 1)] + "…"
+    return text if not ends or ends[-1] <= width else text[: bisect_right(ends, width - 1)] + "…"
 
 
 # Reading
 
 
 def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJob:
-    """What there is to do; a wrong row is an item with a fault. Raises `UserError` where that is nothing, or the output is in the way."""
+    """Read the rows to score; a wrong row is an item with a fault.
+
+    Raises `UserError` if a path or a column is wrong, if no row is valid, or if the output cannot be written.
+    """
     _check_paths(source, output, force)
     rows = list(READERS[source.suffix.lower()](source))
-    found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
-    needed = RESPONSE_COLUMNS if command == "score" else ("prompt",)
-    column = next((name for name in needed if name in found), needed[0])
-    if found and column not in found:
-        hint = nearest(column, found) or "; rename the one that is meant"
-        raise UserError(
-            f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, found {', '.join(found)}{hint}"
-        )
-    if taken := [name for name in OUTPUT_COLUMNS[command] if name in found]:
-        raise UserError(
-            f"{source}: has a column {taken[0]!r} already, which {command} would write; rename or remove it"
-        )
+    names = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    column = _find_column(command, source, names)
+
     items = [ParsedRecord(KINDS[command], {}, [row], row.fault) for row in rows]
     for number, item in enumerate(items):
         if not item.fault:
             data = item.rows[0].data
+            fields = {"prompt": data.get("prompt"), "response": data.get(column)}
             try:
-                given = {"prompt": data.get("prompt"), "response": data.get(column)}
-                item.record = clean_record(item.kind, given, []) | {"number": number}
+                item.record = clean_record(item.kind, fields, []) | {"number": number}
             except RowError as fault:
                 item.fault = fault
-    work = ScoringJob(command, source, output, items)
-    if not work.sound:
+
+    job = ScoringJob(command, source, output, items)
+    if not job.valid:
         first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
-        raise UserError(f"{source}: of {len(items)} rows none can be scored{first}")
-    _encode_output(work, [item.rows[0].data for item in work.sound])  # what cannot be written is told now
-    return work
+        raise UserError(f"{source}: none of its {len(items)} rows can be scored{first}")
+    _encode_output(job, [item.rows[0].data for item in job.valid])  # raises before any model is loaded
+    return job
+
+
+def _find_column(command: str, source: Path, names: list[str]) -> str:
+    """Return the column that the command reads.
+
+    Raises `UserError` if there is none, or if the file has a column that the command would write.
+    """
+    needed = RESPONSE_COLUMNS if command == "score" else ("prompt",)
+    column = next((name for name in needed if name in names), needed[0])
+    if names and column not in names:
+        hint = nearest(column, names) or "; rename the column that contains it"
+        raise UserError(
+            f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, "
+            f"found {', '.join(names)}{hint}"
+        )
+    if taken := [name for name in OUTPUT_COLUMNS[command] if name in names]:
+        raise UserError(
+            f"{source}: already has a column {taken[0]!r}, which {command} would write; rename or remove it"
+        )
+    return column
 
 
 def _check_paths(source: Path, output: Path, force: bool) -> None:
     if output.suffix.lower() not in ENCODERS:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(ENCODERS)}")
     if not source.is_file():
-        raise UserError(
-            f"--input {source}: {'is no file' if source.exists() else 'does not exist'}; expected {', '.join(READERS)}"
-        )
+        problem = "is not a file" if source.exists() else "does not exist"
+        raise UserError(f"--input {source}: {problem}; expected {', '.join(READERS)}")
     if source.suffix.lower() not in READERS:
         raise UserError(f"--input {source}: expected a name that ends in {', '.join(READERS)}")
     if output.exists() and (output.is_dir() or output.samefile(source)):
-        raise UserError(
-            f"--output {output}: is {'a folder' if output.is_dir() else 'the input'}; name another file"
-        )
+        problem = "is a folder" if output.is_dir() else "is the input"
+        raise UserError(f"--output {output}: {problem}; name another file")
     if output.exists() and not force:
         raise UserError(f"--output {output}: exists already; name another file, or add --force to replace it")
 
@@ -241,71 +266,71 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
 # Computing
 
 
-def _score_rows(
-    work: ScoringJob,
-    made_from: dict[str, Any],
-    compute: Callable[[Sequence[ParsedRecord]], list[Columns]],
-    chunk: int,
-) -> None:
-    """Write the sound rows with the columns that `compute` gives them, `chunk` rows at a time and process; go on where the same was
-    interrupted. Rank 0 writes.
+def _score_rows(job: ScoringJob, settings: dict[str, Any], compute: Compute, chunk: int) -> None:
+    """Write the valid rows with the columns that `compute` returns; resume an interrupted run.
 
-    `made_from` is what decides them: no batch size, which may be lowered after a run out of memory.
+    Each process computes `chunk` rows at a time, and rank 0 writes. `settings` is all that decides the
+    columns. The batch size is not part of it, so that it can be lowered after a run that was out of memory.
     """
-    made_from = {
-        "command": work.command,
+    settings = {
+        "command": job.command,
         "version": RESULTS_VERSION,
-        "input": open_external(work.source, "source").identity,
-    } | made_from
-    partial = _sibling(work.output, "partial.jsonl")
-    rows, chunk = work.sound, chunk * world_size()
+        "input": open_external(job.source, "source").identity,
+    } | settings
+    partial = _sibling(job.output, "partial.jsonl")
+    rows, chunk = job.valid, chunk * world_size()
 
     def begin() -> list[Columns]:
-        held.enter_context(_locked(work.output))
-        found = _resume(partial, made_from)
-        if found:
-            print(
-                f"{work.command}: resuming {partial}: {len(found):,} of {len(rows):,} rows are done",
-                flush=True,
-            )
-        return found
+        stack.enter_context(_locked(job.output))
+        done = _resume(partial, settings)
+        if done:
+            progress = f"{len(done):,} of {len(rows):,} rows are done"
+            print(f"{job.command}: resuming {partial}: {progress}", flush=True)
+        return done
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         done = on_main_process(begin)
-        with progress_bar(work.command, "rows", total=len(rows), initial=len(done)) as shown:
+        with progress_bar(job.command, "rows", total=len(rows), initial=len(done)) as bar:
             for start in range(len(done), len(rows), chunk):
-                found = map_across_processes(compute, rows[start : start + chunk])
-                done += _append(partial, found) if is_main_process() else found
-                shown.update(len(done) - start)
+                columns = map_across_processes(compute, rows[start : start + chunk])
+                done += _append(partial, columns) if is_main_process() else columns
+                bar.update(len(done) - start)
         if not is_main_process():
             return
-        _publish(work, done)
+        _publish(job, done)
         partial.unlink()
-    reasons = Counter(item.fault.reason for item in work.items if item.fault)
+    _print_outcome(job)
+
+
+def _print_outcome(job: ScoringJob) -> None:
+    reasons = Counter(item.fault.reason for item in job.items if item.fault)
     if reasons:
-        print(
-            f"  quarantined: {', '.join(f'{reason} {count:,}' for reason, count in sorted(reasons.items()))}; see {_quarantine_file(work)}"
-        )
-    print(f"{len(rows):,} rows scored, {reasons.total():,} quarantined: {work.output}", flush=True)
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+        print(f"  quarantined: {counts}; see {_quarantine_file(job)}")
+    print(f"{len(job.valid):,} rows scored, {reasons.total():,} quarantined: {job.output}", flush=True)
 
 
-def _resume(partial: Path, made_from: dict[str, Any]) -> list[Columns]:
-    """What an interrupted run of the same computed; the partial file is left with that alone, without a line that was torn."""
+def _resume(partial: Path, settings: dict[str, Any]) -> list[Columns]:
+    """Return what an interrupted run with the same settings computed, and start the partial file otherwise.
+
+    A torn last line is removed from the partial file.
+    """
     lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
     head, *done = _whole_lines(lines) or [{}]
-    if head == made_from:
+    if head == settings:
         os.truncate(partial, sum(map(len, lines[: len(done) + 1])))
         return [columns for part in done for columns in part]
+
     if lines:
-        changed = [key for key in made_from if head.get(key, ...) != made_from[key]]
-        print(f"{partial}: was made from another {', '.join(changed)}; starting afresh", flush=True)
+        changed = [key for key in settings if head.get(key, ...) != settings[key]]
+        print(f"{partial}: was made with another {', '.join(changed)}; starting over", flush=True)
     partial.unlink(missing_ok=True)
-    _append(partial, made_from)
+    _append(partial, settings)
     return []
 
 
 def _whole_lines(lines: list[bytes]) -> list[Any]:
-    """The values of the lines before the first that is torn."""
+    """Return the values of the lines before the first that is torn."""
     values: list[Any] = []
     for line in lines:
         try:
@@ -337,48 +362,46 @@ def _sibling(output: Path, suffix: str) -> Path:
     return output.with_name(f".{output.name}.{suffix}")
 
 
-def _quarantine_file(work: ScoringJob) -> Path:
-    return work.output.with_name(f"{work.output.name}.quarantine.jsonl")
+def _quarantine_file(job: ScoringJob) -> Path:
+    return job.output.with_name(f"{job.output.name}.quarantine.jsonl")
 
 
 # Writing
 
 
-def _publish(work: ScoringJob, columns: list[Columns]) -> None:
-    """The quarantine, then the output, whole: a crash in here leaves what was there, or all."""
-    rows = [item.rows[0].data | new for item, new in zip(work.sound, columns, strict=True)]
-    temporary = _sibling(work.output, "tmp")
-    temporary.write_bytes(_encode_output(work, rows))
+def _publish(job: ScoringJob, columns: list[Columns]) -> None:
+    """Write the quarantine, then the complete output; after a crash the previous output is still there."""
+    rows = [item.rows[0].data | new for item, new in zip(job.valid, columns, strict=True)]
+    temporary = _sibling(job.output, "tmp")
+    temporary.write_bytes(_encode_output(job, rows))
     sync_to_disk(temporary)
-    _quarantine_file(work).unlink(missing_ok=True)  # that of what is replaced
-    if len(rows) < len(work.items):
-        write_quarantine([(item.rows[0], item.fault) for item in work.items], _quarantine_file(work))
-    os.replace(temporary, work.output)
-    sync_to_disk(work.output.parent)
+
+    _quarantine_file(job).unlink(missing_ok=True)  # belongs to the output that is replaced
+    if len(rows) < len(job.items):
+        write_quarantine([(item.rows[0], item.fault) for item in job.items], _quarantine_file(job))
+    os.replace(temporary, job.output)
+    sync_to_disk(job.output.parent)
 
 
-def _encode_output(work: ScoringJob, rows: list[Columns]) -> bytes:
-    """The output with these rows: the columns that any of them has, the new ones last."""
-    names = sorted(
-        dict.fromkeys(name for row in rows for name in row),
-        key=lambda name: name in OUTPUT_COLUMNS[work.command],
-    )
-    return ENCODERS[work.output.suffix.lower()](names, rows, work.source)
+def _encode_output(job: ScoringJob, rows: list[Columns]) -> bytes:
+    """Return the bytes of the output: the columns that any row has, the new ones last."""
+    new = OUTPUT_COLUMNS[job.command]
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name in new)
+    return ENCODERS[job.output.suffix.lower()](names, rows, job.source)
 
 
 def _encode_csv(names: list[str], rows: list[Columns], source: Path) -> bytes:
     lines: list[list[Any]] = [names, *([row.get(name) for name in names] for row in rows)]
     # Not csv.writer: with these line ends it leaves a lone \r unquoted up to Python 3.12.
-    return "".join(",".join(map(_csv_field, line)) + "\n" for line in lines).encode(
-        "utf-8", "backslashreplace"
-    )
+    text = "".join(",".join(map(_csv_field, line)) + "\n" for line in lines)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _csv_field(value: Any) -> str:
-    """A field; None is empty, what is no text or number is JSON."""
-    text = (
-        "" if value is None else json_line(value).rstrip() if isinstance(value, list | dict) else str(value)
-    )
+    """Return a field: empty for None, JSON for a list or a dict."""
+    if value is None:
+        return ""
+    text = json_line(value).rstrip() if isinstance(value, list | dict) else str(value)
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 
@@ -387,7 +410,10 @@ def _encode_jsonl(names: list[str], rows: list[Columns], source: Path) -> bytes:
 
 
 def _encode_parquet(names: list[str], rows: list[Columns], source: Path) -> bytes:
-    """In the types of the source where that is Parquet, else in those of the values. Raises `UserError` where a column has several."""
+    """Encode with the types of a Parquet source, else with those of the values.
+
+    Raises `UserError` if the values of a column have several types.
+    """
     import pyarrow
     from pyarrow import parquet
 

@@ -80,7 +80,7 @@ def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
     (folder / ".cache").mkdir(exist_ok=True)
     (folder / ".cache" / "hidden.json").touch()
     assert main(["push", str(folder), "--to", "org/name", "--private"]) == 2  # the repository there is public
-    assert "org/name: is there already, and public" in capsys.readouterr().err
+    assert "org/name: exists already and is public" in capsys.readouterr().err
     assert main(["push", str(folder), "--to", "org/name"]) == 0
     assert capsys.readouterr().out == "https://hub/org/name/commit/1\n"
     assert api.pushed.keys() == files | TOKENIZER
@@ -91,7 +91,7 @@ def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
     for name in files - {"README.md"}:
         assert api.pushed[name] == (folder / name).read_bytes()
     card = api.pushed["README.md"].decode()
-    assert 'prompt = "org/name", ' in card or 'answer = "org/name", ' in card
+    assert any(f'{name} = "org/name", ' in card for name in ("prompt", "answer", "response"))
     assert str(run.parent) not in card
 
 
@@ -143,7 +143,7 @@ def test_the_card_of_a_policy_tells_its_figures_and_its_settings(run):
     last, best = (policy_card_text(opened, folder, "org/name", is_adapter=False) for folder in (opened.path, opened.path / "best"))
     assert f"| kl | {opened.manifest['metrics']['eval_kl']:z.3f} |" in last
     assert f"| kl | {at_best['eval_kl']:z.3f} |" in best
-    assert f"It is the policy of step {step}, that of the best evaluation." in best
+    assert f"It is the policy of step {step}, which had the best evaluation." in best
     assert "started as `runs/t/sft` and was tuned by PPO" in last
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", last, re.S)[0])
     assert config.PPOStage(run="t", **settings).training == opened.manifest["fingerprint"]["config"]["training"]
@@ -163,9 +163,9 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(run, api, tiny_re
     for folder, expected in {
         altered: "config.json was altered",
         tiny_records: "is of kind 'records'; expected a model that sft, reward or ppo wrote",
-        run / "t": "holds nothing that a stage has published",
-        run / "t" / "ppo" / "nothing": "holds no model that",
-        run / "lora" / "sft": "a folder of this machine, which others have not; set merge: true",
+        run / "t": "is not the artifact of any stage",
+        run / "t" / "ppo" / "nothing": "contains no model that",
+        run / "lora" / "sft": "a local path that others do not have; set merge: true",
     }.items():
         assert expected in fail(capsys, folder)
     assert "--to name: expected ORG/NAME" in fail(capsys, run / "t" / "sft", "name")
@@ -174,7 +174,7 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(run, api, tiny_re
 
 def test_files_of_another_model_are_not_mixed_with_it(run, api, capsys):
     api.list_repo_files.return_value = [".gitattributes", "README.md", "adapter_config.json"]
-    assert "org/name: holds files that this model has not (adapter_config.json)" in fail(capsys, run / "t" / "sft")
+    assert "org/name: contains files that this model does not have (adapter_config.json)" in fail(capsys, run / "t" / "sft")
     assert not api.create_commit.called
 
 
@@ -192,10 +192,10 @@ def test_no_network_and_no_login(run, api, capsys, monkeypatch):
     api.create_repo.side_effect = OSError("no route")
     assert "org/name: the hub could not be reached, and nothing was pushed: no route" in fail(capsys, run / "t" / "sft", code=1)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert "nobody is logged in to the hub here; run: hf auth login, or set HF_TOKEN" in fail(capsys, run / "t" / "sft")
+    assert "no one is logged in to the hub; run: hf auth login, or set HF_TOKEN" in fail(capsys, run / "t" / "sft")
 
 
 def test_a_trainer_does_not_push_on_its_own(capsys):
     stage = ["sft", "--config", str(config.RECIPES / "demo" / "sft.yaml")]
     assert main([*stage, "training.push_to_hub=true"]) == 2
-    assert "training.push_to_hub is set by the stage; set 'nothing: rlhf push takes" in capsys.readouterr().err
+    assert "training.push_to_hub is set by the stage; remove it: rlhf push uploads" in capsys.readouterr().err

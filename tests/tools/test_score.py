@@ -138,7 +138,7 @@ def test_answers_to_a_prompt_are_listed_best_first(
     scores = opened.score(["Name a fruit."] * 5, answers)
     ranked = opened.rank("Name a fruit.", answers)
     assert [line.split()[:2] for line in lines] == [[str(rank), f"{scores[i]:.4f}"] for rank, i in enumerate(ranked, 1)]
-    start = head.index("answer")
+    start = head.index("response")
     shown = {i: line[start:] for i, line in zip(ranked, lines, strict=True)}
     room = 40 - start
     assert (shown[0], shown[1], shown[4]) == ("An apple.", "x=y", "--debug")
@@ -265,7 +265,7 @@ def test_what_was_made_from_something_else_is_not_gone_on_from(
     capsys.readouterr()
     jsonl(source, ROWS[:rows])
     assert main("score", model, source, "out.csv", *more) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"{PARTIAL}: was made from another {named}; starting afresh"
+    assert capsys.readouterr().out.splitlines()[0] == f"{PARTIAL}: was made with another {named}; starting over"
     assert main("score", model, source, "clean.csv", *more) == 0
     assert Path("out.csv").read_bytes() == Path("clean.csv").read_bytes()
 
@@ -317,9 +317,9 @@ def test_a_bad_row_is_quarantined_with_its_line(model: Path, tmp_path: Path, cap
             "prompt,respnse\na,b\n",
             "in.csv: score needs a column 'response' or 'completion' or 'text', found prompt, respnse; did you mean",
         ),
-        ("out.csv", "text,reward\na,b\n", "in.csv: has a column 'reward' already, which score would write; rename or remove it"),
-        ("out.csv", "text\n", "in.csv: of 0 rows none can be scored"),
-        ("out.csv", "prompt,text\na,\n,  \n", "in.csv: of 2 rows none can be scored; line 2: response: is empty or blank"),
+        ("out.csv", "text,reward\na,b\n", "in.csv: already has a column 'reward', which score would write; rename or remove it"),
+        ("out.csv", "text\n", "in.csv: none of its 0 rows can be scored"),
+        ("out.csv", "prompt,text\na,\n,  \n", "in.csv: none of its 2 rows can be scored; line 2: response: is empty or blank"),
         ("out.csv", 'text\n"torn', "in.csv:2: not valid CSV from here on"),
     ],
 )
@@ -347,7 +347,7 @@ def test_models_are_checked_as_stages_check_them(model: Path, tiny_gpt2: Path, t
     assert cli.main(["compare", "--reward", str(model), "--positive-label", "good", "a", "b"]) == 2
     assert "positive_label='good' is none of its labels: reward" in capsys.readouterr().err
     assert cli.main(["compare", "--reward", str(model), "a", "b", " "]) == 2
-    assert capsys.readouterr().err == "error: answer 2 of 2: response: is empty or blank\n"
+    assert capsys.readouterr().err == "error: response 2 of 2: is empty or blank\n"
 
 
 def test_an_output_has_one_writer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

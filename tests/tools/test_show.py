@@ -1,4 +1,4 @@
-"""`rlhf show` tells what an artifact is, how far a run has come, and what differs between two; it finds what was altered."""
+"""`rlhf show` prints an artifact, the state of a run, and the differences of two; it finds what was altered."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_sections_and_values(tiny_records: Path, capsys: pytest.CaptureFixture[s
         "  seed        0",
         f"  created_at  {manifest['created_at']}",
         f"  identity    {manifest['identity']}",
-        f"  files       {len(manifest['files'])}, read again, none altered",
+        f"  files       {len(manifest['files'])}, all read again, none altered",
     ]
     assert inputs == f"inputs\n  {name}  {name}  {manifest['inputs'][name]['identity']}"
     assert rows.splitlines()[1].split() == ["read", "135"]
@@ -56,7 +56,7 @@ def test_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}: holds nothing that a stage wrote; expected a run, such as runs/demo, or a folder that a stage wrote, "
+        f"error: {tmp_path}: contains nothing that a stage wrote; expected a run, such as runs/demo, or a folder that a stage wrote, "
         "such as runs/demo/reward\n"
     )
 
@@ -118,17 +118,17 @@ def test_what_is_altered_or_made_from_another_input_than_there_is_now(run: Path,
     assert "sft: content.txt was altered: its SHA-256 is" in shown
 
 
-def test_an_interrupted_stage_tells_the_step_it_goes_on_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_stage_shows_the_step_it_resumes_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("reward", "ppo"):  # one that was published before, and one that was not
-        for step in (9, 20, 40):  # from the last step nothing goes on
+        for step in (9, 20, 40):  # nothing resumes from the last step
             checkpoint = work_folder(run / stage) / f"checkpoint-{step}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 40}))
     assert main(["show", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert table_of(shown)["ppo"][::2] == ["interrupted, goes on from step 20", "107 B"]
+    assert table_of(shown)["ppo"][::2] == ["interrupted, resumes from step 20", "107 B"]
     assert table_of(shown)["reward"][0] == "done"
-    assert shown.rstrip().splitlines()[-1] == "reward: made again: interrupted, goes on from step 20"
+    assert shown.rstrip().splitlines()[-1] == "reward: made again: interrupted, resumes from step 20"
     with FileLock(run / ".lock"):
         assert main(["show", str(run)]) == 0
     assert table_of(capsys.readouterr().out)["ppo"][0] == "running, past step 20"
@@ -149,7 +149,7 @@ def test_two_runs_differ_in_settings_and_headlines(run: Path, capsys: pytest.Cap
         ["sft.training.learning_rate", "–", "0.001"],
     ]
     assert [line.split() for line in figures.splitlines()[1:]] == [["sft.loss", "0.25", "0.5", "+0.25"]]
-    assert hint == f"every figure of a stage: rlhf show {run}/reward {other}/reward"
+    assert hint == f"all metrics of a stage: rlhf show {run}/reward {other}/reward"
     assert main(["show", str(run / "reward"), str(other / "reward")]) == 0
     settings, figures = capsys.readouterr().out.rstrip().split("\n\n")
     assert settings == "settings: the same"

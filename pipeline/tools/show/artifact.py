@@ -1,4 +1,4 @@
-"""What a manifest says."""
+"""The text of one artifact: what its manifest records."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,26 @@ from typing import Any
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import flatten_keys, read_manifest
 
+SUMMARY_KEYS = ("kind", "stage", "seed", "created_at", "identity")
+
 
 def artifact_text(folder: Path, verified: bool) -> str:
-    """The text for an artifact's folder. Raises `UserError` where it is altered."""
+    """Return the text for an artifact's folder; `verified` if every file was read again.
+
+    Raises `UserError` if the artifact was altered.
+    """
     manifest = read_manifest(folder)
     require_artifact(folder, manifest["kind"], f"its stage, {manifest['stage']}, again")
-    checked = "read again, none altered" if verified else "none altered by size and time"
+    checked = "all read again, none altered" if verified else "none altered by size and time"
+    summary = {key: manifest[key] for key in SUMMARY_KEYS}
+    inputs = {
+        name: f"{source['path']}  {source.get('revision') or source['identity']}"
+        for name, source in manifest["inputs"].items()
+    }
+
     sections: dict[str, dict[str, Any]] = {
-        str(folder): {key: manifest[key] for key in ("kind", "stage", "seed", "created_at", "identity")}
-        | {"files": f"{len(manifest['files'])}, {checked}"},
-        "inputs": {
-            name: f"{found['path']}  {found.get('revision') or found['identity']}"
-            for name, found in manifest["inputs"].items()
-        },
+        str(folder): summary | {"files": f"{len(manifest['files'])}, {checked}"},
+        "inputs": inputs,
         "rows": manifest["rows"],
         "metrics": manifest["metrics"],
         "versions": manifest["versions"],

@@ -1,4 +1,4 @@
-"""A run at a glance: the state of each stage, its age, disk and figures, and which artifact was made from which."""
+"""The text of a run: the state, age, size and headline metrics of each stage, and its artifact's inputs."""
 
 import os
 import time
@@ -15,87 +15,94 @@ from pipeline.artifacts.manifest import read_manifest, work_folder
 from pipeline.config import STAGES
 from pipeline.formatting.numbers import format_age, format_number, format_size
 from pipeline.formatting.tables import align_columns
-from pipeline.tools.show.figures import headlines
+from pipeline.tools.show.headlines import headline_metrics
 
-HEAD = ["stage", "state", "age", "disk", "artifact", "figures"]
+HEAD = ["stage", "state", "age", "disk", "artifact", "metrics"]
 
 
 def run_text(folder: Path) -> str:
-    """The text for a run's folder."""
-    rows, made_from, notes = [HEAD], [["", "made from"]], []
+    """Return the text for a run's folder."""
+    rows, inputs, notes = [HEAD], [["", "made from"]], []
     for stage in STAGES:
-        manifest, (found, why) = read_manifest(folder / stage), state(folder / stage)
-        figures = ", ".join(
-            f"{name} {format_number(value)}" for name, value in headlines(stage, manifest).items()
+        manifest = read_manifest(folder / stage)
+        state, reason = _state(folder / stage)
+        metrics = headline_metrics(stage, manifest)
+        rows.append(
+            [
+                stage,
+                state,
+                format_age(_age(folder / stage, manifest)),
+                format_size(_disk_space(folder, stage)),
+                manifest.get("identity", "")[:8],
+                ", ".join(f"{name} {format_number(value)}" for name, value in metrics.items()),
+            ]
         )
-        cells = [
-            format_age(age(folder / stage, manifest)),
-            format_size(disk(folder, stage)),
-            manifest.get("identity", "")[:8],
-        ]
-        rows.append([stage, found, *cells, figures])
-        made_from += [[stage, ", ".join(input_lines(manifest))]] if manifest else []
-        notes += [f"{stage}: {why}"] if why else []
-    title = f"{folder}: {format_size(sum(disk(folder, stage) for stage in STAGES))}"
-    parts = (title, align_columns(rows, right=(2, 3)), align_columns(made_from), "\n".join(notes))
+        if manifest:
+            inputs.append([stage, ", ".join(_describe_inputs(manifest))])
+        if reason:
+            notes.append(f"{stage}: {reason}")
+
+    title = f"{folder}: {format_size(sum(_disk_space(folder, stage) for stage in STAGES))}"
+    parts = (title, align_columns(rows, right=(2, 3)), align_columns(inputs), "\n".join(notes))
     return "\n\n".join(filter(None, parts))
 
 
-def input_lines(manifest: dict[str, Any]) -> list[str]:
-    """Each input by its name, the stage or the place it is from, and its identity."""
-    own = Path(manifest["fingerprint"]["config"]["runs"], manifest["fingerprint"]["config"]["run"])
-    places = {name: Path(each["path"]) for name, each in manifest["inputs"].items()}
-    shown = {
-        name: path.relative_to(own) if path.is_relative_to(own) else path for name, path in places.items()
-    }
-    return [
-        " ".join(dict.fromkeys([name, str(path), manifest["inputs"][name]["identity"][:8]]))
-        for name, path in shown.items()
-    ]
+def _describe_inputs(manifest: dict[str, Any]) -> list[str]:
+    """Return the name of each input, the stage or path that it comes from, and its identity."""
+    config = manifest["fingerprint"]["config"]
+    run = Path(config["runs"], config["run"])
+    lines = []
+    for name, source in manifest["inputs"].items():
+        path = Path(source["path"])
+        place = path.relative_to(run) if path.is_relative_to(run) else path
+        words = [name, str(place), source["identity"][:8]]
+        lines.append(" ".join(dict.fromkeys(words)))  # a name that is also the place is printed once
+    return lines
 
 
-def state(folder: Path) -> tuple[str, str]:
-    """A word or two, and why. What is published stays in use while it is made again."""
-    found, why = artifact_status(folder)
+def _state(folder: Path) -> tuple[str, str]:
+    """Return the state of a stage's folder and the reason, "" if there is none.
+
+    A published artifact stays valid while the stage runs again: its state is then the artifact's, and the
+    reason includes the unfinished run.
+    """
+    status, reason = artifact_status(folder)
     work = work_folder(folder)
     if not work.exists():
-        return found, why
-    unfinished = "running" if is_being_written(folder.parent) else "interrupted"
-    steps = [
-        step for file in work.glob("checkpoint-*/trainer_state.json") if (step := progress(read_json(file)))
-    ]
-    unfinished += (
-        f", {'goes on from' if unfinished == 'interrupted' else 'past'} step {max(steps)}" if steps else ""
-    )
-    return (
-        (unfinished, why)
-        if found == "not made"
-        else (found, "; ".join(filter(None, [why, f"made again: {unfinished}"])))
-    )
+        return status, reason
+
+    is_running = is_being_written(folder.parent)
+    unfinished = "running" if is_running else "interrupted"
+    steps = [_resume_step(read_json(file)) for file in work.glob("checkpoint-*/trainer_state.json")]
+    if resumable := [step for step in steps if step]:
+        unfinished += f", {'past' if is_running else 'resumes from'} step {max(resumable)}"
+    if status == "not made":
+        return unfinished, reason
+    return status, "; ".join(filter(None, [reason, f"made again: {unfinished}"]))
 
 
-def progress(trained: dict[str, Any]) -> int | None:
-    """The step that training can go on from, by a checkpoint's state."""
-    step = trained.get("global_step")
-    return step if step is not None and step < trained["max_steps"] else None
+def _resume_step(trainer_state: dict[str, Any]) -> int | None:
+    """Return the step from which training can resume, by the state in a checkpoint; None after the last."""
+    step = trainer_state.get("global_step")
+    return step if step is not None and step < trainer_state["max_steps"] else None
 
 
-def age(folder: Path, manifest: dict[str, Any]) -> float | None:
-    """Seconds since it was published, or last written to."""
+def _age(folder: Path, manifest: dict[str, Any]) -> float | None:
+    """Return the seconds since an artifact was published, or since an unfinished one was last written to."""
     if manifest:
         return time.time() - datetime.fromisoformat(manifest["created_at"]).timestamp()
-    times = [found.st_mtime for found in stats(work_folder(folder).parent)]
+    times = [stat.st_mtime for stat in _stats(work_folder(folder).parent)]
     return time.time() - max(times) if times else None
 
 
-def disk(run: Path, stage: str) -> int:
-    """The bytes of a stage's files, those of an unfinished one and of its trackers among them."""
+def _disk_space(run: Path, stage: str) -> int:
+    """Return the bytes of a stage's files, including those of an unfinished run and of its trackers."""
     folders = (run / stage, work_folder(run / stage).parent, run / "logs" / stage)
-    return sum(found.st_size for folder in folders for found in stats(folder))
+    return sum(stat.st_size for folder in folders for stat in _stats(folder))
 
 
-def stats(folder: Path) -> Iterator[os.stat_result]:
-    """Of each file below; a stage that is running may take one away meanwhile."""
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Yield the stat of each file below; a running stage may delete a file meanwhile."""
     for file in folder.rglob("*"):
         with suppress(FileNotFoundError):
             if not file.is_dir():

@@ -1,0 +1,45 @@
+"""The headline metrics of each stage."""
+
+from typing import Any
+
+from pipeline.artifacts.manifest import flatten_keys
+
+# By stage: the dotted key in the manifest -> its name in a line of text.
+HEADLINES = {
+    "prepare": {
+        "rows.read": "rows read",
+        "rows.kept": "kept",
+    },
+    "sft": {
+        "metrics.eval_loss": "loss",
+        "metrics.eval_mean_token_accuracy": "token accuracy",
+    },
+    "reward": {
+        "metrics.comparisons.accuracy": "accuracy",
+        "metrics.rankings.kendall_tau": "Kendall τ",
+        "metrics.labels.auroc": "AUROC",
+        "metrics.ratings.spearman": "Spearman ρ",
+    },
+    "ppo": {
+        "metrics.eval_gold_reward": "gold reward",
+        "metrics.eval_reward": "reward",
+        "metrics.eval_kl": "KL",
+    },
+    "evaluate": {
+        "metrics.ppo.gold_reward": "gold reward",
+        "metrics.ppo.reward": "reward",
+        "metrics.ppo.win_rate_gold": "wins by gold",
+        "metrics.ppo.win_rate": "wins by reward",
+        "metrics.ppo.kl": "KL",
+    },
+}
+
+
+def headline_metrics(stage: str, manifest: dict[str, Any]) -> dict[str, float]:
+    """Return by name the headline metrics that the manifest of a stage contains."""
+    metrics = flatten_keys({key: manifest.get(key, {}) for key in ("rows", "metrics")})
+    return {
+        name: metrics[key]
+        for key, name in HEADLINES[stage].items()
+        if isinstance(metrics.get(key), int | float)
+    }

@@ -194,29 +194,29 @@ def _column_sets(format: str) -> list[tuple[str, ...]]:
 
 
 def _choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
-    """Return the column set of the format that the columns found, together with those mapped, fill best.
+    """Return the column set of the format that the available and the mapped columns fill best.
 
     Raises `UserError` if a mapping is wrong or a column is missing.
     """
     column_sets, optional = _column_sets(source.format), KINDS[_kind_of_format(source.format)].optional
-    found = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    available = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
-    _check_mapping(source, list(known), found)
+    _check_mapping(source, list(known), available)
 
     # A mapped column must be read, so a column set without it is not the one the user means.
     mapped = source.columns | source.values
     candidates = [columns for columns in column_sets if mapped.keys() <= {*columns, *optional}] or column_sets
     missing = {
-        columns: [name for name in columns if name not in mapped and name not in found]
+        columns: [name for name in columns if name not in mapped and name not in available]
         for columns in candidates
     }
     columns = min(candidates, key=lambda columns: len(missing[columns]))
-    if found and missing[columns]:
-        raise _missing_column(source, missing[columns][0], found)
+    if available and missing[columns]:
+        raise _missing_column(source, missing[columns][0], available)
     return columns
 
 
-def _check_mapping(source: Source, known: list[str], found: list[str]) -> None:
+def _check_mapping(source: Source, known: list[str], available: list[str]) -> None:
     """Raise `UserError` if `columns` or `values` names an unknown column, or maps one that no row has."""
     for ours, theirs in (source.columns | {name: [] for name in source.values}).items():
         if ours not in known:
@@ -225,23 +225,23 @@ def _check_mapping(source: Source, known: list[str], found: list[str]) -> None:
                 f"{nearest(ours, known)}"
             )
         for name in [theirs] if isinstance(theirs, str) else theirs:
-            if found and name not in found:
+            if available and name not in available:
                 raise UserError(
-                    f"{_describe(source)}: columns maps {ours!r} to {name!r}, found {', '.join(found)}"
-                    f"{nearest(name, found)}"
+                    f"{_describe(source)}: columns maps {ours!r} to {name!r}, found {', '.join(available)}"
+                    f"{nearest(name, available)}"
                 )
 
 
-def _missing_column(source: Source, name: str, found: list[str]) -> UserError:
+def _missing_column(source: Source, name: str, available: list[str]) -> UserError:
     """Build the error for a missing column, with the mapping that would supply it."""
-    if len(found) == 1 and {";", "\t"} & set(found[0]):
+    if len(available) == 1 and {";", "\t"} & set(available[0]):
         return UserError(
-            f"{_describe(source)} needs a column {name!r}, found only {found[0]!r}; "
+            f"{_describe(source)} needs a column {name!r}, found only {available[0]!r}; "
             "separate fields by commas, or by tabs in a .tsv"
         )
-    theirs = next(iter(difflib.get_close_matches(name, found, n=1)), "THEIRS")
+    theirs = next(iter(difflib.get_close_matches(name, available, n=1)), "THEIRS")
     return UserError(
-        f"{_describe(source)} needs a column {name!r}, found {', '.join(found)}; "
+        f"{_describe(source)} needs a column {name!r}, found {', '.join(available)}; "
         f"use columns: {{{name}: {theirs}}}"
     )
 

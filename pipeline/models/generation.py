@@ -1,7 +1,7 @@
-"""Sampling answers.
+"""Sample responses from a policy.
 
-Everything random derives from (seed, rollout, global row), so that no generator's state is ever saved and neither batching nor the
-number of processes changes a sample.
+All random numbers derive from (seed, rollout, global row). No generator state has to be saved, and neither
+batching nor the number of processes changes a sample.
 """
 
 import hashlib
@@ -28,7 +28,12 @@ from pipeline.models.chat import pad_rows, prompt_ids
 
 @dataclass
 class Responses:
-    """Queries padded on the left (B, P), responses on the right (B, T); `ended` where the EOS came in time (it is a real token)."""
+    """Prompts and sampled responses of a batch.
+
+    Query tensors are (B, P), padded on the left; response tensors are (B, T), padded on the right.
+    `ended` is True if the response ends with EOS or a stop token, which counts as a real token.
+    `texts` do not contain that token.
+    """
 
     query_ids: Tensor
     query_mask: Tensor
@@ -38,31 +43,33 @@ class Responses:
     ended: list[bool]
 
     def token_lists(self) -> list[list[int]]:
-        """The response ids of each row, without padding, with the EOS where there is one."""
+        """Return the response ids of each row without padding, with the stop token if there is one."""
         return [
             ids[mask.bool()].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)
         ]
 
 
 class InverseCDF(LogitsProcessor):
-    """Leaves one token possible per row: the one at which the cumulative probability passes that row's uniform number of this step.
+    """Allow one token per row: the one at which the cumulative probability exceeds the row's uniform number.
 
-    As the last processor under greedy decoding it makes `generate` sample with our noise, (B, T).
+    As the last processor under greedy decoding, it makes `generate` sample with the given uniforms (B, T).
+    Each step uses one column.
     """
 
-    def __init__(self, noise: Tensor):
-        self.noise, self.step = noise, 0
+    def __init__(self, uniforms: Tensor):
+        self.uniforms, self.step = uniforms, 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return `scores` (B, V) with -inf everywhere but at the sampled token."""
         cumulative = scores.float().softmax(-1).cumsum(-1)
-        threshold = self.noise[:, self.step : self.step + 1] * cumulative[:, -1:]
+        threshold = self.uniforms[:, self.step : self.step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold, right=True).clamp_max(scores.shape[-1] - 1)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)  # type: ignore[return-value]
 
 
 def uniforms(seed: int, rollout: int, rows: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers (len(rows), steps), each row's own."""
+    """Return uniform numbers (len(rows), steps); those of a row depend on no other row."""
     return torch.stack(
         [torch.rand(steps, generator=seeded_generator(seed, "noise", rollout, row)) for row in rows]
     )
@@ -70,18 +77,18 @@ def uniforms(seed: int, rollout: int, rows: Sequence[int], steps: int) -> Tensor
 
 @lru_cache(maxsize=8)
 def permutation(n: int, *key: Any) -> list[int]:
-    """A permutation of range(n) that depends on `key` alone."""
+    """Return a permutation of range(n) that depends on `key` alone."""
     return torch.randperm(n, generator=seeded_generator(*key)).tolist()
 
 
 def permuted_index(size: int, seed: int, name: str, row: int) -> int:
-    """Return which of `size` things belongs to a global row: each pass over them takes a new permutation."""
-    turn, place = divmod(row, size)
-    return permutation(size, seed, name, turn)[place]
+    """Return which of `size` items belongs to a global row; each pass over all has its own permutation."""
+    turn, position = divmod(row, size)
+    return permutation(size, seed, name, turn)[position]
 
 
 def seeded_generator(*key: Any) -> torch.Generator:
-    """A CPU generator seeded by the hash of `key`."""
+    """Return a CPU generator seeded by the hash of `key`."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
@@ -91,16 +98,28 @@ def prepare_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each prompt; a longer one is truncated on the left.
 
-    A template may render an empty prompt to nothing: the response then follows EOS, as it does in training.
+    A template may render an empty prompt to nothing. The response then follows EOS, as it does in training.
     """
     return [prompt_ids(tokenizer, prompt)[-max_tokens:] or [tokenizer.eos_token_id] for prompt in prompts]
 
 
 def sample_responses(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], rows: Sequence[int], *,
-    seed: int, temperature: float, response_tokens: int, max_prompt_tokens: int, batch_size: int,
-) -> Iterator[Responses]:  # fmt: skip
-    """One answer to each prompt, in batches; its noise is that of its number in `rows`. A prompt too long loses its beginning."""
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    rows: Sequence[int],
+    *,
+    seed: int,
+    temperature: float,
+    response_tokens: int,
+    max_prompt_tokens: int,
+    batch_size: int,
+) -> Iterator[Responses]:
+    """Sample one response to each prompt, in batches.
+
+    The random numbers of a prompt depend on `seed` and its global row in `rows`. A prompt longer than
+    `max_prompt_tokens` is truncated on the left.
+    """
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens)
@@ -109,53 +128,74 @@ def sample_responses(
 
 @torch.inference_mode()
 def generate(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], noise: Tensor, temperature: float = 1.0, *,
-    top_k: int = 0, top_p: float = 1.0, min_response_tokens: int = 0, stop_token: str | None = None, batch_size: int = 64,
-) -> Responses:  # fmt: skip
-    """One answer to each prompt (token ids), at most noise.shape[1] tokens with the EOS or `stop_token` that ends it.
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_response_tokens: int = 0,
+    stop_token: str | None = None,
+    batch_size: int = 64,
+) -> Responses:
+    """Sample one response to each prompt (token ids) with uniforms (B, T).
 
-    `batch_size` prompts of like length go together, until the last of them has ended. The policy's mode is put back.
+    A response has at most T tokens, with the EOS or `stop_token` that ends it. Prompts of similar length form
+    batches of `batch_size`; a batch runs until its last response has ended. The policy's mode is restored.
     """
     ends = [tokenizer.eos_token_id, *([stop_token_id(tokenizer, stop_token)] if stop_token else [])]
-    shaped = [
-        *([TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []),
-        *([TopKLogitsWarper(top_k)] if top_k else []),
-        *([TopPLogitsWarper(top_p)] if top_p < 1 else []),
-    ]
-    given = {
-        "do_sample": False,
-        "use_cache": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": ends,
-    }
+    config = GenerationConfig(
+        max_new_tokens=uniforms.shape[1],
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+    )
+    warpers = _warpers(temperature, top_k, top_p)
+
     training = policy.training
     policy.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, list[int]] = {}
-    with _only_generation_config(policy, GenerationConfig(max_new_tokens=noise.shape[1], **given)):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = (
-                x.to(policy.device)
-                for x in pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left")
-            )
-            unended = MinNewTokensLengthLogitsProcessor(
+    with _only_generation_config(policy, config):
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            padded = pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left")
+            ids, mask = (tensor.to(policy.device) for tensor in padded)
+            minimum = MinNewTokensLengthLogitsProcessor(
                 ids.shape[1], min_response_tokens, ends, policy.device
             )
-            sampler = LogitsProcessorList([unended, *shaped, InverseCDF(noise[rows].to(policy.device))])
+            sampler = LogitsProcessorList([minimum, *warpers, InverseCDF(uniforms[rows].to(policy.device))])
             output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
             responses |= dict(zip(rows, map(list, output[:, ids.shape[1] :].tolist()), strict=True))
+
     policy.train(training)
-    return _as_responses(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
+    return _to_responses(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
+
+
+def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
-    """The id of a token that ends an answer. Raises `UserError` where the tokenizer makes several of it, or none."""
-    known = tokenizer.get_vocab()
-    # Some tokenizers write the beginning of a text otherwise than what follows.
+    """Return the id of a token that ends a response.
+
+    Raises `UserError` if the tokenizer does not encode it as exactly one token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    # The vocabulary comes first: some tokenizers encode the beginning of a text differently from the rest.
     ids = (
-        [known[stop_token]]
-        if stop_token in known
+        [vocabulary[stop_token]]
+        if stop_token in vocabulary
         else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
     )
     if len(ids) != 1:
@@ -165,35 +205,39 @@ def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
 
 @contextmanager
 def _only_generation_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a given config leaves open from the model's own (a published repetition penalty, say), which would bend the
-    samples away from the log-probabilities: so the model's own is put aside."""
+    """Replace the generation config of the policy and its base model, and restore it at the end.
+
+    `generate` fills the unset fields of a config from the model's own, for example a published repetition
+    penalty. The samples would then not follow the distribution of the log-probabilities.
+    """
     models = [policy, *([policy.get_base_model()] if hasattr(policy, "get_base_model") else [])]
-    own = [model.generation_config for model in models]
+    originals = [model.generation_config for model in models]
     try:
         for model in models:
             model.generation_config = config
         yield
     finally:
-        for model, config in zip(models, own, strict=True):
-            model.generation_config = config
+        for model, original in zip(models, originals, strict=True):
+            model.generation_config = original
 
 
-def _as_responses(
+def _to_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     ends: Sequence[int],
     device: torch.device,
 ) -> Responses:
-    """What comes after the first token that ends an answer is dropped."""
+    """Build `Responses` on `device`; tokens after the first one in `ends` are dropped."""
     lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in responses]
-    kept = [ids[:length] for ids, length in zip(responses, lengths, strict=True)]
-    ended = [ids[-1] in ends for ids in kept]
+    truncated = [ids[:length] for ids, length in zip(responses, lengths, strict=True)]
+    ended = [ids[-1] in ends for ids in truncated]
     texts = [
         str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
-        for ids, end in zip(kept, ended, strict=True)
+        for ids, end in zip(truncated, ended, strict=True)
     ]
+
     query = pad_rows(prompts, tokenizer.pad_token_id, side="left")
-    response = pad_rows(kept, tokenizer.pad_token_id)
-    query_ids, query_mask, response_ids, response_mask = (x.to(device) for x in (*query, *response))
+    response = pad_rows(truncated, tokenizer.pad_token_id)
+    query_ids, query_mask, response_ids, response_mask = (tensor.to(device) for tensor in (*query, *response))
     return Responses(query_ids, query_mask, response_ids, response_mask, texts, ended)

@@ -1,7 +1,8 @@
-"""Reading answers: what a policy makes of each of their tokens.
+"""Per-token log-probabilities and entropies of responses; the output layer runs on response positions only.
 
-Rows go in without a gap between query and response, and the output layer sees only the states that choose a response token: a
-vocabulary's worth of numbers for each token is what a language model costs most.
+Rows go through the model without a gap between query and response. The output layer gets only the hidden
+states that predict a response token: the logits, with a number per vocabulary entry for each token, take most
+of a language model's memory.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-CHUNK = 2**22  # numbers that are worked on at a time where a vocabulary's worth belongs to each token
+# Elements of an (N, V) tensor processed at a time.
+CHUNK = 2**22
 
-CPU_ROWS = 16  # that a CPU reads at a time: it gains nothing from more, and rows that lie in order of length need less padding
+# Rows per forward on a CPU: more bring no speed, and a few rows sorted by length need less padding.
+CPU_ROWS = 16
 
 
 class TokenStats(NamedTuple):
-    """Log-probabilities and entropies in nats (B, T), zero off the mask; and the last hidden states (N, H) of the N real tokens, each the
-    state in which the token was chosen, row by row."""
+    """Log-probabilities and entropies in nats (B, T), zero off the mask, and hidden states (N, H).
+
+    The hidden states are the last layer's at the positions that predict the N real tokens, row by row.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -35,14 +40,16 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float = 1.0,
 ) -> TokenStats:
-    """Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens. A query has a token at least."""
-    given, size = (
-        (query_ids, query_mask, response_ids, response_mask),
-        CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids),
-    )
+    """Return the `TokenStats` of responses (B, T) to queries (B, P).
+
+    Queries are padded on the left, responses on the right. Masks are 1 on real tokens. Every query has at
+    least one token. Raises `UserError` if the model has no output embeddings.
+    """
+    size = CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids)
+    tensors = (query_ids, query_mask, response_ids, response_mask)
     parts = [
-        _logprobs_of_rows(model, temperature, *of_rows)
-        for of_rows in zip(*(tensor.split(size) for tensor in given), strict=True)
+        _logprobs_of_rows(model, temperature, *chunk)
+        for chunk in zip(*(tensor.split(size) for tensor in tensors), strict=True)
     ]
     return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -58,11 +65,13 @@ def _logprobs_of_rows(
     mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
     width = int(mask.sum(1).max())
     real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
+
     rows, steps = response_mask.nonzero(as_tuple=True)
-    with _hidden_at(model, rows, query_mask.sum(1)[rows] + steps - 1) as hidden:
+    with _select_hidden(model, rows, query_mask.sum(1)[rows] + steps - 1) as hidden:
         logits = model(
             input_ids=ids.gather(1, real_first), attention_mask=mask.gather(1, real_first), use_cache=False
         ).logits
+
     logprobs, entropy = LogProbability.apply(logits, response_ids[rows, steps], temperature)
     grid = torch.zeros(response_ids.shape, device=logprobs.device)
     return TokenStats(
@@ -71,72 +80,74 @@ def _logprobs_of_rows(
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the real tokens, row by row -> (B, T), zero off the mask."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).index_put(
-        mask.nonzero(as_tuple=True), values
-    )
+    """Return the (N,) values of the real tokens, row by row, as (B, T), zero off the mask."""
+    grid = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return grid.index_put(mask.nonzero(as_tuple=True), values)
 
 
 class LogProbability(torch.autograd.Function):
     """(logits (N, V), ids (N,), temperature) -> log-probabilities and entropies (N,) in fp32, or fp64.
 
-    As `log_softmax` and `gather` would have it, with one copy of the logits kept for the backward and not three.
+    The values are those of `log_softmax` and `gather`. The backward keeps one copy of the logits, not three.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        logp, entropy = (
-            torch.empty_like(logits, dtype=exact),
-            torch.empty(len(logits), dtype=exact, device=logits.device),
-        )
-        for part in _chunks(logits):
-            scaled = logits[part].to(exact)
-            torch.log_softmax(scaled if temperature == 1 else scaled / temperature, -1, out=logp[part])
-            entropy[part] = -(logp[part].exp() * logp[part]).sum(-1)
+        """Compute chunks of rows at a time, so that only one (N, V) tensor exists at full precision."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logp = torch.empty_like(logits, dtype=dtype)
+        entropy = torch.empty(len(logits), dtype=dtype, device=logits.device)
+        for chunk in _row_chunks(logits):
+            scaled = logits[chunk].to(dtype)
+            torch.log_softmax(scaled if temperature == 1 else scaled / temperature, -1, out=logp[chunk])
+            entropy[chunk] = -(logp[chunk].exp() * logp[chunk]).sum(-1)
+
         ctx.temperature = temperature
+        ctx.dtype = logits.dtype
         ctx.save_for_backward(logp, ids, entropy)
         ctx.set_materialize_grads(False)
-        ctx.dtype = logits.dtype
         return logp.gather(1, ids[:, None]).squeeze(1), entropy
 
     @staticmethod
     def backward(
-        ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, None, None]:
-        """d log p(i) / d logit(j) = [i = j] − p(j), and dH / d logit(j) = −p(j) · (log p(j) + H)."""
+        """Apply d log p(i) / d logit(j) = [i = j] − p(j), and dH / d logit(j) = −p(j) · (log p(j) + H)."""
         logp, ids, entropy = ctx.saved_tensors
-        gradient = torch.empty_like(logp, dtype=ctx.dtype)
-        for part in _chunks(logp):
-            weight = 0.0 if of_logprobs is None else of_logprobs[part, None]
-            if of_entropy is not None:
-                weight = weight + of_entropy[part, None] * (logp[part] + entropy[part, None])
-            found = logp[part].exp().mul_(-weight)
-            if of_logprobs is not None:
-                found.scatter_add_(1, ids[part, None], of_logprobs[part, None])
-            gradient[part] = found if ctx.temperature == 1 else found / ctx.temperature
-        return gradient, None, None
+        grad_logits = torch.empty_like(logp, dtype=ctx.dtype)
+        for chunk in _row_chunks(logp):
+            weight = 0.0 if grad_logprobs is None else grad_logprobs[chunk, None]
+            if grad_entropy is not None:
+                weight = weight + grad_entropy[chunk, None] * (logp[chunk] + entropy[chunk, None])
+            grad = logp[chunk].exp().mul_(-weight)
+            if grad_logprobs is not None:
+                grad.scatter_add_(1, ids[chunk, None], grad_logprobs[chunk, None])
+            grad_logits[chunk] = grad if ctx.temperature == 1 else grad / ctx.temperature
+        return grad_logits, None, None
 
 
-def _chunks(rows: Tensor) -> Iterator[slice]:
+def _row_chunks(rows: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK // max(1, rows.shape[-1]))
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 @contextmanager
-def _hidden_at(model: Any, rows: Tensor, places: Tensor) -> Iterator[list[Tensor]]:
-    """The output layer gets the states (B, L, H) at these places alone, (N, H), which are also yielded."""
+def _select_hidden(model: Any, rows: Tensor, positions: Tensor) -> Iterator[list[Tensor]]:
+    """Reduce the input of the output layer from (B, L, H) to the states (N, H) at these rows and positions.
+
+    Yields a list that contains these states after the forward.
+    """
     layer: nn.Module | None = model.get_output_embeddings()
     if layer is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
-    found: list[Tensor] = []
+    selected: list[Tensor] = []
 
-    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(inputs[0][rows, places])
-        return (found[0], *inputs[1:])
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        selected.append(inputs[0][rows, positions])
+        return (selected[0], *inputs[1:])
 
-    hook = layer.register_forward_pre_hook(pick)
+    hook = layer.register_forward_pre_hook(select)
     try:
-        yield found
+        yield selected
     finally:
         hook.remove()

@@ -221,7 +221,7 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def answer(rng: random.Random, prompt: str) -> str:
-    """Sample one response from the distribution of the world's data; bad and good ones are equally frequent."""
+    """Sample one response from the distribution of the world's data; bad and good are equally frequent."""
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
     core = rng.choices(["right", "wrong", "dismissive"], [0.52, 0.36, 0.12])[0]

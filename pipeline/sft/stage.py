@@ -1,8 +1,11 @@
-"""Supervised fine-tuning: demonstrations in, the first policy out.
+"""Supervised fine-tuning: train the first policy on demonstrations.
 
-In: `demonstrations` (prompt, completion) of the prepare artifact and a base model (hub id, folder, or `scratch`).
-Out: a causal language model with its tokenizer; under LoRA the adapter, whose config names its base and revision, or with `merge` the
-whole model. Only completion tokens (EOS among them) carry loss. A wrong input (no demonstrations, an unloadable base) gets one `UserError`.
+In: `demonstrations` (prompt, completion) of the prepare artifact, and a base model: a hub id, a folder, or
+`scratch`.
+Out: a causal language model with its tokenizer. Under LoRA it is the adapter, whose config names its base and
+revision, or with `merge` the whole model.
+Only completion tokens, including EOS, contribute to the loss. A wrong input (no demonstrations, a base that
+cannot be loaded) raises `UserError`.
 """
 
 from pathlib import Path
@@ -33,13 +36,16 @@ from pipeline.training.arguments import (
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
 
+HEADLINE_METRICS = ("eval_loss", "eval_mean_token_accuracy")
+
 
 def check(config: SFTStage) -> None:
-    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    """Check the config on its own, without inputs. Raises `UserError` if it is wrong."""
     check_training(config, SFTConfig)
 
 
 def run(config: SFTStage) -> Path:
+    """Train and publish the policy; return the artifact's folder."""
     check(config)
     inputs = open_inputs(config)
     if "model" in inputs:
@@ -55,44 +61,51 @@ def run(config: SFTStage) -> Path:
 
 
 def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict[str, Any]:
-    """Train and save; returns the headline metrics."""
+    """Train on `records` and save the policy to `output`; return the headline metrics.
+
+    `work` keeps the checkpoints, from which an interrupted training resumes.
+    """
     args = build_arguments(config, SFTConfig, work, packing=False)
     data = open_records(records, "demonstrations")
+
     set_seed(config.seed)
     model, tokenizer = load_base(config, data)
+    train_rows, validation_rows = (
+        tokenize_demonstrations(data[split], tokenizer, config.max_length)
+        for split in ("train", "validation")
+    )
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=tokenize_demonstrations(data["train"], tokenizer, config.max_length),
-        eval_dataset=require_eval_rows(
-            args, tokenize_demonstrations(data["validation"], tokenizer, config.max_length)
-        ),
+        train_dataset=train_rows,
+        eval_dataset=require_eval_rows(args, validation_rows),
         processing_class=tokenizer,
         peft_config=build_lora_config(config, TaskType.CAUSAL_LM, config.revision),
         callbacks=[PrintEvaluations()],
     )
     train_with_resume(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
+
+    # Every rank takes part in gathering the weights; only the main process saves them.
     weights = full_state_dict(trainer)
     if not is_main_process():
         return {}
     policy: Any = trainer.model
-    policy.save_pretrained(
-        output, state_dict=weights, **({} if config.lora is None else {"save_embedding_layers": False})
-    )
+    save_options = {} if config.lora is None else {"save_embedding_layers": False}
+    policy.save_pretrained(output, state_dict=weights, **save_options)
     tokenizer.save_pretrained(output)
     if config.merge:
         merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)
     write_log(trainer, output)
-    return {"metrics": {k: v for k, v in metrics.items() if k in ("eval_loss", "eval_mean_token_accuracy")}}
+    return {"metrics": {name: value for name, value in metrics.items() if name in HEADLINE_METRICS}}
 
 
 def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer."""
+    """Load the base model and its tokenizer, or build both from scratch."""
     if config.scratch is not None:
-        return new_policy(
-            collect_texts(data["train"], "prompt", "completion"), config.scratch, config.separator
-        )
+        texts = collect_texts(data["train"], "prompt", "completion")
+        return new_policy(texts, config.scratch, config.separator)
+
     tokenizer = load_tokenizer(
         config.model,
         separator=config.separator,
@@ -103,10 +116,10 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
 
 
 def tokenize_demonstrations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`input_ids` and `labels`, the prompt's labels -100."""
+    """Return `input_ids` and `labels` for each row; the labels of the prompt are -100."""
 
-    def one(row: dict[str, Any]) -> dict[str, list[int]]:
+    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
         prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], max_length)
         return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
-    return data.map(one, remove_columns=data.column_names)
+    return data.map(tokenize, remove_columns=data.column_names)

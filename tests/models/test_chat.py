@@ -1,4 +1,4 @@
-"""One reading of a prompt and a completion: what is kept when they do not fit, and where the EOS is."""
+"""One encoding of a prompt and a completion: what truncation keeps, and where the EOS is."""
 
 import pytest
 from hypothesis import given, settings
@@ -51,7 +51,7 @@ def test_a_completion_is_one_message(messages: list[dict[str, str]]) -> None:
 
 
 @given(IDS, IDS, st.integers(2, 20))
-def test_fit_shortens_the_start_of_the_prompt_then_the_end_of_the_completion(prompt: list[int], answer: list[int], max_length: int) -> None:
+def test_truncate_shortens_the_start_of_the_prompt_then_the_end_of_the_completion(prompt: list[int], answer: list[int], max_length: int) -> None:
     completion = [*answer, EOS]
     short_prompt, short_completion = truncate(prompt, completion, max_length)
     assert len(short_prompt) + len(short_completion) == min(max_length, len(prompt) + len(completion))
@@ -65,7 +65,7 @@ def test_fit_shortens_the_start_of_the_prompt_then_the_end_of_the_completion(pro
     ("max_length", "expected"),
     [(9, ([1, 2, 3], [4, 5, EOS])), (5, ([2, 3], [4, 5, EOS])), (3, ([3], [4, EOS])), (2, ([3], [EOS]))],
 )
-def test_fit_by_hand(max_length: int, expected: tuple[list[int], list[int]]) -> None:
+def test_truncate_by_hand(max_length: int, expected: tuple[list[int], list[int]]) -> None:
     assert truncate([1, 2, 3], [4, 5, EOS], max_length) == expected
 
 

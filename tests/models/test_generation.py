@@ -1,4 +1,4 @@
-"""Sampling draws from the policy's own distribution, the same whatever the batch; reading gives back what an unpadded row would."""
+"""Samples follow the policy's own distribution and do not depend on the batch."""
 
 import itertools
 from typing import Any
@@ -20,7 +20,7 @@ SIZE = Scratch(layers=2, width=32, heads=4, vocabulary=260, positions=32)
 
 
 def make(name: str) -> tuple[Any, Any]:
-    """A random model whose next token depends on all it has read, and a tokenizer whose EOS is token 0: a noise of 0 draws it."""
+    """A random model whose next token depends on all it has read, and a tokenizer whose EOS is token 0: a uniform number of 0 samples it."""
     torch.manual_seed(0)
     model, tokenizer = new_policy(["the cat sat"], SIZE, "\n")
     tokenizer.pad_token, tokenizer.eos_token = EOS, PAD
@@ -49,7 +49,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> Tensor:
+def uniform_rows() -> Tensor:
     uniform = uniforms(0, 0, range(len(LENGTHS)), STEPS).clamp_min(0.05)
     uniform[0, 3] = uniform[1, 0] = uniform[2, STEPS - 1] = 0.0  # where these three end, if not before
     return uniform
@@ -67,12 +67,12 @@ def naive_answer(model: Any, prompt: list[int], uniform: Tensor) -> list[int]:
     return answer
 
 
-# Noise
+# Uniforms
 
 
 @pytest.mark.parametrize("logits", [[0.2, 0.5, 0.3], [0.4, 1.0, 0.6]])
 def test_inverse_cdf_has_the_distributions_own_thresholds(logits: list[float]) -> None:
-    """Of p = (0.2, 0.5, 0.3): each token owns an interval as long as its probability, so uniform noise draws it that often."""
+    """Of p = (0.2, 0.5, 0.3): each token owns an interval as long as its probability, so uniform numbers sample it that often."""
     uniform = [0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 2**-24]
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     column = torch.tensor([*uniform, *grid])[:, None]
@@ -92,7 +92,7 @@ def test_inverse_cdf_heeds_steps_and_impossible_tokens() -> None:
     assert int(InverseCDF(torch.zeros(1, 1))(torch.zeros(1, 1).long(), blocked).argmax()) == 1
 
 
-def test_noise_belongs_to_its_row_alone() -> None:
+def test_uniforms_depend_on_their_row_alone() -> None:
     state = torch.get_rng_state()
     together = uniforms(3, 7, range(5), 40)
     assert torch.equal(uniforms(3, 7, [4, 2], 40), together[[4, 2]])
@@ -115,12 +115,12 @@ def test_permutations_depend_on_their_key_alone() -> None:
 # Generation
 
 
-def test_answers_are_the_naive_ones_in_any_batch(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
+def test_answers_are_the_naive_ones_in_any_batch(pair: Any, prompts: list[list[int]], uniform_rows: Tensor) -> None:
     model, tokenizer = pair
-    batched = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
-    naive = [naive_answer(model, prompt, uniform) for prompt, uniform in zip(prompts, drawn, strict=True)]
+    batched = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE)
+    naive = [naive_answer(model, prompt, uniform) for prompt, uniform in zip(prompts, uniform_rows, strict=True)]
     assert batched.token_lists() == naive
-    alone = [generate(model, tokenizer, [prompt], drawn[i : i + 1], TEMPERATURE) for i, prompt in enumerate(prompts)]
+    alone = [generate(model, tokenizer, [prompt], uniform_rows[i : i + 1], TEMPERATURE) for i, prompt in enumerate(prompts)]
     assert [answers.token_lists()[0] for answers in alone] == naive
     assert [answers.texts[0] for answers in alone] == batched.texts
 
@@ -137,52 +137,52 @@ def test_answers_are_the_naive_ones_in_any_batch(pair: Any, prompts: list[list[i
     assert batched.query_ids[batched.query_mask == 0].eq(tokenizer.pad_token_id).all()
 
 
-def test_the_policys_mode_is_put_back(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
+def test_the_policys_mode_is_put_back(pair: Any, prompts: list[list[int]], uniform_rows: Tensor) -> None:
     model, tokenizer = pair
     for training in (True, False):
         model.train(training)
-        generate(model, tokenizer, prompts, drawn[:, :1], TEMPERATURE)
+        generate(model, tokenizer, prompts, uniform_rows[:, :1], TEMPERATURE)
         assert model.training is training
 
 
 @pytest.mark.parametrize("published", [{"repetition_penalty": 3.0}, {"min_new_tokens": 8}, {"suppress_tokens": list(range(2, 200))}])
-def test_a_checkpoints_generation_config_does_not_bend_the_distribution(prompts: Any, drawn: Tensor, published: dict[str, Any]) -> None:
-    """What is sampled must be what `read` gives the log-probabilities of; Qwen2 for one is published with a repetition penalty."""
+def test_a_checkpoints_generation_config_does_not_bend_the_distribution(prompts: Any, uniform_rows: Tensor, published: dict[str, Any]) -> None:
+    """Samples must follow the distribution of `response_logprobs`; Qwen2, for one, is published with a repetition penalty."""
     model, tokenizer = make("gpt2")
-    expected = generate(model, tokenizer, prompts, drawn, TEMPERATURE).token_lists()
+    expected = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists()
     model.generation_config.update(**published)
-    assert generate(model, tokenizer, prompts, drawn, TEMPERATURE).token_lists() == expected
+    assert generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists() == expected
 
 
-def test_limits_bound_what_is_drawn(prompts: Any, drawn: Tensor) -> None:
+def test_limits_bound_what_is_sampled(prompts: Any, uniform_rows: Tensor) -> None:
     model, tokenizer = make("gpt2")
-    free = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
-    most_likely = generate(model, tokenizer, prompts, drawn, TEMPERATURE, top_k=1)
+    free = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE)
+    most_likely = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, top_k=1)
     with torch.no_grad():
         for prompt, answer in zip(prompts, most_likely.token_lists(), strict=True):
             for step, token in enumerate(answer):
                 assert int(model(torch.tensor([prompt + answer[:step]])).logits[0, -1].argmax()) == token
-    assert generate(model, tokenizer, prompts, drawn, TEMPERATURE, top_p=1e-6).token_lists() == most_likely.token_lists()
-    long = generate(model, tokenizer, prompts, drawn, TEMPERATURE, min_response_tokens=STEPS)
+    assert generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, top_p=1e-6).token_lists() == most_likely.token_lists()
+    long = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, min_response_tokens=STEPS)
     assert {len(ids) for ids in free.token_lists()} > {len(ids) for ids in long.token_lists()} == {STEPS}
 
 
-def test_a_stop_token_ends_an_answer(prompts: Any, drawn: Tensor) -> None:
+def test_a_stop_token_ends_an_answer(prompts: Any, uniform_rows: Tensor) -> None:
     model, tokenizer = make("gpt2")
-    free = generate(model, tokenizer, prompts, drawn, TEMPERATURE).token_lists()
+    free = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists()
     stop = free[3][2]
-    cut = generate(model, tokenizer, prompts, drawn, TEMPERATURE, stop_token=tokenizer.decode([stop]))
+    cut = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, stop_token=tokenizer.decode([stop]))
     expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in free]
     assert cut.token_lists() == expected
     assert cut.ended == [ids[-1] in (0, stop) for ids in expected]
     assert len(cut.texts[3]) == len(tokenizer.decode(expected[3][:-1]))
     with pytest.raises(UserError, match=r"stop_token='the cat' is \d+ tokens of this tokenizer; expected one"):
-        generate(model, tokenizer, prompts, drawn, stop_token="the cat")
+        generate(model, tokenizer, prompts, uniform_rows, stop_token="the cat")
 
 
-def test_small_batches_draw_what_large_ones_do(pair: Any, prompts: list[list[int]], drawn: Tensor) -> None:
+def test_small_batches_sample_what_large_ones_do(pair: Any, prompts: list[list[int]], uniform_rows: Tensor) -> None:
     model, tokenizer = pair
-    whole = generate(model, tokenizer, prompts, drawn, TEMPERATURE)
-    apart = generate(model, tokenizer, prompts, drawn, TEMPERATURE, batch_size=2)
+    whole = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE)
+    apart = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, batch_size=2)
     assert apart.token_lists() == whole.token_lists()
     assert torch.equal(apart.query_mask, whole.query_mask)

@@ -1,4 +1,4 @@
-"""Reading gives back what an unpadded row would, and its gradient what torch's own functions give."""
+"""Log-probabilities equal those of an unpadded row, and their gradient equals that of torch's own functions."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def tensors(filler: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [2, 16])
-def test_read_equals_an_unpadded_row(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_equal_those_of_an_unpadded_row(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CPU_ROWS", rows)
     found = response_logprobs(model, *tensors(), TEMPERATURE)
     hidden = found.hidden.split([len(answer) for answer in RESPONSES])
@@ -54,7 +54,7 @@ def test_read_equals_an_unpadded_row(model: Any, rows: int, monkeypatch: pytest.
         assert found.logprobs[row, len(answer) :].eq(0).all()
 
 
-def test_what_stands_in_the_padding_is_not_read(model: Any) -> None:
+def test_padding_ids_do_not_matter(model: Any) -> None:
     assert all(
         torch.equal(*pair) for pair in zip(response_logprobs(model, *tensors(0)), response_logprobs(model, *tensors(77)), strict=True)
     )
@@ -92,13 +92,13 @@ def test_by_hand() -> None:
     assert entropy.item() == pytest.approx(0.25 * 1.3862944 + 0.75 * 0.2876821)
 
 
-def test_half_precision_is_read_in_single() -> None:
+def test_half_precision_is_computed_in_single() -> None:
     logits = torch.randn(3, 9).bfloat16()
     found = LogProbability.apply(logits, torch.tensor([1, 2, 3]), 1.0)[0]
     torch.testing.assert_close(found, logits.float().log_softmax(-1)[[0, 1, 2], [1, 2, 3]])
 
 
-def test_unravel() -> None:
+def test_scatter_to_mask() -> None:
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]])
     assert scatter_to_mask(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
 

@@ -1,18 +1,21 @@
-"""One backbone: under LoRA the policy, its reference and its reward models are adapters of one base model in memory, or the bare base.
+"""One backbone: under LoRA, policy, reference and reward models are adapters of one model in memory.
 
-In fp32, 8-bit and 4-bit with fp32 arithmetic a reward model's scores are those of its artifact loaded alone; where the trunk computes in
-bf16 they are rounded as the policy is. `pipeline.ppo.backbone_compat` tells which reward models can join.
+The reference is the bare base if the policy did not start from an adapter. In fp32, and in 8-bit and 4-bit
+with fp32 arithmetic, a reward model's scores are those of its artifact loaded alone. If the trunk computes in
+bf16, the scores are rounded as the policy is. `pipeline.ppo.backbone_compat` decides which reward models can
+share the backbone.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.artifacts.manifest import Artifact
@@ -25,45 +28,40 @@ from pipeline.reward.settings import RewardSettings
 def attach_reward_adapter(
     policy: PeftModel, reward: Artifact, name: str, length_penalty: float = 0.0, **options: Any
 ) -> RewardSource:
-    """The reward model as the adapter `name` of the policy, with its head on the policy's trunk. `options` go to `RewardModel.load`."""
-    folder, settings = adapter_folder(reward), RewardSettings.load(reward.path)
-    assert folder, "see why_apart"
-    assert settings, "see why_apart"
-    weights = load_file(folder / "adapter_model.safetensors", device=str(policy.device))
-    heads = {key: weights.pop(key) for key in head_weight_names(list(weights))}
-    adapter = PeftConfig.from_pretrained(str(folder))
-    adapter.task_type, adapter.modules_to_save = (
-        TaskType.CAUSAL_LM,
-        None,
-    )  # the head is no part of a language model
-    adapter.exclude_modules = None
-    policy.add_adapter(name, adapter)
-    found: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
-    assert not found.unexpected_keys, found.unexpected_keys
-    for key, parameter in policy.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad_(False)
-    classifier, head = _build_classifier(
-        policy.get_base_model(), settings, heads, options.get("trust_remote_code", False)
-    )
-    with active_adapter(policy, name):
-        source = reward_from_model(RewardModel.load(reward.path, model=classifier, **options), length_penalty)
+    """Attach a reward model to the policy as its adapter `name`, with its head on the policy's trunk.
 
-    def score(**answers: Any) -> Sequence[float]:
-        head.to(policy.device)  # which the Trainer may have moved since
+    The reward model must be compatible (`pipeline.ppo.backbone_compat.incompatibility`). `options` go to
+    `RewardModel.load`.
+    """
+    folder, settings = adapter_folder(reward), RewardSettings.load(reward.path)
+    assert folder is not None, "see incompatibility"
+    assert settings is not None, "see incompatibility"
+    weights = load_file(folder / "adapter_model.safetensors", device=str(policy.device))
+    head_weights = {key: weights.pop(key) for key in head_weight_names(list(weights))}
+
+    _add_frozen_adapter(policy, folder, weights, name)
+    trust = options.get("trust_remote_code", False)
+    classifier, head = _build_classifier(policy.get_base_model(), settings, head_weights, trust)
+    with active_adapter(policy, name):
+        model = RewardModel.load(reward.path, model=classifier, **options)
+        source = reward_from_model(model, length_penalty)
+
+    def score(**columns: Any) -> Sequence[float]:
+        head.to(policy.device)  # the Trainer may have moved the policy since
         with active_adapter(policy, name):
-            return source.score(**answers)
+            return source.score(**columns)
 
     return source._replace(score=score)
 
 
 @contextmanager
 def active_adapter(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel]:
-    """The policy with another adapter at work, or with none; what was trained goes on to be."""
-    active, trained = (
-        policy.active_adapter,
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-    )
+    """Activate another adapter of the policy, or none, for a block of code.
+
+    Afterwards the adapter that was active is so again, and what was trainable still is.
+    """
+    active = policy.active_adapter
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     try:
         if adapter is None:
             with policy.disable_adapter():
@@ -71,17 +69,34 @@ def active_adapter(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel
         else:
             policy.set_adapter(adapter)
             yield policy
-    finally:  # switching adapters changes requires_grad in silence
+    finally:  # PEFT changes requires_grad when it switches adapters
         policy.set_adapter(active)
         policy.requires_grad_(False)
-        for parameter in trained:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
+def _add_frozen_adapter(policy: PeftModel, folder: Path, weights: dict[str, Tensor], name: str) -> None:
+    adapter = PeftConfig.from_pretrained(str(folder))
+    # A language model has no score head, which is attached separately.
+    adapter.task_type, adapter.modules_to_save = TaskType.CAUSAL_LM, None
+    adapter.exclude_modules = None
+    policy.add_adapter(name, adapter)
+    result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
+    assert not result.unexpected_keys, result.unexpected_keys
+
+    for key, parameter in policy.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(False)
+
+
 def _build_classifier(
-    base: Any, settings: RewardSettings, heads: dict[str, torch.Tensor], trust_remote_code: bool
-) -> tuple[Any, torch.nn.Module]:
-    """A sequence classifier whose trunk is the language model's own, and its head, which computes in its own precision."""
+    base: Any, settings: RewardSettings, head_weights: dict[str, Tensor], trust_remote_code: bool
+) -> tuple[Any, nn.Module]:
+    """Build a sequence classifier on the language model's own trunk; return it and its head.
+
+    The head computes in the precision of its own weights.
+    """
     config = copy.deepcopy(base.config)
     config.update(settings.head)
     with init_empty_weights():
@@ -89,13 +104,16 @@ def _build_classifier(
             config, trust_remote_code=trust_remote_code
         )
     setattr(classifier, classifier.base_model_prefix, base.base_model)
-    parts = torch.nn.ModuleList()
-    for key, weight in heads.items():
-        path, _, kind = key.removeprefix("base_model.model.").rpartition(".")
-        part = classifier.get_submodule(path)
-        setattr(part, kind, torch.nn.Parameter(weight, requires_grad=False))
-        part.register_forward_pre_hook(
-            lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:])
-        )
-        parts.append(part)
-    return classifier, parts
+
+    head = nn.ModuleList()
+    for key, weight in head_weights.items():
+        path, _, parameter = key.removeprefix("base_model.model.").rpartition(".")
+        module = classifier.get_submodule(path)
+        setattr(module, parameter, nn.Parameter(weight, requires_grad=False))
+        module.register_forward_pre_hook(_cast_to_weight)
+        head.append(module)
+    return classifier, head
+
+
+def _cast_to_weight(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].to(module.weight.dtype), *inputs[1:])

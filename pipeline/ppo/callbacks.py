@@ -1,4 +1,4 @@
-"""What stops a run before it is lost: gradients that are not finite, a policy too far from its reference, a peak that is passed."""
+"""Callbacks of policy trainers: skipped steps, early stopping, stale files; and the limit on the KL."""
 
 import json
 import shutil
@@ -7,110 +7,127 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
 from pipeline.ppo.policy_trainer import BEST_STEP, POLICIES
-from pipeline.ppo.rollout import Rollout
+from pipeline.ppo.rollout import TRAINED_ON, Rollout
 
-MOST_SKIPPED = 3
+MAX_SKIPPED_STEPS = 3
 Minibatch = tuple[Rollout, list[int]]  # a rollout, and the rows of it that are trained on
 
 
 class SkipNonFinite(TrainerCallback):
-    """A step whose gradient is not finite is left out, its minibatch written to `skipped-STEP.jsonl`; after three in a row the run stops.
+    """Skip a step whose gradient is not finite, and stop the run after three such steps in a row.
 
-    Non-finite losses come with non-finite gradients. All ranks see the same gradient, so that they decide alike.
+    The minibatch is written to `skipped-STEP.jsonl`. A non-finite loss comes with a non-finite gradient. All
+    ranks see the same gradient, so they decide alike.
     """
 
     def __init__(self, minibatch: Callable[[], Minibatch]):
-        self.minibatch, self.in_a_row = minibatch, 0
+        self.minibatch = minibatch
+        self.skipped_in_a_row = 0
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradient. Raises `UserError` after `MAX_SKIPPED_STEPS` skipped steps in a row."""
+        model: nn.Module = kwargs["model"]
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
-            self.in_a_row = 0
+            self.skipped_in_a_row = 0
             return
-        model.zero_grad(set_to_none=True)  # the optimizer then passes these parameters by
-        self.in_a_row += 1
-        file = Path(args.output_dir) / f"skipped-{state.global_step}.jsonl"
+
+        model.zero_grad(set_to_none=True)  # the optimizer skips parameters without a gradient
+        self.skipped_in_a_row += 1
+        file = Path(str(args.output_dir)) / f"skipped-{state.global_step}.jsonl"
         if state.is_world_process_zero:
-            file.write_text(
-                "".join(json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())), encoding="utf-8"
-            )
+            lines = [json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())]
+            file.write_text("".join(lines), encoding="utf-8")
             print(
-                f"  step {state.global_step}: the gradient is not finite; the step is left out, its minibatch is in {file}",
+                f"  step {state.global_step}: the gradient is not finite; the step is skipped, "
+                f"its minibatch is in {file}",
                 flush=True,
             )
-        if self.in_a_row == MOST_SKIPPED:
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
             raise UserError(
-                f"ppo: the gradient was not finite in {MOST_SKIPPED} steps in a row (see {file}); the last checkpoint is kept; "
-                "lower training.learning_rate, or set precision: fp32"
+                f"ppo: the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row (see {file}); "
+                "the last checkpoint is kept; lower training.learning_rate, or set precision: fp32"
             )
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops the run after `patience` evaluations in a row without a new best; None never stops.
+    """Stop the run after `patience` evaluations in a row without a new best; None never stops.
 
-    Told by the Trainer's own state alone. The checkpoint of that step is not written: a run resumed from there would go on.
+    The decision depends on the Trainer's state alone. No checkpoint of that step is written, because a run
+    that resumed from it would continue.
     """
 
     def __init__(self, patience: int | None):
         self.patience = patience
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the evaluations since the best one."""
         best = state.best_global_step or 0
-        since = {
-            entry["step"] for entry in state.log_history if "eval_reward" in entry and entry["step"] > best
-        }
-        late = self.patience is not None and len(since) >= self.patience
-        if late and state.global_step < state.max_steps and not control.should_training_stop:
-            control.should_training_stop, control.should_save = True, False
-            if state.is_world_process_zero:
-                print(
-                    f"  step {state.global_step}: stopped; the best is of step {state.best_global_step}, in best/",
-                    flush=True,
-                )
+        evaluated = {entry["step"] for entry in state.log_history if "eval_reward" in entry}
+        since_best = {step for step in evaluated if step > best}
+        is_late = self.patience is not None and len(since_best) >= self.patience
+        if not is_late or state.global_step >= state.max_steps or control.should_training_stop:
+            return
 
-
-def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
-    answers = rollout.responses
-    for row in rows:
-        real = rollout.mask[row]
-        yield {
-            "query_ids": answers.query_ids[row][answers.query_mask[row].bool()].tolist(),
-            "response_ids": answers.response_ids[row][real].tolist(),
-            "answer": answers.texts[row],
-            "score": float(rollout.scores[row]),
-            **{
-                name: getattr(rollout, name)[row][real].tolist()
-                for name in ("logprobs", "values", "advantages", "returns")
-            },
-        }
-
-
-def check_kl(kl: float, limit: float | None, rollout: int, work: str) -> None:
-    """Raises `UserError` where the mean KL of a rollout's answers to the reference is above the limit, or is no number."""
-    if limit is not None and not kl <= limit:
-        raise UserError(
-            f"ppo: rollout {rollout}: KL to the reference is {kl:.4g} nats per answer, above training.max_kl={limit:g}; "
-            f"the last checkpoints are kept in {work}; raise training.kl_coef, lower training.learning_rate, or raise training.max_kl"
-        )
+        control.should_training_stop, control.should_save = True, False
+        if state.is_world_process_zero:
+            step, best_step = state.global_step, state.best_global_step
+            print(f"  step {step}: stopped; the best is of step {best_step}, in best/", flush=True)
 
 
 class DropStaleCheckpoints(TrainerCallback):
-    """A run that goes on from a checkpoint draws other samples than the one that died: what that one left behind of later steps goes, and
-    where `best/` is of such a step, the best is found anew."""
+    """After a resume, delete policies and samples of later steps than the checkpoint.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    The resumed run samples other responses than the interrupted one, so its later steps differ. If `best/` is
+    of such a step, the best is reset.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete what is stale; all ranks reset the best together, because they stop by it."""
         if not state.global_step:
             return
-        work, best = Path(str(args.output_dir)), 0
+        work, best_step = Path(str(args.output_dir)), 0
         if is_main_process():
-            for left in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
-                if int(left.stem.removeprefix("step-")) > state.global_step:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            best = int((work / BEST_STEP).read_text()) if (work / BEST_STEP).is_file() else 0
-        if broadcast(best) > state.global_step:  # on all ranks, which stop by it together
+            for path in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
+                if int(path.stem.removeprefix("step-")) > state.global_step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            file = work / BEST_STEP
+            best_step = int(file.read_text()) if file.is_file() else 0
+        if broadcast(best_step) > state.global_step:
             state.best_metric = state.best_global_step = None
+
+
+def check_kl(kl: float, limit: float | None, rollout: int, work: str) -> None:
+    """Raise `UserError` if a rollout's mean KL to the reference is above the limit, or not a number."""
+    if limit is not None and not kl <= limit:
+        raise UserError(
+            f"ppo: rollout {rollout}: KL to the reference is {kl:.4g} nats per response, "
+            f"above training.max_kl={limit:g}; the last checkpoints are kept in {work}; "
+            "raise training.kl_coef, lower training.learning_rate, or raise training.max_kl"
+        )
+
+
+def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
+    responses = rollout.responses
+    for row in rows:
+        real = rollout.mask[row]
+        per_token = {name: getattr(rollout, name)[row][real].tolist() for name in TRAINED_ON}
+        yield {
+            "query_ids": responses.query_ids[row][responses.query_mask[row].bool()].tolist(),
+            "response_ids": responses.response_ids[row][real].tolist(),
+            "answer": responses.texts[row],
+            "score": float(rollout.scores[row]),
+            **per_token,
+        }

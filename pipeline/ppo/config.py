@@ -201,7 +201,7 @@ class PPOConfig(TrainingArguments):
         # Otherwise the coefficient could turn negative.
         if self.kl_target is not None and responses >= 5 * self.kl_horizon:
             raise ValueError(
-                f"kl_horizon={self.kl_horizon:g}: expected more than a fifth of the {responses} answers "
+                f"kl_horizon={self.kl_horizon:g}: expected more than a fifth of the {responses} responses "
                 "of a rollout"
             )
 

@@ -1,4 +1,7 @@
-"""Demonstrations for the pretraining loss (`ptx_coef`): as many per micro-batch as it has responses (PPO-ptx, Ouyang et al. 2022)."""
+"""Demonstrations for the pretraining loss, `ptx_coef` (PPO-ptx, Ouyang et al. 2022).
+
+Each micro-batch has as many demonstrations as responses.
+"""
 
 from typing import Any
 
@@ -20,17 +23,15 @@ def demonstration_batches(
     count: int,
     max_tokens: int,
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """Return the demonstrations of one minibatch, and their completion tokens on this process.
+    """Return the demonstrations of one minibatch, and the number of their completion tokens on this process.
 
-    There is one dict of padded tensors per micro-batch. `step` is the number of the minibatch in its rollout, `count`
-    its rows on this process; a pair over `max_tokens` is truncated.
+    There is one dict of padded tensors per micro-batch. `step` is the number of the minibatch in its rollout,
+    `count` its rows on this process; a pair over `max_tokens` is truncated.
     """
     start = ((rollout * args.steps_per_rollout + step) * args.world_size + args.process_index) * count
-    rows = [
-        data[permuted_index(len(data), args.seed, "demonstrations", row)]
-        for row in range(start, start + count)
-    ]
-    pairs = [encode_pair(tokenizer, row["prompt"], row["completion"], max_tokens) for row in rows]
+    rows = range(start, start + count)
+    records = [data[permuted_index(len(data), args.seed, "demonstrations", row)] for row in rows]
+    pairs = [encode_pair(tokenizer, record["prompt"], record["completion"], max_tokens) for record in records]
     # A template may render an empty prompt to nothing; its completion then follows EOS.
     encoded = [(prompt or [tokenizer.eos_token_id], completion) for prompt, completion in pairs]
 
@@ -41,4 +42,6 @@ def demonstration_batches(
         response = pad_rows(completions, tokenizer.pad_token_id)
         names = ("query_ids", "query_mask", "response_ids", "response_mask")
         batches.append(dict(zip(names, (*query, *response), strict=True)))
-    return batches, torch.tensor(sum(len(completion) for _, completion in encoded), device=args.device)
+
+    tokens = sum(len(completion) for _, completion in encoded)
+    return batches, torch.tensor(tokens, device=args.device)

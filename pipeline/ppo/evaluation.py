@@ -1,4 +1,4 @@
-"""Parts of a policy's evaluation: rows shared over ranks, KL to the reference, the warning of over-optimization."""
+"""Parts of a policy's evaluation: rows shared over ranks, KL to the reference, over-optimization warning."""
 
 import math
 import statistics
@@ -17,22 +17,23 @@ Row = dict[str, Any]
 
 
 def share_rows(evaluate: Callable[[list[int]], list[Row]], total: int, args: TrainingArguments) -> list[Row]:
-    """Return the rows of all numbers below `total`, in order; each rank evaluates its share, a batch at a time.
+    """Return the rows of all numbers below `total`, in order; each rank evaluates its share, in batches.
 
-    Every rank evaluates the same number of rows, since sharded forwards wait for each other: a few rows are evaluated
-    twice and dropped.
+    Every rank evaluates the same number of rows, since sharded forwards wait for each other: a few surplus
+    rows are evaluated and dropped.
     """
-    mine = range(args.process_index, math.ceil(total / args.world_size) * args.world_size, args.world_size)
+    padded_total = math.ceil(total / args.world_size) * args.world_size
+    share = range(args.process_index, padded_total, args.world_size)
     table: list[tuple[int, Row]] = []
-    for start in range(0, len(mine), args.per_device_eval_batch_size):
-        numbers = list(mine[start : start + args.per_device_eval_batch_size])
+    for start in range(0, len(share), args.per_device_eval_batch_size):
+        numbers = list(share[start : start + args.per_device_eval_batch_size])
         table += zip(numbers, evaluate(numbers), strict=True)
     return [row for _, row in sorted(gather_object(table), key=lambda pair: pair[0])[:total]]
 
 
 @torch.no_grad()  # inference_mode would gather sharded weights into tensors that training cannot fill again
 def kl_to_reference(actor: ActorCritic, responses: Responses, temperature: float) -> list[float]:
-    """Return a sample of the KL to the reference of each response, in nats."""
+    """Return an estimate of the KL to the reference for each response, in nats."""
     tensors = (responses.query_ids, responses.query_mask, responses.response_ids, responses.response_mask)
     logprobs = actor(*tensors, temperature).logprobs
     return sequence_kl(logprobs, actor.reference_logprobs(*tensors, temperature)).tolist()
@@ -41,19 +42,20 @@ def kl_to_reference(actor: ActorCritic, responses: Responses, temperature: float
 def overoptimization_warning(history: list[dict[str, Any]], table: list[Row], metric: str) -> str | None:
     """Return a warning if the reward rose since the best evaluation by `metric`, while `metric` fell.
 
-    A fall counts from two standard errors of the present evaluation on. `metric` is the held-out or the gold reward; for
-    the trained reward itself there is nothing to compare. `history` is the Trainer's log, the present evaluation last.
+    A fall counts if it is above two standard errors of the current evaluation. `metric` is the held-out or
+    the gold reward; the trained reward itself has nothing to be compared with. `history` is the Trainer's
+    log, with the current evaluation last.
     """
     entries = [entry for entry in history if f"eval_{metric}" in entry]
     if metric == "reward" or not entries or len(table) < 2:
         return None
     best, now = max(entries, key=lambda entry: entry[f"eval_{metric}"]), entries[-1]
-    error = statistics.stdev(row[metric] for row in table) / len(table) ** 0.5
-    if (
-        now["eval_reward"] <= best["eval_reward"]
-        or best[f"eval_{metric}"] - now[f"eval_{metric}"] <= 2 * error
-    ):
+    rise = now["eval_reward"] - best["eval_reward"]
+    fall = best[f"eval_{metric}"] - now[f"eval_{metric}"]
+    standard_error = statistics.stdev(row[metric] for row in table) / len(table) ** 0.5
+    if rise <= 0 or fall <= 2 * standard_error:
         return None
+
     reward, held_out = (
         f"{best[f'eval_{name}']:.3f} to {now[f'eval_{name}']:.3f}" for name in ("reward", metric)
     )

@@ -1,4 +1,4 @@
-"""The PPO loss of a micro-batch: policy + vf_coef · value − entropy_coef · entropy + ptx_coef · pretraining."""
+"""The PPO loss: policy + vf_coef · value − entropy_coef · entropy + ptx_coef · pretraining."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,12 @@ from pipeline.ppo.config import PPOConfig
 def ppo_loss(
     out: Outputs, batch: Mapping[str, Any], args: PPOConfig, value_only: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a micro-batch and its metrics under TRL's names.
+    """Return the loss of a micro-batch, and its metrics under TRL's names.
 
-    `batch` holds what the rollout recorded, (b, T) each, and `num_tokens`, the real tokens of the minibatch on all
-    ranks. Every term is a sum over tokens divided by that number, so that micro-batches and ranks add up to their
-    minibatch. `value_only` leaves the value loss alone, during the warm-up of the critic.
+    `batch` holds the rollout's `logprobs`, `values`, `advantages`, `returns` and `response_mask`, (b, T)
+    each. `num_tokens` of it is the number of real tokens of the minibatch on all ranks. Every term is a sum
+    over tokens divided by that number, so that micro-batches and ranks add up to their minibatch. With
+    `value_only`, during the warm-up of the critic, only the value loss counts.
     """
     mask, tokens = batch["response_mask"].bool(), batch["num_tokens"]
     policy = functional.policy_loss(
@@ -45,8 +46,9 @@ def ppo_loss(
         "policy/entropy_avg": entropy,
         "val/clipfrac_avg": value.clip_fraction,
     }
-    if out.demonstrations is not None:
-        metrics["loss/ptx_avg"] = -out.demonstrations.sum() / batch["demonstration_tokens"]
+    if out.demonstration_logprobs is not None:
+        metrics["loss/ptx_avg"] = -out.demonstration_logprobs.sum() / batch["demonstration_tokens"]
         loss = loss + args.ptx_coef * metrics["loss/ptx_avg"]
-    # During the warm-up the policy's loss counts nothing, yet all of the model takes part: DDP waits for every gradient.
+
+    # At weight 0 the other terms still take part: DDP waits for the gradient of every parameter.
     return (0.0 if value_only else 1.0) * loss + args.vf_coef * value.loss, metrics

@@ -1,7 +1,8 @@
-"""`PolicyTrainer`: what PPO and TRL's trainers share. They sample, score, evaluate and publish policies in one way."""
+"""`PolicyTrainer`: sampling, scoring, evaluation and publishing, shared by PPO and TRL's trainers."""
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, s
 from pipeline.ppo.samples import write_samples
 from pipeline.reward.functions import RewardFunction, RewardSource, call_reward_function
 
-EVALUATION = "evaluation"  # takes the place of the rollout's number in the key of random numbers
+EVALUATION = "evaluation"  # replaces the rollout's number in the key of random numbers
 POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept
 BEST_STEP = "best_step"  # file that names the step of best/
 TEXT_COLUMNS = ("prompt", "answer")
@@ -26,9 +27,9 @@ SELECTION_METRICS = ("scorer_reward", "gold_reward", "reward")  # the first that
 
 
 class GenerationShape(NamedTuple):
-    """At most `response_tokens` per response, `samples` responses per held-out prompt.
+    """Size of generation: tokens per response, responses per held-out prompt, and sampling options.
 
-    `options` go to `pipeline.models.generation.generate`.
+    `response_tokens` is a maximum. `options` go to `pipeline.models.generation.generate`.
     """
 
     response_tokens: int
@@ -39,9 +40,9 @@ class GenerationShape(NamedTuple):
 class PolicyTrainer(Trainer):
     """A trainer of policies whose evaluations call this project's rewards, whatever the algorithm.
 
-    `reward` is trained on; `scorer` and `gold` are only evaluated. The best policy so far is published in `best/`: best
-    by the scorer if there is one, else by gold, else by reward. With `keep`, every evaluation's policy is published in
-    `policies/step-N/`.
+    `reward` is trained on; `scorer` and `gold` are only evaluated. The best policy so far is published in
+    `best/`: best by the scorer if there is one, else by gold, else by reward. With `keep`, every evaluation's
+    policy is published in `policies/step-N/`.
     """
 
     model: Any
@@ -60,15 +61,14 @@ class PolicyTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return means over the responses to held-out prompts: rewards, KL to the reference, length."""
-        self.model.eval()  # TRL's trainers tell by the mode whose metrics are logged
+        self.model.eval()  # TRL's trainers log metrics as those of evaluation if the model is in this mode
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         total = len(data) * self.generation.samples
-        table = with_full_params(
-            self,
-            self.actor,
-            self.actor.policy,
-            lambda: share_rows(lambda numbers: self._evaluate_rows(data, numbers), total, self.args),
-        )
+
+        def evaluate_all() -> list[dict[str, Any]]:
+            return share_rows(partial(self._evaluate_rows, data), total, self.args)
+
+        table = with_full_params(self, self.actor, self.actor.policy, evaluate_all)
         names = [name for name in table[0] if name not in TEXT_COLUMNS]
         metrics = {
             f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names
@@ -89,30 +89,26 @@ class PolicyTrainer(Trainer):
 
         The random numbers of a response derive from its number in `rows` and from `rollout`.
         """
-        texts = [data[i]["prompt"] for i in indices]
-        prompts = prepare_prompts(self.processing_class, texts, self.max_prompt_tokens)
+        policy, tokenizer, options = self.actor.policy, self.processing_class, self.generation.options
+        prompts = [data[index]["prompt"] for index in indices]
+        ids = prepare_prompts(tokenizer, prompts, self.max_prompt_tokens)
         numbers = uniforms(self.args.seed, rollout, rows, self.generation.response_tokens)
         with self.accelerator.autocast():
-            return self.generate(
-                self.actor.policy, self.processing_class, prompts, numbers, **self.generation.options
-            )
+            return self.generate(policy, tokenizer, ids, numbers, **options)
 
     def score(
         self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]
     ) -> list[float]:
         """Return the function's score of each response, given the record of its prompt."""
-        records = data.select(indices)[:]
-        return call_reward_function(
-            function,
-            records.pop("prompt"),
-            responses.texts,
-            responses.token_lists(),
-            responses.ended,
-            records,
-        )
+        columns = data.select(indices)[:]
+        prompts, ids = columns.pop("prompt"), responses.token_lists()
+        return call_reward_function(function, prompts, responses.texts, ids, responses.ended, columns)
 
     def publish(self, folder: Path) -> None:
-        """Write the policy (under LoRA its adapter) as others load it, and its tokenizer. All ranks call it, one writes."""
+        """Write the policy (under LoRA its adapter) as other libraries load it, and its tokenizer.
+
+        All ranks call it, and one writes.
+        """
         weights = full_state_dict(self)
         if self.args.should_save:
             self.write(folder, weights)
@@ -127,7 +123,7 @@ class PolicyTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
 
     def _evaluate_rows(self, data: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
-        """Sample, score and measure the responses of these numbers; a row holds prompt, answer and metrics."""
+        """Sample and score the responses of these numbers; return rows of prompt, response and metrics."""
         indices = [number % len(data) for number in numbers]
         responses = self.sample(data, indices, EVALUATION, numbers)
         scorers = {"reward": self.reward.score, "scorer_reward": self.scorer, "gold_reward": self.gold}
@@ -143,23 +139,26 @@ class PolicyTrainer(Trainer):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _keep_policy(self, metric: float) -> None:
-        """Publish the policy if it is the best so far; what is best is part of the Trainer's state, and so of checkpoints."""
+        """Publish the policy if it is the best so far.
+
+        The best metric is part of the Trainer's state, and so of checkpoints.
+        """
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.state.best_metric is None or metric > self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metric, step
             self.publish(folder / "best")
             if self.args.should_save:
                 (folder / BEST_STEP).write_text(str(step))
-        if self.keep and step:  # at step 0 it is the SFT policy
+        if self.keep and step:  # at step 0 the policy is SFT's
             self.publish(folder / POLICIES / f"step-{step:06}")
 
 
 def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-    """Return the weights of the submodule `name` under their names in it."""
+    """Return the weights of the submodule `name`, under their names in it; None stays None."""
+    if weights is None:
+        return None
     prefix = f"{name}."
-    return weights and {
-        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> int:
@@ -168,6 +167,7 @@ def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> 
     budget = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - response_tokens)
     if budget < 1:
         raise UserError(
-            f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's {positions} positions"
+            f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's "
+            f"{positions} positions; lower it"
         )
     return budget

@@ -7,13 +7,17 @@
 5. Estimate advantages and returns.
 6. Split the rollout into minibatches, one optimizer step each.
 
-`collect_rollout` does steps 1 to 5 and `iterate_minibatches` step 6; `RolloutDataLoader` hands the result to the
-Trainer. The losses are in `pipeline.ppo.loss`, the formulas in `pipeline.ppo.functional`.
-Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+`collect_rollout` does steps 1 to 5 and `iterate_minibatches` step 6; `RolloutDataLoader` passes the result to
+the Trainer. The loss is in `pipeline.ppo.loss`, the formulas in `pipeline.ppo.functional`.
+
+Sources: Ziegler et al. 2019; Stiennon et al. 2020; Huang et al. 2024, "The N+ Implementation Details of RLHF
+with PPO".
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,9 +34,14 @@ TRAINED_ON = ("logprobs", "values", "advantages", "returns")
 
 @dataclass
 class Rollout:
-    """A scored rollout of B responses. `scores` is (B,); every other tensor is (B, T) over response tokens."""
+    """A scored rollout of B responses.
+
+    `raw_scores` are the rewards as the reward function returned them. `scores`, (B,), are normalized; PPO
+    learns from them. Every other tensor is (B, T) over response tokens.
+    """
 
     responses: Responses
+    raw_scores: list[float]
     scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -48,7 +57,7 @@ class Rollout:
 
     @property
     def kl(self) -> Tensor:
-        """(B,) KL to the reference in nats, one sample per response."""
+        """(B,) KL to the reference in nats, one estimate per response."""
         return functional.sequence_kl(self.logprobs, self.ref_logprobs)
 
 
@@ -58,49 +67,64 @@ def collect_rollout(
     number: int,
     *,
     sample: Callable[[list[int]], Responses],
-    score: Callable[[Responses, list[int]], Tensor],
-    autocast: Callable[[], Any],
+    score: Callable[[Responses, list[int]], tuple[list[float], Tensor]],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Rollout:
     """Sample and score the responses of one rollout, and estimate their advantages.
 
-    `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process, `score` the
-    responses and these rows; it returns (B,) scores as PPO learns from them.
+    `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process and
+    returns B responses. `score` gets the responses and these rows; it returns raw and normalized scores.
     """
+    # 1. Sample a response to each prompt.
     rows = global_rows(args, number)
     responses = sample(rows)
-    scores = score(responses, rows)
 
-    logprobs, ref_logprobs, values, entropy = _read_tokens(actor, responses, args, number, autocast)
+    # 2. Score the responses.
+    raw_scores, scores = score(responses, rows)
 
+    # 3. Compute log-probabilities under the policy and its reference, and values.
+    logprobs, ref_logprobs, values, entropy = _compute_token_stats(actor, responses, args, number, autocast)
+
+    # 4. Shape the rewards: a KL penalty on every token, the score on the last.
     mask = responses.response_mask.bool()
     kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
     rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
 
+    # 5. Estimate advantages and returns. Whitening comes last: returns keep the scale of the rewards.
     advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
-    advantages = functional.whiten(advantages, mask)  # after the returns, which keep the scale of the rewards
-    return Rollout(responses, scores, logprobs, ref_logprobs, values, entropy, advantages, returns)
+    advantages = functional.whiten(advantages, mask)
+    return Rollout(
+        responses, raw_scores, scores, logprobs, ref_logprobs, values, entropy, advantages, returns
+    )
 
 
 def global_rows(args: PPOConfig, number: int) -> list[int]:
-    """Return the global row numbers of this process in a rollout. All randomness of a row derives from its number."""
+    """Return the global row numbers of this process in a rollout.
+
+    All random numbers of a row derive from its number.
+    """
     start = (number * args.world_size + args.process_index) * args.rollout_rows
     return list(range(start, start + args.rollout_rows))
 
 
 @torch.no_grad()
-def _read_tokens(
-    actor: ActorCritic, responses: Responses, args: PPOConfig, number: int, autocast: Callable[[], Any]
+def _compute_token_stats(
+    actor: ActorCritic,
+    responses: Responses,
+    args: PPOConfig,
+    number: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (B, T) log-probabilities, reference log-probabilities, values and entropies.
 
-    They are computed in the very micro-batches of the first PPO epoch, in training mode: the probability ratio of the
-    first minibatch is then 1 to the bit.
+    They are computed in the very micro-batches of the first PPO epoch, in training mode: the probability
+    ratio of the first minibatch is then 1 to the bit.
     """
     actor.train()
     shape, device = responses.response_ids.shape, responses.response_ids.device
     logprobs, ref_logprobs, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
 
-    for rows in (rows for minibatch in split_minibatches(responses, args, number, 0) for rows in minibatch):
+    for rows in chain.from_iterable(split_minibatches(responses, args, number, ppo_epoch=0)):
         inputs = _trim_padding(responses, rows)
         width = inputs["response_ids"].shape[1]
         with autocast():
@@ -113,7 +137,7 @@ def _read_tokens(
 
 
 def iterate_minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the micro-batches of each minibatch of each PPO epoch, in the order in which they are trained on."""
+    """Yield the micro-batches of each minibatch of each PPO epoch, in the order of training (step 6)."""
     for ppo_epoch in range(args.num_ppo_epochs):
         for minibatch in split_minibatches(rollout.responses, args, number, ppo_epoch):
             yield [_micro_batch(rollout, rows) for rows in minibatch]
@@ -122,8 +146,8 @@ def iterate_minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Itera
 def split_minibatches(responses: Responses, args: PPOConfig, number: int, ppo_epoch: int) -> Minibatches:
     """Partition the rows of a rollout into minibatches, each cut into micro-batches of similar length.
 
-    The rows are shuffled in blocks. A block's permutation depends on its number among the blocks of all processes, so
-    that a minibatch is the same on any number of processes.
+    The rows are shuffled in blocks. A block's permutation depends on its number among the blocks of all
+    processes, so that a minibatch is the same on any number of processes.
     """
     lengths = (responses.query_mask.sum(1) + responses.response_mask.sum(1)).tolist()
     micro, blocks = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -136,8 +160,11 @@ def split_minibatches(responses: Responses, args: PPOConfig, number: int, ppo_ep
         for index, minibatch in enumerate(minibatches):
             minibatch += [block * block_rows + row for row in order[index * micro : (index + 1) * micro]]
 
-    by_length = [sorted(minibatch, key=lambda row: lengths[row]) for minibatch in minibatches]
-    return [[rows[start : start + micro] for start in range(0, len(rows), micro)] for rows in by_length]
+    return [_cut(sorted(minibatch, key=lengths.__getitem__), micro) for minibatch in minibatches]
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
@@ -150,22 +177,23 @@ def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
 
 def _trim_padding(responses: Responses, rows: list[int]) -> dict[str, Tensor]:
     """Return the four tensors of some rows without the padding that none of them needs."""
-    queries = int(responses.query_mask[rows].sum(1).max())
-    width = int(responses.response_mask[rows].sum(1).max())
+    query_width = int(responses.query_mask[rows].sum(1).max())
+    response_width = int(responses.response_mask[rows].sum(1).max())
     return {
-        "query_ids": responses.query_ids[rows][:, -queries:],
-        "query_mask": responses.query_mask[rows][:, -queries:],
-        "response_ids": responses.response_ids[rows][:, :width],
-        "response_mask": responses.response_mask[rows][:, :width],
+        "query_ids": responses.query_ids[rows][:, -query_width:],
+        "query_mask": responses.query_mask[rows][:, -query_width:],
+        "response_ids": responses.response_ids[rows][:, :response_width],
+        "response_mask": responses.response_mask[rows][:, :response_width],
     }
 
 
 class RolloutDataLoader:
-    """The Trainer's train dataloader: it collects each rollout when its turn comes and yields its micro-batches.
+    """The Trainer's train dataloader: each epoch collects a rollout and yields its micro-batches.
 
-    It is a plain sized iterable, which Accelerate does not wrap; the live policy therefore samples the rollout.
-    `collect` returns the rollout of a number. `demonstrations` returns, for a rollout, a minibatch and its number of
-    rows, what the pretraining loss adds to each micro-batch. `reduce` sums a tensor over all processes.
+    It is a plain sized iterable, which Accelerate does not wrap, so that no batch is fetched ahead: the live
+    policy samples the rollout. `collect` returns the rollout of a number. `demonstrations` gets a rollout, a
+    minibatch and its number of rows; it returns one batch for the pretraining loss per micro-batch, and
+    inputs common to them. `reduce` sums a tensor over all processes.
     """
 
     def __init__(
@@ -175,14 +203,19 @@ class RolloutDataLoader:
         demonstrations: Callable[[int, int, int], tuple[list[Any], dict[str, Any]]],
         reduce: Callable[[Tensor], Tensor],
     ):
-        self.args, self.collect, self.demonstrations, self.reduce = args, collect, demonstrations, reduce
+        self.args = args
+        self.collect = collect
+        self.demonstrations = demonstrations
+        self.reduce = reduce
         self.number = 0
         self.minibatch: tuple[Rollout, list[int]]  # the rollout and its rows that are trained on
 
     def __len__(self) -> int:
+        """Return the number of micro-batches of a rollout."""
         return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the number of the next rollout; the Trainer calls it, also after a resume."""
         self.number = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -190,12 +223,12 @@ class RolloutDataLoader:
         for step, micro_batches in enumerate(iterate_minibatches(rollout, self.args, self.number)):
             rows = [row for inputs in micro_batches for row in inputs.pop("rows")]
             self.minibatch = (rollout, rows)
-            demonstrations, extra = self.demonstrations(self.number, step, len(rows))
-            common = {
+            batches, common = self.demonstrations(self.number, step, len(rows))
+            common |= {
                 "rollout": self.number,
                 "first": step == 0,
                 "num_tokens": self.reduce(rollout.mask[rows].sum()),
             }
-            for inputs, shown in zip(micro_batches, demonstrations, strict=True):
-                last = inputs is micro_batches[-1]
-                yield inputs | common | extra | {"demonstrations": shown, "last": last}
+            for inputs, demonstrations in zip(micro_batches, batches, strict=True):
+                is_last = inputs is micro_batches[-1]
+                yield inputs | common | {"demonstrations": demonstrations, "last": is_last}

@@ -1,18 +1,22 @@
-"""PPO (or TRL's RLOO or GRPO): a policy and a reward in, a tuned policy out.
+"""The PPO stage (also TRL's RLOO and GRPO): a policy and a reward in, a tuned policy out.
 
-In: `prompts` of the prepare artifact, the SFT policy, and a reward artifact of any backbone and tokenizer (or who serves one, or a
-`module:function`).
-Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model), of PPO also the critic in
-`value_head.safetensors`; the same of the best evaluation in `best/`, and with `evaluation.keep` of those before the last in
-`policies/step-N/`; `samples.jsonl` (answers of each evaluation) and `log.jsonl`.
-A wrong input gets one `UserError`.
+In: `prompts` of the prepare artifact, the SFT policy, and the rewards. A reward is an artifact of any
+backbone and tokenizer, the URL of a server, or a `module:function`.
+
+Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model). PPO
+adds the critic in `value_head.safetensors`. `best/` has the same of the best evaluation; with
+`evaluation.keep`, `policies/step-N/` has those of all evaluations before the last. `samples.jsonl` has
+responses of each evaluation, `log.jsonl` the metrics.
+
+Raises one `UserError` for a wrong input.
 """
 
 import shutil
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from datasets import Dataset, DatasetDict
 from peft import TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -44,64 +48,58 @@ from pipeline.training.arguments import build_arguments, build_lora_config, chec
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
 
+FALLBACK_EVAL_PROMPTS = 64  # training prompts to evaluate on if the records have no validation split
+
 
 def check(config: PPOStage) -> None:
-    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    """Check the config alone, without its inputs. Raises `UserError`."""
     check_training(config, arguments_class(config))
     if config.algorithm != "ppo":
-        import_module("pipeline.ppo.trl_trainers").check_algorithm(config.algorithm, config.training)
-    for spec in (
-        config.gold,
-        *(reward.source for reward in named_rewards(config).values() if reward.is_function),
-    ):
-        if spec:
-            import_function(spec)
+        _trl_trainers().check_algorithm(config.algorithm, config.training)
+
+    functions = [reward.source for reward in named_rewards(config).values() if reward.is_function]
+    for function in [config.gold, *functions]:
+        if function:
+            import_function(function)
 
 
 def arguments_class(config: PPOStage) -> type[TrainingArguments]:
-    """What `training:` is handed to. TRL's trainers are imported only where they are asked for: they take their time."""
-    return (
-        PPOConfig
-        if config.algorithm == "ppo"
-        else import_module("pipeline.ppo.trl_trainers").ARGUMENTS[config.algorithm]
-    )
+    """Return the class that `training:` is passed to."""
+    return PPOConfig if config.algorithm == "ppo" else _trl_trainers().ARGUMENTS[config.algorithm]
 
 
 def named_rewards(config: PPOStage) -> dict[str, Reward]:
-    """All that scores answers, by the name it has as an input: what is trained on, and the scorer that looks on."""
-    named = {f"reward_{number}": reward for number, reward in enumerate(config.reward)}
-    return named | ({"scorer": config.evaluation.scorer} if config.evaluation.scorer else {})
+    """Return the rewards by their names as inputs: those to train on, and the held-out `scorer`."""
+    rewards = {f"reward_{number}": reward for number, reward in enumerate(config.reward)}
+    if config.evaluation.scorer:
+        rewards["scorer"] = config.evaluation.scorer
+    return rewards
 
 
 def run(config: PPOStage) -> Path:
+    """Run the stage and return the folder of its artifact. Raises `UserError`."""
     check(config)
     inputs = open_inputs(config)
     for name, reward in named_rewards(config).items():
         if not reward.is_function:
             inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
-            if config.one_backbone == "always" and (
-                apart := incompatibility(config, inputs["policy"], inputs[name])
-            ):
-                raise UserError(
-                    f"{reward.source}: one_backbone: always, but {apart}; change that, or set one_backbone: auto"
-                )
-    weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}
-    for name in inputs:
-        if name.startswith("reward_") and "scorer" in inputs and weights[name] == weights["scorer"]:
-            raise UserError(
-                f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; name one that it is not"
-            )
+            _check_backbone(config, name, inputs)
+    _check_scorer_is_held_out(inputs)
+
     return build_artifact(
         config,
         kind="policy",
         inputs=inputs,
-        make=lambda *folders: train(config, inputs, *folders),
+        make=lambda output, work: train(config, inputs, output, work),
         on_every_rank=True,
     )
 
 
 def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Path) -> dict[str, Any]:
-    """Train, save, and measure on the validation prompts; returns the headline metrics."""
+    """Train, evaluate on the validation prompts, and save; return the headline metrics.
+
+    `output` becomes the artifact. `work` has the checkpoints and survives an interruption.
+    """
     args = build_arguments(config, arguments_class(config), work, logging_steps=1)
     set_seed(config.seed)
     trainer = build_trainer(config, inputs, args)
@@ -110,96 +108,141 @@ def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Pat
     trainer.publish(output)
     if not is_main_process():
         return {}
-    for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
-        shutil.copytree(work / name, output / name)  # a copy: who is killed now needs it again
-    shutil.rmtree(
-        output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True
-    )  # that is the artifact's own
-    for folder in (output, output / "best", *output.glob(f"{POLICIES}/*")) if config.merge else ():
-        merge_adapter(folder, trainer.processing_class, trust_remote_code=config.trust_remote_code)
+
+    _copy_policies(config, trainer, output, work)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     write_log(trainer, output)
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
 
 
-def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: Any) -> PolicyTrainer:
-    """The algorithm's trainer, with all it needs loaded."""
-    data, revision = open_records(inputs["records"], "prompts"), inputs["policy"].revision
+def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingArguments) -> PolicyTrainer:
+    """Build the trainer of the algorithm, with its data, policy and rewards loaded."""
+    prompts, revision = open_records(inputs["records"], "prompts"), inputs["policy"].revision
     tokenizer = load_tokenizer(
         config.policy or "", revision=revision, trust_remote_code=config.trust_remote_code
     )
     policy = load_trained_policy(config, tokenizer, revision)
-    opened = {name: open_reward(config, name, inputs, policy) for name in named_rewards(config)}
-    scorer = opened.pop("scorer", None)
+    rewards = {name: open_reward(config, name, inputs, policy) for name in named_rewards(config)}
+    scorer = rewards.pop("scorer", None)
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
+    patience = config.evaluation.patience if scorer else None
+
     common: dict[str, Any] = {
         "policy": policy,
-        "reward": combine_rewards(list(opened.values()), weights or None, config.uncertainty_penalty),
+        "reward": combine_rewards(list(rewards.values()), weights or None, config.uncertainty_penalty),
         "args": args,
-        "train_dataset": data["train"],
-        "eval_dataset": data["validation"]
-        if len(data["validation"])
-        else data["train"].select(range(min(64, len(data["train"])))),
+        "train_dataset": prompts["train"],
+        "eval_dataset": _evaluation_prompts(prompts),
         "processing_class": tokenizer,
         "gold": import_function(config.gold) if config.gold else None,
         "scorer": scorer.score if scorer else None,
         "keep": config.evaluation.keep,
         "max_prompt_tokens": config.max_prompt_tokens,
-        "callbacks": [PrintEvaluations(), EarlyStopping(config.evaluation.patience if scorer else None)],
+        "callbacks": [PrintEvaluations(), EarlyStopping(patience)],
     }
-    if config.algorithm != "ppo":
+    if not isinstance(args, PPOConfig):
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
-        return import_module("pipeline.ppo.trl_trainers").build_trl_trainer(
-            config.algorithm, **options, **common
-        )
-    return PPOTrainer(
-        **common,
-        demonstrations=open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None,
-    )
+        return _trl_trainers().build_trl_trainer(config.algorithm, **options, **common)
+    demonstrations = open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None
+    return PPOTrainer(**common, demonstrations=demonstrations)
 
 
 def open_reward(config: PPOStage, name: str, inputs: dict[str, Artifact], policy: Any) -> RewardSource:
-    """A reward as a source: a reward model stands on the policy's backbone where it can, or beside it, or elsewhere."""
+    """Open a reward by its name among the inputs, and print where its model is.
+
+    A reward model is on the policy's backbone if it can share it, else loaded separately or on a server.
+    """
     reward = named_rewards(config)[name]
     if reward.is_function:
         return RewardSource(import_function(reward.source))
-    apart = (
-        incompatibility(config, inputs["policy"], inputs[name])
-        if config.one_backbone != "never"
-        else "one_backbone: never"
-    )
-    where = f"loaded beside the policy: {apart}" if apart else "on the backbone of the policy"
+
+    artifact, problem = inputs[name], "one_backbone: never"
+    if config.one_backbone != "never":
+        problem = incompatibility(config, inputs["policy"], artifact) or ""
+    location = f"loaded beside the policy: {problem}" if problem else "on the backbone of the policy"
     if is_main_process():
-        print(f"  {reward.source}: {f'read as {inputs[name].path}' if reward.is_url else where}", flush=True)
-    if apart:
-        source = reward_from_model(
-            load_reward(reward, inputs[name], trust_remote_code=config.trust_remote_code),
-            reward.length_penalty,
-        )
-        return source._replace(model=None) if reward.is_url else source
-    options: dict[str, Any] = {
-        "positive_label": reward.positive_label,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    return attach_reward_adapter(policy, inputs[name], name, reward.length_penalty, **options)
+        print(f"  {reward.source}: {f'read as {artifact.path}' if reward.is_url else location}", flush=True)
+
+    code = {"trust_remote_code": config.trust_remote_code}
+    if not problem:
+        label = {"positive_label": reward.positive_label}
+        return attach_reward_adapter(policy, artifact, name, reward.length_penalty, **label, **code)
+    source = reward_from_model(load_reward(reward, artifact, **code), reward.length_penalty)
+    return source._replace(model=None) if reward.is_url else source
 
 
 def load_trained_policy(
     config: PPOStage, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
 ) -> Any:
-    """The SFT policy, ready to train: all of it, a new LoRA adapter on it, or (where SFT published an adapter) a copy of that
-    adapter beside the frozen one."""
+    """Load the SFT policy, ready to train.
+
+    Without `lora:` all of it is trained; with it, a new adapter. If SFT published an adapter, a copy of it is
+    trained, and the adapter itself is the frozen reference. Raises `UserError` for an adapter without
+    `lora:`.
+    """
     source = config.policy or ""
     options = load_options(config, revision)
     if not is_adapter(source, revision):
         policy: Any = load_policy(source, tokenizer, **options)
         lora = build_lora_config(config, TaskType.CAUSAL_LM, revision)
         return policy if lora is None else get_peft_model(policy, lora)
+
     if config.lora is None:
         raise UserError(
-            f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; the policy goes on from that adapter: set lora: {{}}"
+            f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; PPO would continue to train it: "
+            "set lora: {}"
         )
     policy = load_policy(source, tokenizer, trainable=True, **options)
     policy.load_adapter(source, adapter_name=REFERENCE, revision=revision)
     policy.set_adapter("default")
     return policy
+
+
+def _trl_trainers() -> ModuleType:
+    """Import TRL's trainers, which take seconds to import, only if they are needed."""
+    from pipeline.ppo import trl_trainers
+
+    return trl_trainers
+
+
+def _check_backbone(config: PPOStage, name: str, inputs: dict[str, Artifact]) -> None:
+    if config.one_backbone == "always":
+        problem = incompatibility(config, inputs["policy"], inputs[name])
+        if problem:
+            source = named_rewards(config)[name].source
+            raise UserError(
+                f"{source}: one_backbone: always, but {problem}; change that, or set one_backbone: auto"
+            )
+
+
+def _check_scorer_is_held_out(inputs: dict[str, Artifact]) -> None:
+    """Raise `UserError` if the scorer has the content of a reward that is trained on."""
+    weights = {name: opened.manifest.get("reads", opened.identity) for name, opened in inputs.items()}
+    trained = [weights[name] for name in inputs if name.startswith("reward_")]
+    if "scorer" in inputs and weights["scorer"] in trained:
+        raise UserError(
+            f"{inputs['scorer'].path}: evaluation.scorer is a copy of what PPO is trained on; "
+            "name a held-out one"
+        )
+
+
+def _evaluation_prompts(prompts: DatasetDict) -> Dataset:
+    if len(prompts["validation"]):
+        return prompts["validation"]
+    return prompts["train"].select(range(min(FALLBACK_EVAL_PROMPTS, len(prompts["train"]))))
+
+
+def _copy_policies(config: PPOStage, trainer: PolicyTrainer, output: Path, work: Path) -> None:
+    """Copy the policies of evaluations to the artifact, and merge all adapters if the config says so.
+
+    They are copied, not moved: if the run is killed now, it needs them again.
+    """
+    for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
+        shutil.copytree(work / name, output / name)
+    # The last policy is the artifact itself.
+    shutil.rmtree(output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True)
+
+    if config.merge:
+        code = {"trust_remote_code": config.trust_remote_code}
+        for folder in (output, output / "best", *output.glob(f"{POLICIES}/*")):
+            merge_adapter(folder, trainer.processing_class, **code)

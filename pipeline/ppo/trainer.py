@@ -1,15 +1,18 @@
-"""`PPOTrainer`: rollouts become a stream of minibatches that `transformers.Trainer` trains on.
+"""`PPOTrainer`: PPO on `transformers.Trainer`, which trains on the minibatches of one rollout after another.
 
 One Trainer epoch is one rollout: sample responses, score them, then make `num_ppo_epochs` passes over them in
-`num_mini_batches` steps each. `pipeline.ppo.rollout` tells these steps in order; the loss is in `pipeline.ppo.loss`.
-The optimizer, clipping, precision, callbacks, checkpoints and distributed wrapping are the Trainer's own.
+`num_mini_batches` steps each. `pipeline.ppo.rollout` has these steps in order; the loss is in
+`pipeline.ppo.loss`. The optimizer, gradient clipping, precision, callbacks, checkpoints and distributed
+wrapping are the Trainer's own.
 """
 
 import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +45,29 @@ VALUE_HEAD = "value_head.safetensors"
 class PPOTrainer(PolicyTrainer):
     """PPO on `transformers.Trainer`.
 
-    `policy`: a causal language model, or a `PeftModel` around one. The reference of a `PeftModel` is its adapter named
-    `reference`, or else the bare base. `reward`: a `RewardModel`, a function of TRL's signature, or a `RewardSource`.
-    `train_dataset`, `eval_dataset`: rows with a `prompt` (text or messages); their other columns go to the reward.
-    `gold`, `scorer`: optional rewards that are evaluated and never trained on. `keep`: keep the policy of every
-    evaluation. `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`. `generate`: samples the responses,
-    with the signature of `pipeline.models.generation.generate`.
+    - `policy`: a causal language model, or a `PeftModel` around one. The reference of a `PeftModel` is its
+      adapter named `reference`, or else the bare base.
+    - `reward`: a `RewardModel`, a function of TRL's signature, or a `RewardSource`.
+    - `train_dataset`, `eval_dataset`: rows with a `prompt` (text or messages); their other columns go to the
+      reward.
+    - `gold`, `scorer`: optional rewards that are evaluated and never trained on.
+    - `keep`: keep the policy of every evaluation.
+    - `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`.
+    - `max_prompt_tokens`: the prompt limit; longer prompts are truncated on the left.
+    - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
 
     Raises `UserError` if a dataset is empty, if demonstrations are missing, or if no prompt fits the policy.
 
     >>> from datasets import load_from_disk
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
     >>> from pipeline import PPOConfig, PPOTrainer, RewardModel
-    >>> policy, tokenizer = AutoModelForCausalLM.from_pretrained("runs/demo/sft"), AutoTokenizer.from_pretrained("runs/demo/sft")
+    >>> policy = AutoModelForCausalLM.from_pretrained("runs/demo/sft")
+    >>> tokenizer = AutoTokenizer.from_pretrained("runs/demo/sft")
+    >>> reward = RewardModel.load("runs/demo/reward")
     >>> prompts = load_from_disk("runs/demo/prepare/prompts")["train"]
-    >>> args = PPOConfig("out", num_rollouts=2, per_device_train_batch_size=4, response_tokens=8, report_to="none")
-    >>> trainer = PPOTrainer(policy, RewardModel.load("runs/demo/reward"), args, train_dataset=prompts, processing_class=tokenizer)
+    >>> sizes = {"num_rollouts": 2, "per_device_train_batch_size": 4, "response_tokens": 8}
+    >>> args = PPOConfig("out", report_to="none", **sizes)
+    >>> trainer = PPOTrainer(policy, reward, args, train_dataset=prompts, processing_class=tokenizer)
     >>> trainer.train().global_step
     8
     >>> trainer.save_model("out/policy")
@@ -96,19 +106,21 @@ class PPOTrainer(PolicyTrainer):
 
         source = reward_from_model(reward) if isinstance(reward, RewardModel) else reward
         self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
-        self.gold, self.scorer, self.keep, self.demonstrations = gold, scorer, keep, demonstrations
+        self.gold, self.scorer, self.keep = gold, scorer, keep
+        self.demonstrations = demonstrations
         self.generate = generate
         self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
         self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
-        self._skip_rest = False  # of this rollout's minibatches, once `target_kl` is passed
+        self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
 
         model = ActorCritic(policy, args.kl_coef)
         if args.value_init == "reward":
             width = model.value_head.in_features
             state = value_head_from_reward(self.reward, width, args.score_normalization)
             model.value_head.load_state_dict(state)
+
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
@@ -119,23 +131,26 @@ class PPOTrainer(PolicyTrainer):
     # Rollouts
 
     def get_train_dataloader(self) -> Any:
-        """Return the stream of minibatches."""
-        demonstrations, reduce = self._load_demonstrations, self._sum_over_ranks
-        self.rollouts = RolloutDataLoader(self.args, self.collect, demonstrations, reduce)
+        """Return the loader that collects rollouts and yields their micro-batches."""
+        self.rollouts = RolloutDataLoader(
+            self.args,
+            collect=self.collect,
+            demonstrations=self._load_demonstrations,
+            reduce=self._sum_over_ranks,
+        )
         return self.rollouts
 
     def collect(self, number: int) -> Rollout:
-        """Sample and score one rollout, by its absolute number; record its metrics and move the KL coefficient.
+        """Collect one rollout, by its absolute number; record its metrics and update the KL coefficient.
 
-        Raises `UserError` above `max_kl`.
+        Raises `UserError` if the mean KL to the reference is above `max_kl`.
         """
         self.clock.setdefault("since", time.perf_counter())
-        raw: list[float] = []
-        rollout = with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(number, raw))
-
         self._skip_rest = False
+        rollout = with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(number))
+
         eos = self.processing_class.eos_token_id
-        metrics = rollout_metrics(rollout, raw, float(self.actor.kl_coef), self.args, eos)
+        metrics = rollout_metrics(rollout, float(self.actor.kl_coef), self.args, eos)
         for name, value in metrics.items():
             self.running_metrics[name].append(value)
         self.clock["tokens"] += float(rollout.mask.sum()) * self.args.world_size
@@ -145,32 +160,39 @@ class PPOTrainer(PolicyTrainer):
         self._update_kl_coef(kl)
         return rollout
 
-    def _collect(self, number: int, raw: list[float]) -> Rollout:
-        """Collect a rollout; `raw` receives the rewards as the reward function gave them."""
-        data = self.train_dataset
+    def _collect(self, number: int) -> Rollout:
+        return collect_rollout(
+            self.actor,
+            self.args,
+            number,
+            sample=partial(self._sample_rows, number),
+            score=self._score_rows,
+            autocast=self.accelerator.autocast,
+        )
 
-        def prompts(rows: list[int]) -> list[int]:
-            return [permuted_index(len(data), self.args.seed, "prompts", row) for row in rows]
+    def _prompt_indices(self, rows: list[int]) -> list[int]:
+        """Return the prompt of each global row: every pass over the prompts takes them in a new order."""
+        size, seed = len(self.train_dataset), self.args.seed
+        return [permuted_index(size, seed, "prompts", row) for row in rows]
 
-        def sample(rows: list[int]) -> Responses:
-            start = time.perf_counter()
-            responses = self.sample(data, prompts(rows), number, rows)
-            self.clock["generate"] += time.perf_counter() - start
-            return responses
+    def _sample_rows(self, number: int, rows: list[int]) -> Responses:
+        with self._timed("generate"):
+            return self.sample(self.train_dataset, self._prompt_indices(rows), number, rows)
 
-        def score(responses: Responses, rows: list[int]) -> Tensor:
-            start = time.perf_counter()
-            raw.extend(self.score(self.reward.score, responses, data, prompts(rows)))
-            rewards = torch.tensor(raw, dtype=torch.float64)
-            sums = self.actor.score_sums
+    def _score_rows(self, responses: Responses, rows: list[int]) -> tuple[list[float], Tensor]:
+        """Return the rewards of the responses, raw and as PPO learns from them."""
+        with self._timed("score"):
+            indices = self._prompt_indices(rows)
+            raw = self.score(self.reward.score, responses, self.train_dataset, indices)
             scores = normalize_scores(
-                rewards, responses.ended, self.args, self.reward, sums, self._sum_over_ranks
+                torch.tensor(raw, dtype=torch.float64),
+                responses.ended,
+                self.args,
+                self.reward,
+                self.actor.score_sums,
+                self._sum_over_ranks,
             )
-            self.clock["score"] += time.perf_counter() - start
-            return scores.to(responses.query_ids.device)
-
-        autocast = self.accelerator.autocast
-        return collect_rollout(self.actor, self.args, number, sample=sample, score=score, autocast=autocast)
+        return raw, scores.to(responses.query_ids.device)
 
     def _update_kl_coef(self, kl: float) -> None:
         args, responses = self.args, self.args.rollout_rows * self.args.world_size
@@ -178,7 +200,10 @@ class PPOTrainer(PolicyTrainer):
         self.actor.kl_coef.fill_(coef)
 
     def _load_demonstrations(self, rollout: int, step: int, count: int) -> tuple[list[Any], dict[str, Any]]:
-        """Return the demonstrations of each micro-batch of a minibatch (None without `ptx_coef`), and all their tokens."""
+        """Return the demonstrations of each micro-batch of a minibatch, and their tokens on all ranks.
+
+        Only completion tokens count. Without `ptx_coef` there are no demonstrations.
+        """
         if not self.args.ptx_coef or self.demonstrations is None:
             return [None] * self.args.gradient_accumulation_steps, {}
         longest = self.max_prompt_tokens + self.args.response_tokens
@@ -192,7 +217,10 @@ class PPOTrainer(PolicyTrainer):
     # Steps
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Add a micro-batch's gradient; once `target_kl` is passed the rest of the rollout adds none, on all ranks."""
+        """Add the gradient of a micro-batch.
+
+        Once `target_kl` is exceeded, the rest of the rollout adds no gradient, on all ranks.
+        """
         if self._skip_rest:
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -200,75 +228,92 @@ class PPOTrainer(PolicyTrainer):
         if inputs["last"] and inputs["rollout"] < self.args.critic_warmup_rollouts:
             for name, parameter in self.actor.named_parameters():
                 if not name.startswith("value_head."):
-                    parameter.grad = (
-                        None  # not zeros: Adam would count them, and weight decay would shrink the weights
-                    )
+                    # Not zeros: Adam would average them in, and weight decay would shrink the weights.
+                    parameter.grad = None
+
         if inputs["last"] and self.args.target_kl is not None:
-            parts = self.running_metrics["policy/approxkl_avg"][-self.args.gradient_accumulation_steps :]
-            approx_kl = float(self.accelerator.reduce(sum(parts), "mean")) / len(parts)
+            kls = self.running_metrics["policy/approxkl_avg"][-self.args.gradient_accumulation_steps :]
+            approx_kl = float(self.accelerator.reduce(sum(kls), "mean")) / len(kls)
             self._skip_rest = approx_kl > self.args.target_kl
         return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Return the loss of a micro-batch: `pipeline.ppo.loss` over the minibatch's tokens on all ranks."""
-        args, warming_up = self.args, inputs["rollout"] < self.args.critic_warmup_rollouts
-        tensors = (inputs[name] for name in ("query_ids", "query_mask", "response_ids", "response_mask"))
-        shown = inputs["demonstrations"]
-        out = model(*tensors, args.temperature, demonstrations=shown, value_head_only=warming_up)
-
+        """Return the loss of a micro-batch (`pipeline.ppo.loss`), and record its metrics."""
+        args, is_warmup = self.args, inputs["rollout"] < self.args.critic_warmup_rollouts
+        out = model(
+            inputs["query_ids"],
+            inputs["query_mask"],
+            inputs["response_ids"],
+            inputs["response_mask"],
+            args.temperature,
+            demonstrations=inputs["demonstrations"],
+            value_head_only=is_warmup,
+        )
         mask = inputs["response_mask"].bool()
         if inputs["first"]:
             self._check_ratio(out.logprobs, inputs["logprobs"], mask)
-        loss, metrics = ppo_loss(out, inputs, args, value_only=warming_up)
+        loss, metrics = ppo_loss(out, inputs, args, value_only=is_warmup)
 
-        # The metrics of micro-batches and ranks add up to a minibatch; the log holds the mean over minibatches.
-        parts = args.gradient_accumulation_steps * args.world_size
+        # Metrics of micro-batches and ranks add up to a minibatch; the log has the mean over minibatches.
+        count = args.gradient_accumulation_steps * args.world_size
         for name, value in metrics.items():
-            self.running_metrics[name].append(value.detach() * parts)
+            self.running_metrics[name].append(value.detach() * count)
         ratio = (out.logprobs.detach() - inputs["logprobs"]).exp()[mask].mean()
         self.running_metrics["val/ratio"].append(ratio)
         return loss * args.world_size  # gradients are averaged over ranks
 
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
-        """Raise `UserError` if the first minibatch's ratio is not 1: the model is then random or depends on its mode."""
-        worst = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
-        if worst != 0.0 and math.isfinite(worst):  # a ratio that is not finite is left to `SkipNonFinite`
+        """Raise `UserError` if the ratio of a rollout's first minibatch is not 1.
+
+        The model is then random, or depends on its mode.
+        """
+        error = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
+        if error != 0.0 and math.isfinite(error):  # `SkipNonFinite` handles a ratio that is not finite
             raise UserError(
-                f"ppo: on a rollout's first minibatch the log-probabilities are up to {worst:.2g} off those just "
-                "computed; expected equal ones: something in the model is random or depends on the mode (dropout, a "
-                "router's jitter, a patched forward); switch it off in the model's config"
+                f"ppo: on a rollout's first minibatch the log-probabilities differ by up to {error:.2g} from "
+                "those just computed; expected equal ones: something in the model is random or depends on "
+                "the mode (dropout, a router's jitter, a patched forward); switch it off in its config"
             )
 
     # Logs, evaluations, files
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means since the last log, over all ranks, with seconds per rollout and tokens per second."""
+        """Log the means since the last log, over all ranks, and the time metrics of this process."""
         if "loss" in logs and self.running_metrics:
             ratios = torch.stack([ratio.double() for ratio in self.running_metrics["val/ratio"]])
             self.running_metrics["val/ratio_var"] = [ratios.var(correction=0)]
             means = [statistics.fmean(map(float, values)) for values in self.running_metrics.values()]
             reduced = self.accelerator.reduce(torch.tensor(means, device=self.args.device), "mean")
             logs |= dict(zip(self.running_metrics, reduced.tolist(), strict=True))
-            logs |= self._read_clock()
+            logs |= self._clock_metrics()
             self.running_metrics.clear()
-        logs.pop("train_loss", None)  # a mean that a resumed run takes over its own steps alone
+        logs.pop("train_loss", None)  # a resumed run averages it over its own steps only
         super().log(logs, start_time)
 
-    def _read_clock(self) -> dict[str, float]:
-        """Return seconds per rollout since the last log, and response tokens per second of all that time."""
+    def _clock_metrics(self) -> dict[str, float]:
+        """Return seconds per rollout and response tokens per second since the last log; restart the clock."""
         now, clock = time.perf_counter(), self.clock
         elapsed, rollouts = now - clock.get("since", now), len(self.running_metrics["objective/kl"]) or 1
-        sampled, scored = clock["generate"], clock["score"]
-        seconds = {"time/generate": sampled, "time/score": scored, "time/train": elapsed - sampled - scored}
-        speed = clock["tokens"] / elapsed if elapsed else 0.0
+        metrics = {
+            "time/generate": clock["generate"] / rollouts,
+            "time/score": clock["score"] / rollouts,
+            "time/train": (elapsed - clock["generate"] - clock["score"]) / rollouts,
+            "tokens_per_second": clock["tokens"] / elapsed if elapsed else 0.0,
+        }
         clock.clear()
         clock["since"] = now
-        return {name: value / rollouts for name, value in seconds.items()} | {"tokens_per_second": speed}
+        return metrics
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.clock[name] += time.perf_counter() - start
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `PolicyTrainer` does; the clock of the rollouts stands still meanwhile."""
+        """Evaluate as `PolicyTrainer` does; the clock of the rollouts stops meanwhile."""
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         if "since" in self.clock:
@@ -276,7 +321,7 @@ class PPOTrainer(PolicyTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy and its value head, as `publish` does; in a checkpoint, all that is trained in one file."""
+        """Write the policy and its value head as `publish` does, or in a checkpoint one file of both."""
         folder = Path(output_dir or str(self.args.output_dir))
         if not _internal_call:
             return self.publish(folder)
@@ -290,6 +335,5 @@ class PPOTrainer(PolicyTrainer):
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
         """Write the policy, and the value head beside it."""
         super().write(folder, weights)
-        save_file(
-            submodule_state(weights, "value_head") or self.actor.value_head.state_dict(), folder / VALUE_HEAD
-        )
+        state = submodule_state(weights, "value_head") or self.actor.value_head.state_dict()
+        save_file(state, folder / VALUE_HEAD)

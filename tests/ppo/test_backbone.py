@@ -24,6 +24,9 @@ LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
 PROMPTS = ["What is the capital of France?", "Name the colour of snow.", "What is the capital of France?"]
 ANSWERS = ["Paris.", "Snow is white, as far as I know.", "You fool."]
 SHORT = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+# Of two runs' weights, as a share of how far training moved them. On CPUs with AVX512-BF16 bitsandbytes multiplies 4-bit weights in
+# bfloat16, which rounds by 2^-8: the runs then differ by 2.3e-3.
+TOLERANCES = {"none": 1e-3, "8bit": 0.05, "4bit": 0.01}
 
 
 @pytest.fixture(scope="module", params=["none", "8bit", "4bit"])
@@ -117,7 +120,7 @@ def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_re
     moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-3
     for name in start:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=(0.05 if artifacts[0] == "8bit" else 1e-3) * moved)
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=TOLERANCES[artifacts[0]] * moved)
 
 
 @pytest.mark.parametrize("artifacts", ["none"], indirect=True)

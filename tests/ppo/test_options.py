@@ -77,9 +77,9 @@ def test_running_normalisation_is_by_all_scores_so_far(make):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda prompts, **_: [1.0, math.nan, 0.0, 0.0], r"the reward of the answer .* is nan; expected a finite number"),
-        (lambda prompts, **_: [1.0], "the reward gave 1 scores for 4 answers"),
-        (lambda prompts, **_: [None] * 4, "the reward cannot be called, or gives no numbers"),
+        (lambda prompts, **_: [1.0, math.nan, 0.0, 0.0], r"the reward of the response .* is nan; expected a finite number"),
+        (lambda prompts, **_: [1.0], "the reward returned 1 scores for 4 responses"),
+        (lambda prompts, **_: [None] * 4, "the reward cannot be called, or returns no numbers"),
         (lambda prompts: [0.0] * 4, r"expected \(prompts, completions, completion_ids, ended, \*\*columns\)"),
     ],
 )
@@ -258,7 +258,7 @@ def test_three_in_a_row_stop_the_run(make):
 def test_a_policy_too_far_from_its_reference_stops_the_run(make):
     trainer = make(num_rollouts=9, learning_rate=0.3, max_kl=0.5)
     with pytest.raises(
-        UserError, match=r"KL to the reference is [\d.e+]+ nats per answer, above training.max_kl=0.5; the last checkpoints are kept"
+        UserError, match=r"KL to the reference is [\d.e+]+ nats per response, above training.max_kl=0.5; the last checkpoints are kept"
     ):
         trainer.train()
     assert 0 < trainer.state.global_step < 9
@@ -357,7 +357,7 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True is not for PPO"),
         ({"save_strategy": "best"}, "save_strategy='best' is not for PPO"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected more than 0"),
-        ({"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64}, "expected more than a fifth of the 64 answers"),
+        ({"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64}, "expected more than a fifth of the 64 responses"),
         ({"value_init": "one"}, "value_init='one': expected one of zero, reward"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_policy_that_grew_has_a_reference_as_large(algorithm, tiny_records, ti
 
 def test_too_few_prompts_to_fill_a_batch_are_an_error(tiny_records, tiny_gpt2, tmp_path):
     wrong = TRAINING | {"per_device_train_batch_size": 512}
-    with pytest.raises(UserError, match=r"\d+ prompts to train on, and algorithm: rloo draws answers to 256 at a time"):
+    with pytest.raises(UserError, match=r"\d+ prompts to train on, and algorithm: rloo samples responses to 256 at a time"):
         ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=wrong))
 
 

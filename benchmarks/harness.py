@@ -1,4 +1,8 @@
-"""What benchmarks share: two sides in turns, each measurement a process of its own; the median over rounds of the ratios within a round."""
+"""Shared parts of the benchmarks: run this project and a peer alternately.
+
+Each measurement has its own process. The result is the median over rounds of the ratio within a round,
+because the speed of a machine drifts.
+"""
 
 import json
 import os
@@ -13,65 +17,108 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results.json"
-Found = dict[str, Any]  # of a side: seconds, tokens_per_second, peak_mb, matmul_fraction, …
+SIDES = ("ours", "peer")
+Measurement = dict[str, Any]  # of one side: seconds, tokens_per_second, peak_mb, matmul_fraction, …
+Round = dict[str, Measurement]  # by side
 
 
 def compare(
-    script: str, work: str, options: list[str], rounds: int, required: float, check: Callable[[str, dict[str, Found]], None],
+    script: str,
+    work: str,
+    options: list[str],
+    rounds: int,
+    required: float,
+    check: Callable[[str, Round], None],
     peer_path: str | None = None,
-) -> None:  # fmt: skip
-    """All rounds of one work, kept in `results.json`; `check` refuses sides that did not do the same. Prints one line."""
-    found = []
+) -> None:
+    """Run all rounds of one work, save them in `results.json` and print one line.
+
+    `check` stops the benchmark if the two sides of a round did not do the same work.
+    """
+    measurements: list[Round] = []
     for number in range(rounds):
-        order = ("ours", "peer") if number % 2 == 0 else ("peer", "ours")
-        found.append({side: child(script, work, side, options, peer_path if side == "peer" else None) for side in order})
-        check(work, found[-1])
-    ratio = lambda key: statistics.median(each["ours"][key] / each["peer"][key] for each in found)  # noqa: E731
+        order = SIDES if number % 2 == 0 else SIDES[::-1]
+        by_side = {
+            side: run_side(script, work, side, options, peer_path if side == "peer" else None)
+            for side in order
+        }
+        check(work, by_side)
+        measurements.append(by_side)
+
     result = {
-        "required": required, "ratio": ratio("tokens_per_second"), "memory_ratio": ratio("peak_mb"),
-        "machine": platform.processor() or platform.machine(), "rounds": found,
-    }  # fmt: skip
-    keep(work, result)
-    print(line(work, result), flush=True)
+        "required": required,
+        "ratio": median_ratio(measurements, "tokens_per_second"),
+        "memory_ratio": median_ratio(measurements, "peak_mb"),
+        "machine": platform.processor() or platform.machine(),
+        "rounds": measurements,
+    }
+    save_result(work, result)
+    print(format_result(work, result), flush=True)
 
 
-def child(script: str, work: str, side: str, options: list[str], path: str | None = None) -> Found:
-    """One measurement, the JSON in its last line; `path` comes first among the places modules are imported from."""
+def median_ratio(rounds: list[Round], key: str) -> float:
+    """Return the median over rounds of ours ÷ peer."""
+    return statistics.median(by_side["ours"][key] / by_side["peer"][key] for by_side in rounds)
+
+
+def run_side(script: str, work: str, side: str, options: list[str], path: str | None = None) -> Measurement:
+    """Run one measurement in its own process and return the JSON of its last line.
+
+    `path`, if given, comes first among the places that modules are imported from.
+    """
     environment = os.environ | ({"PYTHONPATH": path} if path else {})
     command = [sys.executable, script, work, "--side", side, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def keep(work: str, result: Found) -> None:
+def save_result(work: str, result: Measurement) -> None:
+    """Write the result of one work to `results.json`, beside those of the others."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(results | {work: result}, indent=2) + "\n")
 
 
-def line(work: str, result: Found) -> str:
-    median = lambda side, key: statistics.median(each[side][key] for each in result["rounds"])  # noqa: E731
-    both = lambda key, form: " / ".join(format(median(side, key), form) for side in ("ours", "peer"))  # noqa: E731
-    figures = f"tokens/s {both('tokens_per_second', ',.0f')}  MB {both('peak_mb', ',.0f')}  of matmul rate {both('matmul_fraction', '.2f')}"
-    return f"{work:<16} {result['ratio']:5.2f}× (required {result['required']:.1f}×)  memory {result['memory_ratio']:.2f}×  {figures}"
+def format_result(work: str, result: Measurement) -> str:
+    """Return the line that `compare` prints: ratios, and the medians of both sides."""
+
+    def format_medians(key: str, spec: str) -> str:
+        medians = (statistics.median(by_side[side][key] for by_side in result["rounds"]) for side in SIDES)
+        return " / ".join(format(value, spec) for value in medians)
+
+    return (
+        f"{work:<16} {result['ratio']:5.2f}× (required {result['required']:.1f}×)"
+        f"  memory {result['memory_ratio']:.2f}×"
+        f"  tokens/s {format_medians('tokens_per_second', ',.0f')}"
+        f"  MB {format_medians('peak_mb', ',.0f')}"
+        f"  of matmul rate {format_medians('matmul_fraction', '.2f')}"
+    )
 
 
-def measured(run: Callable[[], Found]) -> Found:
-    """`run` gives seconds, real_tokens and flops; added are what is made of them, and the peak memory over what is taken so far."""
+def measure_run(run: Callable[[], Measurement]) -> Measurement:
+    """Call `run`, which returns `seconds`, `real_tokens`, `flops` and more, and add rates and peak memory.
+
+    The peak memory is what `run` takes above what the process had before.
+    """
     import torch
 
-    before, rate = peak_mb(), matmul_rate()
+    mb_before, rate = peak_mb(), matmul_rate()
     torch.manual_seed(0)
-    found = run()
-    found["matmul_fraction"] = found.pop("flops") / found["seconds"] / rate
-    return found | {"tokens_per_second": found["real_tokens"] / found["seconds"], "peak_mb": peak_mb() - before, "dtype": "float32"}
+    measurement = run()
+    measurement["matmul_fraction"] = measurement.pop("flops") / measurement["seconds"] / rate
+    return measurement | {
+        "tokens_per_second": measurement["real_tokens"] / measurement["seconds"],
+        "peak_mb": peak_mb() - mb_before,
+        "dtype": "float32",
+    }
 
 
 def peak_mb() -> float:
+    """Return the peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def matmul_rate() -> float:
-    """Floating point operations per second of torch's own product of two 1024² matrices; the best of several."""
+    """Return the FLOP/s of torch's product of two 1024 × 1024 matrices, the best of eight."""
     import torch
 
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -83,7 +130,12 @@ def matmul_rate() -> float:
     return 2 * 1024**3 / min(times)
 
 
-def weights(model: Any) -> int:
-    """Parameters that multiply every token: all but the embeddings."""
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embed" in name or "wte" in name or "wpe" in name)
-    return sum(p.numel() for p in model.parameters()) - embeddings
+def count_weights(model: Any) -> int:
+    """Return the number of parameters that multiply every token: all except the embeddings."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if any(part in name for part in ("embed", "wte", "wpe"))
+    )
+    return total - embeddings

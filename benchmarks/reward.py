@@ -1,12 +1,15 @@
-"""This project's reward training and scoring beside its peers', alternately, in one process tree.
+"""Compare reward training and scoring with TRL and with a `transformers` pipeline, run alternately.
 
     python benchmarks/reward.py [WORK …] [--rounds 5] [--hh PAIRS.jsonl] [--encoder FOLDER]
 
-Each measurement is a process of its own: a work (below), a side (`ours` or `peer`). In a round both sides do each work, in turns first;
-what is printed is the median over rounds of the ratios within a round, since a machine's speed drifts. `benchmarks/results.json` keeps all
-of it: sizes, seconds, real tokens per second (each answer with its prompt once, without padding), peak memory over what the imports
-alone take, and the fraction of the machine's own matrix-multiply rate. Both sides train the same model on the same ids in the same
-steps, and the loss curves must agree.
+Each measurement is one work (`WORKS`) on one side (`ours` or `peer`), in its own process. In each round
+both sides run, and they alternate which one runs first. The script prints the median over rounds of the
+ratio within a round, because the speed of a machine drifts.
+
+`benchmarks/results.json` contains sizes, seconds, real tokens per second, peak memory above that of the
+imports, and the fraction of the machine's matrix-multiply rate. Real tokens count each response with its
+prompt once, without padding. Both sides train the same model on the same ids in the same steps, and their
+loss curves must agree.
 """
 
 import argparse
@@ -17,57 +20,73 @@ import tempfile
 import time
 from typing import Any
 
-from harness import compare, measured, weights
+from harness import Round, compare, count_weights, measure_run
 
 WORKS = {  # name -> required ratio
-    "rankings-4": 6.0, "rankings-9": 12.0, "hh-harmless": 3.0, "score-encoder": 4.0, "best-of-16-256": 3.0, "best-of-16-512": 4.0,
-}  # fmt: skip
-STEPS = 4  # the first warms up and is not timed
-PROMPTS_PER_STEP = {"rankings-4": 4, "rankings-9": 1}
-SAME_LOSS = 2e-3
+    "rankings-4": 6.0,
+    "rankings-9": 12.0,
+    "hh-harmless": 3.0,
+    "score-encoder": 4.0,
+    "best-of-16-256": 3.0,
+    "best-of-16-512": 4.0,
+}
+STEPS = 4  # the first is a warm-up and not timed
+PROMPTS_PER_STEP = {"rankings-4": 4, "rankings-9": 1, "hh-harmless": 8}
+MAX_LOSS_DIFFERENCE = 2e-3
+MIN_SPEARMAN = 0.999
+NUM_PROMPTS, RESPONSES_PER_PROMPT = 4, 16  # of best-of-16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the works, or, with `--side`, one measurement."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("works", nargs="*", metavar="WORK", help=", ".join(WORKS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hh", help="pairs.jsonl of hh-rlhf, for hh-harmless; left out without")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: 5)")
+    parser.add_argument("--hh", help="pairs.jsonl of hh-rlhf for hh-harmless, which is skipped without it")
     parser.add_argument(
-        "--encoder", help="a sentence encoder's folder, for score-encoder (default: a BERT of MiniLM's size, made from nothing)"
+        "--encoder",
+        help="folder of a sentence encoder for score-encoder (default: a BERT of MiniLM's size from scratch)",
     )
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.works) - set(WORKS):
-        sys.exit(f"error: no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
+        sys.exit(f"error: no work {', '.join(sorted(unknown))}; expected {', '.join(WORKS)}")
     if args.side:
         print(json.dumps(measure(args.works[0], args.side, args)))
         return
+
     options = [f"--{name}={value}" for name in ("hh", "encoder") if (value := getattr(args, name))]
     for work in args.works or [work for work in WORKS if work != "hh-harmless" or args.hh]:
         compare(__file__, work, options, args.rounds, WORKS[work], check)
 
 
-def check(work: str, found: dict[str, dict[str, Any]]) -> None:
-    """Speed counts for nothing where the two did not do the same."""
-    if "losses" in found["ours"]:
-        apart = max(abs(a - b) for a, b in zip(found["ours"]["losses"], found["peer"]["losses"], strict=True))
-        if apart > SAME_LOSS:
-            sys.exit(f"error: {work}: the loss curves are {apart:.4f} apart: {found['ours']['losses']} and {found['peer']['losses']}")
-    else:
-        from scipy.stats import spearmanr
+def check(work: str, by_side: Round) -> None:
+    """Stop if the two sides disagree: a ratio of speeds means something only for the same computation."""
+    ours, peer = by_side["ours"], by_side["peer"]
+    if "losses" in ours:
+        difference = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=True))
+        if difference > MAX_LOSS_DIFFERENCE:
+            curves = f"{ours['losses']} and {peer['losses']}"
+            sys.exit(f"error: {work}: the loss curves differ by {difference:.4f}: {curves}")
+        return
 
-        rho = float(spearmanr(found["ours"]["scores"], found["peer"]["scores"]).statistic)
-        if rho < 0.999:
-            sys.exit(f"error: {work}: the scores rank otherwise: Spearman {rho:.5f}")
-        for side in found.values():
-            del side["scores"]
-        found["ours"]["spearman"] = rho
+    from scipy.stats import spearmanr
+
+    rho = float(spearmanr(ours["scores"], peer["scores"]).statistic)
+    if rho < MIN_SPEARMAN:
+        sys.exit(f"error: {work}: the scores have different orders: Spearman {rho:.5f}")
+    for measurement in by_side.values():
+        del measurement["scores"]
+    ours["spearman"] = rho
 
 
 # One measurement
 
 
 def measure(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one work on one side in this process; return sizes, seconds, rates and memory."""
     import warnings
 
     import transformers
@@ -78,88 +97,148 @@ def measure(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = train if work in ("rankings-4", "rankings-9", "hh-harmless") else score
-    return measured(lambda: run(work, side, args))
+    run = train if work in PROMPTS_PER_STEP else score
+    return measure_run(lambda: run(work, side, args))
 
 
-def decoder(vocabulary: int) -> Any:
-    """A GPT-2 of 6 layers, 384 wide."""
+def new_decoder(vocabulary: int) -> Any:
+    """Build a randomly initialized GPT-2 classifier of 6 layers, 384 wide."""
     from transformers import AutoModelForSequenceClassification, GPT2Config
 
-    size = {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 2048, "vocab_size": vocabulary}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "num_labels": 1}
-    return AutoModelForSequenceClassification.from_config(GPT2Config(**size, **ids))
+    config = GPT2Config(
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        n_positions=2048,
+        vocab_size=vocabulary,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        num_labels=1,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def count_tokens(model: Any) -> list[int]:
-    """How many tokens, padding and all, go through the model's first layer."""
-    seen: list[int] = []
+    """Return a list that grows by the number of tokens, with padding, of each forward pass."""
+    counts: list[int] = []
     embedding = model.get_input_embeddings()
-    embedding.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].numel()))
-    return seen
+    embedding.register_forward_pre_hook(lambda _module, inputs: counts.append(inputs[0].numel()))
+    return counts
+
+
+# Training
 
 
 def train(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a reward model for STEPS steps with this project's trainer or with TRL's."""
+    from pipeline.config import Scratch
+    from pipeline.models.scratch import train_tokenizer
+
+    tokenizer = train_tokenizer([], Scratch(vocabulary=260), "\n")
+    rows, vocabulary = hh_rows(args.hh) if work == "hh-harmless" else ranked_rows(work)
+    model = new_decoder(vocabulary)
+    counts = count_tokens(model)
+    batch_size = PROMPTS_PER_STEP[work]
+    real_tokens = sum(len(ids) for row in rows[batch_size:] for ids in row["ids"])
+
+    if side == "peer":
+        rows = [pair for row in rows for pair in all_pairs(row["ids"])]
+        batch_size = len(rows) // STEPS
+    objective = "pairwise" if work == "hh-harmless" else "ranking"
+    times, losses = time_steps(side, model, tokenizer, rows, batch_size, objective, counts)
+    return {
+        "seconds": times[-1] - times[1],
+        "real_tokens": real_tokens,
+        "losses": losses,
+        "flops": 6 * count_weights(model) * sum(counts),
+        "model": "GPT-2, 6 layers of 384",
+        "prompts_per_step": PROMPTS_PER_STEP[work],
+    }
+
+
+def time_steps(
+    side: str,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    batch_size: int,
+    objective: str,
+    counts: list[int],
+) -> tuple[list[float], list[float]]:
+    """Train one epoch; return the time at the start of each step and at the end, and the loss of each step.
+
+    `counts` is cleared after the warm-up.
+    """
     import trl
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
-    from pipeline.config import Scratch
-    from pipeline.models.scratch import train_tokenizer
     from pipeline.reward.trainer import RewardTrainer
 
-    tokenizer = train_tokenizer([], Scratch(vocabulary=260), "\n")
-    rows, vocabulary = hh_rows(args.hh) if work == "hh-harmless" else ranked_rows(work)
-    model = decoder(vocabulary)
-    seen = count_tokens(model)
-    batch = 8 if work == "hh-harmless" else PROMPTS_PER_STEP[work]
-    real = sum(len(ids) for row in rows[batch:] for ids in row["ids"])
-    if side == "peer":
-        rows = [pair for row in rows for pair in all_pairs(row["ids"])]
-        batch = len(rows) // STEPS
     times: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if len(times) == 1:
-                seen.clear()
+                counts.clear()
             times.append(time.perf_counter())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
+    settings: dict[str, Any] = {
+        "max_length": None,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch_size,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-4,
+    }
+    options: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer_class: Any = trl.RewardTrainer
+    if side == "ours":
+        trainer_class = RewardTrainer
+        settings["remove_unused_columns"] = False
+        options["objective"] = objective
+
     with tempfile.TemporaryDirectory() as folder:
-        plain = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "disable_tqdm": True}
-        steps = {"max_steps": STEPS, "per_device_train_batch_size": batch, "logging_steps": 1, "save_strategy": "no"}
-        order = {"train_sampling_strategy": "sequential", "learning_rate": 1e-4}
-        ours = {"remove_unused_columns": False} if side == "ours" else {}
-        options = {"args": trl.RewardConfig(folder, max_length=None, **plain, **steps, **order, **ours), "callbacks": [Clock()]}
-        objective = {"objective": "pairwise" if work == "hh-harmless" else "ranking"} if side == "ours" else {}
-        cls = RewardTrainer if side == "ours" else trl.RewardTrainer
-        trainer = cls(model, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **objective, **options)
+        arguments = trl.RewardConfig(folder, **settings)
+        trainer = trainer_class(model, args=arguments, callbacks=[Clock()], **options)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "seconds": times[-1] - times[1], "real_tokens": real, "losses": losses, "flops": 6 * weights(model) * sum(seen),
-        "model": "GPT-2, 6 layers of 384", "prompts_per_step": 8 if work == "hh-harmless" else PROMPTS_PER_STEP[work],
-    }  # fmt: skip
+    return times, losses
 
 
 def ranked_rows(work: str) -> tuple[list[dict[str, Any]], int]:
-    """Prompts of 40 to 280 tokens, each with K answers of 10 to 110, in order of rank."""
+    """Return rows of K random responses in order of rank, and the vocabulary size.
+
+    Prompts have 40 to 280 tokens, responses 10 to 110.
+    """
     rng = random.Random(0)
-    ids = lambda low, high: [rng.randrange(3, 5000) for _ in range(rng.randint(low, high))]  # noqa: E731
+    num_responses = int(work.rsplit("-", 1)[1])
+
+    def random_ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, 5000) for _ in range(rng.randint(low, high))]
+
     rows = []
     for _ in range(STEPS * PROMPTS_PER_STEP[work]):
-        prompt = ids(40, 280)
-        answers = [prompt + ids(10, 110) for _ in range(int(work.rsplit("-", 1)[1]))]
-        rows.append({"ids": answers, "answer": [len(prompt)] * len(answers), "target": list(range(1, len(answers) + 1))})
+        prompt = random_ids(40, 280)
+        ids = [prompt + random_ids(10, 110) for _ in range(num_responses)]
+        start = [len(prompt)] * num_responses
+        rows.append({"ids": ids, "response_start": start, "target": list(range(1, num_responses + 1))})
     return rows, 5000
 
 
 def hh_rows(path: str | None) -> tuple[list[dict[str, Any]], int]:
-    """The first pairs of hh-rlhf, by a tokenizer trained on them."""
+    """Return the first pairs of hh-rlhf, encoded by a tokenizer trained on them, and the vocabulary size."""
     from pipeline.config import Scratch, Source
     from pipeline.data.readers import read_source
     from pipeline.models.scratch import train_tokenizer
@@ -167,68 +246,117 @@ def hh_rows(path: str | None) -> tuple[list[dict[str, Any]], int]:
 
     if not path:
         sys.exit("error: hh-harmless needs --hh, the pairs.jsonl of hh-rlhf's harmless-base")
-    found = [item.record for item in read_source(Source(format="dialogues", path=path)) if not item.fault]
-    texts = [message["content"] for record in found for message in [*record["prompt"], *record["chosen"]]]
+    items = read_source(Source(format="dialogues", path=path))
+    records = [item.record for item in items if not item.fault]
+    texts = [message["content"] for record in records for message in [*record["prompt"], *record["chosen"]]]
     tokenizer = train_tokenizer(texts, Scratch(vocabulary=8000), "\n")
+
     rows = []
-    for record in found[: 8 * STEPS]:
-        encoded = [encode_response(tokenizer, Encoding(max_length=1024), record["prompt"], record[side]) for side in ("chosen", "rejected")]
-        rows.append({"ids": [each.ids for each in encoded], "answer": [each.answer for each in encoded], "target": [1, 2]})
+    for record in records[: PROMPTS_PER_STEP["hh-harmless"] * STEPS]:
+        encoded = [
+            encode_response(tokenizer, Encoding(max_length=1024), record["prompt"], record[side])
+            for side in ("chosen", "rejected")
+        ]
+        rows.append(
+            {
+                "ids": [each.ids for each in encoded],
+                "response_start": [each.response_start for each in encoded],
+                "target": [1, 2],
+            }
+        )
     return rows, len(tokenizer)
 
 
-def all_pairs(answers: list[list[int]]) -> list[dict[str, Any]]:
-    return [{"chosen_ids": better, "rejected_ids": worse} for i, better in enumerate(answers) for worse in answers[i + 1 :]]
+def all_pairs(responses: list[list[int]]) -> list[dict[str, Any]]:
+    """Return all pairs of ranked responses, best first, as rows of `trl.RewardTrainer`."""
+    return [
+        {"chosen_ids": chosen, "rejected_ids": rejected}
+        for index, chosen in enumerate(responses)
+        for rejected in responses[index + 1 :]
+    ]
+
+
+# Scoring
 
 
 def score(work: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
-    from transformers import pipeline as hf_pipeline
+    """Score the rows of a work with `RewardModel` or with a `transformers` pipeline."""
+    model, tokenizer, encoding, prompts, responses = scoring_inputs(work, args.encoder)
+    tokenizer.model_max_length = encoding.max_length
+    model.config.pad_token_id = tokenizer.pad_token_id
+    counts = count_tokens(model)
 
+    make_scorer = our_scorer if side == "ours" else peer_scorer
+    score_rows = make_scorer(model, tokenizer, encoding, prompts, responses)
+    assert len(score_rows(32)) == 32  # warm-up
+    counts.clear()
+    start = time.perf_counter()
+    scores = score_rows(len(prompts))
+    seconds = time.perf_counter() - start
+
+    texts = [" ".join(pair) for pair in zip(prompts, responses, strict=True)]
+    lengths = [min(len(ids), encoding.max_length) for ids in tokenizer(texts)["input_ids"]]
+    return {
+        "seconds": seconds,
+        "real_tokens": sum(lengths),
+        "scores": scores,
+        "flops": 2 * count_weights(model) * sum(counts),
+        "rows": len(scores),
+        "model": model.config.model_type,
+    }
+
+
+def scoring_inputs(work: str, folder: str | None) -> tuple[Any, Any, Any, list[str], list[str]]:
+    """Return (model, tokenizer, encoding, prompts, responses); `folder` is that of the encoder, if any."""
     from pipeline.config import Scratch
     from pipeline.models.scratch import train_tokenizer
     from pipeline.reward.encoding import Encoding
+
+    words = [f"w{number}" for number in range(2000)]
+    if work == "score-encoder":
+        model, tokenizer = load_encoder(folder, words)
+        if folder:
+            vocabulary = tokenizer.get_vocab()
+            words = sorted(token for token in vocabulary if token.isalpha() and len(token) > 2)[:2000]
+        return model, tokenizer, Encoding("pair", eos=False, max_length=512), *uneven_rows(words)
+
+    tokenizer = train_tokenizer(words, Scratch(vocabulary=2300), "\n")
+    model = new_decoder(len(tokenizer))
+    rows = best_of_rows(words, tokenizer, int(work.rsplit("-", 1)[1]))
+    return model, tokenizer, Encoding("concatenation", eos=False, max_length=2048), *rows
+
+
+def our_scorer(model: Any, tokenizer: Any, encoding: Any, prompts: list[str], responses: list[str]) -> Any:
+    """Return a function that scores the first so many rows with `RewardModel`."""
     from pipeline.reward.model import RewardModel
     from pipeline.reward.settings import RewardSettings
 
-    words = [f"w{n}" for n in range(2000)]
-    if work == "score-encoder":
-        model, tokenizer = encoder(args.encoder, words)
-        if args.encoder:
-            words = sorted(token for token in tokenizer.get_vocab() if token.isalpha() and len(token) > 2)[:2000]
-        prompts, answers = mixed_rows(words)
-        how = Encoding("pair", eos=False, max_length=512)
-        inputs: list[Any] = [{"text": prompt, "text_pair": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    else:
-        tokenizer = train_tokenizer(words, Scratch(vocabulary=2300), "\n")
-        model = decoder(len(tokenizer))
-        prompts, answers = sixteen_answers(words, tokenizer, int(work.rsplit("-", 1)[1]))
-        how = Encoding("concatenation", eos=False, max_length=2048)
-        inputs = [prompt + "\n" + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    tokenizer.model_max_length = how.max_length
-    model.config.pad_token_id = tokenizer.pad_token_id
-    seen = count_tokens(model)
-    if side == "ours":
-        reward = RewardModel(model, tokenizer, RewardSettings(encoding=how))
-        run = lambda: reward.score(prompts, answers)  # noqa: E731
-    else:
-        classify = hf_pipeline("text-classification", model=model.eval(), tokenizer=tokenizer, batch_size=16, function_to_apply="none")
-        run = lambda: [row["score"] for row in classify(inputs, truncation=True)]  # noqa: E731
-    run_few = reward.score(prompts[:32], answers[:32]) if side == "ours" else classify(inputs[:32], truncation=True)  # warm
-    assert len(run_few) == 32
-    seen.clear()
-    start = time.perf_counter()
-    scores = run()
-    seconds = time.perf_counter() - start
-    lengths = [
-        min(len(ids), how.max_length) for ids in tokenizer([" ".join(pair) for pair in zip(prompts, answers, strict=True)])["input_ids"]
-    ]
-    return {
-        "seconds": seconds, "real_tokens": sum(lengths), "scores": scores, "flops": 2 * weights(model) * sum(seen), "rows": len(scores),
-        "model": model.config.model_type,
-    }  # fmt: skip
+    reward = RewardModel(model, tokenizer, RewardSettings(encoding=encoding))
+    return lambda count: reward.score(prompts[:count], responses[:count])
 
 
-def encoder(folder: str | None, words: list[str]) -> tuple[Any, Any]:
+def peer_scorer(model: Any, tokenizer: Any, encoding: Any, prompts: list[str], responses: list[str]) -> Any:
+    """Return a function that scores the first so many rows with a `transformers` pipeline."""
+    from transformers import pipeline
+
+    classify = pipeline(
+        "text-classification",
+        model=model.eval(),
+        tokenizer=tokenizer,
+        batch_size=16,
+        function_to_apply="none",
+    )
+    rows = zip(prompts, responses, strict=True)
+    inputs: list[Any]
+    if encoding.form == "pair":
+        inputs = [{"text": prompt, "text_pair": response} for prompt, response in rows]
+    else:
+        inputs = [prompt + "\n" + response for prompt, response in rows]
+    return lambda count: [row["score"] for row in classify(inputs[:count], truncation=True)]
+
+
+def load_encoder(folder: str | None, words: list[str]) -> tuple[Any, Any]:
+    """Load (model, tokenizer) of an encoder from `folder`, or build a BERT of MiniLM's size from scratch."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from pipeline.config import Scratch
@@ -237,25 +365,37 @@ def encoder(folder: str | None, words: list[str]) -> tuple[Any, Any]:
 
     head = head_config(["reward"], "regression")
     if folder:
-        return AutoModelForSequenceClassification.from_pretrained(folder, **head), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **head)
+        return model, AutoTokenizer.from_pretrained(folder)
     size = Scratch(architecture="bert", layers=6, width=384, heads=12, vocabulary=2300, positions=512)
     return new_classifier(words, size, "\n", head)
 
 
-def mixed_rows(words: list[str]) -> tuple[list[str], list[str]]:
-    """2,000 pairs whose lengths are as uneven as people's: log-normal, the median some 40 words, cut at 200."""
+def uneven_rows(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return 2,000 prompts and responses whose lengths are as uneven as those of real data.
+
+    Lengths are log-normal, at most 200 words; the median pair has about 40.
+    """
     rng = random.Random(0)
-    text = lambda middle: " ".join(rng.choices(words, k=min(200, max(3, int(rng.lognormvariate(middle, 0.8))))))  # noqa: E731
-    return [text(2.5) for _ in range(2000)], [text(3.3) for _ in range(2000)]
+
+    def random_text(log_median: float) -> str:
+        length = min(200, max(3, int(rng.lognormvariate(log_median, 0.8))))
+        return " ".join(rng.choices(words, k=length))
+
+    return [random_text(2.5) for _ in range(2000)], [random_text(3.3) for _ in range(2000)]
 
 
-def sixteen_answers(words: list[str], tokenizer: Any, prompt_tokens: int) -> tuple[list[str], list[str]]:
-    """Four prompts of about so many tokens, each with 16 answers of 16 to 64 words."""
+def best_of_rows(words: list[str], tokenizer: Any, prompt_tokens: int) -> tuple[list[str], list[str]]:
+    """Return four prompts of about `prompt_tokens` tokens, each with 16 responses of 16 to 64 tokens."""
     rng = random.Random(0)
-    per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
-    prompts = [" ".join(rng.choices(words, k=int(prompt_tokens / per_word))) for _ in range(4)]
-    answers = [" ".join(rng.choices(words, k=int(rng.randint(16, 64) / per_word))) for _ in range(64)]
-    return [prompt for prompt in prompts for _ in range(16)], answers
+    tokens_per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
+
+    def random_text(tokens: int) -> str:
+        return " ".join(rng.choices(words, k=int(tokens / tokens_per_word)))
+
+    prompts = [random_text(prompt_tokens) for _ in range(NUM_PROMPTS)]
+    responses = [random_text(rng.randint(16, 64)) for _ in range(NUM_PROMPTS * RESPONSES_PER_PROMPT)]
+    return [prompt for prompt in prompts for _ in range(RESPONSES_PER_PROMPT)], responses
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One forward for everything that scores: rows of ids in, logits out, in batches of like length.
+"""The forward pass of everything that scores: rows of token ids to logits, in batches of similar length.
 
-On a decoder the answers to one prompt share what their ids have in common: one row holds `[common][rest 1]…[rest K]`, a 4-D mask lets each
-rest see the common part and itself, and positions go on from the common part in each rest. On an encoder each answer is a row.
+On a decoder, the responses to one prompt share the prefix that their ids have in common. One row is
+`[prefix][suffix 1]…[suffix K]`. A 4-D mask lets each suffix attend to the prefix and to itself, and the
+positions of each suffix continue from the prefix. On an encoder, each response is a row.
 """
 
 import logging
@@ -17,124 +18,134 @@ from pipeline.reward.encoding import Encoded
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 4096  # of a batch, padding included
+MAX_TOKENS = 4096  # of a batch, padding included
 
-# Padding that is worth saving a forward, in tokens: little where the arithmetic takes the time, much where starting kernels does.
-PADDING = {"cpu": 64, "cuda": 1024}
+# Most tokens of padding in a batch; more padding costs more than another forward. The limit is low on a CPU,
+# where the time goes into arithmetic, and high on a GPU, where it goes into kernel launches.
+MAX_PADDING = {"cpu": 64, "cuda": 1024}
 
-TOLERANCE = 1e-3  # of the spread of scores in fp32, between a shared prompt and one for each answer; 100 times that in other precisions
+# Largest difference between scores with a shared prefix and without, as a fraction of the range of the
+# scores, in fp32. In other precisions it is 100 times as large.
+TOLERANCE = 1e-3
 
 
 class SharedPrefixRow(NamedTuple):
-    """A row: the ids that its answers have in common, the rest of each, and which answers these are."""
+    """A row of one or more responses: their common prefix, the remaining ids of each, and their indices."""
 
-    common: list[int]
-    rests: list[list[int]]
-    answers: list[int]
+    prefix: list[int]
+    suffixes: list[list[int]]
+    responses: list[int]
 
     @property
     def width(self) -> int:
-        return len(self.common) + sum(map(len, self.rests))
+        """The number of tokens in the row."""
+        return len(self.prefix) + sum(map(len, self.suffixes))
 
 
 def compute_logits(
     model: Any,
     groups: Sequence[Sequence[Encoded]],
-    pad: int,
+    pad_token_id: int,
     *,
-    shared: bool,
+    share_prefixes: bool,
     batch_size: int = 64,
-    types: bool = False,
-    at_once: bool = False,
+    use_token_types: bool = False,
+    single_batch: bool = False,
 ) -> Tensor:
-    """(answers of all groups, C): the logits of each answer, in order. A group is the answers to one prompt.
+    """Return the logits (responses of all groups, C) in order; a group is the responses to one prompt.
 
-    `shared` computes what they have in common once (see `can_share`). At most `batch_size` answers go through the model together; `at_once`
-    all, whatever the padding: where weights are sharded over ranks, these must agree in how many forwards they take.
+    `share_prefixes` computes the common prefix of a group once; see `supports_prefix_sharing`. At most
+    `batch_size` responses are in one forward. `single_batch` puts all responses into one forward, whatever
+    the padding: with weights sharded over ranks, every rank must run the same number of forwards.
     """
-    answers = [answer for group in groups for answer in group]
-    rows = (
-        list(_prefix_rows(groups, batch_size, _inner(model).config.get_text_config().hidden_size))
-        if shared
-        else [SharedPrefixRow([], [answer.ids], [i]) for i, answer in enumerate(answers)]
-    )
-    found: list[Tensor] = []
+    encoded = [response for group in groups for response in group]
+    if share_prefixes:
+        hidden_size = _unwrap(model).config.get_text_config().hidden_size
+        rows = list(_prefix_rows(groups, batch_size, hidden_size))
+    else:
+        rows = [SharedPrefixRow([], [response.ids], [i]) for i, response in enumerate(encoded)]
+
+    max_padding = MAX_PADDING.get(_device(model).type, 1024)
+    logits: list[Tensor] = []
     order: list[int] = []
-    for batch in [rows] if at_once else _batches(rows, batch_size, PADDING.get(_device(model).type, 1024)):
-        order += [answer for tree in batch for answer in tree.answers]
-        if any(tree.common for tree in batch):
-            found.append(_forward_prefix_rows(model, batch, pad))
+    for batch in [rows] if single_batch else _batches(rows, batch_size, max_padding):
+        order += [response for row in batch for response in row.responses]
+        if any(row.prefix for row in batch):
+            logits.append(_forward_prefix_rows(model, batch, pad_token_id))
         else:
-            found.append(_forward_rows(model, [answers[tree.answers[0]] for tree in batch], pad, types))
-    return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
+            alone = [encoded[row.responses[0]] for row in batch]
+            logits.append(_forward_rows(model, alone, pad_token_id, use_token_types))
+    return torch.cat(logits)[torch.tensor(order, device=logits[0].device).argsort()]
 
 
 def score_head(model: Any) -> nn.Module | None:
-    """The module that scores every token of a decoder; None where the model pools first, as encoders do."""
-    inner = _inner(model)
-    return getattr(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, "score", None)
+    """Return the module that scores every token of a decoder.
+
+    None for a model that pools first, as encoders do.
+    """
+    model = _unwrap(model)
+    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "score", None)
 
 
 @torch.no_grad()
-def supports_prefix_sharing(model: Any, pad: int, longest: int) -> bool:
-    """Whether this model gives answers that share a row the scores they have alone: measured, on ids made for it, in the precision of the
-    caller's autocast.
+def supports_prefix_sharing(model: Any, pad_token_id: int, max_length: int) -> bool:
+    """Check on synthetic ids that responses behind a shared prefix keep the scores that they have alone.
 
-    A sliding window shorter than the `longest` answer would show only in longer rows, so that one is a no.
+    The check runs in the precision of the caller's autocast. A sliding window shorter than `max_length`
+    changes scores only in rows longer than those of the check, so the result is False for such a model.
     """
-    text = model.config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    by_place = getattr(text, "window_size", None)  # GPT-Neo's counts places in the row, not positions
-    if score_head(model) is None or by_place is not None or (window is not None and window < longest):
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    row_window = getattr(config, "window_size", None)  # GPT-Neo's counts indices in the row, not positions
+    if score_head(model) is None or row_window is not None or (window is not None and window < max_length):
         return False
-    ids = torch.randint(text.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-    group = [
-        Encoded(ids[:8] + ids[start:stop], 8, False)
-        for start, stop in ((8, 12), (12, 20), (20, 22), (22, 30))
-    ]
+
+    ids = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    suffixes = ((8, 12), (12, 20), (20, 22), (22, 30))
+    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in suffixes]
     with _evaluating(model):
-        apart = compute_logits(model, [group], pad, shared=False).float()  # what fails here fails everywhere
+        # An error here is the model's own and would occur in every forward.
+        expected = compute_logits(model, [group], pad_token_id, share_prefixes=False).float()
         try:
-            together = compute_logits(model, [group], pad, shared=True).float()
+            shared = compute_logits(model, [group], pad_token_id, share_prefixes=True).float()
         except torch.OutOfMemoryError:
             raise
-        except (
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-            TypeError,
-        ) as error:  # an attention that takes no such mask
+        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
             logger.warning(
-                "%s takes no mask of its own, so each answer has its prompt to itself: %s",
+                "%s does not support a 4-D attention mask, so prefixes are not shared: %s",
                 type(model).__name__,
                 error,
             )
             return False
-    # Half precision and quantized weights round by batch shape, so that only gross differences count there.
+
+    # Half precision and quantized weights round by batch shape, so only gross differences count there.
     exact = (
         model.dtype == torch.float32
         and not getattr(model, "is_quantized", False)
-        and not torch.is_autocast_enabled(apart.device.type)
+        and not torch.is_autocast_enabled(expected.device.type)
     )
-    spread = (apart.max(0).values - apart.min(0).values).max()
-    return bool((apart - together).abs().max() <= (TOLERANCE if exact else 100 * TOLERANCE) * spread + 1e-6)
+    score_range = (expected.max(0).values - expected.min(0).values).max()
+    tolerance = TOLERANCE if exact else 100 * TOLERANCE
+    return bool((expected - shared).abs().max() <= tolerance * score_range + 1e-6)
 
 
 @torch.no_grad()
-def check_padding(model: Any, pad: int, source: str) -> None:
-    """Refuse a model that scores a row otherwise beside a longer one, as those do that read the last position, padding or not."""
+def check_padding(model: Any, pad_token_id: int, source: str) -> None:
+    """Check that padding does not change a score.
+
+    It does in models that pool the last position, padding or not. Raises `UserError` that names `source`.
+    """
     if score_head(model) is not None:
-        return  # read where the row ends
+        return  # the score is taken at the last real token
     ids = list(range(min(20, model.config.get_text_config().vocab_size)))
-    rows = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
+    groups = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
     with _evaluating(model):
-        alone, beside = (
-            compute_logits(model, rows[:1], pad, shared=False),
-            compute_logits(model, rows, pad, shared=False)[:1],
-        )
-    if (alone - beside).abs().max() > 0.05 * alone.abs().max() + 1e-3:
+        alone = compute_logits(model, groups[:1], pad_token_id, share_prefixes=False)
+        padded = compute_logits(model, groups, pad_token_id, share_prefixes=False)[:1]
+    if (alone - padded).abs().max() > 0.05 * alone.abs().max() + 1e-3:
         raise UserError(
-            f"{source}: a {type(model).__name__} reads padding: its scores would depend on the batch; use another base"
+            f"{source}: the scores of {type(model).__name__} depend on padding, and so on the batch; "
+            "use another base"
         )
 
 
@@ -149,123 +160,154 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _prefix_rows(
-    groups: Sequence[Sequence[Encoded]], batch_size: int, size: int
+    groups: Sequence[Sequence[Encoded]], batch_size: int, hidden_size: int
 ) -> Iterator[SharedPrefixRow]:
-    """Rows for the answers of each group: one joins the last row where that costs less than a row of its own."""
-    number = 0
+    """Yield rows for the responses of each group.
+
+    A response joins the previous row if that costs less than a row of its own.
+    """
+    first = 0  # index of the first response of the current row
     for group in groups:
-        ids = [answer.ids for answer in group]
-        common = _common_prefix(ids) if len(ids) > 1 else []
-        rests: list[list[int]] = []
-        width = len(common)
-        for each in ids:
-            rest = each[len(common) :]
-            joined = _cost(width + len(rest), size) - _cost(width, size)
-            apart = not common or joined > _cost(len(each), size)
-            if rests and (apart or len(rests) == batch_size or width + len(rest) > TOKENS):
-                yield _prefix_row(common, rests, number)
-                number, rests, width = number + len(rests), [], len(common)
-            rests.append(rest)
-            width += len(rest)
-        yield _prefix_row(common, rests, number)
-        number += len(rests)
+        prefix = _common_prefix([response.ids for response in group]) if len(group) > 1 else []
+        suffixes: list[list[int]] = []
+        width = len(prefix)
+        for response in group:
+            suffix = response.ids[len(prefix) :]
+            added_cost = _cost(width + len(suffix), hidden_size) - _cost(width, hidden_size)
+            separate = not prefix or added_cost > _cost(len(response.ids), hidden_size)
+            full = len(suffixes) == batch_size or width + len(suffix) > MAX_TOKENS
+            if suffixes and (separate or full):
+                yield _prefix_row(prefix, suffixes, first)
+                first, suffixes, width = first + len(suffixes), [], len(prefix)
+            suffixes.append(suffix)
+            width += len(suffix)
+        yield _prefix_row(prefix, suffixes, first)
+        first += len(suffixes)
 
 
-def _prefix_row(common: list[int], rests: list[list[int]], number: int) -> SharedPrefixRow:
-    alone = [common + rests[0]] if len(rests) == 1 else None
-    return SharedPrefixRow([] if alone else common, alone or rests, list(range(number, number + len(rests))))
+def _prefix_row(prefix: list[int], suffixes: list[list[int]], first: int) -> SharedPrefixRow:
+    responses = list(range(first, first + len(suffixes)))
+    if len(suffixes) == 1:  # nothing to share
+        return SharedPrefixRow([], [prefix + suffixes[0]], responses)
+    return SharedPrefixRow(prefix, suffixes, responses)
 
 
-def _cost(width: int, size: int) -> float:
-    """Of a row in a layer of hidden `size`, in what one token costs in its weights: attention adds 4·width²·size to 24·width·size²."""
-    return width * (1 + width / (6 * size))
+def _cost(width: int, hidden_size: int) -> float:
+    """Return the cost of a row in one layer, in units of a token's cost in the weights.
+
+    Attention adds 4·width²·size to 24·width·size².
+    """
+    return width * (1 + width / (6 * hidden_size))
 
 
-def _common_prefix(part: Sequence[list[int]]) -> list[int]:
-    """What all begin with, less than the shortest: each answer keeps one token of its own, where it is read."""
-    first, last = min(part), max(part)  # in the order of lists these two differ first
-    shortest = min(map(len, part)) - 1
+def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """Return the prefix of all rows, at most the shortest row without its last id.
+
+    Each response keeps at least one id of its own, where its score is taken.
+    """
+    first, last = min(rows), max(rows)  # in the order of lists, these two differ first
+    shortest = min(map(len, rows)) - 1
     return first[: next((i for i in range(shortest) if first[i] != last[i]), shortest)]
 
 
-def _batches(rows: list[SharedPrefixRow], batch_size: int, padding: int) -> Iterator[list[SharedPrefixRow]]:
-    """Rows of like width together: at most `batch_size` answers, `TOKENS` tokens and so much `padding`; what shares nothing apart from
-    what does."""
+def _batches(
+    rows: list[SharedPrefixRow], batch_size: int, max_padding: int
+) -> Iterator[list[SharedPrefixRow]]:
+    """Yield batches of rows of similar width.
+
+    A batch has at most `batch_size` responses, `MAX_TOKENS` tokens and `max_padding` tokens of padding. Rows
+    with and without a shared prefix are in separate batches.
+    """
     batch: list[SharedPrefixRow] = []
-    answers = tokens = 0
-    for tree in sorted(rows, key=lambda tree: (not tree.common, tree.width)):
-        width = tree.width * (len(batch) + 1)
+    responses = tokens = 0
+    for row in sorted(rows, key=lambda row: (not row.prefix, row.width)):
+        padded = row.width * (len(batch) + 1)
         full = (
-            answers + len(tree.answers) > batch_size
-            or width > TOKENS
-            or width - tokens - tree.width > padding
+            responses + len(row.responses) > batch_size
+            or padded > MAX_TOKENS
+            or padded - tokens - row.width > max_padding
         )
-        if batch and (full or bool(tree.common) != bool(batch[0].common)):
+        if batch and (full or bool(row.prefix) != bool(batch[0].prefix)):
             yield batch
-            batch, answers, tokens = [], 0, 0
-        batch.append(tree)
-        answers, tokens = answers + len(tree.answers), tokens + tree.width
+            batch, responses, tokens = [], 0, 0
+        batch.append(row)
+        responses, tokens = responses + len(row.responses), tokens + row.width
     yield batch
 
 
-def _forward_rows(model: Any, rows: Sequence[Encoded], pad: int, types: bool) -> Tensor:
-    width = max(len(row.ids) for row in rows)
-    fill = lambda values, value: torch.tensor([[*each, *[value] * (width - len(each))] for each in values])  # noqa: E731
+def _forward_rows(model: Any, rows: Sequence[Encoded], pad_token_id: int, use_token_types: bool) -> Tensor:
+    lengths = [len(row.ids) for row in rows]
     inputs = {
-        "input_ids": fill([row.ids for row in rows], pad),
-        "attention_mask": fill([[1] * len(row.ids) for row in rows], 0),
+        "input_ids": _pad([row.ids for row in rows], pad_token_id),
+        "attention_mask": _pad([[1] * length for length in lengths], 0),
     }
-    if types:
-        inputs["token_type_ids"] = fill(
-            [[int(i >= row.answer) for i in range(len(row.ids))] for row in rows], 0
-        )
-    ends = torch.tensor([len(row.ids) - 1 for row in rows])
+    if use_token_types:
+        types = [[int(i >= row.response_start) for i in range(len(row.ids))] for row in rows]
+        inputs["token_type_ids"] = _pad(types, 0)
+    ends = torch.tensor(lengths) - 1
     return _gather_logits(model, inputs, torch.arange(len(rows)), ends)
 
 
-def _forward_prefix_rows(model: Any, trees: Sequence[SharedPrefixRow], pad: int) -> Tensor:
-    width = max(tree.width for tree in trees)
-    ids = torch.full((len(trees), width), pad)
+def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _forward_prefix_rows(model: Any, rows: Sequence[SharedPrefixRow], pad_token_id: int) -> Tensor:
+    width = max(row.width for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id)
     positions = torch.zeros_like(ids)
-    branch = torch.full_like(ids, -1)  # of each token: 0 in what is common, then 1 to K, -1 behind the end
-    rows, ends = [], []
-    for i, tree in enumerate(trees):
-        parts = [tree.common, *tree.rests]
+    segments = torch.full_like(
+        ids, -1
+    )  # of each token: 0 in the prefix, 1 to K in the suffixes, -1 in the padding
+    end_rows, ends = [], []
+    for i, row in enumerate(rows):
         start = 0
-        for number, part in enumerate(parts):
+        for segment, part in enumerate([row.prefix, *row.suffixes]):
             place = slice(start, start + len(part))
             ids[i, place] = torch.tensor(part)
-            positions[i, place] = torch.arange(len(part)) + (len(tree.common) if number else 0)
-            branch[i, place] = number
+            positions[i, place] = torch.arange(len(part)) + (len(row.prefix) if segment else 0)
+            segments[i, place] = segment
             start += len(part)
-            if number:
-                rows.append(i)
+            if segment:
+                end_rows.append(i)
                 ends.append(start - 1)
-    seen = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
-    mask = (seen & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    if (
-        getattr(_inner(model).config, "_attn_implementation", None) == "eager"
-    ):  # which adds the mask to the scores
-        dtype = _inner(model).dtype
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return _gather_logits(model, inputs, torch.tensor(rows), torch.tensor(ends))
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": _segment_mask(_unwrap(model), segments),
+        "position_ids": positions,
+    }
+    return _gather_logits(model, inputs, torch.tensor(end_rows), torch.tensor(ends))
+
+
+def _segment_mask(model: Any, segments: Tensor) -> Tensor:
+    """Return the causal mask (rows, 1, width, width) in which a token sees the prefix and its own segment."""
+    width = segments.shape[1]
+    visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+    mask = (visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    if getattr(model.config, "_attn_implementation", None) != "eager":
+        return mask
+    # Eager attention adds the mask to its scores.
+    return torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 def _gather_logits(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
-    """(len(rows), C): of a decoder the logits at the ends, whatever its pad token; else what it pools, one for each row."""
+    """Return the logits (len(rows), C).
+
+    A decoder's are those at `ends`, whatever its pad token. An encoder's are its pooled output, one per row.
+    """
     device = _device(model)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    scorer = score_head(model)
-    if scorer is None:
+    head = score_head(model)
+    if head is None:
         return model(**inputs).logits
-    with _output(scorer) as found:
+    with _capture_outputs(head) as outputs:
         model(**inputs, use_cache=False)
-    return found[0][rows.to(device), ends.to(device)]
+    return outputs[0][rows.to(device), ends.to(device)]
 
 
-def _inner(model: Any) -> Any:
-    """The model that DistributedDataParallel wraps."""
+def _unwrap(model: Any) -> Any:
+    """Return the model inside DistributedDataParallel."""
     return getattr(model, "module", model)
 
 
@@ -274,11 +316,14 @@ def _device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module gives in the forwards of this block: a decoder's own forward throws away all tokens' logits but one."""
-    found: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+def _capture_outputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a module in this block.
+
+    A decoder's own forward discards the logits of all tokens but one.
+    """
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
-        yield found
+        yield outputs
     finally:
         hook.remove()

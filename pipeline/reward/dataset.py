@@ -1,7 +1,14 @@
-"""Records -> what the trainer learns from: the ids of each record's answers, and what was said of them.
+"""Records to training rows: token ids of each record's responses, and their target.
 
-Out, a row for each record: `ids` (K lists), `answer` (K: where the answer begins in them), `target` (K ranks, a class index or a rating),
-`margin` where a record has one, `length` (all tokens). What does not fit is cut or dropped, and counted.
+Each row has these columns:
+
+- `ids`: K lists of token ids.
+- `response_start`: K indices, where the response begins in each list.
+- `target`: K ranks, a class index or a rating.
+- `margin`: if the record has one.
+- `length`: the number of all tokens.
+
+Rows that do not fit are cut or dropped, and counted.
 """
 
 import math
@@ -12,58 +19,79 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.schema import KINDS, Record
 from pipeline.errors import UserError
-from pipeline.reward.encoding import Encoding, encode_response
+from pipeline.reward.encoding import Encoded, Encoding, encode_response
+
+COUNTED = ("cut", "dropped", "alike once cut")  # outcomes that are reported, in this order
 
 
 def tokenize_records(
-    data: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase, how: Encoding, drop: bool
+    data: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, drop: bool
 ) -> tuple[Dataset, dict[str, int]]:
-    """(rows, counts by what happened to those that did not fit). `drop` leaves overlong ones out.
+    """Return the rows, and the counts of those that did not fit by outcome.
 
-    Two answers that were told apart by rank and are the same once cut teach nothing true: their record is left out.
+    `drop` omits overlong records. A record is also omitted if its responses have different ranks but are
+    equal once cut: their order would be a wrong label. Raises `UserError` if a number or the ranks of a
+    record are invalid.
     """
     counts: Counter[str] = Counter()
     rows = []
     for number, record in enumerate(data):
-        row, fate = _tokenize_record(record, kind, tokenizer, how, number)
-        if fate == "cut" and drop:
-            fate = "dropped"
-        counts[fate] += 1
-        if fate in ("whole", "cut"):
+        row, outcome = _tokenize_record(record, kind, tokenizer, encoding, number)
+        if outcome == "cut" and drop:
+            outcome = "dropped"
+        counts[outcome] += 1
+        if outcome in ("whole", "cut"):
             rows.append(row)
-    return Dataset.from_list(rows), {
-        name: counts[name] for name in ("cut", "dropped", "alike once cut") if counts[name]
-    }
+    return Dataset.from_list(rows), {name: counts[name] for name in COUNTED if counts[name]}
 
 
 def _tokenize_record(
-    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, how: Encoding, number: int
+    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, number: int
 ) -> tuple[Record, str]:
-    """(row, its fate: whole, cut, or alike once cut)."""
+    """Return the row and its outcome: whole, cut, or alike once cut."""
     schema = KINDS[kind]
     assert schema.responses, f"{kind} train no reward model"
     assert schema.target, f"{kind} train no reward model"
     encoded = [
-        encode_response(tokenizer, how, record["prompt"], answer) for answer in schema.responses(record)
+        encode_response(tokenizer, encoding, record["prompt"], response)
+        for response in schema.responses(record)
     ]
-    target = schema.target(record)
     row = {
         "ids": [each.ids for each in encoded],
-        "answer": [each.answer for each in encoded],
-        "target": target,
+        "response_start": [each.response_start for each in encoded],
+        "target": schema.target(record),
     }
     row["length"] = sum(map(len, row["ids"]))
-    figures = {"margin": 0.0 if record["margin"] is None else record["margin"]} if "margin" in record else {}
-    for name, value in (figures | ({"rating": target} if kind == "ratings" else {})).items():
+    if "margin" in record:
+        row["margin"] = 0.0 if record["margin"] is None else record["margin"]
+
+    _check_row(row, kind, number)
+    return row, _outcome(encoded, row["target"])
+
+
+def _check_row(row: Record, kind: str, number: int) -> None:
+    """Check that margin and rating are finite, and that there is one rank for each response."""
+    target = row["target"]
+    numbers = {"margin": row["margin"]} if "margin" in row else {}
+    if kind == "ratings":
+        numbers["rating"] = target
+    for name, value in numbers.items():
         if value is None or not math.isfinite(value):
             raise UserError(
-                f"{kind}: row {number}: {name} is {value}, expected a finite number; one such row would ruin the model"
+                f"{kind}: row {number}: {name} is {value}, expected a finite number; "
+                "one such row would ruin the model"
             )
-    if isinstance(target, list) and (len(target) != len(encoded) or min(target, default=0) < 1):
+    responses = len(row["ids"])
+    if isinstance(target, list) and (len(target) != responses or min(target, default=0) < 1):
         raise UserError(
-            f"{kind}: row {number}: ranks are {target} for {len(encoded)} answers; expected one for each, 1 the best"
+            f"{kind}: row {number}: ranks are {target} for {responses} responses; "
+            "expected one for each, 1 the best"
         )
-    overlong = any(each.overlong for each in encoded)
-    told_apart = len(set(target)) > 1 if isinstance(target, list) else False
-    alike = overlong and told_apart and len(set(map(tuple, row["ids"]))) == 1
-    return row | figures, "alike once cut" if alike else "cut" if overlong else "whole"
+
+
+def _outcome(encoded: list[Encoded], target: object) -> str:
+    if not any(each.overlong for each in encoded):
+        return "whole"
+    has_order = isinstance(target, list) and len(set(target)) > 1
+    all_equal = len({tuple(each.ids) for each in encoded}) == 1
+    return "alike once cut" if has_order and all_equal else "cut"

@@ -1,7 +1,13 @@
-"""How a reward model reads a prompt and an answer: the one place where text becomes its ids, in training, in scoring and in PPO.
+"""How a reward model encodes a prompt and a response.
 
-`chat`: the prompt by the tokenizer's chat template, then the answer, tokenised apart and joined as ids. `pair`: the two segments of an
-encoder, with its special tokens. `concatenation`: one text, the prompt (if any), `separator`, the answer, with special tokens too.
+This is the one place where text becomes its token ids: in training, in scoring and in PPO. There are three
+forms:
+
+- `chat`: the prompt by the tokenizer's chat template, then the response. The two are tokenised separately,
+  and their ids are concatenated.
+- `pair`: the two segments of an encoder, with its special tokens.
+- `concatenation`: one text of the prompt (if any), `separator` and the response, with the tokenizer's special
+  tokens.
 """
 
 from dataclasses import dataclass
@@ -16,9 +22,17 @@ from pipeline.models.chat import completion_text, prompt_ids
 
 @dataclass
 class Encoding:
-    """`eos`: whether EOS ends the ids. What exceeds `max_length` loses on the `truncation` side: on the left the prompt's beginning
-    (one of its tokens stays) before the answer's end; on the right the answer's end (one stays) before the prompt's; EOS never. A
-    concatenation, which is one text, is cut on that side wherever the answer lies."""
+    """The settings of an encoding.
+
+    `eos` ends the ids with EOS. Rows over `max_length` tokens are cut on the `truncation` side; EOS is never
+    cut.
+
+    - `left` cuts the prompt's beginning, down to one token, and then the response's end.
+    - `right` cuts the response's end, down to one token, and then the prompt's end.
+    - A concatenation is one text and is cut on that side, wherever the response is.
+
+    Raises `UserError` if `form` or `truncation` is unknown.
+    """
 
     form: str = "chat"
     separator: str = "\n"
@@ -35,29 +49,41 @@ class Encoding:
 
 
 class Encoded(NamedTuple):
-    """Token ids; where the answer's segment begins in them, for models with token types; whether something was cut."""
+    """Token ids, the index where the response's segment begins, and whether something was cut.
+
+    Models with token types need `response_start`.
+    """
 
     ids: list[int]
-    answer: int
+    response_start: int
     overlong: bool
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
-    """The ids of one prompt (a string or messages; "" where there is none) and one answer (a string or one assistant message)."""
-    return FORMS[how.form](tokenizer, how, prompt, answer)
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+) -> Encoded:
+    """Encode one prompt and one response.
+
+    The prompt is a string or messages, and "" if there is none. The response is a string or one assistant
+    message.
+    """
+    return FORMS[encoding.form](tokenizer, encoding, prompt, response)
 
 
-def truncated_lengths(prompt: int, answer: int, max_length: int, side: str) -> tuple[int, int]:
-    """How many tokens of each stay, together at most `max_length` (two or more)."""
+def truncated_lengths(prompt: int, response: int, max_length: int, side: str) -> tuple[int, int]:
+    """Return how many tokens of the prompt and of the response remain.
+
+    Their sum is at most `max_length`, which must be two or more.
+    """
     if side == "left":
-        kept = min(prompt, max(1, max_length - answer))
-        return kept, min(answer, max_length - kept)
-    kept = min(answer, max(1, max_length - prompt))
+        kept = min(prompt, max(1, max_length - response))
+        return kept, min(response, max_length - kept)
+    kept = min(response, max(1, max_length - prompt))
     return min(prompt, max_length - kept), kept
 
 
 def prompt_text(text: Text, separator: str) -> str:
-    """A prompt as one string; of several messages each begins with its role."""
+    """Return a prompt as one string; each of several messages begins with its role."""
     if isinstance(text, str):
         return text
     if len(text) == 1:
@@ -65,67 +91,81 @@ def prompt_text(text: Text, separator: str) -> str:
     return separator.join(f"{message['role']}: {message['content']}" for message in text)
 
 
-def concatenated_text(how: Encoding, prompt: Text, answer: Text) -> str:
-    """The one text of a concatenation."""
-    question = prompt_text(prompt, how.separator)
-    return question + how.separator + completion_text(answer) if question else completion_text(answer)
-
-
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
-    eos = [tokenizer.eos_token_id] if how.eos else []
-    before = prompt_ids(tokenizer, prompt)
-    after = tokenizer(completion_text(answer), add_special_tokens=False, verbose=False)["input_ids"]
-    room = how.max_length - len(eos)
-    first, second = truncated_lengths(len(before), len(after), room, how.truncation)
-    ids = (
-        (before[len(before) - first :] if how.truncation == "left" else before[:first]) + after[:second] + eos
+def concatenated_text(encoding: Encoding, prompt: Text, response: Text) -> str:
+    """Return the one text of a concatenation."""
+    question = prompt_text(prompt, encoding.separator)
+    return (
+        question + encoding.separator + completion_text(response) if question else completion_text(response)
     )
-    return Encoded(ids, first, first + second < len(before) + len(after))
 
 
-def _encode_pair(tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text) -> Encoded:
-    texts = prompt_text(prompt, how.separator), completion_text(answer)
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+) -> Encoded:
+    eos = [tokenizer.eos_token_id] if encoding.eos else []
+    before = prompt_ids(tokenizer, prompt)
+    after = tokenizer(completion_text(response), add_special_tokens=False, verbose=False)["input_ids"]
+
+    budget = encoding.max_length - len(eos)
+    first, second = truncated_lengths(len(before), len(after), budget, encoding.truncation)
+    prompt_part = before[len(before) - first :] if encoding.truncation == "left" else before[:first]
+    return Encoded(prompt_part + after[:second] + eos, first, first + second < len(before) + len(after))
+
+
+def _encode_pair(
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+) -> Encoded:
+    texts = prompt_text(prompt, encoding.separator), completion_text(response)
     before, after = (tokenizer(text, add_special_tokens=False, verbose=False).encodings[0] for text in texts)
-    room = how.max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    first, second = truncated_lengths(len(before), len(after), room, how.truncation)
+
+    budget = encoding.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    first, second = truncated_lengths(len(before), len(after), budget, encoding.truncation)
     overlong = first + second < len(before) + len(after)
-    before.truncate(first, direction=how.truncation)
+    before.truncate(first, direction=encoding.truncation)
     after.truncate(second)
+
     joined = tokenizer.backend_tokenizer.post_process(before, after)
     return Encoded(joined.ids, joined.sequence_ids.index(1) if second else len(joined.ids), overlong)
 
 
 def _encode_concatenation(
-    tokenizer: PreTrainedTokenizerBase, how: Encoding, prompt: Text, answer: Text
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
 ) -> Encoded:
-    eos = [tokenizer.eos_token_id] if how.eos else []
-    text = concatenated_text(how, prompt, answer)
-    whole = tokenizer(text, verbose=False)["input_ids"]
-    room = how.max_length - len(eos)
-    if len(whole) <= room:
-        return Encoded(whole + eos, len(whole), False)
-    tokenizer.truncation_side = how.truncation  # the tokenizer itself keeps its special tokens
-    return Encoded(tokenizer(text, truncation=True, max_length=room)["input_ids"] + eos, room, True)
+    eos = [tokenizer.eos_token_id] if encoding.eos else []
+    text = concatenated_text(encoding, prompt, response)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    budget = encoding.max_length - len(eos)
+    if len(ids) <= budget:
+        return Encoded(ids + eos, len(ids), False)
+
+    tokenizer.truncation_side = encoding.truncation  # the tokenizer itself keeps its special tokens
+    ids = tokenizer(text, truncation=True, max_length=budget)["input_ids"]
+    return Encoded(ids + eos, budget, True)
 
 
 FORMS = {"chat": _encode_chat, "pair": _encode_pair, "concatenation": _encode_concatenation}
 
 
 def check_encoding(
-    tokenizer: PreTrainedTokenizerBase, how: Encoding, source: str, most_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, source: str, max_positions: int | None = None
 ) -> None:
-    """Refuse a tokenizer that cannot do it, and what would not be read. Raises `UserError`."""
-    if how.eos and how.form == "pair":
+    """Check that the tokenizer supports the encoding and that the model has enough positions.
+
+    `max_positions` is None if the model has no limit. Raises `UserError`.
+    """
+    if encoding.eos and encoding.form == "pair":
         raise UserError("encoding.eos: a pair ends with the tokenizer's own special tokens; set eos: false")
-    if most_tokens is not None and how.max_length > most_tokens:
+    if max_positions is not None and encoding.max_length > max_positions:
         raise UserError(
-            f"{source}: reads at most {most_tokens} tokens, but max_length is {how.max_length}; lower it"
+            f"{source}: reads at most {max_positions} tokens, but max_length is {encoding.max_length}; "
+            "lower it"
         )
-    if how.eos and tokenizer.eos_token_id is None:
+    if encoding.eos and tokenizer.eos_token_id is None:
         raise UserError(
             f"{source}: its tokenizer has no EOS token; set encoding.eos: false, or encoding.form: pair"
         )
-    if how.form == "pair" and not tokenizer.is_fast:
+    if encoding.form == "pair" and not tokenizer.is_fast:
         raise UserError(
-            f"{source}: its tokenizer is not a fast one, which encoding.form: pair needs; use concatenation"
+            f"{source}: encoding.form: pair needs a fast tokenizer, but its tokenizer is a slow one; "
+            "use concatenation"
         )

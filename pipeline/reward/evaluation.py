@@ -1,4 +1,4 @@
-"""What a reward model is worth on held-out records of every kind there is, as those who use it will read it."""
+"""Evaluate a reward model on held-out records of every kind, with the scores that its users will get."""
 
 from typing import Any
 
@@ -13,22 +13,31 @@ REFERENCE_ROWS = 256
 
 
 def held_out_split(data: DatasetDict) -> Dataset:
-    """The test split, or validation where test is empty."""
+    """Return the test split, or validation if test is empty."""
     return data["test"] if len(data["test"]) else data["validation"]
 
 
 def evaluate_reward_model(reward: RewardModel, records: dict[str, Dataset]) -> dict[str, Any]:
-    """Figures of each kind of records that has rows; labels only of a classifier with these classes, ratings only of a regression."""
-    meant = {"comparisons": True, "rankings": True, "ratings": reward.settings.objective == "regression"}
-    meant["labels"] = reward.settings.objective == "classification"
-    measures = {
+    """Return the metrics of each kind of records that has rows.
+
+    Labels are evaluated only for a classifier with these classes, ratings only for a regression.
+    """
+    applies = {
+        "comparisons": True,
+        "rankings": True,
+        "ratings": reward.settings.objective == "regression",
+        "labels": reward.settings.objective == "classification",
+    }
+    evaluations = {
         "comparisons": _evaluate_pairs,
         "rankings": _evaluate_rankings,
         "ratings": _evaluate_ratings,
         "labels": _evaluate_labels,
     }
     return {
-        kind: measures[kind](reward, rows) for kind, rows in records.items() if meant.get(kind) and len(rows)
+        kind: evaluations[kind](reward, rows)
+        for kind, rows in records.items()
+        if applies.get(kind) and len(rows)
     }
 
 
@@ -37,26 +46,21 @@ def _evaluate_pairs(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     lengths = [[len(completion_text(text)) for text in pairs[side]] for side in ("chosen", "rejected")]
     sources = pairs["source"][:] if "source" in pairs.column_names else None
-    found = metrics.pair_metrics(chosen, rejected, lengths, sources)
-    return found | {"calibration": metrics.calibration(chosen, rejected)}
+    return metrics.pair_metrics(chosen, rejected, lengths, sources) | {
+        "calibration": metrics.calibration(chosen, rejected)
+    }
 
 
 def _evaluate_rankings(reward: RewardModel, rankings: Dataset) -> dict[str, Any]:
-    prompts = [
-        prompt
-        for prompt, answers in zip(rankings["prompt"], rankings["responses"], strict=True)
-        for _ in answers
-    ]
-    scores = iter(reward.score(prompts, [answer for answers in rankings["responses"] for answer in answers]))
-    return metrics.ranking_metrics(
-        [[next(scores) for _ in ranks] for ranks in rankings["ranks"]], rankings["ranks"][:]
-    )
+    prompts, responses = _flatten(rankings["prompt"], rankings["responses"])
+    scores = iter(reward.score(prompts, responses))
+    by_prompt = [[next(scores) for _ in ranks] for ranks in rankings["ranks"]]
+    return metrics.ranking_metrics(by_prompt, rankings["ranks"][:])
 
 
 def _evaluate_ratings(reward: RewardModel, ratings: Dataset) -> dict[str, Any]:
-    return metrics.rating_metrics(
-        reward.score(ratings["prompt"][:], ratings["completion"][:]), ratings["rating"][:]
-    )
+    scores = reward.score(ratings["prompt"][:], ratings["completion"][:])
+    return metrics.rating_metrics(scores, ratings["rating"][:])
 
 
 def _evaluate_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
@@ -65,32 +69,38 @@ def _evaluate_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
 
 
 def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:
-    """Of all answers of the first rows, as `Settings` names them: mean and standard deviation of the raw reward, the mean of their tokens,
-    and the slope of the reward on these (least squares, each prompt's answers about their own mean where there are several)."""
+    """Return statistics over all responses of the first 256 rows, named as in `RewardSettings`.
+
+    They are the mean and standard deviation of the raw reward, the mean length in tokens, and the
+    least-squares slope of the reward on the length. If prompts have several responses, both are centred
+    within each prompt for the slope.
+    """
     sample = rows.select(range(min(REFERENCE_ROWS, len(rows))))
     columns = [
         sample[name][:] for name in ("chosen", "rejected", "completion") if name in sample.column_names
     ]
-    answers = [list(each) for each in zip(*columns, strict=True)] if columns else sample["responses"][:]
-    prompts = [prompt for prompt, each in zip(sample["prompt"], answers, strict=True) for _ in each]
-    flat = [answer for each in answers for answer in each]
-    scores, lengths = (
-        np.array(reward.score(prompts, flat, alpha=1.0)),
-        np.array(reward.lengths(flat), dtype=float),
-    )
-    groups = (
-        np.repeat(range(len(answers)), [len(each) for each in answers])
-        if len(flat) > len(answers)
-        else np.zeros(len(flat), int)
-    )
-    about = [
+    by_prompt = [list(row) for row in zip(*columns, strict=True)] if columns else sample["responses"][:]
+    prompts, responses = _flatten(sample["prompt"], by_prompt)
+    scores = np.array(reward.score(prompts, responses, alpha=1.0))
+    lengths = np.array(reward.lengths(responses), dtype=float)
+
+    if len(responses) > len(by_prompt):
+        groups = np.repeat(range(len(by_prompt)), [len(row) for row in by_prompt])
+    else:
+        groups = np.zeros(len(responses), int)
+    centred_scores, centred_lengths = (
         values - (np.bincount(groups, values) / np.bincount(groups))[groups] for values in (scores, lengths)
-    ]
-    slope = float(about[0] @ about[1] / (about[1] @ about[1] or 1.0))
-    spread = float(scores.std()) or 1.0
+    )
+    slope = float(centred_scores @ centred_lengths / (centred_lengths @ centred_lengths or 1.0))
     return {
         "reward_mean": float(scores.mean()),
-        "reward_std": spread,
+        "reward_std": float(scores.std()) or 1.0,
         "length_mean": float(lengths.mean()),
         "length_slope": slope,
     }
+
+
+def _flatten(prompts: Any, responses: Any) -> tuple[list[Any], list[Any]]:
+    """Return all responses in one list, and the prompt of each."""
+    repeated = [prompt for prompt, row in zip(prompts, responses, strict=True) for _ in row]
+    return repeated, [response for row in responses for response in row]

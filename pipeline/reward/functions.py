@@ -1,7 +1,11 @@
-"""Reward sources: anything that scores answers, behind TRL's reward function signature.
+"""Reward sources: everything that scores responses, behind TRL's signature of a reward function.
 
-`(prompts, completions, completion_ids, ended, **columns) -> list[float]`: the user's prompts (never the policy's markup), the
-answers as text, their token ids, whether each ended by itself, and the other columns of the prompt's record.
+`(prompts, completions, completion_ids, ended, **columns) -> list[float]`:
+
+- `prompts`: the user's prompts, never with the policy's markup.
+- `completions`, `completion_ids`: the responses as text, and their token ids.
+- `ended`: whether each response ended by itself.
+- `columns`: the other columns of the prompt's record.
 """
 
 import math
@@ -11,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from pipeline.artifacts.inputs import require_artifact as require_artifact
+from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
@@ -22,8 +26,11 @@ RewardFunction = Callable[..., Sequence[float]]
 
 
 class RewardSource(NamedTuple):
-    """A reward function, the mean and standard deviation of its reward on a reference sample (0 and 1 where unknown), and the model behind
-    it, where there is one."""
+    """A reward function, the statistics of its reward, and its model.
+
+    `mean` and `std` are those of the reward on a reference sample, 0 and 1 if unknown. `model` is None for a
+    function without one.
+    """
 
     score: RewardFunction
     mean: float = 0.0
@@ -31,17 +38,23 @@ class RewardSource(NamedTuple):
     model: RewardModel | None = None
 
 
-def require_reward(reward: Reward, fix: str, trust_remote_code: bool = False) -> Artifact:
-    """A reward model as an input of a stage; `fix` is the command that makes it. A server is asked for a score. Raises `UserError`."""
+def require_reward(reward: Reward, make_command: str, trust_remote_code: bool = False) -> Artifact:
+    """Open a reward model as an input of a stage; `make_command` is the command that makes it.
+
+    A server is asked for a score. Raises `UserError` if the model is missing or the server does not answer.
+    """
     return (
-        require_remote(reward, fix, trust_remote_code)
+        require_remote(reward, make_command, trust_remote_code)
         if reward.is_url
-        else require_artifact(reward.source, "reward", fix)
+        else require_artifact(reward.source, "reward", make_command)
     )
 
 
 def load_reward(reward: Reward, opened: Artifact, **options: Any) -> RewardModel:
-    """The reward model that `require` opened; `options` go to `RewardModel.load`. Raises `UserError`."""
+    """Load the reward model that `require_reward` opened; `options` go to `RewardModel.load`.
+
+    Raises `UserError` if it cannot be loaded.
+    """
     if reward.is_url:
         return load_remote(reward, opened, **options)
     return RewardModel.load(
@@ -50,96 +63,110 @@ def load_reward(reward: Reward, opened: Artifact, **options: Any) -> RewardModel
 
 
 def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> RewardSource:
-    """A reward model as a source: whatever its tokenizer, it reads the text.
+    """Return a reward model as a source; it encodes the text with its own tokenizer.
 
-    `length_penalty` takes off so much of what an answer's length alone is worth to it, by the slope on its reference sample: 1 all of it.
-    Raises `UserError` where no slope is known.
+    `length_penalty` is the share of length's effect on the reward to subtract, by the slope on the reference
+    sample; 1 is all of it. Raises `UserError` if the slope is unknown.
     """
-    known, alpha = model.settings, model.settings.alpha
-    if length_penalty and (known.length_slope is None or known.length_mean is None):
+    settings, alpha = model.settings, model.settings.alpha
+    if length_penalty and (settings.length_slope is None or settings.length_mean is None):
         raise UserError(
-            "length_penalty: this reward model knows no reference sample to fit it on; run the reward stage again"
+            "length_penalty: this reward model has no reference sample for the slope; "
+            "run the reward stage again"
         )
 
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        found = model.score(prompts, completions)
+        scores = model.score(prompts, completions)
         if not length_penalty:
-            return found
-        worth = alpha * length_penalty * (known.length_slope or 0.0)
-        more = [length - (known.length_mean or 0.0) for length in model.lengths(completions)]
-        return [value - worth * tokens for value, tokens in zip(found, more, strict=True)]
+            return scores
+        per_token = alpha * length_penalty * (settings.length_slope or 0.0)
+        excess = [length - (settings.length_mean or 0.0) for length in model.lengths(completions)]
+        return [value - per_token * tokens for value, tokens in zip(scores, excess, strict=True)]
 
     return RewardSource(
-        score, alpha * (known.reward_mean or 0.0), abs(alpha) * (known.reward_std or 1.0), model
+        score,
+        mean=alpha * (settings.reward_mean or 0.0),
+        std=abs(alpha) * (settings.reward_std or 1.0),
+        model=model,
     )
 
 
 def combine_rewards(
     sources: Sequence[RewardSource], weights: Sequence[float] | None = None, uncertainty_penalty: float = 0.0
 ) -> RewardSource:
-    """Several as one: the sum of `weights` (1/n each where not given) × score, less `uncertainty_penalty` standard deviations between them
-    (Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
+    """Combine sources into one: their weighted sum, less `uncertainty_penalty` standard deviations of them.
 
-    Only differences of a reward mean anything, so that each is centred on its reference sample before their spread is taken.
+    `weights` defaults to 1/n for n sources. Penalty: Coste et al. 2023, "Reward Model Ensembles Help Mitigate
+    Overoptimization". Only differences of a reward are meaningful, so each score is centred on its reference
+    sample before the standard deviation is taken.
     """
     if len(sources) == 1 and weights is None:
         return sources[0]
     weights = weights or [1 / len(sources)] * len(sources)
 
-    def score(**answers: Any) -> list[float]:
-        columns = [list(map(float, source.score(**answers))) for source in sources]
-        found = []
+    def score(**batch: Any) -> list[float]:
+        columns = [list(map(float, source.score(**batch))) for source in sources]
+        combined = []
         for row in zip(*columns, strict=True):
-            spread = statistics.pstdev(
+            disagreement = statistics.pstdev(
                 value - source.mean for value, source in zip(row, sources, strict=True)
             )
-            found.append(sum(map(operator.mul, weights, row)) - uncertainty_penalty * spread)
-        return found
+            combined.append(sum(map(operator.mul, weights, row)) - uncertainty_penalty * disagreement)
+        return combined
 
-    # Of the sum's own spread only a bound is known: that of rewards which rise and fall together.
+    mean = sum(weight * source.mean for weight, source in zip(weights, sources, strict=True))
+    # An upper bound: the standard deviation of the sum of perfectly correlated rewards.
     std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
-    return RewardSource(
-        score, sum(weight * source.mean for weight, source in zip(weights, sources, strict=True)), std
-    )
+    return RewardSource(score, mean, std)
 
 
 def call_reward_function(
-    function: RewardFunction, prompts: Sequence[Any], completions: Sequence[str], completion_ids: Sequence[Sequence[int]],
-    ended: Sequence[bool], columns: dict[str, Any],
-) -> list[float]:  # fmt: skip
-    """The scores of a function, one finite number for each answer. Raises `UserError`."""
-    given = columns | {
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    ended: Sequence[bool],
+    columns: dict[str, Any],
+) -> list[float]:
+    """Return the scores of a function, one for each response.
+
+    Raises `UserError` if it cannot be called, or does not return one finite number for each response.
+    """
+    kwargs = columns | {
         "prompts": prompts,
         "completions": completions,
         "completion_ids": completion_ids,
         "ended": ended,
     }
     try:
-        scores = [float(score) for score in function(**given)]
+        scores = [float(score) for score in function(**kwargs)]
     except TypeError as error:
         signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
         raise UserError(
-            f"the reward cannot be called, or gives no numbers: {error}; expected {signature}"
+            f"the reward cannot be called, or returns no numbers: {error}; expected {signature}"
         ) from error
     if len(scores) != len(prompts):
-        raise UserError(f"the reward gave {len(scores)} scores for {len(prompts)} answers; expected as many")
+        raise UserError(
+            f"the reward returned {len(scores)} scores for {len(prompts)} responses; expected as many"
+        )
     for score, prompt, text in zip(scores, prompts, completions, strict=True):
         if not math.isfinite(score):
             raise UserError(
-                f"the reward of the answer {text!r} to {prompt!r} is {score}; expected a finite number"
+                f"the reward of the response {text!r} to {prompt!r} is {score}; expected a finite number"
             )
     return scores
 
 
 def import_function(spec: str) -> RewardFunction:
-    """The function named `module:function`. Raises `UserError`."""
+    """Import the function named `module:function`. Raises `UserError` if there is no such function."""
     module, _, name = spec.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{spec}: {error}; expected module:function on the Python path") from None
-    if not callable(found):
+    if not callable(function):
         raise UserError(
-            f"{spec}: is a {type(found).__name__}, expected a function (prompts, completions, **columns) -> list of float"
+            f"{spec}: is a {type(function).__name__}, "
+            "expected a function (prompts, completions, **columns) -> list of float"
         )
-    return found
+    return function

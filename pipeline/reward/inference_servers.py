@@ -1,12 +1,16 @@
-"""Engines that serve classifiers: who answers at a URL, and the logits of rows by its wire format.
+"""Clients of inference servers: which engine serves a URL, and the logits of rows in its wire format.
 
-vLLM (`vllm serve MODEL --runner pooling`), `POST /classify`: rows of token ids, `use_activation: false` (which every version that takes ids
-knows). Text-embeddings-inference, TEI (`text-embeddings-router --model-id MODEL`), `POST /predict`: rows of one text or a pair,
-`raw_scores: true`; back come each row's labels, the highest first.
+- vLLM (`vllm serve MODEL --runner pooling`): `POST /classify` with rows of token ids and `use_activation:
+  false`, which every version that accepts ids supports.
+- Text-embeddings-inference, TEI (`text-embeddings-router --model-id MODEL`): `POST /predict` with rows of one
+  text or a pair and `raw_scores: true`. The response has each row's labels, the highest score first.
 
-Who does not answer, or with something else, gets one `UserError`: the URL, what was found, what was expected. Lost connections, timeouts,
-429 and 5xx are tried again for about three minutes, waiting twice as long each time or as `Retry-After` says; what is too large is halved.
-A server that wants a key gets REWARD_API_KEY of the environment as a bearer token. Proxies of the environment are not used.
+Errors: a server that does not respond, or sends something else, raises one `UserError` with the URL, what was
+found and what was expected. Lost connections, timeouts, 429 and 5xx are retried for about three minutes. The
+wait doubles each time, or follows `Retry-After`. A request that is too large is halved.
+
+A server that requires a key gets REWARD_API_KEY of the environment as a bearer token. The environment's
+proxies are not used.
 """
 
 import math
@@ -28,8 +32,7 @@ RETRIES = urllib3.Retry(
     allowed_methods=None,
     raise_on_status=False,
 )
-
-FAIL_FAST = RETRIES.new(total=1)  # where someone waits to be told
+FAIL_FAST = RETRIES.new(total=1)  # for checks before a run, while the user waits
 
 TOO_LARGE = (413, 422)  # TEI's versions differ
 
@@ -41,7 +44,10 @@ POOL = urllib3.PoolManager()
 
 
 class Server(NamedTuple):
-    """What a server says of itself. It takes `rows` in a request and `tokens` in a row, where it tells (0: it does not)."""
+    """What a server reports of itself.
+
+    It accepts `rows` in a request and `tokens` in a row; 0 if it does not report the number.
+    """
 
     url: str
     engine: str
@@ -53,40 +59,46 @@ class Server(NamedTuple):
 
 
 def probe(url: str, timeout: float) -> Server:
-    """Who answers at `url`. Raises `UserError` where it is neither engine."""
-    seen = []
+    """Return the server at `url`; `timeout` is in seconds.
+
+    Raises `UserError` if it is neither engine, or serves no sequence classifier.
+    """
+    previews = []
     for path, parse in (("/info", _parse_tei_info), ("/v1/models", _parse_vllm_models)):
-        answer = _request(url + path, timeout, FAIL_FAST)
+        response = _request(url + path, timeout, FAIL_FAST)
         with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return parse(url, answer.json())
-        seen.append(f"{path} {_preview(answer)}")
-    raise UserError(f"{url}: neither text-embeddings-inference nor vLLM: {', '.join(seen)}; {START_COMMANDS}")
+            return parse(url, response.json())
+        previews.append(f"{path} {_preview(response)}")
+    raise UserError(
+        f"{url}: neither text-embeddings-inference nor vLLM: {', '.join(previews)}; {START_COMMANDS}"
+    )
 
 
 def _parse_tei_info(url: str, info: Any) -> Server:
     if not {"classifier", "reranker"} & set(info["model_type"]):
         raise UserError(
-            f"{url}: {info['model_id']} is of type {', '.join(info['model_type'])}; expected a sequence classifier"
+            f"{url}: {info['model_id']} is of type {', '.join(info['model_type'])}; "
+            "expected a sequence classifier"
         )
     name = info["model_id"]
     return Server(
         url,
-        "tei",
-        name,
-        name,
-        info.get("model_sha"),
-        int(info["max_input_length"]),
-        int(info["max_client_batch_size"]),
+        engine="tei",
+        model=name,
+        path=name,
+        revision=info.get("model_sha"),
+        tokens=int(info["max_input_length"]),
+        rows=int(info["max_client_batch_size"]),
     )
 
 
-def _parse_vllm_models(url: str, found: Any) -> Server:
-    first = found["data"][0]
+def _parse_vllm_models(url: str, models: Any) -> Server:
+    first = models["data"][0]
     return Server(
         url,
-        "vllm",
-        first["id"],
-        first.get("root") or first["id"],
+        engine="vllm",
+        model=first["id"],
+        path=first.get("root") or first["id"],
         tokens=int(first.get("max_model_len") or 0),
     )
 
@@ -98,72 +110,83 @@ def request_logits(
     timeout: float,
     retries: urllib3.Retry = RETRIES,
 ) -> list[list[float]]:
-    """Of each row (ids for vLLM, one or two texts for TEI) a logit for each label. Raises `UserError`."""
-    path, body, parse = FORMATS[server.engine]
-    answer = _request(server.url + path, timeout, retries, body(server, rows))
-    if answer.status in TOO_LARGE and len(rows) > 1:
+    """Return a logit for each label of each row.
+
+    Rows are token ids for vLLM, one or two texts for TEI. Raises `UserError` if the server does not send
+    finite logits.
+    """
+    path, build_body, parse = FORMATS[server.engine]
+    response = _request(server.url + path, timeout, retries, build_body(server, rows))
+    if response.status in TOO_LARGE and len(rows) > 1:
         half = len(rows) // 2
         return [
             row
             for part in (rows[:half], rows[half:])
             for row in request_logits(server, part, labels, timeout, retries)
         ]
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # what has another shape
-        found = (
-            [[float(value) for value in row] for row in parse(answer.json(), labels)]
-            if answer.status == 200
-            else []
-        )
-        if [len(row) for row in found] == [len(labels)] * len(rows) and all(
-            math.isfinite(value) for row in found for value in row
-        ):
-            return found
+
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # a response of another shape
+        logits = []
+        if response.status == 200:
+            logits = [[float(value) for value in row] for row in parse(response.json(), labels)]
+        has_shape = [len(row) for row in logits] == [len(labels)] * len(rows)
+        if has_shape and all(math.isfinite(value) for row in logits for value in row):
+            return logits
     expected = f"{len(rows)} × {len(labels)} finite logits ({', '.join(labels)})"
-    raise UserError(f"{server.url}{path}: {_preview(answer)}; expected {expected}; {START_COMMANDS}")
+    raise UserError(f"{server.url}{path}: {_preview(response)}; expected {expected}; {START_COMMANDS}")
 
 
 def _request(url: str, timeout: float, retries: urllib3.Retry, body: Any = None) -> urllib3.BaseHTTPResponse:
-    """The last answer, whatever its status. Raises `UserError` where there is none, or a key is missing."""
+    """Return the last response, whatever its status.
+
+    Raises `UserError` if there is none, or if the server requires a key.
+    """
     key = os.environ.get("REWARD_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else None
+    options: dict[str, Any] = {
+        "headers": {"Authorization": f"Bearer {key}"} if key else None,
+        "timeout": timeout,
+        "retries": retries,
+        "redirect": False,
+    }
     try:
-        options: dict[str, Any] = {
-            "headers": headers,
-            "timeout": timeout,
-            "retries": retries,
-            "redirect": False,
-        }
-        answer = POOL.request("GET" if body is None else "POST", url, json=body, **options)
+        response = POOL.request("GET" if body is None else "POST", url, json=body, **options)
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{url}: no answer: {reason}; {START_COMMANDS}, or raise 'timeout' (of {timeout:g} s)"
+            f"{url}: no response: {reason}; {START_COMMANDS}, or raise 'timeout' (now {timeout:g} s)"
         ) from None
-    if answer.status in (401, 403):
+    if response.status in (401, 403):
         raise UserError(
-            f"{url}: {_preview(answer)}; expected to be let in; put its key into the environment as REWARD_API_KEY"
+            f"{url}: {_preview(response)}; expected access; "
+            "put its key into the environment as REWARD_API_KEY"
         )
-    return answer
+    return response
 
 
-def _preview(answer: urllib3.BaseHTTPResponse) -> str:
-    text = " ".join(answer.data.decode(errors="replace").split())
-    return f"answered {answer.status}, {text[:200]!r}"
+def _preview(response: urllib3.BaseHTTPResponse) -> str:
+    text = " ".join(response.data.decode(errors="replace").split())
+    return f"returned {response.status}, {text[:200]!r}"
 
 
-FORMATS: dict[
-    str, tuple[str, Callable[..., Any], Callable[..., Any]]
-] = {  # path, body of a request, logits of an answer
+def _parse_vllm_logits(response: Any, _: Sequence[str]) -> list[list[Any]]:
+    return [row["probs"] for row in sorted(response["data"], key=lambda row: row["index"])]
+
+
+def _parse_tei_logits(response: Any, labels: Sequence[str]) -> list[list[Any]]:
+    scores = [{entry["label"]: entry["score"] for entry in row} for row in response]
+    return [[row[label] for label in labels] for row in scores]
+
+
+# By engine: the path, the body of a request, and the logits of a response.
+FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "vllm": (
         "/classify",
         lambda server, rows: {"model": server.model, "input": rows, "use_activation": False},
-        lambda found, _: [each["probs"] for each in sorted(found["data"], key=lambda each: each["index"])],
+        _parse_vllm_logits,
     ),
     "tei": (
         "/predict",
         lambda _, rows: {"inputs": rows, "raw_scores": True, "truncate": True},
-        lambda found, labels: [
-            [{each["label"]: each["score"] for each in row}[label] for label in labels] for row in found
-        ],
+        _parse_tei_logits,
     ),
 }

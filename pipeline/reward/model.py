@@ -1,6 +1,7 @@
-"""`RewardModel`: the reader of a reward artifact. What it returns is what plain `transformers` computes, times `alpha`.
+"""`RewardModel`: loads a reward artifact and scores responses.
 
-The artifact is a sequence-classification checkpoint plus `reward.json`, which holds `Settings`.
+Its scores are what plain `transformers` computes, times `alpha`. The artifact is a sequence-classification
+checkpoint plus `reward.json`, which contains `RewardSettings`.
 """
 
 import dataclasses
@@ -29,23 +30,24 @@ from pipeline.models.loading import (
     max_positions,
 )
 from pipeline.reward import batching
-from pipeline.reward.encoding import Encoding, encode_response
-from pipeline.reward.encoding import check_encoding as check_encoding
+from pipeline.reward.encoding import Encoding, check_encoding, encode_response
 from pipeline.reward.settings import SETTINGS, RewardSettings
 
 logger = logging.getLogger(__name__)
 
+RESPONSES_PER_UPDATE = 512  # of the progress bar
+
 
 class RewardModel:
-    """Scores answers. Build one with `load`; higher is better.
+    """Scores responses; higher is better. Use `load` to create one.
 
     >>> from pipeline import RewardModel
     >>> rm = RewardModel.load("runs/demo/reward")
-    >>> answers = ["An apple.", "No.", "A carrot."]
-    >>> scores = rm.score(["Name a fruit."] * 3, answers)
-    >>> rm.rank("Name a fruit.", answers) == sorted(range(3), key=lambda i: -scores[i])
+    >>> responses = ["An apple.", "No.", "A carrot."]
+    >>> scores = rm.score(["Name a fruit."] * 3, responses)
+    >>> rm.rank("Name a fruit.", responses) == sorted(range(3), key=lambda i: -scores[i])
     True
-    >>> rm.best_of_n("Name a fruit.", answers)[1] == max(scores)
+    >>> rm.best_of_n("Name a fruit.", responses)[1] == max(scores)
     True
     """
 
@@ -56,7 +58,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.settings = settings
         batching.check_padding(model, tokenizer.pad_token_id, str(model.name_or_path))
-        self._shares = batching.supports_prefix_sharing(
+        self._supports_prefix_sharing = batching.supports_prefix_sharing(
             model, tokenizer.pad_token_id, settings.encoding.max_length
         )
 
@@ -72,27 +74,36 @@ class RewardModel:
         model: Any = None,
         **options: Any,
     ) -> "RewardModel":
-        """Open a reward artifact, or a foreign sequence classifier (no `reward.json`), whose reading it logs.
+        """Load a reward artifact, or an external sequence classifier (one without `reward.json`).
 
-        Of a foreign classifier with several labels the logit of `positive_label` is the reward; `encoding` (keys of `Encoding`) says how it
-        reads where its defaults are wrong. `model` is the classifier, where it is in memory already. Raises `UserError` where `source` is
-        no such checkpoint.
+        Options:
+
+        - `positive_label` is the label whose logit is the reward. An external classifier with several labels
+          needs it.
+        - `encoding` overrides fields of `Encoding`. For an external classifier, the chosen encoding is
+          logged.
+        - `precision` is that of the weights: "fp32", "bf16" or "fp16".
+        - `device` defaults to the GPU if there is one. A quantized model stays where it was loaded.
+        - `model` is the classifier, if it is already in memory.
+        - `options` go to `from_pretrained`, such as `revision` and `trust_remote_code`.
+
+        Raises `UserError` if `source` is no such checkpoint, or if a label or an encoding field is unknown.
         """
-        found = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
-        settings = RewardSettings.load(found.parent) if found else None
+        path = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
+        settings = RewardSettings.load(path.parent) if path else None
         tokenizer = load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
         if model is None:
             model = _load(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":
                 model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
         settings = settings or _external_settings(str(source), model, tokenizer)
-        read = _override_settings(str(source), model, settings, positive_label, encoding)
-        if read != settings:
-            read.reward_mean = read.reward_std = read.length_mean = read.length_slope = (
-                None  # those of another reward
-            )
-        check_encoding(tokenizer, read.encoding, str(source), max_positions(model))
-        return cls(model, tokenizer, read)
+        overridden = _override_settings(str(source), model, settings, positive_label, encoding)
+        if overridden != settings:  # then the statistics are those of another reward
+            overridden.reward_mean = overridden.reward_std = None
+            overridden.length_mean = overridden.length_slope = None
+        check_encoding(tokenizer, overridden.encoding, str(source), max_positions(model))
+        return cls(model, tokenizer, overridden)
 
     def score(
         self,
@@ -103,29 +114,35 @@ class RewardModel:
         normalize: bool = False,
         batch_size: int = 64,
     ) -> list[float]:
-        """`alpha` × raw reward of each (prompt, response); `normalize` centres and scales it on the reference sample first.
+        """Return `alpha` × raw reward of each (prompt, response), as many as there are prompts.
 
-        len(result) = len(prompts). `alpha` defaults to the artifact's own. Neither order nor `batch_size` changes a score.
+        `normalize` first centres and scales the raw reward on the reference sample. `alpha` defaults to the
+        artifact's own. Neither the order nor `batch_size` changes a score. Raises `UserError` if the numbers
+        of prompts and responses differ, or if there is no reference sample to normalize by.
         """
         raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
         if normalize:
             if self.settings.reward_mean is None or self.settings.reward_std is None:
                 raise UserError(
-                    "score: no reference sample is known for this reading of the model, so that it cannot be normalized"
+                    "score: no reference sample is known for this model and encoding, "
+                    "so the reward cannot be normalized; use normalize=False"
                 )
             raw = [(value - self.settings.reward_mean) / self.settings.reward_std for value in raw]
         return [(self.settings.alpha if alpha is None else alpha) * value for value in raw]
 
     def score_response(self, prompt: Text, response: Text) -> float:
-        """The score of one response."""
+        """Return the score of one response."""
         return self.score([prompt], [response])[0]
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
-        """(N, C) fp32 on the CPU: what the head gives, of a scalar model (N, 1)."""
+        """Return the head's outputs (N, C) in fp32 on the CPU; C is 1 for a scalar model.
+
+        Raises `UserError` if the numbers of prompts and responses differ.
+        """
         if len(prompts) != len(responses):
             raise UserError(
-                f"score: {len(prompts)} prompts but {len(responses)} responses; expected as many of one as of the other"
+                f"score: {len(prompts)} prompts but {len(responses)} responses; expected equal numbers"
             )
         if not prompts:
             return torch.zeros(0, self.model.config.num_labels)
@@ -133,71 +150,74 @@ class RewardModel:
 
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
         encoded = [
-            encode_response(self.tokenizer, self.settings.encoding, p, r)
-            for p, r in zip(prompts, responses, strict=True)
+            encode_response(self.tokenizer, self.settings.encoding, prompt, response)
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
-        # Answers to one prompt, wherever they stand, are a group.
-        order = sorted(range(len(prompts)), key=lambda i: str(prompts[i]))
-        groups = [[encoded[i] for i in group] for _, group in groupby(order, key=lambda i: str(prompts[i]))]
-        types = "token_type_ids" in self.tokenizer.model_input_names
-        found = batching.compute_logits(
+        # The responses to one prompt form a group, even if they are not adjacent.
+        keys = [str(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=keys.__getitem__)
+        groups = [[encoded[i] for i in group] for _, group in groupby(order, key=keys.__getitem__)]
+        logits = batching.compute_logits(
             self.model,
             groups,
             self.tokenizer.pad_token_id,
-            shared=self._shares,
+            share_prefixes=self._supports_prefix_sharing,
             batch_size=batch_size,
-            types=types,
+            use_token_types="token_type_ids" in self.tokenizer.model_input_names,
         )
-        return found[torch.tensor(order).argsort().to(found.device)].float().cpu()
+        return logits[torch.tensor(order).argsort().to(logits.device)].float().cpu()
 
     def lengths(self, responses: Sequence[Text]) -> list[int]:
-        """How many tokens each response has."""
+        """Return the length of each response in tokens."""
         return [
-            len(self.tokenizer(completion_text(each), add_special_tokens=False, verbose=False)["input_ids"])
-            for each in responses
+            len(self.tokenizer(completion_text(text), add_special_tokens=False, verbose=False)["input_ids"])
+            for text in responses
         ]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
-        """For each response {class: softmax probability}. Raises `UserError` where the model has one output."""
+        """Return {class: softmax probability} for each response.
+
+        Raises `UserError` if the model has one output.
+        """
         if self.model.config.num_labels == 1:
-            raise UserError("probabilities: this reward model gives a scalar, not classes; use score")
-        found = self.logits(prompts, responses).softmax(1).tolist()
-        return [dict(zip(_labels(self.model), row, strict=True)) for row in found]
+            raise UserError("probabilities: this reward model has one scalar output, no classes; use score")
+        rows = self.logits(prompts, responses).softmax(1).tolist()
+        return [dict(zip(_labels(self.model), row, strict=True)) for row in rows]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
-        """Indices of `responses`, best first; ties keep their order."""
+        """Return the indices of `responses`, best first; ties keep their order."""
         scores = self.score([prompt] * len(responses), responses)
         return sorted(range(len(scores)), key=lambda i: -scores[i])
 
     def best_of_n(self, prompt: Text, responses: Sequence[Text]) -> tuple[int, float]:
-        """(index, score) of the best response."""
+        """Return (index, score) of the best response."""
         scores = self.score([prompt] * len(responses), responses)
         best = max(range(len(scores)), key=scores.__getitem__)
         return best, scores[best]
 
 
-AT_A_TIME = 512  # answers between two moves of the bar
-
-
 class DistributedRewardModel(RewardModel):
-    """One that every process has loaded: each computes its share. To be called by all of them, with the same."""
+    """A reward model that every process has loaded; each process scores its share of the rows.
+
+    All processes must call its methods, with the same arguments.
+    """
 
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
-        def share(rows: Sequence[int]) -> list[list[float]]:
-            found: list[list[float]] = []
-            with progress_bar("scoring", "answers", total=len(rows)) as shown:
-                for start in range(0, len(rows), AT_A_TIME):
-                    mine = (
-                        [texts[row] for row in rows[start : start + AT_A_TIME]]
-                        for texts in (prompts, responses)
-                    )
-                    found += super(DistributedRewardModel, self).logits(*mine, batch_size=batch_size).tolist()
-                    shown.update(len(found) - start)
-            return found
+        """Return the head's outputs (N, C) of all rows on every process; see `RewardModel.logits`."""
+        local_logits = super().logits
 
-        return torch.tensor(map_across_processes(share, range(len(prompts)))).reshape(
-            len(prompts), self.model.config.num_labels
-        )
+        def compute(rows: Sequence[int]) -> list[list[float]]:
+            logits: list[list[float]] = []
+            with progress_bar("scoring", "responses", total=len(rows)) as bar:
+                for start in range(0, len(rows), RESPONSES_PER_UPDATE):
+                    chunk = rows[start : start + RESPONSES_PER_UPDATE]
+                    texts = ([column[row] for row in chunk] for column in (prompts, responses))
+                    logits += local_logits(*texts, batch_size=batch_size).tolist()
+                    bar.update(len(logits) - start)
+            return logits
+
+        rows = map_across_processes(compute, range(len(prompts)))
+        return torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
 
 
 def _load(
@@ -214,12 +234,14 @@ def _load(
     revision = options.get("revision")
     if not is_adapter(source, revision):
         return load_classifier(source, tokenizer, **weights, **options)
-    # Trained on a quantized base: the artifact is the adapter, and the head.
+
+    # Trained on a quantized base: the artifact is the adapter with the head.
     with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
         adapter = PeftConfig.from_pretrained(source, revision=revision)
     if adapter.task_type not in (None, TaskType.SEQ_CLS):
         raise UserError(
-            f"{source}: is an adapter of task {adapter.task_type}; a reward needs one of {TaskType.SEQ_CLS.value}"
+            f"{source}: is an adapter of task {adapter.task_type}; "
+            f"a reward needs one of {TaskType.SEQ_CLS.value}"
         )
     options = options | {"revision": adapter.revision, "head": (settings or RewardSettings()).head}
     base: Any = load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
@@ -228,28 +250,28 @@ def _load(
 
 
 def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSettings:
-    """How a classifier without `reward.json` is read; of several labels none is the reward yet (-1)."""
+    """Choose the settings of a classifier without `reward.json`.
+
+    With several labels, `logit` is -1: none is the reward yet.
+    """
     is_decoder = batching.score_head(model) is not None
-    limit = min(tokenizer.model_max_length, max_positions(model) or 512, 512)
-    has_template = tokenizer.chat_template != PLAIN_TEMPLATE.format(
-        separator="\n"
-    )  # what `load_tokenizer` gives one without
-    form = (
-        "pair"
-        if not is_decoder and tokenizer.is_fast
-        else "chat"
-        if is_decoder and has_template
-        else "concatenation"
-    )
-    how = Encoding(form=form, eos=form == "chat", max_length=limit)
-    objective = "classification" if model.config.num_labels > 1 else "regression"
+    max_length = min(tokenizer.model_max_length, max_positions(model) or 512, 512)
+    # `load_tokenizer` sets this template if the tokenizer has none.
+    has_template = tokenizer.chat_template != PLAIN_TEMPLATE.format(separator="\n")
+    if not is_decoder and tokenizer.is_fast:
+        form = "pair"
+    elif is_decoder and has_template:
+        form = "chat"
+    else:
+        form = "concatenation"
+    encoding = Encoding(form=form, eos=form == "chat", max_length=max_length)
     logger.warning(
-        "%s: no reward.json; read with %s; another reading: RewardModel.load(…, encoding={…})", source, how
+        "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})", source, encoding
     )
     return RewardSettings(
-        objective=objective,
+        objective="classification" if model.config.num_labels > 1 else "regression",
         outputs=_labels(model),
-        encoding=how,
+        encoding=encoding,
         logit=0 if model.config.num_labels == 1 else -1,
     )
 
@@ -261,21 +283,22 @@ def _override_settings(
     positive_label: str | None,
     encoding: dict[str, Any] | None,
 ) -> RewardSettings:
-    """The settings with what the user asks for in their place."""
+    """Return a copy of the settings with the user's label and encoding."""
     try:
-        found = dataclasses.replace(
+        overridden = dataclasses.replace(
             settings, encoding=dataclasses.replace(settings.encoding, **encoding or {})
         )
     except TypeError:
-        known = ", ".join(each.name for each in dataclasses.fields(Encoding))
+        known = ", ".join(field.name for field in dataclasses.fields(Encoding))
         raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
     if positive_label is not None:
-        found.logit = _label_index(source, model, positive_label)
+        overridden.logit = _label_index(source, model, positive_label)
     elif settings.logit < 0:
         raise UserError(
-            f"{source}: has the labels {_labels(model)} and no reward.json; say which one is good: positive_label=…"
+            f"{source}: has the labels {_labels(model)} and no reward.json; "
+            "name the label whose logit is the reward: positive_label=…"
         )
-    return found
+    return overridden
 
 
 def _labels(model: Any) -> list[str]:

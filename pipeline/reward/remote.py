@@ -1,12 +1,17 @@
-"""A reward model that an engine serves: `source: http://host:8000`. The engine computes the logits, all else is `RewardModel`'s.
+"""A reward model that an inference server runs: `source: http://host:8000`.
 
-`reads` is the folder or hub id of what is served. Its tokenizer, config and `reward.json` say how a row is read and what its logits are
-worth; without it they are those of the model that the server says it serves, where that is a folder here or a hub id. No weights load.
+The server computes the logits; everything else is `RewardModel`'s, and no weights are loaded here. `reads` is
+the folder or hub id of the served model. Its tokenizer, config and `reward.json` define how a row is encoded
+and what its logits mean. Without `reads`, they are those of the model that the server reports, if that is a
+folder here or a hub id.
 
-vLLM is given the very ids that `RewardModel` reads; token types it cannot be told, so that it is refused for pairs of a model that reads
-them. Text-embeddings-inference (TEI) is given text, or a pair of texts, that its tokenizer turns into the same ids; a chat has none, and
-is refused; where a row is cut it may read a token or two otherwise, which is logged. `pipeline.reward.inference_servers` knows what goes over the
-wire.
+- vLLM receives the same ids that `RewardModel` computes. It accepts no token types, so it is refused for
+  pairs of a model that uses them.
+- Text-embeddings-inference (TEI) receives text, or a pair of texts, which its tokenizer encodes into the same
+  ids. A chat has no such text and is refused. A row that was cut may differ by a token or two, which is
+  logged.
+
+The wire formats are in `pipeline.reward.inference_servers`.
 """
 
 import logging
@@ -28,134 +33,147 @@ from pipeline.errors import UserError
 from pipeline.models.chat import completion_text
 from pipeline.models.loading import explain_load_errors, is_adapter
 from pipeline.reward import inference_servers
-from pipeline.reward.encoding import concatenated_text, encode_response, prompt_text
+from pipeline.reward.encoding import Encoded, concatenated_text, encode_response, prompt_text
 from pipeline.reward.model import RewardModel
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteRewardModel(RewardModel):
-    """Scores answers as `RewardModel` does, with the logits of a server; of its own `model` only the shapes are there."""
+    """A `RewardModel` whose logits a server computes; its own `model` has shapes but no weights."""
 
     server: inference_servers.Server
-    timeout: float
-    _told = False
+    timeout: float  # seconds
+    _warned_of_truncation = False
 
     def __init__(self, model: Any, tokenizer: Any, settings: Any):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
-    def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> torch.Tensor:
-        read = self._ids if self.server.engine == "vllm" else self._texts
-        rows = [read(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        size = min(batch_size, self.server.rows or batch_size)
-        return torch.tensor(
-            [row for start in range(0, len(rows), size) for row in self._ask(rows[start : start + size])]
-        )
+    def check_server(self) -> None:
+        """Request the score of one row. Raises `UserError` if the server does not send it."""
+        self._request([self._row("Hello.", "Hello.")], retries=inference_servers.FAIL_FAST)
 
-    def _ask(self, rows: Sequence[Any], **options: Any) -> list[list[float]]:
+    def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> torch.Tensor:
+        rows = [self._row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        size = min(batch_size, self.server.rows or batch_size)
+        batches = [self._request(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return torch.tensor([row for batch in batches for row in batch])
+
+    def _request(self, rows: Sequence[Any], **options: Any) -> list[list[float]]:
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         return inference_servers.request_logits(self.server, rows, labels, self.timeout, **options)
 
+    def _row(self, prompt: Text, response: Text) -> list[int] | list[str]:
+        return self._ids(prompt, response) if self.server.engine == "vllm" else self._texts(prompt, response)
+
     def _ids(self, prompt: Text, response: Text) -> list[int]:
-        return encode_response(self.tokenizer, self.settings.encoding, prompt, response).ids
+        return self._encode(prompt, response).ids
 
     def _texts(self, prompt: Text, response: Text) -> list[str]:
-        """What TEI's own tokenizer turns into the ids."""
-        how, tokenizer = self.settings.encoding, self.tokenizer
-        found = encode_response(tokenizer, how, prompt, response)
+        """Return the texts that TEI's own tokenizer turns into the ids."""
+        encoding, tokenizer = self.settings.encoding, self.tokenizer
+        encoded = self._encode(prompt, response)
         texts = (
-            [prompt_text(prompt, how.separator), completion_text(response)]
-            if how.form == "pair"
-            else [concatenated_text(how, prompt, response)]
+            [prompt_text(prompt, encoding.separator), completion_text(response)]
+            if encoding.form == "pair"
+            else [concatenated_text(encoding, prompt, response)]
         )
-        if found.overlong:
-            parts = (found.ids[: found.answer], found.ids[found.answer :])
+        if encoded.overlong:
+            parts = (encoded.ids[: encoded.response_start], encoded.ids[encoded.response_start :])
             texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts][: len(texts)]
-        texts[-1] += tokenizer.eos_token if how.eos else ""
-        if found.overlong and not self._told and tokenizer(*texts, verbose=False)["input_ids"] != found.ids:
-            self._told = True
-            logger.warning(
-                "%s: where a row over max_length=%d is cut, TEI reads it a little otherwise",
-                self.server.url,
-                how.max_length,
-            )
+        texts[-1] += tokenizer.eos_token if encoding.eos else ""
+        if encoded.overlong:
+            self._warn_of_truncation(texts, encoded.ids)
         return texts
 
+    def _encode(self, prompt: Text, response: Text) -> Encoded:
+        return encode_response(self.tokenizer, self.settings.encoding, prompt, response)
 
-def require_remote(reward: Reward, fix: str, trust_remote_code: bool = False) -> Artifact:
-    """What is served, as an input: the artifact that is read, `served` in its manifest. The server is asked who it is and for one score.
+    def _warn_of_truncation(self, texts: list[str], ids: list[int]) -> None:
+        """Log once that the texts of a truncated row have other ids."""
+        if self._warned_of_truncation or self.tokenizer(*texts, verbose=False)["input_ids"] == ids:
+            return
+        self._warned_of_truncation = True
+        logger.warning(
+            "%s: TEI encodes rows that were cut at max_length=%d slightly differently",
+            self.server.url,
+            self.settings.encoding.max_length,
+        )
 
-    Its identity is that of what is read, with the engine, and the model's name and revision as the server tells them: not the URL, since
-    where it runs is not what it is. (The URL is a setting still: an interrupted run goes on only with the one it was begun with.) That a
-    server has the weights it says it has is not checked. Raises `UserError`.
+
+def require_remote(reward: Reward, make_command: str, trust_remote_code: bool = False) -> Artifact:
+    """Open a served model as an input: the artifact of the served model, with `served` in its manifest.
+
+    The server is asked for its model and for one score. Whether it has the weights that it reports is not
+    checked.
+
+    The identity combines that of the artifact with the engine, and the model's name and revision as the
+    server reports them. It excludes the URL: the same model on another host is the same input. The URL is
+    still a setting, so an interrupted run resumes only with the URL that it started with.
+
+    Raises `UserError` if the artifact is missing, or the server does not respond or does not fit it.
     """
     server = inference_servers.probe(reward.source.rstrip("/"), reward.timeout)
     path = reward.reads or server.path
     if not reward.reads and not Path(path).exists() and not hub.is_hub_id(path):
         raise UserError(
-            f"{server.url}: serves {path}, which is no folder here; name the folder or hub id of what it serves: reads=…"
+            f"{server.url}: serves {path}, which is not a folder here; "
+            "name the folder or hub id of the served model: reads=…"
         )
-    opened = require_artifact(path, "reward", fix, server.revision)
+    opened = require_artifact(path, "reward", make_command, server.revision)
     identity = hash_value([opened.identity, server.engine, server.model, server.revision])
-    found = Artifact(
+    artifact = Artifact(
         opened.path,
         opened.manifest | {"served": server._asdict(), "reads": opened.identity, "identity": identity},
     )
-    model = load_remote(reward, found, trust_remote_code=trust_remote_code)
-    model._ask(
-        [model._ids("Hello.", "Hello.") if server.engine == "vllm" else model._texts("Hello.", "Hello.")],
-        retries=inference_servers.FAIL_FAST,
-    )
-    return found
+    load_remote(reward, artifact, trust_remote_code=trust_remote_code).check_server()
+    return artifact
 
 
 def load_remote(reward: Reward, opened: Artifact, **options: Any) -> RemoteRewardModel:
-    """The model of what `require` opened; nobody is asked. Raises `UserError` where this engine cannot be given what it reads."""
-    server, source, revision = (
-        inference_servers.Server(**opened.manifest["served"]),
-        str(opened.path),
-        opened.revision,
-    )
+    """Load the model that `require_remote` opened, without a request to the server.
+
+    Raises `UserError` if the server's engine does not support the model's input.
+    """
+    server = inference_servers.Server(**opened.manifest["served"])
+    source, revision = str(opened.path), opened.revision
     if is_adapter(source, revision):
         raise UserError(
-            f"{source}: is an adapter alone, which {server.engine} does not serve as a classifier; name a whole model"
+            f"{source}: is an adapter alone, which {server.engine} does not serve as a classifier; "
+            "name a whole model"
         )
+
     code = {"trust_remote_code": options.get("trust_remote_code", False)}
     with explain_load_errors(source, "sequence classifier"), init_empty_weights():
         config = AutoConfig.from_pretrained(source, revision=revision, **code)
-        shape = AutoModelForSequenceClassification.from_config(config, **code)
-    found: Any = RemoteRewardModel.load(
-        source, model=shape, revision=revision, positive_label=reward.positive_label, **options
+        empty = AutoModelForSequenceClassification.from_config(config, **code)
+    model: Any = RemoteRewardModel.load(
+        source, model=empty, revision=revision, positive_label=reward.positive_label, **options
     )
-    found.server, found.timeout, shape.name_or_path = server, reward.timeout, source
-    if unfit := _unsupported_input(server.engine, found):
-        raise UserError(f"{server.url}: {source} reads {unfit}")
-    how = found.settings.encoding
-    if 0 < server.tokens < how.max_length:
+    model.server, model.timeout, empty.name_or_path = server, reward.timeout, source
+
+    if unsupported := _unsupported_input(server.engine, model):
+        raise UserError(f"{server.url}: {source} reads {unsupported}")
+    max_length = model.settings.encoding.max_length
+    if 0 < server.tokens < max_length:
         raise UserError(
-            f"{server.url}: takes {server.tokens} tokens, but {source} reads up to {how.max_length}; serve it with as many"
+            f"{server.url}: accepts {server.tokens} tokens, but {source} reads up to {max_length}; "
+            "serve it with as many"
         )
-    return found
+    return model
 
 
 def _unsupported_input(engine: str, model: RewardModel) -> str | None:
-    """What a model reads that an engine cannot be given."""
-    form, typed = model.settings.encoding.form, getattr(model.model.config, "type_vocab_size", 0) > 1
-    types = "token_type_ids" in model.tokenizer.model_input_names
+    """Return the input of a model that an engine does not support, or None."""
+    form = model.settings.encoding.form
+    has_types = getattr(model.model.config, "type_vocab_size", 0) > 1
+    uses_types = "token_type_ids" in model.tokenizer.model_input_names
     if engine == "vllm":
-        told = form != "concatenation" and typed and types
-        return (
-            "token types, which vLLM cannot be told; serve it with text-embeddings-inference"
-            if told
-            else None
-        )
+        if form != "concatenation" and has_types and uses_types:
+            return "token types, which vLLM does not accept; serve it with text-embeddings-inference"
+        return None
     if form == "chat":
-        return (
-            "a chat, which is made of ids, and text-embeddings-inference takes text alone; serve it with vLLM"
-        )
-    without = form == "pair" and typed and not types
-    return (
-        "pairs without token types, which text-embeddings-inference gives it; serve it with vLLM"
-        if without
-        else None
-    )
+        return "a chat as token ids, but text-embeddings-inference accepts only text; serve it with vLLM"
+    if form == "pair" and has_types and not uses_types:
+        return "pairs without token types, but text-embeddings-inference adds them; serve it with vLLM"
+    return None

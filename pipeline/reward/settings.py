@@ -16,12 +16,15 @@ SETTINGS = "reward.json"
 
 @dataclass
 class RewardSettings:
-    """`reward.json`: how text becomes ids and logits become a reward. Higher is better once `sign` is applied.
+    """The content of `reward.json`. Higher rewards are better once `sign` is applied.
 
-    `quantization` and `precision` are those of the weights it was trained on. `output` of the output number `logit`: `logit`, `log_odds`
-    against the others or softmax `probability`; `ensemble`: the mean over all outputs less `uncertainty_penalty` standard deviations
-    (Coste et al. 2023). The last four are of a reference sample's answers: of their rewards, and of their tokens (the slope is that of
-    the reward on the tokens).
+    - `quantization` and `precision` are those of the weights during training.
+    - `output` is computed from output number `logit`: `logit`, `log_odds` against the other outputs, or the
+      softmax `probability`. `ensemble` is the mean over all outputs less `uncertainty_penalty` standard
+      deviations (Coste et al. 2023).
+    - `reward_mean` and `reward_std` are the mean and standard deviation of the rewards on a reference sample.
+    - `length_mean` is the mean length in tokens of the responses in that sample. `length_slope` is the slope
+      of the reward on the length.
     """
 
     objective: str = "pairwise"
@@ -41,7 +44,10 @@ class RewardSettings:
 
     @property
     def head(self) -> dict[str, Any]:
-        """The config of the head; scalars are of problem type regression, or `pipeline()` would squash them."""
+        """The config of the head.
+
+        Scalars have the problem type regression: transformers' `pipeline()` would apply a sigmoid otherwise.
+        """
         return head_config(
             self.outputs,
             "single_label_classification" if self.objective == "classification" else "regression",
@@ -49,7 +55,10 @@ class RewardSettings:
 
     @classmethod
     def load(cls, folder: Path) -> "RewardSettings | None":
-        """What `folder` holds, if anything. Raises `UserError` where it is of another version."""
+        """Load the settings of `folder`, or return None if it has none.
+
+        Raises `UserError` if they were written by another version.
+        """
         path = folder / SETTINGS
         if not path.is_file():
             return None
@@ -62,10 +71,11 @@ class RewardSettings:
             ) from None
 
     def save(self, folder: Path) -> None:
+        """Write `reward.json` into `folder`."""
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def reward(self, logits: Tensor) -> Tensor:
-        """(N, C) logits -> (N,) raw rewards, before `alpha`."""
+        """Return the raw rewards (N,) of logits (N, C), before `alpha`."""
         if self.output == "ensemble":
             return self.sign * logits.mean(1) - self.uncertainty_penalty * logits.std(1, correction=0)
         if self.output == "probability":

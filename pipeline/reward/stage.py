@@ -1,14 +1,19 @@
-"""Reward models: human feedback in, a scalar reward out.
+"""The reward stage: human feedback in, a reward model with a scalar reward out.
 
-In: the records that the objective learns from (comparisons, rankings, labels or ratings) of the prepare artifact and a base model (hub
-id, folder, or `scratch`), decoder or encoder. Out: a sequence-classification checkpoint that plain `transformers` loads, its tokenizer,
-`reward.json` (how text becomes a reward), `metrics.json`, and README.md, which says all that; under LoRA the merged model with `adapter/`
-beside it, on a quantized base the adapter alone. A wrong input gets one `UserError`.
+In: a base model (hub id, folder, or `scratch`), decoder or encoder, and records of the prepare artifact: the
+kind that the objective learns from (comparisons, rankings, labels or ratings).
+
+Out: a sequence-classification checkpoint that plain `transformers` loads, and its tokenizer; `reward.json`,
+which defines how text becomes a reward; `metrics.json`; and README.md, the model card. With LoRA, the
+checkpoint is the merged model with `adapter/` beside it; on a quantized base, it is the adapter alone.
+
+A wrong input raises one `UserError`.
 """
 
 import dataclasses
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,7 @@ from pipeline.models.scratch import new_classifier
 from pipeline.reward import batching
 from pipeline.reward.card import describe_architecture, write_card
 from pipeline.reward.dataset import tokenize_records
-from pipeline.reward.encoding import Encoding, prompt_text
-from pipeline.reward.encoding import check_encoding as check_encoding
+from pipeline.reward.encoding import Encoding, check_encoding, prompt_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split, reference_statistics
 from pipeline.reward.model import DistributedRewardModel
 from pipeline.reward.settings import RewardSettings
@@ -48,35 +52,41 @@ from pipeline.training.arguments import (
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
 
-MEMBER_FRACTION = 0.7  # of the rows each member learns from
+MEMBER_FRACTION = 0.7  # of the rows, for each member of an ensemble
+
+# Keys of `training:` by which TRL would change the base or its tokenizer.
+UNSUPPORTED_KEYS = {
+    "eos_token",
+    "pad_token",
+    "chat_template_path",
+    "model_init_kwargs",
+    "pad_to_multiple_of",
+}
+
+Split = tuple[Dataset, dict[str, int]]  # tokenised rows, and the counts of those that did not fit
 
 
 def check(config: RewardStage) -> None:
-    """Refuse what is wrong with the config alone. Raises `UserError`."""
+    """Check the config alone. Raises `UserError`."""
     check_training(config, trl.RewardConfig)
-    for key in {
-        "eos_token",
-        "pad_token",
-        "chat_template_path",
-        "model_init_kwargs",
-        "pad_to_multiple_of",
-    } & config.training.keys():
+    for key in UNSUPPORTED_KEYS & config.training.keys():
         raise UserError(
-            f"reward: training.{key} is not read; what it would change is the base's tokenizer, see 'encoding' and 'model'"
+            f"reward: training.{key} is not read: it would change the base's tokenizer; "
+            "use 'encoding' and 'model'"
         )
-    compares = OBJECTIVES[config.objective].compares
-    read = {
-        "center_rewards_coefficient": compares,
+    is_read = {
+        "center_rewards_coefficient": OBJECTIVES[config.objective].compares,
         "label_smoothing_factor": config.objective in ("pairwise", "classification"),
     }
-    for key, is_read in read.items():
-        if config.training.get(key) and not is_read:
+    for key, applies in is_read.items():
+        if config.training.get(key) and not applies:
             raise UserError(
                 f"reward: training.{key} is not read with objective: {config.objective}; remove it"
             )
 
 
 def run(config: RewardStage) -> Path:
+    """Run the stage and return the folder of its artifact. Raises `UserError` if an input is wrong."""
     check(config)
     inputs = open_inputs(config)
     if "model" in inputs:
@@ -92,37 +102,84 @@ def run(config: RewardStage) -> Path:
 
 
 def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> dict[str, Any]:
-    """Train, save, and measure on the test split; returns the headline metrics."""
-    # Ranks differ in their number of forwards, each of which would send buffers that no training changes.
+    """Train, save and evaluate a reward model, and return the headline metrics and the row counts.
+
+    `output` is the folder of the artifact, `work` that of the checkpoints. Only rank 0 returns metrics.
+    """
+    # Ranks run different numbers of forwards. DDP would synchronise the buffers in each, and no training
+    # changes them.
     fixed = {"max_length": None, "remove_unused_columns": False, "ddp_broadcast_buffers": False}
     args = build_arguments(config, trl.RewardConfig, work, **fixed)
     kind = OBJECTIVES[config.objective].kind
     data = open_records(records, kind)
-    set_seed(config.seed)  # the head is new
+
+    set_seed(config.seed)  # the head is initialised randomly
     settings = build_settings(config, data)
     model, tokenizer = load_base(config, settings, data)
     settings.encoding = choose_encoding(config, model, tokenizer)
-    drop = config.overlong == "drop"
-    rows = {
-        split: tokenize_records(part, kind, tokenizer, settings.encoding, drop)
-        for split, part in data.items()
-        if len(part)
-    }
-    log_overlong(config, rows)
-    if not len(rows["train"][0]):
+    splits = tokenize_splits(config, data, tokenizer, settings.encoding)
+    if not len(splits["train"][0]):
         raise UserError(
-            f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; raise it"
+            f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; "
+            "raise it"
         )
     batching.check_padding(model, tokenizer.pad_token_id, config.model)
+
+    trainer = build_trainer(config, model, tokenizer, settings, splits, args)
+    train_with_resume(trainer, work)
+    trainer.optimizer = trainer.lr_scheduler = None  # frees memory for the model that is evaluated
+    trainer.accelerator.free_memory()
+
+    architecture = describe_architecture(trainer.model)
+    weights = full_state_dict(trainer)
+    if is_main_process():
+        save_model(trainer, weights, config, settings, output)
+        write_log(trainer, output)
+    broadcast("saved")
+    headline = publish_metrics(config, records, data, output)
+    if not is_main_process():
+        return {}
+    rows = {split: {"rows": len(kept)} | counts for split, (kept, counts) in splits.items()}
+    write_card(output, config, settings, records, trainer, architecture, rows)
+    return headline | {"rows": rows}
+
+
+def tokenize_splits(
+    config: RewardStage, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> dict[str, Split]:
+    """Tokenise the splits that have rows, and print how many rows did not fit."""
+    kind, drop = OBJECTIVES[config.objective].kind, config.overlong == "drop"
+    splits = {
+        name: tokenize_records(rows, kind, tokenizer, encoding, drop)
+        for name, rows in data.items()
+        if len(rows)
+    }
+    for name, (_, counts) in splits.items():
+        if counts and is_main_process():
+            outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+            print(f"  {name}: over max_length={config.max_length} (overlong: {config.overlong}): {outcomes}")
+    return splits
+
+
+def build_trainer(
+    config: RewardStage,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RewardSettings,
+    splits: Mapping[str, Split],
+    args: trl.RewardConfig,
+) -> RewardTrainer:
+    """Build the trainer. Raises `UserError` if LoRA's target modules are not in the model."""
+    validation = splits["validation"][0] if "validation" in splits else None
     try:
-        trainer = RewardTrainer(
+        return RewardTrainer(
             model,
             config.objective,
             class_weights=config.class_weights,
             positive=settings.logit,
             args=args,
-            train_dataset=assign_bootstrap_rows(config, rows["train"][0]),
-            eval_dataset=require_eval_rows(args, rows["validation"][0] if "validation" in rows else None),
+            train_dataset=assign_bootstrap_rows(config, splits["train"][0]),
+            eval_dataset=require_eval_rows(args, validation),
             processing_class=tokenizer,
             peft_config=build_lora_config(
                 config, TaskType.SEQ_CLS, config.revision, head_module_names(model)
@@ -132,46 +189,41 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
     except ValueError as error:
         if config.lora is None:
             raise
-        # PEFT's, of modules that this model has not, or has by other names
-        raise UserError(
-            f"reward: lora: {' '.join(str(error).split())}; try lora.target_modules=all-linear"
-        ) from None
-    train_with_resume(trainer, work)
-    trainer.optimizer = trainer.lr_scheduler = None  # room for the model as others will read it
-    trainer.accelerator.free_memory()
-    built = describe_architecture(trainer.model)
-    weights = full_state_dict(trainer)
-    if is_main_process():
-        save_model(trainer, weights, config, settings, output)
-        write_log(trainer, output)
-    broadcast("saved")
-    found = publish_metrics(config, records, data, output)
-    if not is_main_process():
-        return {}
-    counted = {split: {"rows": len(kept)} | counts for split, (kept, counts) in rows.items()}
-    write_card(output, config, settings, records, trainer, built, counted)
-    return found | {"rows": counted}
+        # PEFT raises it if the model has no modules of these names.
+        reason = " ".join(str(error).split())
+        raise UserError(f"reward: lora: {reason}; try lora.target_modules=all-linear") from None
 
 
 def build_settings(config: RewardStage, data: DatasetDict) -> RewardSettings:
-    """What the head gives, and which part of it is the reward."""
-    settings = RewardSettings(objective=config.objective, output=config.reward_output)
-    settings.quantization, settings.precision = config.quantization, weight_precision(config)
+    """Return the settings of the model to train: its outputs, and which of them is the reward.
+
+    Raises `UserError` if the labels have no class names, if no training row has the positive label, or if
+    `class_weights` has another number of classes.
+    """
+    settings = RewardSettings(
+        objective=config.objective,
+        output=config.reward_output,
+        quantization=config.quantization,
+        precision=weight_precision(config),
+    )
     if config.objective == "classification":
-        classes = data["train"].features["label"]
-        if not hasattr(classes, "names"):
+        labels = data["train"].features["label"]
+        if not hasattr(labels, "names"):
             raise UserError(
-                "labels: the column 'label' needs the names of its classes (datasets.ClassLabel); let prepare make the records"
+                "labels: the column 'label' needs the names of its classes (datasets.ClassLabel); "
+                "let prepare make the records"
             )
-        settings.outputs = list(classes.names)
+        settings.outputs = list(labels.names)
         settings.logit = positive_class(config, settings.outputs)
         if settings.logit not in data["train"]["label"]:
             raise UserError(
-                f"reward: positive_label={settings.outputs[settings.logit]!r}: no row to train on has it; see prepare's report"
+                f"reward: positive_label={settings.outputs[settings.logit]!r}: no training row has it; "
+                "see prepare's report"
             )
         if config.class_weights and len(config.class_weights) != len(settings.outputs):
             raise UserError(
-                f"reward: class_weights has {len(config.class_weights)} numbers for the classes {', '.join(settings.outputs)}"
+                f"reward: class_weights has {len(config.class_weights)} numbers "
+                f"for the classes {', '.join(settings.outputs)}; give one for each"
             )
     elif config.ensemble > 1:
         settings.outputs = [f"reward_{i}" for i in range(config.ensemble)]
@@ -180,24 +232,32 @@ def build_settings(config: RewardStage, data: DatasetDict) -> RewardSettings:
 
 
 def positive_class(config: RewardStage, classes: list[str]) -> int:
-    """The class whose logit is the reward: the one that is named, or "true" or "1"."""
-    for name in (config.positive_label,) if config.positive_label is not None else ("true", "1"):
+    """Return the index of the class whose logit is the reward: `positive_label`, or else "true" or "1".
+
+    Raises `UserError` if there is no such class.
+    """
+    names = ("true", "1") if config.positive_label is None else (config.positive_label,)
+    for name in names:
         if name in classes:
             return classes.index(name)
-    found = (
+    problem = (
         f"positive_label={config.positive_label!r} is none of them"
         if config.positive_label
         else "'positive_label' is not set"
     )
     raise UserError(
-        f"reward: the classes are {', '.join(classes)}, and {found}; set positive_label to the one that is good"
+        f"reward: the classes are {', '.join(classes)}, and {problem}; "
+        "set positive_label to the class whose logit is the reward"
     )
 
 
 def load_base(
     config: RewardStage, settings: RewardSettings, data: DatasetDict
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model with its head, and its tokenizer."""
+    """Load the base model with its head, and its tokenizer; `scratch` initialises both from the records.
+
+    Raises `UserError` if the base cannot be loaded.
+    """
     if config.scratch is not None:
         kind = KINDS[OBJECTIVES[config.objective].kind]
         assert kind.responses, f"{config.objective} learns from responses"
@@ -207,7 +267,7 @@ def load_base(
             for text in (record["prompt"], *kind.responses(record))
         ]
         return new_classifier(texts, config.scratch, config.encoding.separator, settings.head)
-    # Where no EOS ends the ids, a pad token that is EOS hides nothing, and the vocabulary stays that of the base.
+    # If no EOS ends the ids, the pad token may be EOS: it hides nothing, and the base keeps its vocabulary.
     tokenizer = load_tokenizer(
         config.model,
         separator=config.encoding.separator,
@@ -221,41 +281,42 @@ def load_base(
 
 
 def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-    """The `encoding:` section, what it leaves open chosen by the model; the tokenizer is told what plain readers need to know."""
-    form = config.encoding.form or ("pair" if batching.score_head(model) is None else "chat")
-    eos = (
-        config.encoding.eos
-        if config.encoding.eos is not None
-        else form != "pair" and batching.score_head(model) is not None
-    )
+    """Return the `encoding:` section with its open fields chosen for the model.
+
+    The tokenizer gets the settings that plain `transformers` needs to encode the same way. Raises `UserError`
+    if the model or its tokenizer does not support the encoding.
+    """
+    is_decoder = batching.score_head(model) is not None
+    form = config.encoding.form or ("chat" if is_decoder else "pair")
+    eos = config.encoding.eos if config.encoding.eos is not None else form != "pair" and is_decoder
     side = "right" if config.overlong == "truncate_right" else "left"
-    how = Encoding(form, config.encoding.separator, eos, side, config.max_length)
-    check_encoding(tokenizer, how, config.model, max_positions(model))
-    told = {"model_max_length": config.max_length, "truncation_side": side, "padding_side": "right"}
+    encoding = Encoding(form, config.encoding.separator, eos, side, config.max_length)
+    check_encoding(tokenizer, encoding, config.model, max_positions(model))
+
+    options: dict[str, Any] = {
+        "model_max_length": config.max_length,
+        "truncation_side": side,
+        "padding_side": "right",
+    }
     if not config.encoding.token_types:
-        told["model_input_names"] = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    for name, value in told.items():
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        options["model_input_names"] = names
+    for name, value in options.items():
         setattr(tokenizer, name, value)
-    tokenizer.init_kwargs |= told  # which is what is saved
-    return how
-
-
-def log_overlong(config: RewardStage, rows: dict[str, tuple[Dataset, dict[str, int]]]) -> None:
-    for split, (_, counts) in rows.items():
-        if counts and is_main_process():
-            found = ", ".join(f"{count:,} {fate}" for fate, count in counts.items())
-            print(f"  {split}: over max_length={config.max_length} (overlong: {config.overlong}): {found}")
+    tokenizer.init_kwargs |= options  # `save_pretrained` writes these
+    return encoding
 
 
 def assign_bootstrap_rows(config: RewardStage, rows: Dataset) -> Dataset:
-    """Each member of an ensemble learns from a sample of its own, so that where they agree it is for what the data say."""
+    """Assign each member of an ensemble its own random sample of the rows, in the column `members`.
+
+    Members then agree because of the data, not because they were trained on the same rows.
+    """
     if config.ensemble == 1:
         return rows
     rng = random.Random(config.seed)
-    return rows.add_column(
-        "members",
-        [[rng.random() < MEMBER_FRACTION for _ in range(config.ensemble)] for _ in range(len(rows))],
-    )
+    members = [[rng.random() < MEMBER_FRACTION for _ in range(config.ensemble)] for _ in range(len(rows))]
+    return rows.add_column("members", members)
 
 
 def save_model(
@@ -265,7 +326,10 @@ def save_model(
     settings: RewardSettings,
     output: Path,
 ) -> None:
-    """Write the checkpoint in the form its quantization asks for, and `reward.json`; `weights` are the model's where they were sharded."""
+    """Write the checkpoint in the form that its quantization requires, the tokenizer and `reward.json`.
+
+    `weights` is the full state if the model is sharded, else None.
+    """
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     if config.quantization == "none" and weights is None:
@@ -275,11 +339,9 @@ def save_model(
         if weights is not None:
             model, weights = reload_adapter(output / "adapter", config, settings, tokenizer), None
         model = model.float().merge_and_unload()  # in bf16 most of what was learned would be rounded away
-    model.save_pretrained(
-        output,
-        state_dict=weights,
-        **({} if config.quantization == "none" else {"save_embedding_layers": False}),
-    )
+
+    options = {} if config.quantization == "none" else {"save_embedding_layers": False}
+    model.save_pretrained(output, state_dict=weights, **options)
     tokenizer.save_pretrained(output)
     settings.save(output)
 
@@ -287,7 +349,7 @@ def save_model(
 def reload_adapter(
     adapter: Path, config: RewardStage, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
-    """The base, whole in this process, with the adapter and head that were trained on its shards."""
+    """Load the unsharded base in this process, with the adapter and head that were trained on its shards."""
     options = load_options(config, config.revision)
     base: Any = load_classifier(config.model, tokenizer, head=settings.head, **options)
     return PeftModel.from_pretrained(base, str(adapter))
@@ -296,28 +358,25 @@ def reload_adapter(
 def publish_metrics(
     config: RewardStage, records: Artifact, data: DatasetDict, output: Path
 ) -> dict[str, Any]:
-    """Measure what was saved as all will read it, in fp32; the first line is on the records it learned from."""
+    """Evaluate the saved model in fp32, as its users load it, and return the headline metrics.
+
+    Writes metrics.json, whose first entry is the kind of records in training, and the reference statistics.
+    """
     reward = DistributedRewardModel.load(output, trust_remote_code=config.trust_remote_code)
-    kind = OBJECTIVES[config.objective].kind
     reference = data["validation"] if len(data["validation"]) else data["train"]
     reward.settings = dataclasses.replace(reward.settings, **reference_statistics(reward, reference))
-    kinds = [
-        kind,
-        *sorted(
-            name
-            for name in LEARNABLE
-            if name != kind and (records.path / name).is_dir() and not records.is_external
-        ),
-    ]
-    found = evaluate_reward_model(
-        reward, {name: held_out_split(open_records(records, name)) for name in kinds}
-    )
+
+    kinds = [OBJECTIVES[config.objective].kind]
+    if not records.is_external:
+        kinds += sorted(name for name in LEARNABLE if name not in kinds and (records.path / name).is_dir())
+    held_out = {kind: held_out_split(open_records(records, kind)) for kind in kinds}
+    metrics = evaluate_reward_model(reward, held_out)
+
     if is_main_process():
         reward.settings.save(output)
-        (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
-    return {
-        "metrics": {
-            name: {k: v for k, v in figures.items() if isinstance(v, int | float)}
-            for name, figures in found.items()
-        }
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    headline = {
+        kind: {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for kind, values in metrics.items()
     }
+    return {"metrics": headline}

@@ -1,7 +1,8 @@
-"""`trl.RewardTrainer` for every objective, encoder and decoder: its optimizer, LoRA and checkpoints, this project's batches and losses.
+"""`trl.RewardTrainer` for every objective, encoder and decoder.
 
-`trl.RewardTrainer` takes one output and pairs; what it does with the model and the data before training is met here, in one place, and
-tests/reward/test_trainer.py fails where TRL changes it.
+The optimizer, LoRA and checkpoints are TRL's; the batches and losses are this package's. `trl.RewardTrainer`
+supports one output and pairs only. Everything it does to the model and the data before training is handled
+here, in one place; tests/reward/test_trainer.py fails if TRL changes it.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from pipeline.reward import batching, metrics, objectives
 from pipeline.reward.encoding import Encoded
 from pipeline.reward.objectives import bradley_terry, centring, classification, regression
 
-ABSENT = -100  # a rank that pads a prompt with fewer answers
+ABSENT = -100  # a rank that pads a prompt with fewer responses
 
 
 @dataclass
 class Batch:
-    """The answers of each row, their margins (N,), and which outputs of an ensemble learn from it (N, outputs): of no type that the Trainer
-    would walk into in search of tensors."""
+    """The responses of each row, the margins (N,), and the outputs that learn from each row (N, outputs).
+
+    The Trainer does not look inside this type for tensors to move or to gather.
+    """
 
     groups: list[list[Encoded]]
     margins: Tensor | None
@@ -34,7 +37,11 @@ class Batch:
 
 
 class RewardTrainer(trl.RewardTrainer):
-    """`objective` is a key of `OBJECTIVES`; data is what `examples` makes. Evaluation is over rows, whatever the batch."""
+    """A trainer for one `objective`, a key of `OBJECTIVES`, on the rows of `tokenize_records`.
+
+    `class_weights` and `positive`, the index of the class that is the reward, apply to classification. The
+    metrics of an evaluation are over rows, whatever the batch.
+    """
 
     args: trl.RewardConfig
     objective: str
@@ -55,41 +62,43 @@ class RewardTrainer(trl.RewardTrainer):
         self.class_weights = torch.tensor(class_weights) if class_weights else None
         labels = model.config.id2label
         self.classes = list(labels.values())
-        model.config.num_labels = 1  # TRL refuses a model of several outputs, and does nothing else about it
+
+        model.config.num_labels = 1  # TRL refuses several outputs, and uses the number for nothing else
         super().__init__(model=model, data_collator=self._collate, compute_metrics=self._measure, **options)
         trained: Any = self.model
-        trained.config.id2label, trained.config.label2id = (
-            labels,
-            {name: index for index, name in labels.items()},
-        )
+        trained.config.id2label = labels
+        trained.config.label2id = {name: index for index, name in labels.items()}
         for parameter in trained.parameters():
-            if parameter.requires_grad:  # TRL halves the adapter and the head of a quantized base, which then do not fit fp32 activations
+            if parameter.requires_grad:
+                # TRL casts the adapter and head of a quantized base to bf16, which does not fit fp32
+                # activations.
                 parameter.data = parameter.data.float()
+
         self.label_names = ["labels"]
-        self._tokens = 0  # read in training, on all ranks as many as on this one
-        self.pad = self.processing_class.pad_token_id
-        self.types = "token_type_ids" in self.processing_class.model_input_names
+        self._tokens = 0  # seen in training, if every rank sees as many as this one
+        self.pad_token_id = self.processing_class.pad_token_id
+        self.use_token_types = "token_type_ids" in self.processing_class.model_input_names
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
         with self.accelerator.autocast():
-            self.shared = OBJECTIVES[objective].compares and batching.supports_prefix_sharing(
-                trained, self.pad, longest
+            self.share_prefixes = OBJECTIVES[objective].compares and batching.supports_prefix_sharing(
+                trained, self.pad_token_id, longest
             )
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        """TRL's own would tokenise."""
+        """Return the dataset as it is; TRL's method would tokenise it."""
         return dataset
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [
-            [Encoded(ids, answer, False) for ids, answer in zip(row["ids"], row["answer"], strict=True)]
+            [Encoded(ids, start, False) for ids, start in zip(row["ids"], row["response_start"], strict=True)]
             for row in rows
         ]
         margins = torch.tensor([row["margin"] for row in rows]) if "margin" in rows[0] else None
-        members = (
-            torch.tensor([row["members"] for row in rows])
-            if "members" in rows[0]
-            else torch.ones(len(rows), len(self.classes))
-        )
+        if "members" in rows[0]:
+            members = torch.tensor([row["members"] for row in rows])
+        else:
+            members = torch.ones(len(rows), len(self.classes))
+
         targets = [row["target"] for row in rows]
         if OBJECTIVES[self.objective].compares:
             most = max(map(len, targets))
@@ -99,40 +108,46 @@ class RewardTrainer(trl.RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the loss of a batch, and with `return_outputs` the logits.
+
+        Logits are (N, C) for classification, (N, K) for objectives that compare, (N,) for others.
+        """
         batch, targets = inputs["batch"], inputs["labels"]
-        self._tokens += (
-            sum(len(answer.ids) for group in batch.groups for answer in group)
-            * self.args.world_size
-            * model.training
-        )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        tokens = sum(len(response.ids) for group in batch.groups for response in group)
+        self._tokens += tokens * self.args.world_size * model.training
+
         logits = batching.compute_logits(
-            model, batch.groups, self.pad, shared=self.shared, types=self.types, at_once=sharded
+            model,
+            batch.groups,
+            self.pad_token_id,
+            share_prefixes=self.share_prefixes,
+            use_token_types=self.use_token_types,
+            single_batch=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         ).float()
         if self.objective == "classification":
             weights = None if self.class_weights is None else self.class_weights.to(logits.device)
             loss = classification(logits, targets, weights, self.args.label_smoothing_factor)
             return (loss, {"logits": logits}) if return_outputs else loss
-        # (N, K) for each output of an ensemble, or (N,) where answers are judged alone
-        members = [self._grid(scores, targets) for scores in logits.unbind(1)]
+
+        # (N, K) for each output of an ensemble, or (N,) for an objective that scores each response alone
+        scores = [self._to_grid(output, targets) for output in logits.unbind(1)]
         rows = batch.members.to(targets.device).unbind(1)
-        loss = torch.stack(
-            [self._loss(scores, targets, batch, mine) for scores, mine in zip(members, rows, strict=True)]
-        ).mean()
-        return (loss, {"logits": torch.stack(members).mean(0)}) if return_outputs else loss
+        losses = [self._loss(member, targets, batch, mask) for member, mask in zip(scores, rows, strict=True)]
+        loss = torch.stack(losses).mean()
+        return (loss, {"logits": torch.stack(scores).mean(0)}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the number of tokens seen in training."""
         super().log(logs | {"num_tokens": float(self._tokens)} if "loss" in logs else logs, start_time)
 
-    def _grid(self, scores: Tensor, targets: Tensor) -> Tensor:
-        return (
-            torch.zeros(targets.shape, device=scores.device).masked_scatter(targets > 0, scores)
-            if targets.ndim == 2
-            else scores
-        )
+    def _to_grid(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the scores in the shape of the targets, 0 in the padding."""
+        if targets.ndim != 2:
+            return scores
+        return torch.zeros(targets.shape, device=scores.device).masked_scatter(targets > 0, scores)
 
     def _loss(self, scores: Tensor, targets: Tensor, batch: Batch, rows: Tensor) -> Tensor:
-        """The objective on the rows that one member of an ensemble learns from."""
+        """Return the objective on the rows (a mask) that one member of an ensemble learns from."""
         if not rows.any():
             return scores.sum() * 0
         scores, targets = scores[rows], targets[rows]
@@ -147,16 +162,17 @@ class RewardTrainer(trl.RewardTrainer):
         coefficient = self.args.center_rewards_coefficient
         return loss + coefficient * centring(scores, mask) if coefficient else loss
 
-    def _measure(self, found: EvalPrediction) -> dict[str, float]:
-        """Figures over all rows of an evaluation."""
-        scores, targets = np.asarray(found.predictions), np.asarray(found.label_ids)
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return the metrics over all rows of an evaluation."""
+        scores, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if self.objective == "classification":
-            figures = metrics.label_metrics(scores, targets, self.classes, self.positive)
+            computed = metrics.label_metrics(scores, targets, self.classes, self.positive)
         elif self.objective == "regression":
-            figures = metrics.rating_metrics(scores, targets)
+            computed = metrics.rating_metrics(scores, targets)
         else:
-            kept = targets > 0
-            figures = metrics.ranking_metrics(
-                *([row[mask] for row, mask in zip(each, kept, strict=True)] for each in (scores, targets))
+            present = [ranks > 0 for ranks in targets]
+            computed = metrics.ranking_metrics(
+                [row[mask] for row, mask in zip(scores, present, strict=True)],
+                [row[mask] for row, mask in zip(targets, present, strict=True)],
             )
-        return {name: value for name, value in figures.items() if isinstance(value, float)}
+        return {name: value for name, value in computed.items() if isinstance(value, float)}

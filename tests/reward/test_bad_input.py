@@ -69,7 +69,7 @@ def test_a_csv_with_bom_and_crlf_and_labels_as_words(tmp_path, tiny_encoders):
     [
         (["nothate", "hate"], "kind", "the classes are nothate, hate, and positive_label='kind' is none of them"),
         (["nothate", "hate"], None, "the classes are nothate, hate, and 'positive_label' is not set"),
-        (["nothate", "hate", "kind"], "kind", "positive_label='kind': no row to train on has it"),
+        (["nothate", "hate", "kind"], "kind", "positive_label='kind': no training row has it"),
     ],
 )
 def test_a_class_that_is_not_in_the_data(classes, positive_label, problem, tmp_path, tiny_encoders):

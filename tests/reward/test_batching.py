@@ -56,7 +56,7 @@ def test_a_shared_prompt_changes_no_score(architecture, batch_size):
     expected = alone(model, groups())
     for shared in (True, False):
         torch.testing.assert_close(
-            batching.compute_logits(model, groups(), 0, shared=shared, batch_size=batch_size), expected, atol=1e-5, rtol=0
+            batching.compute_logits(model, groups(), 0, share_prefixes=shared, batch_size=batch_size), expected, atol=1e-5, rtol=0
         )
 
 
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_rows_apart(shared):
     torch.cat([model(input_ids=torch.tensor([each.ids])).logits for group in groups() for each in group]).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    batching.compute_logits(model, groups(), 0, shared=shared).square().sum().backward()
+    batching.compute_logits(model, groups(), 0, share_prefixes=shared).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
 
@@ -78,7 +78,7 @@ def test_the_pad_token_is_not_what_says_where_an_answer_ends():
     model.config.pad_token_id = 2  # EOS, which ends every answer
     ending = [[Encoded([*each.ids, 2], 2, False) for each in group] for group in groups()]
     expected = torch.cat([model.score(model.transformer(torch.tensor([each.ids])).last_hidden_state[:, -1]) for g in ending for each in g])
-    torch.testing.assert_close(batching.compute_logits(model, ending, 2, shared=False), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batching.compute_logits(model, ending, 2, share_prefixes=False), expected, atol=1e-5, rtol=0)
 
 
 def test_models_that_cannot_share_are_found_out():
@@ -95,7 +95,7 @@ def test_an_attention_that_takes_no_mask_of_its_own_is_said(caplog):
     size = {"n_layer": 1, "n_head": 2, "hidden_size": 32, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
     bloom = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bloom", **size)).eval()
     assert not batching.supports_prefix_sharing(bloom, 0, 64)
-    assert "BloomForSequenceClassification takes no mask of its own, so each answer has its prompt to itself" in caplog.text
+    assert "BloomForSequenceClassification does not support a 4-D attention mask, so prefixes are not shared" in caplog.text
 
 
 @torch.no_grad()
@@ -105,21 +105,21 @@ def test_an_encoder_reads_its_segments():
     types = [[0, 0, 1, 1], [0, 1, 1], [0]]
     rows = [each.ids for group in pairs for each in group]
     expected = torch.cat([model(torch.tensor([i]), token_type_ids=torch.tensor([t])).logits for i, t in zip(rows, types, strict=True)])
-    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, shared=False, types=True), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, share_prefixes=False, use_token_types=True), expected, atol=1e-5, rtol=0)
     plain = torch.cat([model(torch.tensor([ids])).logits for ids in rows])
-    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, shared=False), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, share_prefixes=False), plain, atol=1e-5, rtol=0)
     assert (expected - plain).abs().max() > 1e-3
 
 
 def test_a_shared_row_is_no_wider_than_it_pays():
     beginning = list(range(3, 13))
     unrelated = [[Encoded(beginning + [13 + n] * 220, 10, False) for n in range(64)]]
-    assert max(tree.width for tree in batching._prefix_rows(unrelated, 64, size=64)) == 230
+    assert max(row.width for row in batching._prefix_rows(unrelated, 64, hidden_size=64)) == 230
     related = [[Encoded([5] * 500 + [13 + n] * 100, 500, False) for n in range(64)]]
-    trees = list(batching._prefix_rows(related, 64, size=768))
-    assert [tree.width for tree in trees] == [4000, 500 + 29 * 100]  # no more than TOKENS
-    assert [answer for tree in trees for answer in tree.answers] == list(range(64))
-    assert [tree.width for tree in batching._prefix_rows(related, 4, size=64)] == [900] * 16
+    rows = list(batching._prefix_rows(related, 64, hidden_size=768))
+    assert [row.width for row in rows] == [4000, 500 + 29 * 100]  # no more than MAX_TOKENS
+    assert [response for row in rows for response in row.responses] == list(range(64))
+    assert [row.width for row in batching._prefix_rows(related, 4, hidden_size=64)] == [900] * 16
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -128,7 +128,7 @@ def test_eager_attention_adds_its_mask(precision):
     assert batching.supports_prefix_sharing(model, 0, 64)
     if precision == torch.float32:
         with torch.no_grad():
-            torch.testing.assert_close(batching.compute_logits(model, groups(), 0, shared=True), alone(model, groups()), atol=1e-4, rtol=0)
+            torch.testing.assert_close(batching.compute_logits(model, groups(), 0, share_prefixes=True), alone(model, groups()), atol=1e-4, rtol=0)
 
 
 def test_a_model_that_reads_padding_is_refused():
@@ -136,7 +136,7 @@ def test_a_model_that_reads_padding_is_refused():
 
     size = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
     xlnet = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet", **size, initializer_range=0.5)).eval()
-    with pytest.raises(UserError, match="a XLNetForSequenceClassification reads padding"):
+    with pytest.raises(UserError, match="the scores of XLNetForSequenceClassification depend on padding"):
         batching.check_padding(xlnet, 0, "xl")
     batching.check_padding(make("bert", initializer_range=0.2), 0, "b")
     batching.check_padding(make("gpt2"), 0, "g")
@@ -144,12 +144,12 @@ def test_a_model_that_reads_padding_is_refused():
 
 def test_batches_keep_to_their_limits():
     rows = [batching.SharedPrefixRow([], [[7] * width], [number]) for number, width in enumerate([3000, 40, 50, 60, 900])]
-    batches = list(batching._batches(rows, 3, padding=100))
-    assert sorted(answer for batch in batches for tree in batch for answer in tree.answers) == list(range(5))
-    assert [[tree.width for tree in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
-    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 2, 100)] == [[40, 50], [60], [900], [3000]]
-    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 9, 20)] == [[40, 50], [60], [900], [3000]]
-    assert [[tree.width for tree in batch] for batch in batching._batches(rows, 9, 10**6)] == [[40, 50, 60, 900], [3000]]
+    batches = list(batching._batches(rows, 3, max_padding=100))
+    assert sorted(response for batch in batches for row in batch for response in row.responses) == list(range(5))
+    assert [[row.width for row in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 2, 100)] == [[40, 50], [60], [900], [3000]]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 20)] == [[40, 50], [60], [900], [3000]]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 10**6)] == [[40, 50, 60, 900], [3000]]
 
 
 def test_the_head_is_found_under_an_adapter():
@@ -158,5 +158,5 @@ def test_the_head_is_found_under_an_adapter():
     model = make("gpt2")
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=2))
     with torch.no_grad():
-        torch.testing.assert_close(batching.compute_logits(adapted, groups(), 0, shared=True), alone(adapted, groups()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(batching.compute_logits(adapted, groups(), 0, share_prefixes=True), alone(adapted, groups()), atol=1e-5, rtol=0)
     assert head_config(["a", "b"], "regression")["id2label"] == {0: "a", 1: "b"}

@@ -65,7 +65,7 @@ def test_the_code_computes_the_reward(made, asked):
         plain = plain.replace(json.dumps(example), json.dumps(given))
     scope = {}
     exec(plain, scope)
-    assert (scope["prompt"], scope["answer"]) == texts
+    assert (scope["prompt"], scope["response"]) == texts
     assert scope.pop("reward") == pytest.approx(rm.score_response(*texts), abs=1e-4)
     exec(ours, scope)
     assert scope["reward"] == rm.score_response(*texts)
@@ -164,9 +164,9 @@ def test_the_limits_are_those_of_the_objective(made):
     limits = text.split("## Limits")[1]
     said = [("Only differences" in limits), ("not identified" in limits), ("extrapolates" in limits)]
     assert said == [name in ("chat", "ensemble", "right", "4bit"), name == "concatenation", name == "pair"]
-    cut = {"concatenation": "its beginning.", "right": "the end of the answer, and the end of the prompt where that alone is too long."}
-    usual = "the beginning of the prompt, and the end of the answer where that alone is too long."
-    assert f"what is longer loses {cut.get(name, usual)}" in limits
+    cut = {"concatenation": "its beginning.", "right": "the end of the response, and the end of the prompt if that alone is too long."}
+    usual = "the beginning of the prompt, and the end of the response if that alone is too long."
+    assert f"a longer input loses {cut.get(name, usual)}" in limits
 
 
 def test_paths_are_told_from_here(tmp_path, monkeypatch):

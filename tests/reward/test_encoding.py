@@ -24,7 +24,7 @@ def cut(how, max_length, side="left"):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "how", "expected", "answer"),
+    ("tokenizer", "how", "expected", "response_start"),
     [
         (DECODER, CHAT, "ab\ncd<|eos|>", 3),
         (ENCODER, PAIR, "[CLS]ab[SEP]cd[SEP]", 4),
@@ -33,12 +33,12 @@ def cut(how, max_length, side="left"):
         (DECODER, Encoding("concatenation", " ", True), "ab cd<|eos|>", None),
     ],
 )
-def test_forms(tokenizer, how, expected, answer):
+def test_forms(tokenizer, how, expected, response_start):
     found = encode_response(tokenizer, how, "ab", "cd")
     assert text(tokenizer, found.ids) == expected
     assert not found.overlong
-    if answer is not None:
-        assert found.answer == answer
+    if response_start is not None:
+        assert found.response_start == response_start
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
     found = encode_response(ENCODER, PAIR, prompt, answer)
     own = ENCODER(prompt, answer, return_token_type_ids=True)
     assert found.ids == own["input_ids"]
-    assert [int(i >= found.answer) for i in range(len(found.ids))] == own["token_type_ids"]
+    assert [int(i >= found.response_start) for i in range(len(found.ids))] == own["token_type_ids"]
 
 
 def test_messages_are_their_text():

@@ -31,13 +31,13 @@ def classifier(tiny_encoders, tmp_path):
 
 
 def test_several_labels_need_the_good_one(classifier, caplog):
-    with pytest.raises(UserError, match=r"has the labels \['nothate', 'hate'\] and no reward.json; say which one is good: positive_label="):
+    with pytest.raises(UserError, match=r"has the labels \['nothate', 'hate'\] and no reward.json; name the label whose logit is the reward: positive_label="):
         RewardModel.load(classifier)
     with pytest.raises(UserError, match="positive_label='nice' is none of its labels: nothate, hate"):
         RewardModel.load(classifier, positive_label="nice")
     with caplog.at_level(logging.WARNING):
         rm = RewardModel.load(classifier, positive_label="nothate", encoding={"form": "concatenation"})
-    assert "no reward.json; read with Encoding(form='pair'" in caplog.text
+    assert "no reward.json; using Encoding(form='pair'" in caplog.text
     inputs = rm.tokenizer("Hello\nYou fool.", return_tensors="pt")
     assert rm.score(["Hello"], ["You fool."]) == pytest.approx([rm.model(**inputs).logits[0, 0].item()], abs=1e-5)
     other = RewardModel.load(classifier, positive_label="hate", encoding={"form": "concatenation"})
@@ -55,7 +55,7 @@ def test_ppo_takes_one(classifier, tiny_feedback, tiny_gpt2, tmp_path):
         "response_tokens": 4,
     }
     common = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback)}
-    with pytest.raises(UserError, match="say which one is good"):
+    with pytest.raises(UserError, match="name the label whose logit is the reward"):
         ppo.run(config.PPOStage(**common, training=steps, reward=str(classifier)))
     named = {"source": str(classifier), "positive_label": "nothate"}
     folder = ppo.run(config.PPOStage(**common, training=steps, reward=named, force=True))
@@ -91,7 +91,7 @@ def test_what_cannot_be_read_is_told_at_once(classifier, tiny_gpt2, tmp_path):
     # 130 positions of a RoBERTa hold 129 tokens: it counts on from its pad token, whose id is 0 here.
     with pytest.raises(UserError, match="reads at most 129 tokens, but max_length is 512"):
         RewardModel.load(classifier, positive_label="hate", encoding={"max_length": 512})
-    with pytest.raises(UserError, match="no reference sample is known for this reading"):
+    with pytest.raises(UserError, match="no reference sample is known for this model and encoding"):
         RewardModel.load(classifier, positive_label="hate").score(["a"], ["b"], normalize=True)
     long = config.RewardStage(run="t", runs=str(tmp_path), model=str(tiny_gpt2), max_length=200, records="r")
     tokenizer = load_tokenizer(str(tiny_gpt2))

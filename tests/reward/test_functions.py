@@ -84,7 +84,7 @@ def test_a_length_penalty_takes_off_what_length_is_worth():
     assert half.score(**asked) == [1.5, 3.0]
     assert all_of_it.score(**asked) == [2.0, 2.0]
     assert all_of_it.mean == 4.0
-    with pytest.raises(UserError, match="length_penalty: this reward model knows no reference sample"):
+    with pytest.raises(UserError, match="length_penalty: this reward model has no reference sample"):
         reward_from_model(Wordy(), 1.0)
 
 

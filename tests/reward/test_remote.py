@@ -191,29 +191,29 @@ def test_tei_is_given_texts_in_batches_that_it_takes(serve, tiny_encoders, tmp_p
     assert rm.score(PROMPTS[:3], ANSWERS[:3]) == pytest.approx(RewardModel.load(folder).score(PROMPTS[:3], ANSWERS[:3]), abs=1e-5)
     assert [len(body["inputs"]) for body in server.asked] == [1, 2, 1]
     assert server.asked[1]["inputs"] == [[PROMPTS[0], ANSWERS[0]], ["user: Hi.\nuser: Who?", ANSWERS[1]]]
-    assert "otherwise" not in caplog.text
+    assert "differently" not in caplog.text
     assert rm.score(PROMPTS, ANSWERS) == by_hand(folder)  # a cut between letters gives a text of the same ids
-    assert "otherwise" not in caplog.text
+    assert "differently" not in caplog.text
     rm.score(["é" * 80], ["é"])  # 95 bytes of the prompt stay, half a letter among them
-    assert f"{server.url}: where a row over max_length=100 is cut, TEI reads it a little otherwise" in caplog.text
+    assert f"{server.url}: TEI encodes rows that were cut at max_length=100 slightly differently" in caplog.text
     server.faults = [lambda found: [[{"score": 1.0, "label": "LABEL_0"}]]]
-    with pytest.raises(UserError, match=rf"^{server.url}/predict: answered 200, .*LABEL_0.*; expected 1 × 1 finite logits \(reward\)"):
+    with pytest.raises(UserError, match=rf"^{server.url}/predict: returned 200, .*LABEL_0.*; expected 1 × 1 finite logits \(reward\)"):
         rm.score(["Hi."], ["Yes."])
 
 
 def test_what_an_engine_cannot_be_given_is_told(serve, decoder, tiny_encoders, tmp_path):
     with pytest.raises(
-        UserError, match="reads a chat, which is made of ids, and text-embeddings-inference takes text alone; serve it with vLLM"
+        UserError, match="reads a chat as token ids, but text-embeddings-inference accepts only text; serve it with vLLM"
     ):
         opened(serve("tei", decoder))
     pair = Encoding(form="pair", eos=False, max_length=100)
     typed = reward_folder(tiny_encoders["bert"], tmp_path / "typed", encoding=pair)
-    with pytest.raises(UserError, match="reads token types, which vLLM cannot be told; serve it with text-embeddings-inference"):
+    with pytest.raises(UserError, match="reads token types, which vLLM does not accept; serve it with text-embeddings-inference"):
         opened(serve("vllm", typed))
     plain = reward_folder(tiny_encoders["distilbert"], tmp_path / "plain", encoding=pair)
     assert opened(serve("vllm", plain)).score(PROMPTS, ANSWERS) == by_hand(plain)
     untyped = reward_folder(tiny_encoders["roberta"], tmp_path / "untyped", encoding=pair)
-    with pytest.raises(UserError, match="reads pairs without token types, which text-embeddings-inference gives it; serve it with vLLM"):
+    with pytest.raises(UserError, match="reads pairs without token types, but text-embeddings-inference adds them; serve it with vLLM"):
         opened(serve("tei", untyped))
 
 
@@ -225,7 +225,7 @@ def test_it_is_asked_again_and_waits_longer_each_time_or_as_told(serve, decoder)
     assert rm.score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert server.slept == [2, 4, 7, 16, 32]  # after the first loss at once
     server.faults, server.asked = [(503, "down", 10**6)] * 9, []
-    with pytest.raises(UserError, match=r"/classify: answered 503, 'down'; expected 4 × 1 finite logits \(reward\); start one with: vllm"):
+    with pytest.raises(UserError, match=r"/classify: returned 503, 'down'; expected 4 × 1 finite logits \(reward\); start one with: vllm"):
         rm.score(PROMPTS, ANSWERS)
     assert len(server.asked) == 9
     assert server.slept[5:] == [300] * 8
@@ -235,12 +235,12 @@ def test_what_does_not_answer_is_told_at_once(serve, decoder):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(
-        UserError, match=rf"^{url}/info: no answer: .*refused.*; start one with: vllm serve MODEL --runner pooling; or text-emb"
+        UserError, match=rf"^{url}/info: no response: .*refused.*; start one with: vllm serve MODEL --runner pooling; or text-emb"
     ):
         require_reward(Reward(source=url), "rlhf reward")
     server = serve("vllm", decoder)
     server.faults = ["hang", "hang"]
-    with pytest.raises(UserError, match=r"/classify: no answer: .*timed out.*raise 'timeout' \(of 0.1 s\)"):
+    with pytest.raises(UserError, match=r"/classify: no response: .*timed out.*raise 'timeout' \(now 0.1 s\)"):
         opened(server, timeout=0.1)
 
 
@@ -274,12 +274,12 @@ def test_a_wrong_answer_is_told_in_one_line(serve, decoder, monkeypatch):
     rm = opened(server)
     for name, fault in WRONG.items():
         server.faults = [fault]
-        with pytest.raises(UserError, match=rf"^{server.url}/classify: answered (200|404|301), '.*'; expected 4 × 1 finite logits") as told:
+        with pytest.raises(UserError, match=rf"^{server.url}/classify: returned (200|404|301), '.*'; expected 4 × 1 finite logits") as told:
             rm.score(PROMPTS, ANSWERS)
         assert "\n" not in str(told.value), name
     assert server.slept == []
     server.faults = [(401, {"error": "Unauthorized"})]
-    with pytest.raises(UserError, match=r"answered 401, .*; put its key into the environment as REWARD_API_KEY"):
+    with pytest.raises(UserError, match=r"returned 401, .*; put its key into the environment as REWARD_API_KEY"):
         rm.score(PROMPTS, ANSWERS)
     assert server.key is None
     monkeypatch.setenv("REWARD_API_KEY", "s3cret")
@@ -296,7 +296,7 @@ def test_what_is_too_large_is_halved(serve, decoder):
     assert len(rm.score(PROMPTS, ANSWERS, batch_size=3)) == 4
     assert [len(body["input"]) for body in server.asked[6:]] == [3, 1]
     server.faults = [(413, "length limit exceeded")]
-    with pytest.raises(UserError, match="answered 413, 'length limit exceeded'"):
+    with pytest.raises(UserError, match="returned 413, 'length limit exceeded'"):
         rm.score_response("Hi.", "Yes.")
 
 
@@ -304,17 +304,17 @@ def test_who_answers_is_told_apart(serve, decoder, tiny_gpt2, tmp_path):
     server = serve("vllm", decoder)
     server.says = {"/info": "<html>", "/v1/models": {"data": []}}
     with pytest.raises(
-        UserError, match=r"neither text-embeddings-inference nor vLLM: /info answered 200, .*html.*, /v1/models answered 200"
+        UserError, match=r"neither text-embeddings-inference nor vLLM: /info returned 200, .*html.*, /v1/models returned 200"
     ):
         opened(server)
     server.says = {"/info": {"model_id": "e5", "model_type": {"embedding": {"pooling": "cls"}}}}
     with pytest.raises(UserError, match="e5 is of type embedding; expected a sequence classifier"):
         opened(server)
-    with pytest.raises(UserError, match="serves /data/rm, which is no folder here; name the folder or hub id of what it serves: reads="):
+    with pytest.raises(UserError, match="serves /data/rm, which is not a folder here; name the folder or hub id of the served model: reads="):
         opened(serve("vllm", decoder, name="/data/rm"))
     server = serve("vllm", decoder)
     server.says["/v1/models"]["data"][0]["max_model_len"] = 32
-    with pytest.raises(UserError, match=r"takes 32 tokens, but .*decoder reads up to 60; serve it with as many"):
+    with pytest.raises(UserError, match=r"accepts 32 tokens, but .*decoder reads up to 60; serve it with as many"):
         opened(server)
     other = reward_folder(tiny_gpt2, tmp_path / "other", ("no", "yes"), logit=1, encoding=Encoding(max_length=60))
     with pytest.raises(UserError, match=r"expected 1 × 2 finite logits \(no, yes\); start"):
@@ -374,7 +374,7 @@ def test_ppo_trains_on_one_and_doctor_sees_it(serve, decoder, tiny_feedback, tin
     served_one = {"source": server.url, "reads": str(decoder), "length_penalty": 1.0}
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(stage | {"reward": served_one}))
     assert cli.main(["doctor", "--config", str(tmp_path / "ppo.yaml"), "--device-memory", "8"]) == 0
-    assert f"reward_0   {server.url}: vllm serves rm, read as {decoder}" in capsys.readouterr().out
+    assert f"reward_0   {server.url}: vllm serves rm, encoded as for {decoder}" in capsys.readouterr().out
     (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"run": "t", "runs": str(tmp_path), "model": "scratch"}))
     to_come = [f"ppo.reward.reads={tmp_path}/t/reward", "ppo.reward.length_penalty=0"]
     assert cli.main(["doctor", "--config", str(tmp_path / "ppo.yaml"), "--device-memory", "8", *to_come]) == 0

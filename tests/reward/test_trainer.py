@@ -68,7 +68,7 @@ def losses(trainer):
 def test_pairs_train_as_trl_trains_them(tiny_gpt2, tmp_path, more):
     rows = PAIRS.add_column("margin", [n / 10 for n in range(17)])
     ours, theirs = of_pairs(tiny_gpt2, tmp_path, rows, max_steps=6, learning_rate=1e-3, logging_steps=1, **more)
-    assert ours.shared
+    assert ours.share_prefixes
     assert losses(ours) == pytest.approx(losses(theirs), abs=2e-5)
     for mine, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other, atol=5e-4, rtol=0)
@@ -182,7 +182,7 @@ def test_a_base_that_is_an_adapter_is_merged_first(tiny_gpt2, tmp_path):
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     torch.testing.assert_close(hidden(merged), hidden(policy.eval()), atol=1e-5, rtol=1e-5)
     assert (hidden(merged) - hidden(bare)).abs().max() > 1e-2
-    with pytest.raises(UserError, match="is a LoRA adapter, and a quantized base takes it in only roughly; set quantization: none"):
+    with pytest.raises(UserError, match="is a LoRA adapter, and merging it into a quantized base loses precision; set quantization: none"):
         load_classifier(str(tmp_path), tokenizer, head=head, quantization="8bit")
 
 
@@ -199,7 +199,7 @@ def test_what_trl_would_change_behind_the_encoding_is_refused():
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [1, 2]])
 def test_foreign_ranks_that_cannot_be_meant_are_refused(ranks, tiny_tokenizer):
     rows = Dataset.from_dict({"prompt": ["p"], "responses": [["a", "b", "c"]], "ranks": [ranks]})
-    with pytest.raises(UserError, match=r"rankings: row 0: ranks are \[.*\] for 3 answers; expected one for each, 1 the best"):
+    with pytest.raises(UserError, match=r"rankings: row 0: ranks are \[.*\] for 3 responses; expected one for each, 1 the best"):
         tokenize_records(rows, "rankings", tiny_tokenizer, CHAT, drop=False)
 
 

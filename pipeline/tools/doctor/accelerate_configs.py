@@ -1,4 +1,4 @@
-"""What a launch by a file of configs/accelerate does, told from that file."""
+"""What a launch with a file of configs/accelerate will do, by the content of the file."""
 
 from typing import Any
 
@@ -10,27 +10,35 @@ from pipeline.errors import UserError
 
 
 def launch_environment(name: str) -> dict[str, str]:
-    """What a launch by `configs/accelerate/NAME.yaml` leaves in the environment for `unfit`. Raises `UserError`."""
-    asked = _read_launch(name)
-    kind, stage = asked["distributed_type"], asked.get("deepspeed_config", {}).get("zero_stage")
-    found = {variable: "true" for variable, sharded in SHARDED.items() if sharded.upper() == kind}
-    return found | {
-        "FSDP_VERSION": str(asked.get("fsdp_config", {}).get("fsdp_version", 1)),
+    """Return the environment variables that accelerate sets in a launch with `configs/accelerate/NAME.yaml`.
+
+    They are those that `distributed.launch.unsupported_sharding` reads. Raises `UserError`.
+    """
+    launch = _read_launch(name)
+    kind, stage = launch["distributed_type"], launch.get("deepspeed_config", {}).get("zero_stage")
+    variables = {variable: "true" for variable, sharded in SHARDED.items() if sharded.upper() == kind}
+    return variables | {
+        "FSDP_VERSION": str(launch.get("fsdp_config", {}).get("fsdp_version", 1)),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
     }
 
 
 def num_shards(name: str) -> int:
-    """Into how many parts a launch by `configs/accelerate/NAME.yaml` cuts the weights. Raises `UserError`."""
-    asked = _read_launch(name)
-    cuts = asked["distributed_type"] == "FSDP" or asked.get("deepspeed_config", {}).get("zero_stage") == 3
-    return int(asked["num_processes"]) if cuts else 1
+    """Return the number of shards of the weights in a launch with `configs/accelerate/NAME.yaml`.
+
+    It is 1 if the launch does not shard the weights. Raises `UserError`.
+    """
+    launch = _read_launch(name)
+    zero_stage = launch.get("deepspeed_config", {}).get("zero_stage")
+    shards_weights = launch["distributed_type"] == "FSDP" or zero_stage == 3
+    return int(launch["num_processes"]) if shards_weights else 1
 
 
 def _read_launch(name: str) -> dict[str, Any]:
     files = {file.stem: file for file in sorted((RECIPES / "accelerate").glob("*.yaml"))}
     if name not in files:
         raise UserError(
-            f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; there are: {', '.join(files)}"
+            f"--launch {name}: no such file in {RECIPES}/accelerate{nearest(name, files)}; "
+            f"there are: {', '.join(files)}"
         )
     return dict(yaml.safe_load(files[name].read_text()))

@@ -1,9 +1,12 @@
-"""`rlhf doctor`: a config looked at before anything loads: its keys, its inputs, tokenizer and template, a batch of its data, its memory.
+"""`rlhf doctor`: check a stage before anything is loaded.
 
-In: stage configs. Out: a page of text, and how many things are wrong.
+In: stage configs.
+Out: findings on the keys, the inputs, the tokenizer and its chat template, a batch of data, and the memory;
+and the number of errors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,92 +26,108 @@ from pipeline.reward.functions import require_reward
 from pipeline.tools.doctor import memory
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
 
-FEEDS = {"sft": "demonstrations", "ppo": "prompts", "evaluate": "prompts"}
-
+RECORD_KINDS = {"sft": "demonstrations", "ppo": "prompts", "evaluate": "prompts"}  # what a stage reads
+BATCH_ROWS = 64
 GB = 1e9
-
 CUDA_CONTEXT = 0.5 * GB  # what a process takes on a GPU before its first tensor
+ERROR = "error: "  # the start of a finding that is wrong
+
+Finding = tuple[str, str]  # what was checked, and the result
 
 
 def examine(
     config: StageConfig, recipe: Recipe, device_memory: float | None, shards: int = 1
-) -> tuple[list[tuple[str, str]], int]:
-    """((what was looked at, what was found) …, number of errors) of one stage; `device_memory` in bytes, of each of the devices that hold a
-    shard of what is trained."""
-    found: list[tuple[str, str]] = []
-    looks = [_config, _inputs, _tokenizer, _batch] if config.inputs else [_config]
-    for look in looks:
-        found += _safely(look.__name__.strip("_"), lambda look=look: list(look(config, recipe)))
-    if config.inputs and not found[0][1].startswith("error: "):
-        found += _safely("memory", lambda: list(_memory(config, recipe, device_memory, shards)))
-    return found, sum(text.startswith("error: ") for _, text in found)
+) -> tuple[list[Finding], int]:
+    """Return the findings on one stage, and the number of errors among them.
+
+    `device_memory` is the memory of each device in bytes, None for this machine's. The trained model is
+    split into `shards`.
+    """
+    findings = [_try("config", _check_config, config)]
+    is_loadable = not findings[0][1].startswith(ERROR)
+    if config.inputs:
+        findings += _catch("inputs", lambda: list(_check_inputs(config, recipe)))
+        findings += _catch("tokenizer", lambda: list(_check_tokenizer(config)))
+        findings += _catch("batch", lambda: list(_check_batch(config)))
+        if is_loadable:
+            findings += _catch("memory", lambda: list(_check_memory(config, recipe, device_memory, shards)))
+    return findings, sum(text.startswith(ERROR) for _, text in findings)
 
 
-def _config(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    from importlib import import_module
-
-    yield _try(
-        "config",
-        lambda: (
-            import_module(f"pipeline.{config.stage}.stage").check(config)
-            or "every key is known, every value allowed"
-        ),
-    )
+def _catch(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Return what a check found, or its error as one line: after any error the other checks still run."""
+    try:
+        return check()
+    except UserError as error:
+        return [(name, f"{ERROR}{error}")]
+    except Exception as error:
+        return [(name, f"{ERROR}{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
 
 
-def _inputs(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    named = [(key, getattr(config, key), kind, maker) for key, (kind, maker) in config.inputs.items()]
-    given = (
-        ppo.named_rewards(config)
-        if config.stage == "ppo"
-        else {"scorer": config.scorer}
-        if getattr(config, "scorer", None)
-        else {}
-    )
-    named += [(name, reward.source, "reward", "reward") for name, reward in given.items() if reward.is_loaded]
-    for key, source, kind, maker in named:
+def _try(name: str, check: Callable[..., str], *args: Any) -> Finding:
+    """Return the one finding of a check, or its error."""
+    return _catch(name, lambda: [(name, check(*args))])[0]
+
+
+def _check_config(config: StageConfig) -> str:
+    import_module(f"pipeline.{config.stage}.stage").check(config)
+    return "every key is known, every value allowed"
+
+
+def _check_inputs(config: Any, recipe: Recipe) -> Iterator[Finding]:
+    """Yield a finding for each input, and for each reward that is a model or a server."""
+    inputs = [(key, getattr(config, key), kind, stage) for key, (kind, stage) in config.inputs.items()]
+    rewards: dict[str, Reward] = {}
+    if config.stage == "ppo":
+        rewards = ppo.named_rewards(config)
+    elif getattr(config, "scorer", None):
+        rewards = {"scorer": config.scorer}
+    inputs += [
+        (name, reward.source, "reward", "reward") for name, reward in rewards.items() if reward.is_loaded
+    ]
+
+    for name, source, kind, stage in inputs:
         if source != "scratch":
-            yield _try(
-                key, lambda source=source, kind=kind, maker=maker: _input(config, recipe, source, kind, maker)
-            )
-    for name, reward in given.items():
+            yield _try(name, _check_input, config, recipe, source, kind, stage)
+    for name, reward in rewards.items():
         if reward.is_url:
-            yield _try(name, lambda reward=reward: _remote(config, recipe, reward))
+            yield _try(name, _check_server, config, recipe, reward)
 
 
 def _is_to_come(recipe: Recipe, source: str) -> bool:
+    """Return whether a stage of the recipe will make this artifact."""
     return not Path(source).exists() and any(source == str(stage.folder) for stage in recipe.values())
 
 
-def _input(config: StageConfig, recipe: Recipe, source: str, kind: str, maker: str) -> str:
+def _check_input(config: StageConfig, recipe: Recipe, source: str, kind: str, stage: str) -> str:
     if _is_to_come(recipe, source):
-        return f"{source}: not made yet; {config.make_command(maker)} makes it"
+        return f"{source}: not made yet; {config.make_command(stage)} makes it"
     if hub.is_hub_id(source):
         commit = reachable_commit(source)
-        return (
-            f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be asked from here"
-        )
-    opened = require_artifact(source, kind, config.make_command(maker) if maker else "name another")
-    return f"{source}: {len(list_files(opened.path))} files, {'foreign' if opened.is_external else 'as its stage wrote them'}"
+        return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be reached"
+    opened = require_artifact(source, kind, config.make_command(stage) if stage else "name another")
+    origin = "external" if opened.is_external else "as its stage wrote them"
+    return f"{source}: {len(list_files(opened.path))} files, {origin}"
 
 
-def _remote(config: Any, recipe: Recipe, reward: Reward) -> str:
+def _check_server(config: Any, recipe: Recipe, reward: Reward) -> str:
     if reward.reads and _is_to_come(recipe, reward.reads):
-        return f"{reward.source}: reads {_input(config, recipe, reward.reads, 'reward', 'reward')}"
+        return f"{reward.source}: reads {_check_input(config, recipe, reward.reads, 'reward', 'reward')}"
     opened = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
-    return f"{reward.source}: {opened.manifest['served']['engine']} serves {opened.manifest['served']['model']}, read as {opened.path}"
+    served = opened.manifest["served"]
+    return f"{reward.source}: {served['engine']} serves {served['model']}, encoded as for {opened.path}"
 
 
-def _tokenizer(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _check_tokenizer(config: Any) -> Iterator[Finding]:
     if tokenizer := _load_tokenizer(config):
         ids = prompt_ids(tokenizer, "Hello.")
-        text = f"{len(tokenizer):,} tokens, pad {tokenizer.pad_token!r}, EOS {tokenizer.eos_token!r}"
-        yield "tokenizer", text
-        yield "template", f"'Hello.' is {tokenizer.decode(ids)!r}, {len(ids)} tokens"
+        special = f"pad {tokenizer.pad_token!r}, EOS {tokenizer.eos_token!r}"
+        yield "tokenizer", f"{len(tokenizer):,} tokens, {special}"
+        yield "template", f"'Hello.' renders as {tokenizer.decode(ids)!r}, {len(ids)} tokens"
 
 
 def _load_tokenizer(config: Any) -> Any:
-    """The tokenizer of what the stage starts from, where it is on this machine."""
+    """Load the tokenizer of the stage's first model; None if the model is not on this machine."""
     source = str(
         getattr(config, "policy", None) or getattr(config, "sft", None) or getattr(config, "model", "")
     )
@@ -119,71 +138,56 @@ def _load_tokenizer(config: Any) -> Any:
     )
 
 
-def _batch(config: Any, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The first rows to train on, tokenised."""
+def _check_batch(config: Any) -> Iterator[Finding]:
+    """Tokenize the prompts of the first training rows."""
     if not Path(config.records).exists() or (tokenizer := _load_tokenizer(config)) is None:
         return
-    kind = FEEDS.get(config.stage) or OBJECTIVES[config.objective].kind
-    rows = open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)[
-        "train"
-    ]
+    kind = RECORD_KINDS.get(config.stage) or OBJECTIVES[config.objective].kind
+    rows = _open_records(config, kind)["train"]
     if not len(rows):
-        raise UserError(f"{config.records}: holds no {kind} to train on")
-    prompts = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows.select(range(min(64, len(rows))))]
-    most = getattr(config, "max_prompt_tokens", None) or config.max_length
-    over = sum(length > most for length in prompts)
+        raise UserError(f"{config.records}: contains no {kind} to train on")
+    first = rows.select(range(min(BATCH_ROWS, len(rows))))
+    lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in first]
+    limit = getattr(config, "max_prompt_tokens", None) or config.max_length
+    longer = sum(length > limit for length in lengths)
     yield (
         "batch",
-        f"of {len(rows):,} {kind} the first {len(prompts)}: prompts of {min(prompts)} to {max(prompts)} tokens, {over} over {most}",
+        f"first {len(lengths)} of {len(rows):,} {kind}: prompts of {min(lengths)} to {max(lengths)} tokens, "
+        f"{longer} longer than {limit}",
     )
 
 
+def _open_records(config: Any, kind: str) -> Any:
+    return open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)
+
+
 def longest_prompt(config: Any) -> int | None:
-    """Tokens of the longest prompt that PPO will answer, where its records are there."""
-    if (
-        config.stage not in ("ppo", "evaluate")
-        or not Path(config.records).exists()
-        or (tokenizer := _load_tokenizer(config)) is None
-    ):
+    """Return the tokens of the longest prompt of PPO or evaluate; None if there are no records yet."""
+    if config.stage not in ("ppo", "evaluate") or not Path(config.records).exists():
         return None
-    splits = open_records(
-        require_artifact(config.records, "records", config.make_command("prepare")), "prompts"
-    ).values()
+    if (tokenizer := _load_tokenizer(config)) is None:
+        return None
+    splits = _open_records(config, "prompts").values()
     return max(
         (len(prompt_ids(tokenizer, prompt)) for rows in splits for prompt in rows["prompt"]), default=None
     )
 
 
-def _memory(
-    config: StageConfig, recipe: Recipe, given: float | None, shards: int
-) -> Iterator[tuple[str, str]]:
-    found = memory.estimate(
-        *plan_stage(config, recipe, stage_arguments(config), longest_prompt(config)), shards
-    )
+def _check_memory(
+    config: StageConfig, recipe: Recipe, device_memory: float | None, shards: int
+) -> Iterator[Finding]:
+    plan = plan_stage(config, recipe, stage_arguments(config), longest_prompt(config))
+    parts = memory.estimate(*plan, shards)
+    peak = parts.pop("peak")
+
     on_gpu = torch.cuda.is_available()
-    libraries = CUDA_CONTEXT if on_gpu or given else float(psutil.Process().memory_info().rss)
-    there = given or (
+    libraries = CUDA_CONTEXT if on_gpu or device_memory else float(psutil.Process().memory_info().rss)
+    available = device_memory or (
         torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
     )
-    yield (
-        "memory",
-        f"of one process, in GB: libraries {libraries / GB:.2f}, "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.items() if size and name != "peak"),
-    )
-    peak = libraries + found["peak"]
-    fits = "" if peak <= there else "error: "
-    yield "peak", f"{fits}{peak / GB:.2f} of {there / GB:.1f} GB{'' if not fits else ': it does not fit'}"
+    sizes = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+    yield "memory", f"GB per process: libraries {libraries / GB:.2f}, {sizes}"
 
-
-def _try(what: str, look: Any) -> tuple[str, str]:
-    return _safely(what, lambda: [(what, str(look()))])[0]
-
-
-def _safely(what: str, look: Any) -> list[tuple[str, str]]:
-    """What a look found, or the one thing that it tripped over: a doctor looks at what is broken, and goes on to the next."""
-    try:
-        return list(look())
-    except UserError as error:
-        return [(what, f"error: {error}")]
-    except Exception as error:
-        return [(what, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+    total = libraries + peak
+    text = f"{total / GB:.2f} of {available / GB:.1f} GB"
+    yield "peak", text if total <= available else f"{ERROR}{text}: it does not fit"

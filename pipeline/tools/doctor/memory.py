@@ -1,6 +1,7 @@
-"""What a stage will hold in memory, reckoned from architectures alone: nothing is loaded.
+"""Estimate the memory of a stage from the architectures of its models; nothing is loaded.
 
-The peak is what stays (weights, adapters, optimizer) and the larger of what comes and goes: a training step, or drawing answers.
+The peak is the permanent part (weights, adapters, optimizer) plus the larger of the temporary parts: a
+training step or generation.
 """
 
 import re
@@ -15,27 +16,25 @@ from pipeline.models.loading import DTYPES, UNQUANTIZED
 from pipeline.models.logprobs import CPU_ROWS
 from pipeline.tools.doctor.meta_models import build_meta_model, saved_for_backward
 
-# Bytes of a quantized weight, with its scales: a float for each row, or for each 64.
+# Bytes of a quantized weight with its scales: a float for each row (8bit), or for each 64 weights (4bit).
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-
-BUFFERS = (
-    64e6  # rows, tokenizer, kernels' own: over what is reckoned 65 to 71 MB were measured, whatever the size
-)
-
-LAYER = re.compile(r"\.\d+\.")  # in the name of a weight that one of many layers holds
-
-STATES = {
-    "8bit": 2,
-    "32bit": 8,
-    "sgd": 0,
-    "adafactor": 0,
-    "": 8,
-}  # optimizer bytes of a trained weight, by what its name holds
+# Optimizer bytes of a trained weight: the first key that the name of the optimizer contains.
+OPTIMIZER_BYTES = {"8bit": 2, "32bit": 8, "sgd": 0, "adafactor": 0, "": 8}
+# Rows, tokenizer and buffers of kernels: 65 to 71 MB above the other parts were measured, for any model size.
+BUFFERS = 64e6
+# In the name of a weight that belongs to one of many layers.
+LAYER = re.compile(r"\.\d+\.")
+PERMANENT = ("weights", "adapters", "optimizer", "buffers")
+TEMPORARY = ("gradients", "activations", "KV cache")
 
 
 class ModelFootprint(NamedTuple):
-    """A model in memory. `adapters` are how many LoRA adapters of the shape `lora` it has, of which one is trained; without `lora` all of
-    it is trained, if it is `trained`. A launch that shards does so to what is trained and what is `beside` it in one module."""
+    """A model in memory.
+
+    `adapters` is the number of its LoRA adapters of the shape `lora`, one of which is trained. A `trained`
+    model without `lora` is trained in full. A sharded launch shards the trained model, and the models that
+    are `in_trained_module` with it.
+    """
 
     config: PreTrainedConfig
     auto: Any = AutoModelForCausalLM
@@ -44,20 +43,21 @@ class ModelFootprint(NamedTuple):
     lora: LoraConfig | None = None
     adapters: int = 1
     trained: bool = False
-    beside: bool = False
+    in_trained_module: bool = False
 
 
 class StepFootprint(NamedTuple):
-    """A training step: micro-batches of (rows, width) tokens, and over how many of a row's tokens the output layer's logits are kept.
+    """A training step on micro-batches of (rows, width) tokens.
 
-    `rows_at_a_time` go through the model together; `computed` is the precision.
+    `logit_tokens` is the number of tokens in a row whose logits are kept, and `rows_per_forward` the number
+    of rows that go through the model together. `precision` is that of the computation.
     """
 
     rows: int
     width: int
-    logits: int
-    rows_at_a_time: int
-    computed: str
+    logit_tokens: int
+    rows_per_forward: int
+    precision: str
     optim: str
     accumulates: bool
     checkpointing: bool
@@ -65,115 +65,116 @@ class StepFootprint(NamedTuple):
 
 
 class GenerationFootprint(NamedTuple):
-    """Answers drawn together: so many rows of at most so many tokens."""
+    """Responses that are generated together: `rows` of at most `width` tokens with their prompts."""
 
     rows: int
     width: int
-    computed: str
+    precision: str
 
 
 def estimate(
-    held: list[ModelFootprint],
+    models: list[ModelFootprint],
     step: StepFootprint | None,
-    drawing: GenerationFootprint | None,
+    generation: GenerationFootprint | None,
     shards: int = 1,
 ) -> dict[str, float]:
-    """Bytes by what they hold: weights, adapters, optimizer, gradients, activations, KV cache, buffers, and the peak of them together, in
-    one of the processes that hold a shard each. The first model is the one that draws."""
-    found = dict.fromkeys(
-        ("weights", "adapters", "optimizer", "gradients", "activations", "KV cache"), 0.0
-    ) | {"buffers": BUFFERS}
-    passing = [0.0]
-    for each in held:
-        model = build_meta_model(each.config, each.auto, DTYPES[each.precision], each.lora)
-        base = {id(p): p for p in model.parameters() if each.lora is None or not p.requires_grad}
-        learned = sum(p.numel() for p in model.parameters() if each.lora is not None and p.requires_grad)
-        parts = shards if each.trained or each.beside else 1
-        found["weights"] += weight_bytes(model, set(base), each.quantization) / parts
-        found["adapters"] += 4 * learned * each.adapters / parts
-        if each.trained and step:
-            count = learned if each.lora else sum(p.numel() for p in base.values())
-            states = next(size for name, size in STATES.items() if name in step.optim)
-            found["optimizer"] += states * count / parts
-            found["gradients"] += 4 * count / parts
-            found["activations"], passing_step = activation_bytes(each, step, shards)
-            # Activations go as gradients come, unless those of earlier micro-batches are there already.
-            together = (
-                found["gradients"] + found["activations"]
-                if step.accumulates
-                else max(found["gradients"], found["activations"])
-            )
-            passing.append(together + passing_step)
-        if each is held[0] and drawing:
-            found["KV cache"] = cache_bytes(each.config, drawing)
-            gathered = (
-                DTYPES[drawing.computed].itemsize * sum(p.numel() for p in base.values()) if parts > 1 else 0
-            )
-            passing.append(
-                found["KV cache"] + 3 * 4 * drawing.rows * each.config.get_text_config().vocab_size + gathered
-            )
-    staying = sum(found[name] for name in ("weights", "adapters", "optimizer", "buffers"))
-    return found | {"peak": staying + max(passing)}
+    """Return the bytes of each part, and the `peak` of them together, in one of `shards` processes.
+
+    The parts are `PERMANENT` and `TEMPORARY`. The first of `models` is the one that generates.
+    """
+    parts = dict.fromkeys((*PERMANENT, *TEMPORARY), 0.0) | {"buffers": BUFFERS}
+    temporary = [0.0]
+    for footprint in models:
+        model = build_meta_model(
+            footprint.config, footprint.auto, DTYPES[footprint.precision], footprint.lora
+        )
+        base = {id(p): p for p in model.parameters() if footprint.lora is None or not p.requires_grad}
+        adapter = sum(p.numel() for p in model.parameters() if footprint.lora is not None and p.requires_grad)
+        split = shards if footprint.trained or footprint.in_trained_module else 1
+        parts["weights"] += weight_bytes(model, set(base), footprint.quantization) / split
+        parts["adapters"] += 4 * adapter * footprint.adapters / split
+
+        if footprint.trained and step:
+            trained = adapter if footprint.lora else sum(p.numel() for p in base.values())
+            parts["optimizer"] += optimizer_bytes(step.optim) * trained / split
+            parts["gradients"] += 4 * trained / split
+            parts["activations"], step_bytes = activation_bytes(footprint, step, shards)
+            temporary.append(_step_peak(parts, step) + step_bytes)
+        if footprint is models[0] and generation:
+            parts["KV cache"] = cache_bytes(footprint.config, generation)
+            weights = sum(p.numel() for p in base.values())
+            gathered = DTYPES[generation.precision].itemsize * weights if split > 1 else 0
+            logits = 3 * 4 * generation.rows * footprint.config.get_text_config().vocab_size
+            temporary.append(parts["KV cache"] + logits + gathered)
+    return parts | {"peak": sum(parts[name] for name in PERMANENT) + max(temporary)}
+
+
+def _step_peak(parts: dict[str, float], step: StepFootprint) -> float:
+    """Return the bytes of gradients and activations that exist at once.
+
+    Activations are freed as gradients are computed, unless earlier micro-batches have left gradients.
+    """
+    gradients, activations = parts["gradients"], parts["activations"]
+    return gradients + activations if step.accumulates else max(gradients, activations)
+
+
+def optimizer_bytes(optim: str) -> int:
+    """Return the bytes of optimizer state for each trained weight."""
+    return next(size for name, size in OPTIMIZER_BYTES.items() if name in optim)
 
 
 def weight_bytes(model: nn.Module, base: set[int], quantization: str) -> float:
-    """Bytes of a model's base; tied weights count once."""
-    total, seen = 0.0, set[int]()
+    """Return the bytes of the parameters whose ids are in `base`; tied weights count once."""
+    total, counted = 0.0, set[int]()
     for name, module in model.named_modules():
-        whole = (
+        is_whole = (
             quantization == "none"
             or not isinstance(module, nn.Linear | Conv1D)
-            or any(re.fullmatch(p, name) for p in UNQUANTIZED)
+            or any(re.fullmatch(pattern, name) for pattern in UNQUANTIZED)
         )
-        for kind, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in base - seen:
-                seen.add(id(parameter))
-                size = parameter.element_size() if whole or kind != "weight" else QUANTIZED[quantization]
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in base - counted:
+                counted.add(id(parameter))
+                size = parameter.element_size() if is_whole or key != "weight" else QUANTIZED[quantization]
                 total += size * parameter.numel()
     return total
 
 
-def activation_bytes(held: ModelFootprint, step: StepFootprint, shards: int) -> tuple[float, float]:
-    """(bytes that a micro-batch keeps for its backward, bytes that come and go with it)."""
-    dtype = DTYPES[step.computed]
-    model = build_meta_model(held.config, held.auto, dtype, held.lora)
-    text = held.config.get_text_config()
-    kept: float = saved_for_backward(model, step.rows, step.width, step.dropout)
-    if (
-        step.checkpointing
-    ):  # the states between layers, and one layer made again, of the rows that go together
+def activation_bytes(footprint: ModelFootprint, step: StepFootprint, shards: int) -> tuple[float, float]:
+    """Return (bytes that a micro-batch saves for its backward, bytes that it needs only meanwhile)."""
+    dtype = DTYPES[step.precision]
+    model = build_meta_model(footprint.config, footprint.auto, dtype, footprint.lora)
+    text = footprint.config.get_text_config()
+    saved: float = saved_for_backward(model, step.rows, step.width, step.dropout)
+    if step.checkpointing:
+        # The states between layers, and one layer computed again for the rows of a forward.
         states = step.rows * step.width * text.hidden_size * dtype.itemsize
-        kept = (
-            text.num_hidden_layers * states + kept / text.num_hidden_layers * step.rows_at_a_time / step.rows
-        )
+        layer = saved / text.num_hidden_layers * step.rows_per_forward / step.rows
+        saved = text.num_hidden_layers * states + layer
+
     size = dtype.itemsize * sum(p.numel() for p in model.parameters())
-    if shards > 1:  # at a time what no layer holds, of the reference too, and two layers
+    if shards > 1:
+        # Gathered at once: the weights outside layers, also the reference's, and two layers.
         layers = dtype.itemsize * sum(p.numel() for name, p in model.named_parameters() if LAYER.search(name))
-        kept += 2 * (size - layers) + 2 * layers / text.num_hidden_layers
-    elif step.computed != held.precision and held.lora is None:  # autocast's copies of the weights
-        kept += size
-    logits = 4.0 * step.logits * text.vocab_size
-    output = model.get_output_embeddings() if step.logits else None
+        saved += 2 * (size - layers) + 2 * layers / text.num_hidden_layers
+    elif step.precision != footprint.precision and footprint.lora is None:
+        saved += size  # autocast's copies of the weights
+
+    logits = 4.0 * step.logit_tokens * text.vocab_size
+    output = model.get_output_embeddings() if step.logit_tokens else None
     gradient = 4 * output.weight.numel() if output is not None and output.weight.requires_grad else 0
-    return kept + step.rows * logits, min(step.rows, step.rows_at_a_time) * logits + gradient
+    return saved + step.rows * logits, min(step.rows, step.rows_per_forward) * logits + gradient
 
 
-def cache_bytes(config: PreTrainedConfig, drawing: GenerationFootprint) -> float:
-    """Keys and values of all layers."""
+def cache_bytes(config: PreTrainedConfig, generation: GenerationFootprint) -> float:
+    """Return the bytes of the keys and values of all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return (
-        2
-        * text.num_hidden_layers
-        * heads
-        * size
-        * DTYPES[drawing.computed].itemsize
-        * drawing.rows
-        * drawing.width
-    )
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_size * DTYPES[generation.precision].itemsize
+    return token_bytes * generation.rows * generation.width
 
 
-def rows_at_a_time(device: str, rows: int) -> int:
-    """As `pipeline.models.logprobs.response_logprobs` has it."""
+def rows_per_forward(device: str, rows: int) -> int:
+    """Return how many rows `models.logprobs.response_logprobs` puts through the model together."""
     return min(CPU_ROWS, rows) if device == "cpu" else rows

@@ -1,6 +1,6 @@
-"""Models that have shapes and no numbers: what a forward would keep for its backward is counted, and nothing is computed.
+"""Models on the meta device: count the activations saved for backward without computing anything.
 
-`FakeTensorMode` is private to torch; tests/doctor/test_shapes.py fails where it changes.
+`FakeTensorMode` is private to torch; tests/tools/doctor/test_memory.py fails if it changes.
 """
 
 from typing import Any
@@ -18,9 +18,12 @@ from pipeline.models.patches import disable_dropout, fuse_gelu
 def build_meta_model(
     config: PreTrainedConfig, auto: Any, dtype: torch.dtype, lora: LoraConfig | None = None, **options: Any
 ) -> Any:
-    """A model of an architecture, on the device that holds no numbers; `auto` is the transformers class that makes it."""
+    """Build a model of an architecture on the meta device.
+
+    `auto` is the class of transformers that builds it, and `options` go to its `from_config`.
+    """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # special ids beyond a vocabulary, of which nothing is read here
+    logging.set_verbosity_error()  # warns of special ids beyond a vocabulary; they are not used here
     try:
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, **options)
@@ -31,42 +34,52 @@ def build_meta_model(
 
 
 def saved_for_backward(model: Any, rows: int, width: int, dropout: bool) -> int:
-    """Bytes that one forward of the trunk over (rows, width) tokens keeps, without the output layer, weights not counted."""
-    mode, own = FakeTensorMode(), set[int]()
-    kept: dict[int, Any] = {}
+    """Return the bytes that one forward of the trunk over (rows, width) tokens saves for its backward.
+
+    The output layer and the weights do not count.
+    """
+    mode = FakeTensorMode()
+    saved: dict[int, Any] = {}
     if not dropout:
         disable_dropout(model)
-    _give_shapes(model, mode, own)
+    weights = _make_fake(model, mode)
     model.train()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its address
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     trunk = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        given = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-        trunk(input_ids=torch.zeros((rows, width), dtype=torch.long), **given)
-    return sum(storage.nbytes() for storage in kept.values())
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with mode, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        trunk(input_ids=torch.zeros((rows, width), dtype=torch.long), **options)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def _give_shapes(model: nn.Module, mode: FakeTensorMode, own: set[int]) -> None:
-    """Every parameter and buffer becomes one of `mode`, tied ones once; `own` learns where they lie."""
-    made: dict[int, torch.Tensor] = {}
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> set[int]:
+    """Replace every parameter and buffer by a tensor of `mode`, and return the addresses of their storages.
+
+    Tied parameters stay tied.
+    """
+    fakes: dict[int, torch.Tensor] = {}
     with mode:
         for module in model.modules():
             stores: list[Any] = [module._parameters, module._buffers]
             for tensors in stores:
                 for name, tensor in tensors.items():
-                    if tensor is not None and id(tensor) not in made:
-                        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        made[id(tensor)] = (
-                            nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                            if isinstance(tensor, nn.Parameter)
-                            else empty
-                        )
-                    if tensor is not None:
-                        tensors[name] = made[id(tensor)]
-    own |= {tensor.untyped_storage()._cdata for tensor in made.values()}
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = _empty_like(tensor)
+                    tensors[name] = fakes[id(tensor)]
+    return {tensor.untyped_storage()._cdata for tensor in fakes.values()}
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a new tensor of the same shape, dtype and kind on the default device."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty

@@ -1,4 +1,4 @@
-"""What each stage will hold in memory: its models by their architectures, its training step, the answers it draws."""
+"""Plan what each stage will have in memory: its models, its training step, and the responses it generates."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.policy_trainer import prompt_budget
 from pipeline.ppo.stage import arguments_class, named_rewards
 from pipeline.reward.settings import RewardSettings
-from pipeline.tools.doctor.memory import GenerationFootprint, ModelFootprint, StepFootprint, rows_at_a_time
+from pipeline.tools.doctor.memory import GenerationFootprint, ModelFootprint, StepFootprint, rows_per_forward
 from pipeline.tools.doctor.meta_models import build_meta_model
 from pipeline.training.arguments import (
     build_arguments,
@@ -35,103 +35,108 @@ from pipeline.training.arguments import (
     weight_precision,
 )
 
-RESPONSES_PER_ROW = {"comparisons": 2, "rankings": 4}  # of a row; rankings are demo's, where no records tell
+# Responses of a record. Records of rankings differ, and may not exist yet: 4 is the number in the demo's.
+RESPONSES_PER_RECORD = {"comparisons": 2, "rankings": 4}
+# Two artifacts of a recipe share a backbone if these keys of their stages are equal.
+BACKBONE_KEYS = ("model", "revision", "quantization", "precision")
 
-Recipe = Mapping[str, StageConfig]  # the stages of a recipe, some of which have not been run
-
-
-def plan_stage(
-    config: StageConfig, recipe: Recipe, args: Any, longest: int | None
-) -> tuple[list[ModelFootprint], StepFootprint | None, GenerationFootprint | None]:
-    """For `memory.reckon`. `longest` are the tokens of the longest prompt there is, where records tell."""
-    plans: dict[str, Any] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}
-    held, step, drawing = plans[config.stage](config, recipe, args, longest)
-    return held, step, drawing
+Recipe = Mapping[str, StageConfig]  # the stages of a recipe; some of them may not have been run
+Plan = tuple[list[ModelFootprint], StepFootprint | None, GenerationFootprint | None]
 
 
-def _sft(config: SFTStage, recipe: Recipe, args: Any, _: int | None) -> Any:
+def plan_stage(config: StageConfig, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    """Return the arguments of `memory.estimate` for a stage.
+
+    `args` is its training arguments, and `longest` the tokens of the longest prompt, None if there are no
+    records. Raises `UserError` if the architecture of a model is unknown.
+    """
+    plans: dict[str, Any] = {
+        "sft": _plan_sft,
+        "reward": _plan_reward,
+        "ppo": _plan_ppo,
+        "evaluate": _plan_evaluate,
+    }
+    models, step, generation = plans[config.stage](config, recipe, args, longest)
+    return models, step, generation
+
+
+def _plan_sft(config: SFTStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    architecture = find_architecture(config, config.model, recipe)
     lora = build_lora_config(config, TaskType.CAUSAL_LM)
-    held = ModelFootprint(
-        model_shape(config, config.model, recipe), lora=lora, trained=True, **_weight_options(config)
-    )
-    # TRL makes the logits in parts, so that they do not count.
-    return (
-        [held],
-        _training_step(config, args, args.per_device_train_batch_size, config.max_length, 0, dropout=True),
-        None,
-    )
+    model = ModelFootprint(architecture, lora=lora, trained=True, **_weight_options(config))
+    # TRL computes the logits in parts, so that they do not count.
+    rows = args.per_device_train_batch_size
+    return [model], _training_step(config, args, rows, config.max_length, 0, dropout=True), None
 
 
-def _reward(config: RewardStage, recipe: Recipe, args: Any, _: int | None) -> Any:
-    lora = build_lora_config(config, TaskType.SEQ_CLS)
-    held = ModelFootprint(
-        model_shape(config, config.model, recipe),
+def _plan_reward(config: RewardStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    model = ModelFootprint(
+        find_architecture(config, config.model, recipe),
         AutoModelForSequenceClassification,
-        lora=lora,
+        lora=build_lora_config(config, TaskType.SEQ_CLS),
         trained=True,
         **_weight_options(config),
     )
-    rows = args.per_device_train_batch_size * RESPONSES_PER_ROW.get(OBJECTIVES[config.objective].kind, 1)
-    return [held], _training_step(config, args, rows, config.max_length, 0, dropout=True), None
+    responses = RESPONSES_PER_RECORD.get(OBJECTIVES[config.objective].kind, 1)
+    rows = args.per_device_train_batch_size * responses
+    return [model], _training_step(config, args, rows, config.max_length, 0, dropout=True), None
 
 
-def _ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> Any:
-    policy, computed = model_shape(config, config.policy or "", recipe), resolve_precision(config.precision)
+def _plan_ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    is_ppo = config.algorithm == "ppo"
+    policy = find_architecture(config, config.policy or "", recipe)
+    models = _ppo_models(config, recipe, policy)
+
+    tokens = args.response_tokens if is_ppo else args.max_completion_length
+    meta_policy = build_meta_model(policy, AutoModelForCausalLM, torch.float32)
+    prompt_budget(meta_policy, tokens, config.max_prompt_tokens)  # raises if no prompt fits
+    width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + tokens
+
+    # TRL computes the logits in parts, so that they do not count.
+    rows, logit_tokens = args.per_device_train_batch_size, tokens if is_ppo else 0
+    step = _training_step(config, args, rows, width, logit_tokens)
+    if is_ppo:
+        generated = min(args.generation_batch_size, args.rollout_rows)
+    else:
+        generated = args.generation_batch_size // args.world_size
+    return models, step, GenerationFootprint(generated, width, resolve_precision(config.precision))
+
+
+def _ppo_models(config: PPOStage, recipe: Recipe, policy: PreTrainedConfig) -> list[ModelFootprint]:
+    """Return the policy, the reference if it is no adapter, and the rewards on other backbones."""
     lora = _policy_lora(config, recipe)
-    beside = [
-        given.source
-        for name, given in named_rewards(config).items()
-        if given.is_loaded and not _shares_backbone(config, name, recipe)
-    ]
-    joined = sum(given.is_loaded for given in named_rewards(config).values()) - len(beside)
-    # The reference's is another where the policy goes on from one, and TRL keeps its own.
-    adapters = (
-        1 + joined + (lora is not None and _continues_adapter(config, recipe)) + (config.algorithm != "ppo")
-    )
-    held = [ModelFootprint(policy, lora=lora, adapters=adapters, trained=True, **_weight_options(config))]
+    loaded = {name: reward.source for name, reward in named_rewards(config).items() if reward.is_loaded}
+    separate = [source for name, source in loaded.items() if not _shares_backbone(config, name, recipe)]
+    # The reference has an adapter of its own if the policy starts from one; TRL keeps one more.
+    adapters = 1 + len(loaded) - len(separate)
+    adapters += (lora is not None and _continues_adapter(config, recipe)) + (config.algorithm != "ppo")
+
+    models = [ModelFootprint(policy, lora=lora, adapters=adapters, trained=True, **_weight_options(config))]
     if lora is None:
-        held.append(ModelFootprint(policy, beside=True))  # the reference
-    held += [_scorer_footprint(config, source, recipe) for source in beside]
-    tokens = args.response_tokens if config.algorithm == "ppo" else args.max_completion_length
-    prompt_budget(
-        build_meta_model(policy, AutoModelForCausalLM, torch.float32), tokens, config.max_prompt_tokens
-    )
-    rows, width = (
-        args.per_device_train_batch_size,
-        min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + tokens,
-    )
-    own = config.algorithm == "ppo"
-    drawn = (
-        min(args.generation_batch_size, args.rollout_rows)
-        if own
-        else args.generation_batch_size // args.world_size
-    )
-    # TRL makes the logits in parts.
-    return (
-        held,
-        _training_step(config, args, rows, width, tokens if own else 0),
-        GenerationFootprint(drawn, width, computed),
-    )
+        models.append(ModelFootprint(policy, in_trained_module=True))  # the reference
+    return models + [_scorer_footprint(config, source, recipe) for source in separate]
 
 
-def _evaluate(config: EvaluateStage, recipe: Recipe, _: Any, longest: int | None) -> Any:
-    computed = resolve_precision(config.precision)
-    as_loaded: dict[str, Any] = {"precision": computed, "quantization": config.quantization}
-    scorers = [
-        config.reward or "",
-        *([config.scorer.source] if config.scorer and config.scorer.is_loaded else []),
-    ]
-    held = [
-        ModelFootprint(model_shape(config, source or "", recipe), **as_loaded)
+def _plan_evaluate(config: EvaluateStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    precision = resolve_precision(config.precision)
+    models = [
+        ModelFootprint(
+            find_architecture(config, source or "", recipe),
+            precision=precision,
+            quantization=config.quantization,
+        )
         for source in (config.sft, config.ppo)
     ]
-    held += [_scorer_footprint(config, source, recipe) for source in scorers]
+    scorers = [config.reward or ""]
+    if config.scorer and config.scorer.is_loaded:
+        scorers.append(config.scorer.source)
+    models += [_scorer_footprint(config, source, recipe) for source in scorers]
     width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens
-    return held, None, GenerationFootprint(config.batch_size, width, computed)
+    return models, None, GenerationFootprint(config.batch_size, width, precision)
 
 
 def stage_arguments(config: StageConfig) -> Any:
-    """The stage's training arguments, or None for one that trains nothing."""
+    """Return the stage's training arguments, or None for a stage that trains nothing."""
     import trl
 
     classes: dict[str, Any] = {
@@ -139,38 +144,33 @@ def stage_arguments(config: StageConfig) -> Any:
         "reward": lambda _: trl.RewardConfig,
         "ppo": arguments_class,
     }
-    return (
-        build_arguments(config, classes[config.stage](config), Path("unused"))
-        if config.stage in classes
-        else None
-    )  # type: ignore[arg-type]
+    if config.stage not in classes:
+        return None
+    return build_arguments(config, classes[config.stage](config), Path("unused"))  # type: ignore[arg-type]
 
 
-def model_shape(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
-    """The architecture of a model by its files, or of what the stage that has not run yet will make. Raises `UserError`."""
+def find_architecture(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
+    """Return the architecture of a model from its files, or of what a stage that has not run will make.
+
+    Raises `UserError` if neither tells.
+    """
     if source == "scratch":
-        size, vocabulary = config.scratch, config.scratch.vocabulary
-        made = decoder_config if size.architecture == "gpt2" else encoder_config
-        return made(size, vocabulary, bos_token_id=0, eos_token_id=0)
+        build = decoder_config if config.scratch.architecture == "gpt2" else encoder_config
+        return build(config.scratch, config.scratch.vocabulary, bos_token_id=0, eos_token_id=0)
     for stage in recipe.values():
         if source == str(stage.folder) and not Path(source).exists():
-            return model_shape(
-                stage, str(getattr(stage, "policy", None) or getattr(stage, "model", "")), recipe
-            )
+            start = getattr(stage, "policy", None) or getattr(stage, "model", "")
+            return find_architecture(stage, str(start), recipe)
+
     if not hub.is_hub_id(source) and not Path(source).exists():
         raise UserError(f"{source}: does not exist, and no stage of this recipe makes it")
-    beside = Path(config._recipe_folder or ".") / "config.json"
-    if hub.is_hub_id(source) and not reachable_commit(source):  # else the hub's library would try for minutes
-        if read_json(beside).get("_name_or_path") == source:
-            return AutoConfig.from_pretrained(beside)
-        raise UserError(
-            f"{source}: is not on this machine, and the hub cannot be asked; put its config.json beside the recipe's files, "
-            f'with "_name_or_path": {json.dumps(source)} in it'
-        )
+    if hub.is_hub_id(source) and not reachable_commit(source):
+        # The hub's library would retry for minutes.
+        return _architecture_in_recipe(config, source)
     try:
         if is_adapter(source):
             adapter = PeftConfig.from_pretrained(source)
-            return model_shape(config, str(adapter.base_model_name_or_path), recipe)
+            return find_architecture(config, str(adapter.base_model_name_or_path), recipe)
         return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -178,36 +178,50 @@ def model_shape(config: Any, source: str, recipe: Recipe) -> PreTrainedConfig:
         ) from None
 
 
+def _architecture_in_recipe(config: Any, hub_id: str) -> PreTrainedConfig:
+    """Return the architecture in the config.json beside the recipe's files. Raises `UserError`."""
+    file = Path(config._recipe_folder or ".") / "config.json"
+    if read_json(file).get("_name_or_path") == hub_id:
+        return AutoConfig.from_pretrained(file)
+    raise UserError(
+        f"{hub_id}: is not on this machine, and the hub cannot be reached; "
+        "put its config.json beside the recipe's files, "
+        f'with "_name_or_path": {json.dumps(hub_id)} in it'
+    )
+
+
 @cache
 def reachable_commit(hub_id: str) -> str | None:
-    """The commit of a repository, where it is on this machine or the hub can be asked."""
+    """Return the commit of a repository that is on this machine or can be fetched; else None."""
     return hub.resolve_commit(hub_id)
 
 
 def _scorer_footprint(config: Any, source: str, recipe: Recipe) -> ModelFootprint:
-    """A reward model as `RewardModel.load` has it: quantized as it was trained."""
-    settings, made = RewardSettings.load(Path(source)), recipe.get("reward")
-    of_recipe = made.quantization if isinstance(made, RewardStage) and source == str(made.folder) else "none"
-    quantization = settings.quantization if settings else of_recipe
-    return ModelFootprint(
-        model_shape(config, source, recipe), AutoModelForSequenceClassification, quantization=quantization
-    )
+    """Return a reward model as `RewardModel.load` loads it: quantized as it was trained."""
+    settings, stage = RewardSettings.load(Path(source)), recipe.get("reward")
+    quantization = "none"
+    if settings:
+        quantization = settings.quantization
+    elif isinstance(stage, RewardStage) and source == str(stage.folder):
+        quantization = stage.quantization
+    architecture = find_architecture(config, source, recipe)
+    return ModelFootprint(architecture, AutoModelForSequenceClassification, quantization=quantization)
 
 
 def _policy_lora(config: PPOStage, recipe: Recipe) -> LoraConfig | None:
-    """What PPO trains under LoRA: it goes on from SFT's adapter, where SFT has published one, or will."""
-    source, sft = config.policy or "", recipe.get("sft")
+    """Return the adapter that PPO trains: SFT's if SFT published one or will, else a new one, or None."""
+    source = config.policy or ""
     if config.lora is None or not _continues_adapter(config, recipe):
         return build_lora_config(config, TaskType.CAUSAL_LM)
     if Path(source).exists():
-        found = cast(LoraConfig, PeftConfig.from_pretrained(source))
-        found.inference_mode = False
-        return found
-    return build_lora_config(cast(SFTStage, sft), TaskType.CAUSAL_LM)
+        lora = cast(LoraConfig, PeftConfig.from_pretrained(source))
+        lora.inference_mode = False
+        return lora
+    return build_lora_config(cast(SFTStage, recipe.get("sft")), TaskType.CAUSAL_LM)
 
 
 def _continues_adapter(config: PPOStage, recipe: Recipe) -> bool:
-    """Whether the policy is an adapter that SFT has published, or will."""
+    """Return whether the policy is an adapter that SFT published, or will publish."""
     source, sft = config.policy or "", recipe.get("sft")
     if Path(source).exists():
         return is_adapter(source)
@@ -219,39 +233,40 @@ def _weight_options(config: Any) -> dict[str, Any]:
 
 
 def _training_step(
-    config: Any, args: Any, rows: int, width: int, logits: int, dropout: bool = False
+    config: Any, args: Any, rows: int, width: int, logit_tokens: int, dropout: bool = False
 ) -> StepFootprint:
-    # TRL's trainers read a micro-batch whole.
-    at_a_time = rows_at_a_time("cuda" if torch.cuda.is_available() else "cpu", rows) if logits else rows
-    options: dict[str, Any] = {
-        "optim": str(args.optim.value if hasattr(args.optim, "value") else args.optim),
-        "dropout": dropout,
-    }
-    options |= {
-        "accumulates": args.gradient_accumulation_steps > 1,
-        "checkpointing": bool(args.gradient_checkpointing),
-    }
-    return StepFootprint(rows, width, logits, at_a_time, resolve_precision(config.precision), **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return StepFootprint(
+        rows=rows,
+        width=width,
+        logit_tokens=logit_tokens,
+        # TRL's trainers put a whole micro-batch through the model.
+        rows_per_forward=rows_per_forward(device, rows) if logit_tokens else rows,
+        precision=resolve_precision(config.precision),
+        optim=str(args.optim.value if hasattr(args.optim, "value") else args.optim),
+        accumulates=args.gradient_accumulation_steps > 1,
+        checkpointing=bool(args.gradient_checkpointing),
+        dropout=dropout,
+    )
 
 
 def _shares_backbone(config: PPOStage, name: str, recipe: Recipe) -> bool:
-    """Whether a reward model will stand on the policy's backbone: by the artifacts, or where there are none yet by the recipe."""
+    """Return whether a reward model will be an adapter on the policy's backbone.
+
+    The artifacts decide it if both exist, else the recipe.
+    """
     source = named_rewards(config)[name].source
     if config.one_backbone == "never" or config.lora is None or config.algorithm != "ppo":
         return False
-    made = [Path(path).exists() for path in (config.policy or "", source)]
-    if all(made):
+    if Path(config.policy or "").exists() and Path(source).exists():
         return not incompatibility(
             config,
             require_artifact(config.policy or "", "policy", ""),
             require_artifact(source, "reward", ""),
         )
-    policy, reward = recipe.get("sft"), recipe.get("reward")
-    own = isinstance(policy, SFTStage) and isinstance(reward, RewardStage) and source == str(reward.folder)
-    same = ("model", "revision", "quantization", "precision")
-    return bool(
-        own
-        and policy.lora
-        and reward.lora
-        and all(getattr(policy, key) == getattr(reward, key) for key in same)
-    )  # type: ignore[union-attr]
+
+    sft, reward = recipe.get("sft"), recipe.get("reward")
+    if not (isinstance(sft, SFTStage) and isinstance(reward, RewardStage) and source == str(reward.folder)):
+        return False
+    is_same_base = all(getattr(sft, key) == getattr(reward, key) for key in BACKBONE_KEYS)
+    return bool(sft.lora and reward.lora and is_same_base)

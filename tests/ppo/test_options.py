@@ -267,7 +267,7 @@ def test_a_policy_too_far_from_its_reference_stops_the_run(make):
 # What is seen
 
 
-def testrunning_metrics_have_the_names_that_trls_ppo_had(make):
+def test_metrics_have_the_names_that_trls_ppo_had(make):
     trainer = make(num_ppo_epochs=2)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)

@@ -9,7 +9,7 @@ from pipeline.models.loading import load_policy
 from .test_trainer import trainer_of
 
 
-def test_the_bar_shows_reward_and_kl_and_the_trackerrunning_metrics_and_answers(tiny_gpt2, tiny_tokenizer, tmp_path, capsys):
+def test_the_bar_shows_reward_and_kl_and_the_tracker_metrics_and_responses(tiny_gpt2, tiny_tokenizer, tmp_path, capsys):
     policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path, report_to="tensorboard", disable_tqdm=False, eval_strategy="steps", eval_steps=4)
     trainer.train()

@@ -1,7 +1,7 @@
 """The `training:` and `lora:` sections: checked, then built into the libraries' own classes.
 
-`training:` holds the keyword arguments of the trainer's own arguments class. Unknown names and wrong types are refused before anything
-is built, because that class would accept some of them.
+`training:` contains keyword arguments of the trainer's own arguments class. Unknown names and wrong types are
+refused before anything is built, because that class would accept some of them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.training import trackers
 from pipeline.training.checkpoints import LAUNCH_FILE
 
-HUB = (
+HUB_KEYS = (
     "push_to_hub",
     "hub_model_id",
     "hub_strategy",
@@ -38,24 +38,36 @@ HUB = (
     "hub_revision",
 )
 
-
-# Set by the stage itself -> what to set instead.
+# Arguments that the stage sets itself, with the key to set instead. A value "nothing: reason" means that
+# there is no such key. An arguments class may have a RESERVED of its own with more.
 RESERVED = {
-    "output_dir": "run", "seed": "seed", "data_seed": "seed", "bf16": "precision", "fp16": "precision", "use_cpu": "precision",
-    "full_determinism": "seed", "resume_from_checkpoint": "nothing: an interrupted run resumes by itself", "max_length": "max_length",
-}  # fmt: skip
-
-RESERVED |= dict.fromkeys(HUB, "nothing: rlhf push takes to the hub what a stage has made, with its card")
+    "output_dir": "run",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "precision",
+    "full_determinism": "seed",
+    "resume_from_checkpoint": "nothing: an interrupted run resumes by itself",
+    "max_length": "max_length",
+} | dict.fromkeys(HUB_KEYS, "nothing: rlhf push uploads an artifact with its card")
 
 
 def check_training(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
-    """Refuse names, types and values in `training:` and `lora:` that their classes do, or that the stage sets itself."""
+    """Check the `training:` and `lora:` sections, the launch and the trackers.
+
+    Raises `UserError` for names, types and values that the sections' classes refuse, and for arguments that
+    the stage sets itself.
+    """
+    reserved = RESERVED | getattr(arguments_class, "RESERVED", {})
     for key in config.training:
-        if instead := (RESERVED | getattr(arguments_class, "RESERVED", {})).get(key):
-            raise UserError(f"{config.stage}: training.{key} is set by the stage; set {instead!r} instead")
+        if key in reserved:
+            raise UserError(
+                f"{config.stage}: training.{key} is set by the stage; {_instructions(reserved[key])}"
+            )
     check_quantization(config.stage, config.quantization)
     if problem := unsupported_sharding(os.environ, getattr(config, "algorithm", "ppo")):
-        raise UserError(f"{config.stage}: was launched with {problem}")
+        raise UserError(f"{config.stage}: {problem}")
     trackers.check_trackers(config.stage, config.training)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     if config.lora is not None:
@@ -65,8 +77,13 @@ def check_training(config: TrainedStage, arguments_class: type[TrainingArguments
     build_arguments(config, arguments_class, Path("unused"))
 
 
+def _instructions(instead: str) -> str:
+    reason = instead.removeprefix("nothing: ")
+    return f"set {instead!r} instead" if reason == instead else f"remove it: {reason}"
+
+
 def check_quantization(stage: str, quantization: str) -> None:
-    """Raises `UserError` where this machine cannot quantize."""
+    """Raise `UserError` if this machine cannot quantize."""
     if quantization != "none" and find_spec("bitsandbytes") is None:
         raise UserError(
             f"{stage}: quantization: {quantization} needs bitsandbytes, which is not installed here; "
@@ -77,86 +94,121 @@ def check_quantization(stage: str, quantization: str) -> None:
 def build_lora_config(
     config: TrainedStage, task: TaskType, revision: str | None = None, heads: Sequence[str] = ()
 ) -> LoraConfig | None:
-    """The `lora:` section as PEFT's own class; `revision` is the base's commit, which the adapter is worth nothing without. `heads` are
-    modules that are trained whole, and so get no adapter: PEFT knows some names, not DistilBERT's `pre_classifier`."""
+    """Build PEFT's own class from the `lora:` section; None without a section.
+
+    `revision` is the commit of the base, without which the adapter is useless. `heads` are modules that are
+    fully trained and get no adapter: PEFT knows some names, but not DistilBERT's `pre_classifier`.
+    """
     if config.lora is None:
         return None
-    built = LoraConfig(task_type=task, revision=revision, **_typed_section(config.lora, LoraConfig))
+    lora = LoraConfig(task_type=task, revision=revision, **_convert_section(config.lora, LoraConfig))
     if heads:
-        built.modules_to_save = list(dict.fromkeys([*heads, *(built.modules_to_save or [])]))
-        built.exclude_modules = built.exclude_modules or rf"(.*\.)?({'|'.join(heads)})(\..*)?"
-    return built
+        lora.modules_to_save = list(dict.fromkeys([*heads, *(lora.modules_to_save or [])]))
+        lora.exclude_modules = lora.exclude_modules or rf"(.*\.)?({'|'.join(heads)})(\..*)?"
+    return lora
 
 
-def build_arguments(config: TrainedStage, cls: type[TrainingArguments], work: Path, **more: Any) -> Any:
-    """`cls` with the section, the seed and the precision of `config`; checkpoints go to `work`. `more` are the stage's defaults.
+def build_arguments(
+    config: TrainedStage, arguments_class: type[TrainingArguments], work: Path, **defaults: Any
+) -> Any:
+    """Build `arguments_class` from the `training:` section, the seed and the precision of `config`.
 
-    Comes before any model is loaded: it gives this process its device.
+    Checkpoints are written to `work`. `defaults` are the stage's own; the section overrides them. Call this
+    before loading a model, because it assigns the device to this process. Raises `UserError` for values that
+    the class refuses, for a launch with another precision or with several GPUs in one process, and if the
+    checkpoints in `work` cannot be resumed in this launch.
     """
     precision = resolve_precision(config.precision)
-    fixed = {
-        "output_dir": str(work), "seed": config.seed, "bf16": precision == "bf16", "fp16": precision == "fp16",
+    kwargs = _default_arguments(config) | defaults
+    kwargs |= _convert_section(config.training, arguments_class)
+    kwargs |= {
+        "output_dir": str(work),
+        "seed": config.seed,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),
-    }  # fmt: skip
-    defaults = {
-        "report_to": "none", "run_name": f"{config.run}-{config.stage}", "save_total_limit": 2, "gradient_checkpointing": False,
-        "logging_steps": 10, "dataloader_pin_memory": False, "disable_tqdm": not transformers_logging.is_progress_bar_enabled(), **more,
-    }  # fmt: skip
-    given = defaults | _typed_section(config.training, cls) | fixed
-    given |= _keep_step_size(config, cls, given, read_json(work / LAUNCH_FILE))
+    }
+    kwargs |= _keep_step_size(config, arguments_class, kwargs, read_json(work / LAUNCH_FILE))
     try:
-        built = cls(**given)
+        args = arguments_class(**kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
-    disable_zero3_init(built)
-    if built.mixed_precision != (expected := precision.replace("fp32", "no")):
+    disable_zero3_init(args)
+    _check_launch(config, args, precision)
+    return args
+
+
+def _default_arguments(config: TrainedStage) -> dict[str, Any]:
+    return {
+        "report_to": "none",
+        "run_name": f"{config.run}-{config.stage}",
+        "save_total_limit": 2,
+        "gradient_checkpointing": False,
+        "logging_steps": 10,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": not transformers_logging.is_progress_bar_enabled(),
+    }
+
+
+def _check_launch(config: TrainedStage, args: TrainingArguments, precision: str) -> None:
+    """Raise `UserError` if the launch has another precision, or several GPUs in one process."""
+    expected = precision.replace("fp32", "no")
+    if args.mixed_precision != expected:
         raise UserError(
-            f"{config.stage}: precision is {precision}, and accelerate launch was told mixed_precision: {built.mixed_precision}; "
-            f"set mixed_precision: '{expected}' in its file, and 'precision' in the config"
+            f"{config.stage}: precision is {precision}, but accelerate launch has mixed_precision: "
+            f"{args.mixed_precision}; set mixed_precision: '{expected}' in its file, or 'precision' in the "
+            "config"
         )
-    if (
-        built.n_gpu > 1
-    ):  # the Trainer would split each batch over them by nn.DataParallel, which no stage here reckons with
+    # The Trainer would split each batch over the GPUs with nn.DataParallel, which no stage supports.
+    if args.n_gpu > 1:
         raise UserError(
-            f"{config.stage}: {built.n_gpu} GPUs are visible to one process; start one process for each with "
+            f"{config.stage}: {args.n_gpu} GPUs are visible to one process; start one process for each with "
             f"'accelerate launch -m pipeline {config.stage} …', or choose one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    return built
 
 
 def _keep_step_size(
-    config: TrainedStage, cls: type[TrainingArguments], given: dict[str, Any], begun: dict[str, Any]
+    config: TrainedStage,
+    arguments_class: type[TrainingArguments],
+    kwargs: dict[str, Any],
+    launch: dict[str, Any],
 ) -> dict[str, int]:
-    """What makes a step of the rows that it had when the run was `begun` by another number of processes; {} by the same number.
+    """Return the arguments that keep the rows per step if a run resumes with another number of processes.
 
-    Raises `UserError` where these cannot share it, or cannot read what those have saved.
+    `launch` is how the run was started, as `RecordLaunch` wrote it, or {}. The result is {} if nothing
+    changed. Raises `UserError` if these processes cannot share a step evenly, or cannot read the sharded
+    checkpoint.
     """
-    if not begun or (begun["processes"], begun["sharded_by"]) == (
-        here := world_size(),
-        sharding_type(os.environ),
-    ):
+    processes, sharding = world_size(), sharding_type(os.environ)
+    if not launch or (launch["processes"], launch["sharded_by"]) == (processes, sharding):
         return {}
-    if begun["sharded_by"] != sharding_type(os.environ):
+    if launch["sharded_by"] != sharding:
         raise UserError(
-            f"{config.stage}: was begun with weights sharded by {begun['sharded_by']}, and is launched with {sharding_type(os.environ)}; "
-            "launch it as it was, or add --force to start afresh"
+            f"{config.stage}: was started with weights sharded by {launch['sharded_by']}, but this launch "
+            f"has weights sharded by {sharding}; launch it as before, or add --force to start over"
         )
-    most, parts = (
-        given.get(name, getattr(cls, name))
+
+    max_batch, accumulation = (
+        kwargs.get(name, getattr(arguments_class, name))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    rows = most * parts * begun["processes"]
-    if rows % here:
+    rows = max_batch * accumulation * launch["processes"]
+    if rows % processes:
         raise UserError(
-            f"{config.stage}: was begun by {begun['processes']} processes, with steps of {rows} rows, which {here} cannot share evenly; "
-            f"start a number that divides {rows}, or add --force to start afresh"
+            f"{config.stage}: was started by {launch['processes']} processes with {rows} rows per step, "
+            f"which {processes} processes cannot share evenly; start a number of processes that "
+            f"divides {rows}, or add --force to start over"
         )
-    size = max(size for size in range(1, most + 1) if rows // here % size == 0)
-    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows // here // size}
+    local_rows = rows // processes
+    batch = max(size for size in range(1, max_batch + 1) if local_rows % size == 0)
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": local_rows // batch}
 
 
 def require_eval_rows(args: TrainingArguments, rows: Dataset | None) -> Dataset | None:
-    """`rows`; where there are none the trainer is told not to evaluate, or it would refuse to start."""
+    """Return `rows`, or None if there are none.
+
+    Evaluation is then disabled in `args`, because a trainer that evaluates does not start without rows.
+    """
     if rows is not None and len(rows):
         return rows
     args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
@@ -164,20 +216,24 @@ def require_eval_rows(args: TrainingArguments, rows: Dataset | None) -> Dataset 
 
 
 def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 on a GPU that has it, else fp32: the mixed precisions need hardware that TRL's defaults take for granted."""
+    """Return the precision of the computation; `auto` is bf16 on a GPU that supports it, else fp32.
+
+    The default is not TRL's, because mixed precision needs hardware that TRL takes for granted. Raises
+    `UserError` for fp16 without a GPU.
+    """
     if precision == "auto":
-        return (
-            "bf16"
-            if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "fp32"
-        )
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU, and none is visible; use fp32 or auto")
     return precision
 
 
 def weight_precision(config: TrainedStage) -> str:
-    """The dtype weights are loaded in: fp32 where they are trained, the compute precision where they are frozen under LoRA."""
+    """Return the dtype in which weights are loaded.
+
+    It is fp32 if they are trained, and the precision of the computation if they are frozen under LoRA.
+    """
     return "fp32" if config.lora is None else resolve_precision(config.precision)
 
 
@@ -199,34 +255,37 @@ def load_options(config: TrainedStage | EvaluateStage, revision: str | None) -> 
     }
 
 
-def _check_section(where: str, section: dict[str, Any], cls: type) -> None:
+def _check_section(prefix: str, section: dict[str, Any], cls: type) -> None:
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     for key in section:
         if key not in known:
-            raise UserError(f"{where}.{key}: {cls.__name__} has no such key{nearest(key, known)}")
-    _typed_section(section, cls, where)
+            raise UserError(f"{prefix}.{key}: {cls.__name__} has no such key{nearest(key, known)}")
+    _convert_section(section, cls, prefix)
 
 
-def _typed_section(section: dict[str, Any], cls: type, where: str = "training") -> dict[str, Any]:
-    """The section's values as their field's type (`5e-5` in YAML is a string to some readers)."""
+def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training") -> dict[str, Any]:
+    """Convert the section's values to the types of their fields: some readers take `5e-5` as a string.
+
+    Raises `UserError` for a value that does not convert.
+    """
     hints = _type_hints(cls)
-    result = {}
+    converted = {}
     for key, value in section.items():
         try:
-            result[key] = _typed(hints[key], value)
+            converted[key] = _convert(hints[key], value)
         except ValidationError as error:
-            raise UserError(f"{where}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
-        except Exception:  # a hint pydantic has no schema for: the class itself will judge
-            result[key] = value
-    return result
+            raise UserError(f"{prefix}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
+        except Exception:  # pydantic has no schema for the hint; the class itself checks the value
+            converted[key] = value
+    return converted
 
 
-def _typed(hint: Any, value: Any) -> Any:
+def _convert(hint: Any, value: Any) -> Any:
     adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value)
     except ValidationError:
-        if value is False:  # a bare `no` in YAML, where a strategy may be "no"
+        if value is False:  # YAML reads a bare `no` as False, where a strategy may be "no"
             return adapter.validate_python("no")
         raise
 
@@ -234,5 +293,5 @@ def _typed(hint: Any, value: Any) -> Any:
 def _type_hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
-    except Exception:  # forward references of optional packages
+    except Exception:  # forward references to optional packages
         return {field.name: Any for field in dataclasses.fields(cls)}

@@ -1,4 +1,4 @@
-"""Callbacks of every trainer: a line per evaluation, and metrics on the progress bar."""
+"""Callbacks of every trainer: print a line per evaluation, and show metrics on the progress bar."""
 
 import re
 import time
@@ -6,13 +6,21 @@ from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-LAUNCH_METRICS = re.compile(
-    "runtime|per_second|^time/|num_tokens"
-)  # figures of one launch, which an interrupted run has several of
+# Metrics of one launch; an interrupted run has several launches.
+LAUNCH_METRICS = re.compile("runtime|per_second|^time/|num_tokens")
+
+# Key in a log entry -> name on the progress bar.
+BAR_METRICS = {
+    "loss": "loss",
+    "objective/raw_scores": "reward",
+    "reward": "reward",
+    "objective/kl": "kl",
+    "kl": "kl",
+}
 
 
 class PrintEvaluations(TrainerCallback):
-    """One line per evaluation where no progress bar is shown."""
+    """Print one line per evaluation if no progress bar is shown."""
 
     def on_evaluate(
         self,
@@ -22,50 +30,46 @@ class PrintEvaluations(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if args.disable_tqdm and state.is_world_process_zero:
-            shown = {
-                k.removeprefix("eval_"): f"{v:.3f}"
-                for k, v in (metrics or {}).items()
-                if not LAUNCH_METRICS.search(k) and k != "epoch"
-            }
-            print(
-                f"  step {state.global_step}/{state.max_steps}  "
-                + "  ".join(f"{k} {v}" for k, v in shown.items()),
-                flush=True,
-            )
-
-
-BAR_METRICS = {
-    "loss": "loss",
-    "objective/raw_scores": "reward",
-    "reward": "reward",
-    "objective/kl": "kl",
-    "kl": "kl",
-}  # of a log -> on the bar
+        """Print the metrics of an evaluation, without those of the launch."""
+        if not args.disable_tqdm or not state.is_world_process_zero:
+            return
+        columns = [
+            f"{name.removeprefix('eval_')} {value:.3f}"
+            for name, value in (metrics or {}).items()
+            if not LAUNCH_METRICS.search(name) and name != "epoch"
+        ]
+        print(f"  step {state.global_step}/{state.max_steps}  " + "  ".join(columns), flush=True)
 
 
 class MetricsProgressBar(ProgressCallback):
-    """With the figures of the last log behind it, instead of lines between, and tokens per second."""
+    """A progress bar with the metrics of the last log entry, and tokens per second.
 
-    _before: tuple[float, float] | None = None  # when a log came, the tokens by then
+    They replace the lines that the Trainer prints.
+    """
+
+    _last_count: tuple[float, float] | None = None  # time of the last log entry, and tokens until then
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
+        """Show the metrics of a log entry."""
         if self.training_bar is None or not logs:
             return
-        shown = {name: f"{logs[key]:.3f}" for key, name in BAR_METRICS.items() if key in logs}
+        postfix = {name: f"{logs[key]:.3f}" for key, name in BAR_METRICS.items() if key in logs}
         speed = logs.get("tokens_per_second")
         if "num_tokens" in logs:
-            now = (time.perf_counter(), logs["num_tokens"])
-            speed = (now[1] - self._before[1]) / (now[0] - self._before[0]) if self._before else None
-            self._before = now
-        if shown:
-            self.training_bar.set_postfix(shown | ({} if speed is None else {"tokens/s": f"{speed:,.0f}"}))
+            now, tokens = time.perf_counter(), logs["num_tokens"]
+            speed = None
+            if self._last_count:
+                last_time, last_tokens = self._last_count
+                speed = (tokens - last_tokens) / (now - last_time)
+            self._last_count = now, tokens
+        if postfix:
+            self.training_bar.set_postfix(postfix | ({} if speed is None else {"tokens/s": f"{speed:,.0f}"}))
 
 
 def use_metrics_bar(trainer: Trainer) -> None:
-    """Put this bar in the place of a trainer's own, where that has one."""
+    """Replace a trainer's own progress bar, if it has one, by `MetricsProgressBar`."""
     if any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(MetricsProgressBar)

@@ -1,6 +1,7 @@
 """`together.py` with accelerate's FSDP2 on CPU processes: `test_processes.py` starts it.
 
-torch shards over CPUs as over GPUs; accelerate and this project's launch check alone ask for GPUs, and are told that they are there.
+torch shards over CPUs as it does over GPUs. Only accelerate and this project's launch check ask for GPUs, so
+both are patched here.
 """
 
 import os
@@ -14,12 +15,12 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
 
-from pipeline.distributed import launch
+from pipeline.distributed import processes
 from pipeline.distributed.processes import destroy_process_group
 
 distributed.init_process_group("gloo")
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 PartialState()
-launch.launch_problem = lambda *_: None
+processes.launch_problem = lambda *_: None
 together.main(Path(sys.argv[1]), *sys.argv[2:])
 destroy_process_group()

@@ -54,8 +54,8 @@ def test_the_user_s_own_place_for_tensorboard_is_kept(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("stage", "given", "expected"),
     [
-        ("sft", "absent_tracker", "no such tracker; there are all, none, azure_ml, "),
-        ("sft", "tensorbord", "no such tracker; did you mean 'tensorboard'?; there are"),
+        ("sft", "absent_tracker", "no such tracker; expected all, none, azure_ml, "),
+        ("sft", "tensorbord", "no such tracker; did you mean 'tensorboard'?; expected"),
         ("reward", "trackio", "not installed here; pip install trackio, or set training.report_to=none"),
         ("ppo", "[tensorboard,comet_ml]", "not installed here; pip install comet-ml, or set"),
         ("ppo", "wandb", "not logged in; run: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline"),

@@ -15,7 +15,7 @@ from pipeline.models.patches import disable_dropout
 from pipeline.ppo import stage as ppo
 from pipeline.sft import stage as sft
 from pipeline.training import arguments, checkpoints
-from pipeline.training.arguments import _typed, build_arguments, resolve_precision
+from pipeline.training.arguments import _convert, build_arguments, resolve_precision
 from pipeline.training.checkpoints import last_checkpoint, train_with_resume
 
 
@@ -45,7 +45,7 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
 
 @pytest.mark.parametrize(("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)])
 def test_yaml_values_become_what_the_field_wants(hint, value, expected):
-    assert _typed(hint, value) == expected
+    assert _convert(hint, value) == expected
 
 
 @pytest.mark.parametrize(("free", "expected"), [(0, OSError), (2**30, RuntimeError)])
@@ -79,7 +79,7 @@ def test_one_process_over_several_gpus_is_refused(tmp_path, monkeypatch):
 def test_two_precisions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(
-        UserError, match=r"sft: precision is fp32, and accelerate launch was told mixed_precision: bf16; .*'no' in its file"
+        UserError, match=r"sft: precision is fp32, but accelerate launch has mixed_precision: bf16; .*'no' in its file"
     ):
         build_arguments(config.SFTStage(run="x", model="a", precision="fp32"), SFTConfig, tmp_path)
 
@@ -108,8 +108,8 @@ def test_a_step_keeps_its_rows_on_another_number_of_processes(begun, here, batch
 @pytest.mark.parametrize(
     ("begun", "found"),
     [
-        ({"processes": 2, "sharded_by": "nothing"}, "steps of 16 rows, which 3 cannot share evenly; start a number that divides 16"),
-        ({"processes": 3, "sharded_by": "FSDP"}, "was begun with weights sharded by FSDP, and is launched with nothing"),
+        ({"processes": 2, "sharded_by": "nothing"}, "16 rows per step, which 3 processes cannot share evenly; start a number of processes that divides 16"),
+        ({"processes": 3, "sharded_by": "FSDP"}, "was started with weights sharded by FSDP, but this launch has weights sharded by nothing"),
     ],
 )
 def test_what_another_launch_cannot_go_on_from_is_refused(begun, found, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from pipeline import artifact
 from pipeline.config import RECIPES
 from pipeline.ranks import agree, leave, spread
 
+pytestmark = pytest.mark.long
+
 ROOT = RECIPES.parent
 TOGETHER = str(ROOT / "tests/together.py")
 ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for number in range(5)]

@@ -17,6 +17,8 @@ from pipeline.reward.encoding import Encoding
 from pipeline.reward.examples import examples
 from pipeline.reward.trainer import RewardTrainer
 
+pytestmark = pytest.mark.long
+
 CHAT = Encoding(max_length=96)
 FORMS = {
     "full": [],

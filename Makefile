@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAGES := prepare sft reward ppo evaluate
 SEEDED := $(if $(SEED),--seed $(SEED))
 LAUNCHED = $(BIN)/accelerate launch --config_file configs/accelerate/$(LAUNCH).yaml $(if $(PROCESSES),--num_processes $(PROCESSES)) -m pipeline
+WORKERS ?= 2
 ifneq ($(LAUNCH),)
 $(if $(wildcard configs/accelerate/$(LAUNCH).yaml),,$(error LAUNCH=$(LAUNCH): no such file in configs/accelerate: $(notdir $(basename $(wildcard configs/accelerate/*.yaml)))))
 endif
@@ -35,8 +36,8 @@ run: setup  ## every stage of RECIPE, then the table and the report
 $(STAGES): setup  ## up to this stage, reusing what is unchanged
 	$(if $(LAUNCH),$(if $(TINY),$(error TINY=1 is for 'make run LAUNCH=$(LAUNCH)'),$(STAGE)),$(RUN) --until $@) $(ARGS)
 
-test: setup  ## the tests (REAL_DATA=folder adds those on real files)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## the tests, two at a time (WORKERS=2); REAL_DATA=folder adds those on real files
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup  ## the tests that train and score, on an NVIDIA GPU (they use one where there is one)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"

@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAGES := prepare sft reward ppo evaluate
 SEEDED := $(if $(SEED),--seed $(SEED))
 LAUNCHED = $(BIN)/accelerate launch --config_file configs/accelerate/$(LAUNCH).yaml $(if $(PROCESSES),--num_processes $(PROCESSES)) -m pipeline
+WORKERS ?= 2
 ifneq ($(LAUNCH),)
 $(if $(wildcard configs/accelerate/$(LAUNCH).yaml),,$(error LAUNCH=$(LAUNCH): no such file in configs/accelerate: $(notdir $(basename $(wildcard configs/accelerate/*.yaml)))))
 endif
@@ -39,8 +40,8 @@ run: setup  ## run every stage of RECIPE; print the table, write the report
 $(STAGES): setup  ## run up to this stage; reuse unchanged stages
 	$(if $(LAUNCH),$(if $(TINY),$(error TINY=1 is for 'make run LAUNCH=$(LAUNCH)'),$(STAGE)),$(RUN) --until $@) $(ARGS)
 
-test: setup  ## run the tests (REAL_DATA=folder adds those on real files)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests, WORKERS=2 at a time (REAL_DATA=folder adds those on real files)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup  ## run the tests that train and score; needs an NVIDIA GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"

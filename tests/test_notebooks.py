@@ -38,6 +38,7 @@ def scratch(tmp_path_factory):
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs(name, scratch, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")  # it has all cores, unlike the other tests
     book = execute(NOTEBOOKS[name], scratch, monkeypatch)
     install, *others = [cell for cell in book.cells if cell.cell_type == "code"]
     assert not install.outputs  # the project is installed

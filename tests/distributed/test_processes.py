@@ -15,6 +15,8 @@ from pipeline.artifacts.inputs import require_artifact, verify_artifact
 from pipeline.config import RECIPES
 from pipeline.distributed.processes import broadcast, destroy_process_group, map_across_processes
 
+pytestmark = pytest.mark.long
+
 ROOT = RECIPES.parent
 TOGETHER = str(ROOT / "tests/distributed/together.py")
 ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for number in range(5)]

@@ -4,6 +4,7 @@
 step; BEGUN_BY is the number of processes that the config is for, where it is another than there are.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ ROWS = 8  # of a step, whoever trains on them
 
 def main(folder: Path, records: str, model: str, *stages: str) -> None:
     files.CACHE = folder / "hashes"
+    gc.freeze()  # each training ends with a collection, which need not look at what the imports made
     for stage in stages:
         given = [f"runs={folder}", f"run={stage}", f"records={records}", f"model={model}", "max_length=96"]
         trained = {"max_steps": 4, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": ROWS // 2}

@@ -5,6 +5,7 @@ hash of the optimizer's state goes once training is done). An event is a rollout
 of which then only half is there. Answers each with a line: the exit code and the names of the events that came.
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from pipeline.training.checkpoints import train_with_resume
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    gc.freeze()  # each child ends with a collection, which need not look at what the imports made
     for line in sys.stdin:
         job = json.loads(line)
         events = Path(job["digest"]).with_suffix(".events")

@@ -11,6 +11,8 @@ import pytest
 from pipeline import config
 from pipeline.reward import stage as reward
 
+pytestmark = pytest.mark.long
+
 TRAINING = {
     "num_rollouts": 4, "num_ppo_epochs": 2, "num_mini_batches": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 8, "response_tokens": 6, "learning_rate": 1e-3, "score_normalization": "running", "kl_target": 0.1,

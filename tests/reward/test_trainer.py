@@ -19,6 +19,8 @@ from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.trainer import RewardTrainer
 
+pytestmark = pytest.mark.long
+
 CHAT = Encoding(max_length=96)
 FORMS = {
     "full": [],

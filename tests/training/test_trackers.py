@@ -1,6 +1,7 @@
 """Trackers: what TensorBoard shows is what the log holds, over an interruption; what could not report is refused before the work."""
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,10 @@ def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(tmp_path: P
         logged = [(entry["step"], pytest.approx(entry[key])) for entry in log if key in entry]
         assert len(logged) >= 2
         assert [(event.step, event.value) for event in found.Scalars(tag)] == logged
-    sft.run(stage.model_copy(update={"force": True, "seed": 1}))
+    later = datetime.now() + timedelta(seconds=2)  # a folder is named by the second in which its training starts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trackers, "datetime", SimpleNamespace(now=lambda: later))
+        sft.run(stage.model_copy(update={"force": True, "seed": 1}))
     assert len(list(events.parent.iterdir())) == 2  # another training, another folder
     assert not [name for name in read_manifest(folder)["files"] if "events" in name]
 

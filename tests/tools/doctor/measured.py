@@ -1,5 +1,6 @@
 """PPO stages of several sizes, each in a process of its own: bytes over those of the imports at their peak, and what doctor estimated."""
 
+import gc
 import json
 import multiprocessing
 import resource
@@ -32,7 +33,7 @@ def stage(folder: Path, records: str, name: str) -> config.PPOStage:
     size = SIZES[name]
     training = {
         "num_rollouts": 1, "num_ppo_epochs": 2, "per_device_train_batch_size": size["rows"], "generation_batch_size": size["rows"],
-        "response_tokens": 64, "min_response_tokens": 64, "per_device_eval_batch_size": 8, "save_strategy": "no",
+        "response_tokens": 32, "min_response_tokens": 32, "per_device_eval_batch_size": 16, "save_strategy": "no",
     }  # fmt: skip
     given = {"policy": str(folder / name), "records": records, "reward": f"{__name__}:spread", "lora": size["lora"]}
     return config.PPOStage(run=name.split(",")[0] + str(size["rows"]), runs=str(folder), training=training, **given)
@@ -61,6 +62,7 @@ def estimated(folder: Path, records: str, name: str, found: Any) -> None:
 
 def main(folder: Path, records: str, words: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # each child ends with a collection, which need not look at what the imports made
     forked = multiprocessing.get_context("fork")
     for name in SIZES:
         figures = {"size": name}

@@ -15,6 +15,8 @@ from pipeline.models.patches import disable_dropout, fuse_gelu
 from pipeline.tools.doctor.memory import BUFFERS, GenerationFootprint, ModelFootprint, StepFootprint, cache_bytes, estimate
 from pipeline.tools.doctor.meta_models import build_meta_model, saved_for_backward
 
+pytestmark = pytest.mark.long
+
 GPT2 = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=16, vocab_size=32, bos_token_id=0, eos_token_id=0)
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100,

@@ -4,7 +4,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # By default, send no telemetry to the authors of libraries: the hub's client (TRL reports through it), W&B's
 # crash reports, MLflow's usage data. The libraries read these variables when they are first imported, so this

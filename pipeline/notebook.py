@@ -34,7 +34,7 @@ __all__ = [
     "demo_records",
     "draw_calibration",
     "draw_curves",
-    "draw_frontier",
+    "draw_reward_kl",
     "gold_reward",
     "metric_tables",
     "open_artifact",
@@ -106,7 +106,7 @@ def draw_curves(artifact: Artifact, *titles: str) -> list[Plot]:
     return [curves[title] for title in titles or curves]
 
 
-def draw_frontier(evaluation: Artifact) -> list[Plot]:
+def draw_reward_kl(evaluation: Artifact) -> list[Plot]:
     """Draw the reward, then the gold reward, of SFT, best-of-n and PPO against the KL from SFT."""
     from pipeline.evaluate.metrics import reward_kl_points
 

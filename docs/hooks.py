@@ -1,4 +1,6 @@
-"""MkDocs hooks: publish files of the repository root as pages, and keep one set of links for GitHub and for the site."""
+"""MkDocs hooks: publish files of the repository root as pages, and keep one set of links for GitHub and for
+the site.
+"""
 
 import re
 from pathlib import Path

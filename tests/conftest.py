@@ -1,14 +1,18 @@
 """Tiny models and records, made once: no test needs a hub or a download.
 
-Property tests draw the same examples every time, so that a green suite stays green; `--hypothesis-profile=default` looks further.
-`make test` runs two workers. Each process has one thread, because more only wait for each other on models this small.
+Property tests draw the same examples every time, so that a green suite stays green;
+`--hypothesis-profile=default` looks further.
+`make test` runs two workers. Each process has one thread, because more only wait for each other on models
+this small.
 """
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch and numpy read it when they are imported, here and in subprocesses
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # torch and numpy read it when they are imported, here and in subprocesses
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
@@ -37,7 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports made out of garbage collection: accelerate collects at the end of each training, over all objects."""
+    """Keep what the imports made out of garbage collection: accelerate collects at the end of each training,
+    over all objects.
+    """
     gc.collect()
     gc.freeze()
 
@@ -56,7 +62,11 @@ def tiny_records(tmp_path_factory) -> Path:
     from pipeline.prepare import stage as prepare
 
     root = tmp_path_factory.mktemp("records")
-    pairs = [record for kind, record in demo.rows(config.Source(format="demo"), 0) if kind == "comparisons" and record["chosen"]][::40]
+    pairs = [
+        record
+        for kind, record in demo.rows(config.Source(format="demo"), 0)
+        if kind == "comparisons" and record["chosen"]
+    ][::40]
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     source = {"format": "comparisons", "path": str(root / "pairs.jsonl")}
     return prepare.run(config.PrepareStage(run="tiny", runs=str(root / "runs"), source=[source]))
@@ -68,7 +78,9 @@ def tiny_feedback(tmp_path_factory) -> Path:
     from pipeline.prepare import stage as prepare
 
     source = [{"format": "demo", "classes": ["nothate", "hate"], "limit": 1400}]
-    return prepare.run(config.PrepareStage(run="tiny", runs=str(tmp_path_factory.mktemp("feedback")), source=source))
+    return prepare.run(
+        config.PrepareStage(run="tiny", runs=str(tmp_path_factory.mktemp("feedback")), source=source)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +96,7 @@ def tiny_tokenizer(demo_texts):
 
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory, demo_texts) -> dict[str, Path]:
-    """Random encoder checkpoints by architecture, with dropout as published ones have, and no head that fits."""
+    """Random encoder checkpoints by architecture, with dropout as published ones have, without a head."""
     torch.manual_seed(0)
     found = {}
     for name in ("bert", "roberta", "distilbert"):
@@ -98,8 +110,14 @@ def tiny_encoders(tmp_path_factory, demo_texts) -> dict[str, Path]:
 def tiny_gpt2(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random GPT-2 checkpoint, with dropout as published ones have."""
     torch.manual_seed(0)
-    ids = {"bos_token_id": 1, "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2, **ids))
+    ids = {
+        "bos_token_id": 1,
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+        "pad_token_id": tiny_tokenizer.pad_token_id,
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2, **ids)
+    )
     return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("gpt2"))
 
 
@@ -107,9 +125,21 @@ def tiny_gpt2(tmp_path_factory, tiny_tokenizer) -> Path:
 def tiny_llama(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random Llama checkpoint, its sizes large enough for bitsandbytes' blocks."""
     torch.manual_seed(0)
-    ids = {"bos_token_id": 1, "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), max_position_embeddings=128, **size, **ids))
+    ids = {
+        "bos_token_id": 1,
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+        "pad_token_id": tiny_tokenizer.pad_token_id,
+    }
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tiny_tokenizer), max_position_embeddings=128, **size, **ids)
+    )
     return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("llama"))
 
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what `pipeline` exports run as they stand, in a folder with a run in it."""
+"""The examples in the docstrings of what `pipeline` exports run as they are, in a folder with a run."""
 
 import doctest
 
@@ -32,7 +32,10 @@ def place(tmp_path_factory, tiny_records, tiny_gpt2):
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_examples_of_the_docstrings_run(name, place, monkeypatch):
     monkeypatch.chdir(place)
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    finder, runner = (
+        doctest.DocTestFinder(recurse=False),
+        doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL),
+    )
     (test,) = finder.find(getattr(pipeline, name), name, globs={})
     said = []
     assert runner.run(test, out=said.append).failed == 0, "".join(said)
@@ -43,9 +46,15 @@ def test_what_a_program_saves_is_the_policy(place, monkeypatch, tiny_gpt2, tiny_
     """And not the policy as it was."""
     monkeypatch.chdir(place)
     test_the_examples_of_the_docstrings_run("PPOTrainer", place, monkeypatch)
-    saved, start = (load_policy(str(folder), tiny_tokenizer).state_dict() for folder in ("out/policy", tiny_gpt2))
+    saved, start = (
+        load_policy(str(folder), tiny_tokenizer).state_dict() for folder in ("out/policy", tiny_gpt2)
+    )
     trained = load_file("out/checkpoint-8/model.safetensors")
-    assert all(torch.equal(saved[name.removeprefix("policy.")], value) for name, value in trained.items() if name.startswith("policy."))
+    assert all(
+        torch.equal(saved[name.removeprefix("policy.")], value)
+        for name, value in trained.items()
+        if name.startswith("policy.")
+    )
     assert not torch.equal(saved["transformer.wte.weight"], start["transformer.wte.weight"])
 
 
@@ -54,7 +63,9 @@ def test_a_reward_model_is_a_reward(place, tiny_gpt2, tiny_tokenizer, tmp_path):
 
     rm = RewardModel.load(place / "runs" / "demo" / "reward")
     policy, prompts = load_policy(str(tiny_gpt2), tiny_tokenizer), Dataset.from_list([{"prompt": "Hello."}])
-    trainer = PPOTrainer(policy, rm, pipeline.PPOConfig(str(tmp_path)), train_dataset=prompts, processing_class=tiny_tokenizer)
+    trainer = PPOTrainer(
+        policy, rm, pipeline.PPOConfig(str(tmp_path)), train_dataset=prompts, processing_class=tiny_tokenizer
+    )
     source = reward_from_model(rm)
     assert (trainer.reward.mean, trainer.reward.std, trainer.reward.model) == (source.mean, source.std, rm)
     assert trainer.reward.score(prompts=["Hello."], completions=["Hi."]) == rm.score(["Hello."], ["Hi."])

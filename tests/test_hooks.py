@@ -15,13 +15,17 @@ def test_the_hooks_are_local_and_hold_what_make_lint_runs():
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repo["repo"] == "local"
     entries = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for hook in repo["hooks"]]
-    linted = subprocess.run(["make", "lint", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    linted = subprocess.run(
+        ["make", "lint", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert all(f".venv/bin/{entry}" in linted for entry in entries[:3])
     assert (ROOT / entries[3].removeprefix("python ")).is_file()
 
 
 def test_outputs_are_taken_out_and_the_rest_stays(tmp_path):
-    ran = nbformat.v4.new_code_cell("1 + 1", execution_count=1, outputs=[nbformat.v4.new_output("stream", text="2")])
+    ran = nbformat.v4.new_code_cell(
+        "1 + 1", execution_count=1, outputs=[nbformat.v4.new_output("stream", text="2")]
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Sum"), ran])
     paths = [tmp_path / "one.ipynb", tmp_path / "other.ipynb"]
     for path in paths:

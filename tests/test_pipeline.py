@@ -10,12 +10,24 @@ from pipeline.cli import main
 from pipeline.config import RECIPES
 
 SMALL = [
-    "sft.scratch.layers=1", "sft.scratch.width=16", "sft.scratch.heads=2", "sft.training.max_steps=4", "sft.training.eval_strategy=no",
-    "sft.training.save_steps=2", "reward.training.max_steps=4", "reward.training.eval_strategy=no", "reward.training.save_steps=2",
-    "ppo.training.num_rollouts=2", "ppo.training.per_device_train_batch_size=8", "ppo.training.response_tokens=8",
-    "ppo.training.eval_strategy=no", "ppo.evaluation.keep=false", "ppo.training.eval_on_start=false",
-    "evaluate.prompts=3", "evaluate.response_tokens=8",
-]  # fmt: skip
+    "sft.scratch.layers=1",
+    "sft.scratch.width=16",
+    "sft.scratch.heads=2",
+    "sft.training.max_steps=4",
+    "sft.training.eval_strategy=no",
+    "sft.training.save_steps=2",
+    "reward.training.max_steps=4",
+    "reward.training.eval_strategy=no",
+    "reward.training.save_steps=2",
+    "ppo.training.num_rollouts=2",
+    "ppo.training.per_device_train_batch_size=8",
+    "ppo.training.response_tokens=8",
+    "ppo.training.eval_strategy=no",
+    "ppo.evaluation.keep=false",
+    "ppo.training.eval_on_start=false",
+    "evaluate.prompts=3",
+    "evaluate.response_tokens=8",
+]
 
 
 def run(*more, until="evaluate"):
@@ -50,7 +62,8 @@ def test_the_metrics_named_by_the_contract_are_there(folder):
 def test_no_prompt_is_in_two_splits(folder):
     kinds = ("demonstrations", "comparisons", "rankings", "labels", "ratings", "prompts")
     seen = {
-        split: {p for kind in kinds for p in load_from_disk(str(folder / "prepare" / kind))[split]["prompt"]} for split in ("train", "test")
+        split: {p for kind in kinds for p in load_from_disk(str(folder / "prepare" / kind))[split]["prompt"]}
+        for split in ("train", "test")
     }
     assert seen["train"]
     assert not seen["train"] & seen["test"]
@@ -77,12 +90,19 @@ def test_the_python_of_the_readme_runs(folder):
     scope: dict = {}
     exec(code.replace("runs/demo/", f"{folder}/"), scope)
     question, answers = "What is the capital of France?", ["You fool.", "The capital of France is Paris."]
-    assert scope["rm"].rank(question, answers) == sorted((0, 1), key=lambda i: -scope["rm"].score([question], [answers[i]])[0])
+    assert scope["rm"].rank(question, answers) == sorted(
+        (0, 1), key=lambda i: -scope["rm"].score([question], [answers[i]])[0]
+    )
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
     assert run("--run", "again") == 0
-    weights = ["sft/model.safetensors", "reward/model.safetensors", "ppo/model.safetensors", "ppo/value_head.safetensors"]
+    weights = [
+        "sft/model.safetensors",
+        "reward/model.safetensors",
+        "ppo/model.safetensors",
+        "ppo/value_head.safetensors",
+    ]
     again = folder.parent / "again"
     assert [(again / name).read_bytes() == (folder / name).read_bytes() for name in weights] == [True] * 4
     assert run("--run", "again", "--seed", "1", until="sft") == 0
@@ -93,7 +113,9 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folde
     from pipeline.sft import stage
 
     before = (folder / "sft" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(stage, "write_log", _interrupt)  # after the last checkpoint, before anything is published
+    monkeypatch.setattr(
+        stage, "write_log", _interrupt
+    )  # after the last checkpoint, before anything is published
     assert run("--force", until="sft") == 130
     assert (folder / "sft" / "model.safetensors").read_bytes() == before
     (folder / "sft" / "manifest.json").unlink()

@@ -1,4 +1,6 @@
-"""The README and the pages of docs/: every command parses, every example runs, every link leads somewhere, every page is in the menu."""
+"""The README and the pages of docs/: every command parses, every example runs, every link leads somewhere,
+every page is in the menu.
+"""
 
 import re
 import shlex
@@ -13,12 +15,19 @@ from pipeline.cli import main
 from pipeline.cli.parser import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+}
 README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 DRY_RUN = {"run", *config.STAGES}  # the commands that take --dry-run; the others are only parsed
 NOT_OURS = {"vllm", "text-embeddings-router", "tensorboard"}
-SIZES = {"num_rollouts=50": "num_rollouts=1", "per_device_train_batch_size=16": "per_device_train_batch_size=2", "tokens=48": "tokens=4"}
+SIZES = {
+    "num_rollouts=50": "num_rollouts=1",
+    "per_device_train_batch_size=16": "per_device_train_batch_size=2",
+    "tokens=48": "tokens=4",
+}
 
 
 def blocks(page, language):
@@ -39,7 +48,12 @@ def per_page(find):
 
 
 def commands_of(page):
-    return [line for text in blocks(page, "bash") for line in text.splitlines() if line and not line.startswith("#")]
+    return [
+        line
+        for text in blocks(page, "bash")
+        for line in text.splitlines()
+        if line and not line.startswith("#")
+    ]
 
 
 def inline_of(page):
@@ -85,12 +99,17 @@ def test_each_stage_accepts_its_settings(command, capsys, monkeypatch):
     assert "would write runs/" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", per_page(lambda page: [c for c in commands_of(page) + inline_of(page) if c.startswith("make ")]))
+@pytest.mark.parametrize(
+    "command",
+    per_page(lambda page: [c for c in commands_of(page) + inline_of(page) if c.startswith("make ")]),
+)
 def test_each_make_target_exists(command):
     subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", per_page(lambda page: [c for c in inline_of(page) if c.startswith("rlhf ")]))
+@pytest.mark.parametrize(
+    "command", per_page(lambda page: [c for c in inline_of(page) if c.startswith("rlhf ")])
+)
 def test_each_command_in_a_sentence_exists(command):
     with pytest.raises(SystemExit) as done:
         parse([shlex.split(command)[1], "--help"])
@@ -98,7 +117,12 @@ def test_each_command_in_a_sentence_exists(command):
 
 
 @pytest.mark.parametrize(
-    "command", per_page(lambda page: [c for c in commands_of(page) if not arguments_of(c) and words_of(c)[0] not in {"make", *NOT_OURS}])
+    "command",
+    per_page(
+        lambda page: [
+            c for c in commands_of(page) if not arguments_of(c) and words_of(c)[0] not in {"make", *NOT_OURS}
+        ]
+    ),
 )
 def test_each_script_exists(command):
     words = words_of(command)
@@ -107,7 +131,17 @@ def test_each_script_exists(command):
 
 def test_a_bare_make_lists_the_targets():
     listed = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for target in ("setup", "run", "prepare|sft|reward|ppo|evaluate", "test", "test-gpu", "lint", "docs", "models/smollm2", "clean"):
+    for target in (
+        "setup",
+        "run",
+        "prepare|sft|reward|ppo|evaluate",
+        "test",
+        "test-gpu",
+        "lint",
+        "docs",
+        "models/smollm2",
+        "clean",
+    ):
         assert re.search(rf"^{re.escape(target)} ", listed, re.M), target
 
 
@@ -128,7 +162,9 @@ def test_the_named_formats_are_all_formats():
     formats = set(config.Source.model_fields["format"].annotation.__args__)
     named = re.search(r"picks the reader: (.*)\.", PAGES["docs/data.md"]).group(1)
     assert set(re.findall(r"`(\w+)`", named)) == formats
-    assert {row for row in re.findall(r"^\| `(\w+)` \|", PAGES["docs/data.md"], re.M) if row in formats} == formats
+    assert {
+        row for row in re.findall(r"^\| `(\w+)` \|", PAGES["docs/data.md"], re.M) if row in formats
+    } == formats
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reward-models.md"])
@@ -157,7 +193,11 @@ def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, mo
 
     monkeypatch.chdir(place)
     prompts = Dataset.from_list([{"prompt": "Hello."}] * 2)
-    known = {"policy": load_policy(str(tiny_gpt2), tiny_tokenizer), "tokenizer": tiny_tokenizer, "prompts": prompts}
+    known = {
+        "policy": load_policy(str(tiny_gpt2), tiny_tokenizer),
+        "tokenizer": tiny_tokenizer,
+        "prompts": prompts,
+    }
     for code in blocks(page, "python"):
         if "PPOConfig(" in code:
             for large, small in SIZES.items():
@@ -167,7 +207,9 @@ def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, mo
     if "PPOTrainer" in known:
         assert (place / "out").is_dir()
     if "rm" in known:
-        assert known["rm"].score(["Name a fruit."], ["An apple."]) == [known["rm"].score_response("Name a fruit.", "An apple.")]
+        assert known["rm"].score(["Name a fruit."], ["An apple."]) == [
+            known["rm"].score_response("Name a fruit.", "An apple.")
+        ]
 
 
 # Size, links, menu
@@ -210,12 +252,22 @@ def test_the_menu_of_the_site_names_every_page():
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
 
     def pages(entry):
-        return [entry] if isinstance(entry, str) else [page for value in entry.values() for part in _list(value) for page in pages(part)]
+        return (
+            [entry]
+            if isinstance(entry, str)
+            else [page for value in entry.values() for part in _list(value) for page in pages(part)]
+        )
 
     named = [page for entry in menu for page in pages(entry)]
-    from_root = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+    from_root = {
+        "index.md": "README.md",
+        "contributing.md": "CONTRIBUTING.md",
+        "changelog.md": "CHANGELOG.md",
+    }
     assert len(set(named)) == len(named)
-    assert set(named) == {page.removeprefix("docs/") for page in PAGES if page != "README.md"} | set(from_root)
+    assert set(named) == {page.removeprefix("docs/") for page in PAGES if page != "README.md"} | set(
+        from_root
+    )
     for page, source in from_root.items():
         assert (ROOT / source).is_file()
         assert not (ROOT / "docs" / page).exists()

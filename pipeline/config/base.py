@@ -19,7 +19,7 @@ NOT_FINGERPRINTED = (
 
 
 class StageInput(NamedTuple):
-    """An input of a stage: its kind of artifact, and the stage that makes it ("" if it comes from elsewhere)."""
+    """An input of a stage: its kind of artifact, and the stage that makes it ("" if no stage does)."""
 
     kind: str
     stage: str = ""

@@ -24,7 +24,7 @@ from transformers.utils import find_adapter_config_file, logging
 
 from pipeline.errors import UserError
 from pipeline.models.chat import PAD, PLAIN_TEMPLATE
-from pipeline.models.patches import fuse_gelu
+from pipeline.models.patches import fuse_gelu, keep_4bit_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -245,8 +245,9 @@ def _weight_options(quantization: str, precision: str) -> dict[str, Any]:
 
 
 def _finalize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Fuse the GELU, grow the vocabulary to the tokenizer's, and set the pad and EOS ids."""
+    """Patch the model, grow its vocabulary to the tokenizer's, and set the pad and EOS ids."""
     fuse_gelu(model)
+    keep_4bit_layout(model)
     config = model.config.get_text_config()
     rows = int(config.vocab_size)
     if len(tokenizer) > rows:

@@ -1,4 +1,6 @@
-"""Change loaded models in place: dropout off, a fused GELU."""
+"""Change loaded models in place: dropout off, a fused GELU, 4-bit weights in one layout."""
+
+from typing import Any
 
 import torch
 from transformers.activations import NewGELUActivation
@@ -27,3 +29,16 @@ def fuse_gelu(model: torch.nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    A forward in `eval()` mode repacks them for a bfloat16 kernel without a backward, and leaves them so:
+    after an
+    evaluation, training would get no gradient through these layers (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False

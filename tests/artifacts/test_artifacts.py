@@ -45,9 +45,16 @@ class Config:
 
 
 class Make:
-    """A stage's work: writes `files`, counts its calls, remembers what it found in its folders, and fails where told to."""
+    """A stage's work: writes `files`, counts its calls, remembers what it found in its folders, and fails
+    where told to.
+    """
 
-    def __init__(self, files: dict[str, str] | None = None, result: dict[str, Any] | None = None, error: BaseException | None = None):
+    def __init__(
+        self,
+        files: dict[str, str] | None = None,
+        result: dict[str, Any] | None = None,
+        error: BaseException | None = None,
+    ):
         self.files = files or {"model.bin": "weights"}
         self.result = result or {}
         self.error = error
@@ -78,7 +85,12 @@ def said() -> list[str]:
 
 
 def publish(
-    config: Config, make: Make | None = None, *, kind: str = "policy", inputs: dict[str, Artifact] | None = None, log=print
+    config: Config,
+    make: Make | None = None,
+    *,
+    kind: str = "policy",
+    inputs: dict[str, Artifact] | None = None,
+    log=print,
 ) -> Path:
     return build_artifact(config, kind=kind, inputs=inputs or {}, make=make or Make(), log=log)
 
@@ -110,14 +122,19 @@ def interrupt(config: Config, inputs: dict[str, Artifact] | None = None) -> Make
 def input_artifact(tmp_path: Path, rows: str) -> Artifact:
     """A records artifact; its rows differ, or not."""
     config = Config(runs=str(tmp_path / "upstream"), force=True)
-    return require_artifact(publish(config, Make({"train/rows.jsonl": rows}), kind="records"), "records", "make prepare")
+    return require_artifact(
+        publish(config, Make({"train/rows.jsonl": rows}), kind="records"), "records", "make prepare"
+    )
 
 
 # Building
 
 
 def test_first_build_publishes_files_config_and_manifest(config, said):
-    make = Make({"model.bin": "weights", "tokenizer/vocab.txt": "a b"}, {"metrics": {"loss": 0.25}, "rows": {"kept": 7}})
+    make = Make(
+        {"model.bin": "weights", "tokenizer/vocab.txt": "a b"},
+        {"metrics": {"loss": 0.25}, "rows": {"kept": 7}},
+    )
     folder = publish(config, make, log=said.append)
     assert folder == Path(config.runs) / "demo" / "sft"
     assert make.found == {"output": [], "work": []}
@@ -141,7 +158,11 @@ def test_manifest_holds_every_field(config, tmp_path):
         "model": require_artifact("no-such-org/gpt2", "model", FIX),
     }
     config.seed = 3
-    folder = publish(config, Make(result={"metrics": {"loss": 0.25}, "rows": {"kept": 7, "quarantined": {"empty": 1}}}), inputs=inputs)
+    folder = publish(
+        config,
+        Make(result={"metrics": {"loss": 0.25}, "rows": {"kept": 7, "quarantined": {"empty": 1}}}),
+        inputs=inputs,
+    )
     manifest = manifest_of(folder)
     assert datetime.fromisoformat(manifest.pop("created_at")).utcoffset() == timedelta(0)
     versions = manifest.pop("versions")
@@ -193,7 +214,9 @@ def test_rows_and_metrics_may_be_left_out(config):
 
 
 def test_unknown_key_of_a_result_is_refused(config):
-    with pytest.raises(ValueError, match=re.escape("sft: make returned ['loss'], expected no key but 'metrics' and 'rows'")):
+    with pytest.raises(
+        ValueError, match=re.escape("sft: make returned ['loss'], expected no key but 'metrics' and 'rows'")
+    ):
         publish(config, Make(result={"loss": 0.25, "rows": {}}))
     assert not config.folder.exists()
 
@@ -286,7 +309,10 @@ def test_files_that_no_stage_wrote_are_not_replaced_unless_forced(config):
     config.folder.mkdir(parents=True)
     (config.folder / "thesis.txt").write_text("years of work")
     make = Make()
-    with pytest.raises(UserError, match=r"demo/sft: contains files that no stage wrote \(thesis.txt\); move them away, or add --force"):
+    with pytest.raises(
+        UserError,
+        match=r"demo/sft: contains files that no stage wrote \(thesis.txt\); move them away, or add --force",
+    ):
         publish(config, make)
     assert (make.calls, (config.folder / "thesis.txt").read_text()) == (0, "years of work")
     config.force = True
@@ -331,7 +357,8 @@ def test_changed_config_over_a_partial_run_is_refused_with_keys_and_values(confi
     with pytest.raises(UserError) as refused:
         publish(config, make)
     assert str(refused.value) == (
-        f"{config.folder.parent / '.sft.partial'}: interrupted with other settings: training.learning_rate was 0.5, is 0.25, "
+        f"{config.folder.parent / '.sft.partial'}: interrupted with other settings: "
+        f"training.learning_rate was 0.5, is 0.25, "
         "training.steps.1 was 2, is 3, training.warmup was not set, is 4; "
         "set them back to resume, or add --force to start over"
     )
@@ -371,7 +398,9 @@ def test_reuse_leaves_the_partial_run_of_another_config_alone(config):
     assert (again.calls, resumed.found["work"]) == (0, ["checkpoint-1"])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("diverged"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("diverged"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_failed_make_passes_through_and_leaves_the_published_valid(config, error):
     folder = publish(config, Make({"model.bin": "good"}))
     config.training["learning_rate"] = 0.25
@@ -414,7 +443,11 @@ def test_crash_between_the_two_renames_is_repaired(config, monkeypatch):
     config.training["learning_rate"] = 0.5
     again = Make()
     publish(config, again)
-    assert (again.calls, manifest_of(folder)["identity"], (folder / "model.bin").read_text()) == (0, identity, "old")
+    assert (again.calls, manifest_of(folder)["identity"], (folder / "model.bin").read_text()) == (
+        0,
+        identity,
+        "old",
+    )
     config.training["learning_rate"] = 0.25
     publish(config, Make({"model.bin": "new"}))
     assert (folder / "model.bin").read_text() == "new"
@@ -439,7 +472,9 @@ def test_crash_after_the_swap_leaves_nothing_in_the_way(config, monkeypatch):
 
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
-    [(os, "rename", nth) for nth in (1, 2)] + [(os, "fsync", nth) for nth in (1, 2, 3)] + [(Path, "write_text", nth) for nth in (1, 3, 5)],
+    [(os, "rename", nth) for nth in (1, 2)]
+    + [(os, "fsync", nth) for nth in (1, 2, 3)]
+    + [(Path, "write_text", nth) for nth in (1, 3, 5)],
 )
 def test_full_disk_while_publishing_loses_nothing(config, monkeypatch, owner, name, nth):
     folder = publish(config, Make({"model.bin": "old"}))
@@ -472,7 +507,9 @@ print("held", flush=True)
 sys.stdin.read()
 """
     folder.parent.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         make = Make()
@@ -496,13 +533,26 @@ def test_lock_is_held_while_making_and_let_go_after_a_failure(config):
     publish(config)
 
 
-@pytest.mark.parametrize(("decision", "on_every_rank", "calls", "waits"), [(True, True, 1, 2), (True, False, 0, 2), (False, True, 0, 1)])
-def test_other_ranks_do_what_rank_0_decides_and_wait_for_it(config, monkeypatch, decision, on_every_rank, calls, waits):
+@pytest.mark.parametrize(
+    ("decision", "on_every_rank", "calls", "waits"),
+    [(True, True, 1, 2), (True, False, 0, 2), (False, True, 0, 1)],
+)
+def test_other_ranks_do_what_rank_0_decides_and_wait_for_it(
+    config, monkeypatch, decision, on_every_rank, calls, waits
+):
     waited: list[Any] = []
-    monkeypatch.setattr("pipeline.distributed.processes.broadcast", lambda value: (waited.append(value), (False, decision))[1])
+    monkeypatch.setattr(
+        "pipeline.distributed.processes.broadcast", lambda value: (waited.append(value), (False, decision))[1]
+    )
     monkeypatch.setenv("RANK", "1")
     made: list[Path] = []
-    folder = build_artifact(config, kind="policy", inputs={}, make=lambda *folders: made.append(folders), on_every_rank=on_every_rank)
+    folder = build_artifact(
+        config,
+        kind="policy",
+        inputs={},
+        make=lambda *folders: made.append(folders),
+        on_every_rank=on_every_rank,
+    )
     assert (folder, len(made), len(waited)) == (config.folder, calls, waits)
     assert not config.folder.parent.exists()
 
@@ -517,7 +567,9 @@ def test_where_rank_0_fails_the_others_leave(config, monkeypatch):
 
 def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
     told: list[Any] = []
-    monkeypatch.setattr("pipeline.distributed.processes.broadcast", lambda value: (told.append(value), value)[1])
+    monkeypatch.setattr(
+        "pipeline.distributed.processes.broadcast", lambda value: (told.append(value), value)[1]
+    )
     publish(config)
     publish(config)
     assert told == [(False, True), (False, None), (False, False)]  # make it; it is published; it is there
@@ -532,7 +584,10 @@ def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
 
 def test_what_was_served_is_out_of_date_when_what_it_reads_is_another(config, tmp_path):
     read = input_artifact(tmp_path, "a")
-    served = Artifact(read.path, read.manifest | {"served": {"url": "http://gpu7"}, "reads": read.identity, "identity": "f" * 64})
+    served = Artifact(
+        read.path,
+        read.manifest | {"served": {"url": "http://gpu7"}, "reads": read.identity, "identity": "f" * 64},
+    )
     folder = publish(config, inputs={"reward_0": served})
     assert artifact_status(folder) == ("done", "")
     input_artifact(tmp_path, "b")
@@ -579,7 +634,8 @@ def test_changed_byte_is_found_by_name(config):
     folder = publish(config, Make({"model.bin": "weights", "sub/vocab.txt": "a b"}))
     rewrite(folder / "sub/vocab.txt", "a c")
     assert refusal(folder) == (
-        f"{folder}: sub/vocab.txt was altered: its SHA-256 is {sha256('a c')[:12]}…, expected {sha256('a b')[:12]}…; run: {FIX}"
+        f"{folder}: sub/vocab.txt was altered: its SHA-256 is {sha256('a c')[:12]}…, expected "
+        f"{sha256('a b')[:12]}…; run: {FIX}"
     )
 
 
@@ -607,12 +663,16 @@ def test_wrong_kind_is_refused_and_any_checkpoint_is_a_model(config):
 def test_newer_schema_is_refused(config):
     folder = publish(config)
     (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | {"schema": 2}))
-    assert refusal(folder) == f"{folder}: written by a newer version (schema 2, this one reads 1): upgrade, or make it again; run: {FIX}"
+    assert refusal(folder) == (
+        f"{folder}: written by a newer version (schema 2, this one reads 1): upgrade, or make it "
+        f"again; run: {FIX}"
+    )
 
 
 def test_folder_of_something_else_is_refused(tmp_path):
     assert refusal(tmp_path) == (
-        f"{tmp_path}: is not an artifact of kind 'policy': expected one of manifest.json, config.json, adapter_config.json in it; run: {FIX}"
+        f"{tmp_path}: is not an artifact of kind 'policy': expected one of manifest.json, "
+        f"config.json, adapter_config.json in it; run: {FIX}"
     )
 
 
@@ -634,7 +694,11 @@ def test_foreign_folder_is_accepted_with_hashes(tmp_path, marker, kind, other):
     (folder / "manifest.json").write_text('{"of": "another tool"}')
     opened = require_artifact(folder, kind, FIX)
     assert (opened.path, opened.is_external, opened.manifest["kind"]) == (folder, True, kind)
-    assert opened.manifest["files"] == {marker: sha256("{}"), "weights": sha256("w"), "manifest.json": sha256('{"of": "another tool"}')}
+    assert opened.manifest["files"] == {
+        marker: sha256("{}"),
+        "weights": sha256("w"),
+        "manifest.json": sha256('{"of": "another tool"}'),
+    }
     (folder / ".git").mkdir()
     (folder / ".git" / "index").write_text("changes with every fetch")
     assert require_artifact(folder, kind, FIX).identity == opened.identity
@@ -665,7 +729,12 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("hub_id", ["gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
 def test_hub_id_is_accepted_for_a_model_and_not_for_records(hub_cache, hub_id):
     opened = require_artifact(hub_id, "model", FIX)
-    assert (opened.is_external, str(opened.path), opened.manifest["hub"], opened.revision) == (True, hub_id, hub_id, None)
+    assert (opened.is_external, str(opened.path), opened.manifest["hub"], opened.revision) == (
+        True,
+        hub_id,
+        hub_id,
+        None,
+    )
     assert refusal(Path(hub_id), "records") == f"{hub_id}: does not exist; run: {FIX}"
     refs = hub_cache / f"models--{hub_id.replace('/', '--')}" / "refs"
     refs.mkdir(parents=True)
@@ -677,7 +746,9 @@ def test_hub_id_is_accepted_for_a_model_and_not_for_records(hub_cache, hub_id):
     assert require_artifact(hub_id, "model", FIX, revision="v1").revision == "v1"
 
 
-@pytest.mark.parametrize("path", ["./gpt2", "/gpt2", "runs/demo", "runs/demo/sft", "models/smollm2", "a//b", "../gpt2"])
+@pytest.mark.parametrize(
+    "path", ["./gpt2", "/gpt2", "runs/demo", "runs/demo/sft", "models/smollm2", "a//b", "../gpt2"]
+)
 def test_path_is_not_taken_for_a_hub_id(hub_cache, path):
     Path("models").mkdir()
     with pytest.raises(UserError, match="does not exist"):
@@ -698,7 +769,15 @@ def identity(tmp_path: Path, run: str, files: dict[str, str], kind: str = "polic
     return require_artifact(publish(config, Make(files), kind=kind), kind, FIX).identity
 
 
-TALK = ["README.md", "report.html", "summary.md", "log.jsonl", "metrics.json", "training_args.bin", "sub/README.md"]
+TALK = [
+    "README.md",
+    "report.html",
+    "summary.md",
+    "log.jsonl",
+    "metrics.json",
+    "training_args.bin",
+    "sub/README.md",
+]
 
 
 def test_the_identity_of_an_evaluation_is_its_metrics(tmp_path):
@@ -749,5 +828,11 @@ def test_verify_does_not_believe_the_cache(config):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, pipeline.artifacts.build, pipeline.artifacts.inputs; print(sorted({'torch', 'transformers', 'datasets', 'huggingface_hub'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, pipeline.artifacts.build, pipeline.artifacts.inputs; print(sorted({'torch', "
+        "'transformers', 'datasets', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

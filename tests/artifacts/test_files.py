@@ -68,7 +68,9 @@ def test_broken_cache_is_read_past(tmp_path, monkeypatch, content):
 def test_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, read):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.bin").write_text("a")
-    (tmp_path / "cache").write_text("a file where the folder should be")  # stands for a read-only folder, which root could write
+    (tmp_path / "cache").write_text(
+        "a file where the folder should be"
+    )  # stands for a read-only folder, which root could write
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     assert [hash_files(tmp_path / "model") for _ in range(2)] == [{"a.bin": sha256("a")}] * 2
     assert read == ["a.bin", "a.bin"]

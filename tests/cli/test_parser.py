@@ -1,4 +1,6 @@
-"""Help fits on a screen and shows an example that is understood; a shell completes; recipes are found without a checkout."""
+"""Help fits on a screen and shows an example that is understood; a shell completes; recipes are found without
+a checkout.
+"""
 
 import re
 import shlex
@@ -46,8 +48,13 @@ def test_the_main_help_is_one_screen_and_names_commands_and_exit_codes(capsys):
 
 
 def test_help_is_torch_free():
-    code = "import sys\nfrom pipeline.cli import main\ntry: main(['ppo', '--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=config.RECIPES.parent)
+    code = (
+        "import sys\nfrom pipeline.cli import main\ntry: main(['ppo', '--help'])\nfinally: "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=config.RECIPES.parent
+    )
     assert done.stdout.endswith("\nFalse\n")
 
 
@@ -68,8 +75,13 @@ def test_bash_completes(typed, offered, tmp_path, capsys):
     (tmp_path / "mine.yaml").touch()
     (tmp_path / "runs").mkdir()
     words = shlex.join(["rlhf", *typed])
-    script = f'{capsys.readouterr().out}\nCOMP_WORDS=({words}) COMP_CWORD={len(typed)}; _shtab_rlhf; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "--norc", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    script = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({words}) COMP_CWORD={len(typed)}; _shtab_rlhf; "
+        f'printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert set(done.stdout.split()) == offered
 
 

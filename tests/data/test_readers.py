@@ -1,4 +1,6 @@
-"""Each format and type of file by hand-made examples, dialogues by a round trip, unreadable sources by their message."""
+"""Each format and type of file by hand-made examples, dialogues by a round trip, unreadable sources by their
+message.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Source
-from pipeline.data.readers import TURN, ParsedRecord, RowError, parse_dialogue, parse_turns, read_source, source_files
+from pipeline.data.readers import (
+    TURN,
+    ParsedRecord,
+    RowError,
+    parse_dialogue,
+    parse_turns,
+    read_source,
+    source_files,
+)
 from pipeline.errors import UserError
 from pipeline.prepare import stage
 
@@ -53,13 +63,21 @@ def test_comparisons_with_mapped_and_joined_columns(tmp_path: Path) -> None:
     ]
     columns = {"prompt": ["instruction", "input"], "chosen": "good"}
     found = records("comparisons", jsonl(tmp_path / "a.jsonl", rows), columns=columns)
-    assert found[0] == {"prompt": "Add.\n\n1 + 1", "chosen": "2", "rejected": "3", "margin": 0.5, "source": None}
+    assert found[0] == {
+        "prompt": "Add.\n\n1 + 1",
+        "chosen": "2",
+        "rejected": "3",
+        "margin": 0.5,
+        "source": None,
+    }
     assert [record["prompt"] for record in found] == ["Add.\n\n1 + 1", "Greet.", "Wave."]
 
 
 @pytest.mark.parametrize("value", [0, False, ["x"]])
 def test_a_joined_column_that_is_not_text_is_left_for_the_checks(tmp_path: Path, value: Any) -> None:
-    found = records("prompts", jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": value}]), columns={"prompt": ["a", "b"]})
+    found = records(
+        "prompts", jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": value}]), columns={"prompt": ["a", "b"]}
+    )
     assert found == [{"prompt": value}]
 
 
@@ -89,24 +107,37 @@ def test_ratings_and_prompts(tmp_path: Path) -> None:
 def test_labels_in_three_shapes(tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "completion": "a", "label": True}]
     assert records("labels", jsonl(tmp_path / "a.jsonl", rows)) == rows
-    (text,) = records("labels", jsonl(tmp_path / "b.jsonl", [{"text": "rude", "toxic": "yes"}]), columns={"label": "toxic"})
+    (text,) = records(
+        "labels", jsonl(tmp_path / "b.jsonl", [{"text": "rude", "toxic": "yes"}]), columns={"label": "toxic"}
+    )
     assert (text["prompt"], text["completion"], text["label"]) == ("", "rude", "yes")
-    (chat,) = records("labels", jsonl(tmp_path / "c.jsonl", [{"messages": [user("Q"), assistant("a")], "label": 0}]))
+    (chat,) = records(
+        "labels", jsonl(tmp_path / "c.jsonl", [{"messages": [user("Q"), assistant("a")], "label": 0}])
+    )
     assert (chat["prompt"], chat["completion"], chat["label"]) == ([user("Q")], [assistant("a")], 0)
 
 
 def test_demonstrations_as_pairs_and_as_messages(tmp_path: Path) -> None:
     rows = [{"instruction": "Q", "input": None, "output": "a"}]
     columns = {"prompt": ["instruction", "input"], "completion": "output"}
-    assert records("demonstrations", jsonl(tmp_path / "a.jsonl", rows), columns=columns) == [{"prompt": "Q", "completion": "a"}]
-    items = read("demonstrations", jsonl(tmp_path / "b.jsonl", [{"messages": [user("Q"), assistant("a")]}, {"messages": "Q"}]))
+    assert records("demonstrations", jsonl(tmp_path / "a.jsonl", rows), columns=columns) == [
+        {"prompt": "Q", "completion": "a"}
+    ]
+    items = read(
+        "demonstrations",
+        jsonl(tmp_path / "b.jsonl", [{"messages": [user("Q"), assistant("a")]}, {"messages": "Q"}]),
+    )
     assert (items[0].record["prompt"], items[0].record["completion"]) == ([user("Q")], [assistant("a")])
     assert faults(items) == [(2, "not-text")]
 
 
 def test_the_demo_world_is_read_like_a_file() -> None:
     items = stage.read(Source(format="demo", limit=3), seed=0)
-    assert [(item.rows[0].source, item.rows[0].line) for item in items] == [("demo", 1), ("demo", 2), ("demo", 3)]
+    assert [(item.rows[0].source, item.rows[0].line) for item in items] == [
+        ("demo", 1),
+        ("demo", 2),
+        ("demo", 3),
+    ]
     assert items == stage.read(Source(format="demo", limit=3), seed=0)
 
 
@@ -123,7 +154,9 @@ def test_hh_dialogue() -> None:
 
 
 def test_hh_dialogues_that_part_early_have_more_than_one_answer() -> None:
-    parted = parse_dialogue("\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b", "\n\nHuman: Q\n\nAssistant: c")
+    parted = parse_dialogue(
+        "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b", "\n\nHuman: Q\n\nAssistant: c"
+    )
     assert parted["prompt"] == [user("Q")]
     assert parted["chosen"] == [assistant("a"), user("R"), assistant("b")]
     assert parted["rejected"] == [assistant("c")]
@@ -160,14 +193,21 @@ def test_what_is_no_dialogue(chosen: Any, rejected: Any, reason: str) -> None:
     assert caught.value.reason == reason
 
 
-SAID = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(lambda text: text and not TURN.search(text))
+SAID = (
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+    .map(str.strip)
+    .filter(lambda text: text and not TURN.search(text))
+)
 
 
 @given(st.lists(SAID, min_size=1).filter(lambda turns: len(turns) % 2 == 1), SAID, SAID)
 def test_dialogue_round_trip(history: list[str], chosen: str, rejected: str) -> None:
     messages = [user(text) if n % 2 == 0 else assistant(text) for n, text in enumerate(history)]
     names = {"user": "Human", "assistant": "Assistant"}
-    text = "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages) + "\n\nAssistant: "
+    text = (
+        "".join(f"\n\n{names[message['role']]}: {message['content']}" for message in messages)
+        + "\n\nAssistant: "
+    )
     expected = {"prompt": messages, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
     assert parse_dialogue(text + chosen, text + rejected) == expected
     assert parse_dialogue([*messages, assistant(chosen)], [*messages, assistant(rejected)]) == expected
@@ -187,11 +227,16 @@ def test_csv_with_bom_crlf_and_newlines_in_fields(tmp_path: Path) -> None:
     assert [item.rows[0].line for item in items] == [2, 5]
 
 
-@pytest.mark.parametrize(("text", "line"), [('Q,a\nR,"x"y\nS,d\n', 3), ('Q,a\nR,b\nS,"never closed\nT,d\n', 4), ('Q,"a \\" b,\nc"\n', 2)])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [('Q,a\nR,"x"y\nS,d\n', 3), ('Q,a\nR,b\nS,"never closed\nT,d\n', 4), ('Q,"a \\" b,\nc"\n', 2)],
+)
 def test_a_stray_quote_in_csv_is_told_with_its_line(tmp_path: Path, text: str, line: int) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n" + text, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"a\.csv:{line}: not valid CSV from here on: .*; close the quotes of each field"):
+    with pytest.raises(
+        UserError, match=rf"a\.csv:{line}: not valid CSV from here on: .*; close the quotes of each field"
+    ):
         read("demonstrations", path)
 
 
@@ -249,7 +294,9 @@ def test_a_value_that_cannot_be_read_names_its_file(tmp_path: Path) -> None:
 
 def test_a_split_of_a_plain_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "Q"}')
-    with pytest.raises(UserError, match=r"a\.jsonl: split='test' is only read from a hub dataset or a save_to_disk folder"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: split='test' is only read from a hub dataset or a save_to_disk folder"
+    ):
         read("prompts", tmp_path / "a.jsonl", split="test")
 
 
@@ -274,18 +321,26 @@ def test_a_folder_is_read_in_order_and_limited(tmp_path: Path) -> None:
 
 # Datasets
 
-CLASSES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["fine", "rude"])})
+CLASSES = datasets.Features(
+    {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["fine", "rude"])}
+)
 
 
 def test_a_saved_dataset_gives_class_names(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=CLASSES)
     datasets.DatasetDict(train=data.select([0]), test=data).save_to_disk(tmp_path / "dict")
     found = records("labels", tmp_path / "dict", split="test")
-    assert [(record["completion"], record["label"]) for record in found] == [("a", "rude"), ("b", "fine"), ("c", -1)]
+    assert [(record["completion"], record["label"]) for record in found] == [
+        ("a", "rude"),
+        ("b", "fine"),
+        ("c", -1),
+    ]
     data.save_to_disk(tmp_path / "one")
     assert len(records("labels", tmp_path / "one")) == 3
     assert source_files(Source(format="labels", path=str(tmp_path / "one"))) == [tmp_path / "one"]
-    with pytest.raises(UserError, match=r"dict: no split 'dev', found train, test; set 'split' of the source"):
+    with pytest.raises(
+        UserError, match=r"dict: no split 'dev', found train, test; set 'split' of the source"
+    ):
         read("labels", tmp_path / "dict", split="dev")
 
 
@@ -297,9 +352,13 @@ def test_a_hub_dataset_is_asked_for_its_split_and_revision(monkeypatch: pytest.M
         return datasets.Dataset.from_dict({"prompt": ["Q", "R"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    items = read_source(Source(format="prompts", hub="org/name", subset="en", split="test", revision="abc", limit=1))
+    items = read_source(
+        Source(format="prompts", hub="org/name", subset="en", split="test", revision="abc", limit=1)
+    )
     assert asked == [(("org/name", "en"), {"split": "test", "revision": "abc"})]
-    assert [(item.record, item.rows[0].source, item.rows[0].line) for item in items] == [({"prompt": "Q"}, "org/name", 1)]
+    assert [(item.record, item.rows[0].source, item.rows[0].line) for item in items] == [
+        ({"prompt": "Q"}, "org/name", 1)
+    ]
 
 
 def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +366,10 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/nmae' doesn't exist on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^org/nmae: not readable as a dataset: Dataset 'org/nmae' doesn't exist on the Hub; check hub"):
+    with pytest.raises(
+        UserError,
+        match=r"^org/nmae: not readable as a dataset: Dataset 'org/nmae' doesn't exist on the Hub; check hub",
+    ):
         read_source(Source(format="prompts", hub="org/nmae"))
 
 
@@ -322,15 +384,42 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         ("a.json", '[{"prompt": ]', {}, r"a\.json: not valid JSON: .*line 1 column 13"),
         ("a.parquet", "PAR0", {}, r"a\.parquet: not readable as Parquet"),
         ("a.csv", "prompt,prompt\nQ,R\n", {}, r"a\.csv: expected column names, each of them once"),
-        ("a.csv", "promt,b\nQ,R\n", {}, "needs a column 'prompt', found promt, b; use columns: {prompt: promt}"),
+        (
+            "a.csv",
+            "promt,b\nQ,R\n",
+            {},
+            "needs a column 'prompt', found promt, b; use columns: {prompt: promt}",
+        ),
         ("a.csv", "a,b\nQ,R\n", {}, "needs a column 'prompt', found a, b; use columns: {prompt: THEIRS}"),
-        ("a.csv", "prompt;b\nQ;R\n", {}, "needs a column 'prompt', found only 'prompt;b'; separate fields by commas"),
-        ("a.json", '{\n "data": [{"prompt": "Q"}]}', {}, r"a\.json: expected an array of objects, or an object per line; found one dict"),
-        ("a.csv", "prompt\nQ\n", {"promt": "prompt"}, r"columns maps 'promt', expected one of prompt; did you mean 'prompt'\?"),
-        ("a.csv", "question\nQ\n", {"prompt": "qestion"}, r"columns maps 'prompt' to 'qestion', found question; did you mean 'question'\?"),
+        (
+            "a.csv",
+            "prompt;b\nQ;R\n",
+            {},
+            "needs a column 'prompt', found only 'prompt;b'; separate fields by commas",
+        ),
+        (
+            "a.json",
+            '{\n "data": [{"prompt": "Q"}]}',
+            {},
+            r"a\.json: expected an array of objects, or an object per line; found one dict",
+        ),
+        (
+            "a.csv",
+            "prompt\nQ\n",
+            {"promt": "prompt"},
+            r"columns maps 'promt', expected one of prompt; did you mean 'prompt'\?",
+        ),
+        (
+            "a.csv",
+            "question\nQ\n",
+            {"prompt": "qestion"},
+            r"columns maps 'prompt' to 'qestion', found question; did you mean 'question'\?",
+        ),
     ],
-)  # fmt: skip
-def test_unreadable_sources(tmp_path: Path, name: str, content: str | None, options: dict[str, Any], message: str) -> None:
+)
+def test_unreadable_sources(
+    tmp_path: Path, name: str, content: str | None, options: dict[str, Any], message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message) as caught:

@@ -13,13 +13,20 @@ from pipeline.config import PrepareStage
 from pipeline.prepare.stage import run
 
 DATA = Path(os.environ.get("REAL_DATA", "."))
-pytestmark = [pytest.mark.real_data, pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA is not set")]
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA is not set"),
+]
 ALPACA = ["instruction", "input"]
 
 
 def prepare(folder: Path, format: str, path: str, **options: Any) -> tuple[Path, dict[str, Any]]:
     """The artifact of one file, and its counts."""
-    published = run(PrepareStage(run="real", runs=str(folder), source=[{"format": format, "path": str(DATA / path), **options}]))
+    published = run(
+        PrepareStage(
+            run="real", runs=str(folder), source=[{"format": format, "path": str(DATA / path), **options}]
+        )
+    )
     return published, json.loads((published / "manifest.json").read_text(encoding="utf-8"))["rows"]
 
 
@@ -37,7 +44,9 @@ def test_hh_harmless(tmp_path: Path) -> None:
 
 
 def test_rasbt_pairs(tmp_path: Path) -> None:
-    published, counts = prepare(tmp_path, "comparisons", "rasbt/instruction-data-with-preference.json", columns={"prompt": ALPACA})
+    published, counts = prepare(
+        tmp_path, "comparisons", "rasbt/instruction-data-with-preference.json", columns={"prompt": ALPACA}
+    )
     assert (counts["read"], counts["kept"], counts["quarantined"]) == (1100, 1094, {"identical-answers": 6})
     assert len(rows_of(published, "comparisons")) == 1094
 
@@ -50,7 +59,11 @@ def test_rasbt_demonstrations(tmp_path: Path) -> None:
 
 def test_surge_toxicity(tmp_path: Path) -> None:
     published, counts = prepare(
-        tmp_path, "labels", "surge-toxicity/toxicity_en.csv", columns={"label": "is_toxic"}, classes=["Not Toxic", "Toxic"]
+        tmp_path,
+        "labels",
+        "surge-toxicity/toxicity_en.csv",
+        columns={"label": "is_toxic"},
+        classes=["Not Toxic", "Toxic"],
     )
     assert (counts["read"], counts["kept"], counts["quarantined"]) == (1000, 999, {"duplicate": 1})
     labels = Counter(row["label"] for row in rows_of(published, "labels"))
@@ -80,5 +93,7 @@ def test_pandalm_answers(tmp_path: Path, response: str, kept: int, quarantined: 
 
 
 def test_finegrained_qa_questions(tmp_path: Path) -> None:
-    _, counts = prepare(tmp_path, "prompts", "finegrained-qa/dev_feedback.json", columns={"prompt": "question"})
+    _, counts = prepare(
+        tmp_path, "prompts", "finegrained-qa/dev_feedback.json", columns={"prompt": "question"}
+    )
     assert (counts["read"], counts["kept"]) == (500, 500)

@@ -16,7 +16,9 @@ USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content"
 
 
 def items(kind: str, *records: Any) -> list[ParsedRecord]:
-    return [ParsedRecord(kind, record, [RawRow("file", line, record)]) for line, record in enumerate(records, 1)]
+    return [
+        ParsedRecord(kind, record, [RawRow("file", line, record)]) for line, record in enumerate(records, 1)
+    ]
 
 
 def reasons(kind: str, *records: Any, classes: tuple[str, ...] = ("no", "yes")) -> list[str | None]:
@@ -103,7 +105,11 @@ def test_records_come_out_in_their_columns_and_types() -> None:
     assert all(type(rank) is int for rank in ranking["ranks"])
     message = {"role": "user", "content": "Q", "name": "someone"}
     assert cleaned("prompts", {"prompt": [message]}) == {"prompt": [USER]}
-    assert cleaned("labels", {"prompt": None, "completion": "a", "label": 1}) == {"prompt": "", "completion": "a", "label": 1}
+    assert cleaned("labels", {"prompt": None, "completion": "a", "label": 1}) == {
+        "prompt": "",
+        "completion": "a",
+        "label": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,9 @@ def test_classes_found(labels: list[Any], classes: list[str]) -> None:
 
 
 def test_classes_given() -> None:
-    first, second = (Source(format="labels", path="x", classes=classes) for classes in (["b", "a"], ["a", "b"]))
+    first, second = (
+        Source(format="labels", path="x", classes=classes) for classes in (["b", "a"], ["a", "b"])
+    )
     assert class_names([first, first], []) == ["b", "a"]
     with pytest.raises(UserError, match="sources name different classes"):
         class_names([first, second], [])
@@ -150,7 +158,13 @@ def test_classes_given() -> None:
 def test_contradictions_all_go_and_of_duplicates_the_first_stays() -> None:
     other = pair(prompt="other")
     rows = [pair(), pair(chosen="b", rejected="a"), pair(), other, other | {"margin": 2.0}]
-    assert reasons("comparisons", *rows) == ["contradiction", "contradiction", "contradiction", None, "duplicate"]
+    assert reasons("comparisons", *rows) == [
+        "contradiction",
+        "contradiction",
+        "contradiction",
+        None,
+        "duplicate",
+    ]
     as_messages = other | {"prompt": [USER | {"content": "other"}], "chosen": [ANSWER]}
     assert reasons("comparisons", other, as_messages) == [None, "duplicate"]
 
@@ -188,8 +202,15 @@ def test_ordered_pairs() -> None:
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["Q", "a", "b", "1", "", " ", "\udc80"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "user"]), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["Q", "a", "b", "1", "", " ", "\udc80"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "user"]), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 KINDS = {
@@ -208,7 +229,10 @@ RECORDS = st.sampled_from(sorted(KINDS)).flatmap(
 @settings(max_examples=50)
 @given(st.lists(RECORDS, max_size=12))
 def test_junk_is_kept_or_faulty_never_an_error(rows: list[tuple[str, dict[str, Any]]]) -> None:
-    found = [ParsedRecord(kind, record, [RawRow("file", line, record)]) for line, (kind, record) in enumerate(rows, 1)]
+    found = [
+        ParsedRecord(kind, record, [RawRow("file", line, record)])
+        for line, (kind, record) in enumerate(rows, 1)
+    ]
     validate_records(found, class_names([], found))
     kept = [(item.kind, item.record) for item in found if not item.fault]
     assert len({record_identity(kind, record) for kind, record in kept}) == len(kept)
@@ -222,7 +246,10 @@ ANSWERS = st.sampled_from("abc")
 
 @given(st.lists(st.tuples(st.sampled_from("QR"), ANSWERS, ANSWERS), max_size=12))
 def test_kept_comparisons_agree_with_each_other(rows: list[tuple[str, str, str]]) -> None:
-    found = items("comparisons", *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows))
+    found = items(
+        "comparisons",
+        *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows),
+    )
     validate_records(found, [])
     given = set(rows)
     kept = [tuple(item.record.values()) for item in found if not item.fault]

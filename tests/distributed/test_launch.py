@@ -35,12 +35,21 @@ def test_what_was_asked_for_came(environment, gpus):
 @pytest.mark.parametrize(
     ("environment", "gpus", "found"),
     [
-        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, 0, "several processes were requested, but one was started"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"},
+            0,
+            "several processes were requested, but one was started",
+        ),
         ({"CUDA_VISIBLE_DEVICES": "0"}, 0, "a GPU was requested for each process, but none is visible"),
         (TWO, 0, "a GPU was requested for each process, but none is visible"),
         (TWO | {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": "-1,-1"}, 0, "FSDP was requested"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, 0, "DeepSpeed was requested"),
-        (TWO, 1, "2 processes were requested on this machine, but the number of visible GPUs is 1; each process needs its own GPU: --num_processes 1"),
+        (
+            TWO,
+            1,
+            "2 processes were requested on this machine, but the number of visible GPUs is 1; each "
+            "process needs its own GPU: --num_processes 1",
+        ),
     ],
 )
 def test_what_did_not_come_is_told(environment, gpus, found):
@@ -55,11 +64,19 @@ FSDP, ZERO = {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true
     [
         ({}, "grpo", None),
         (FSDP | {"FSDP_VERSION": "2"}, "ppo", None),
-        (FSDP | {"FSDP_VERSION": "2"}, "grpo", "algorithm: grpo does not support FSDP: evaluation cannot generate from sharded weights"),
+        (
+            FSDP | {"FSDP_VERSION": "2"},
+            "grpo",
+            "algorithm: grpo does not support FSDP: evaluation cannot generate from sharded weights",
+        ),
         (FSDP, "ppo", "FSDP version 1 is not supported; set fsdp_version: 2"),
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "rloo", None),
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ppo", None),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "rloo", "algorithm: rloo does not support DeepSpeed ZeRO-3: evaluation cannot generate"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "rloo",
+            "algorithm: rloo does not support DeepSpeed ZeRO-3: evaluation cannot generate",
+        ),
     ],
 )
 def test_sharding_that_a_stage_cannot_use_is_refused(environment, algorithm, found):
@@ -67,7 +84,10 @@ def test_sharding_that_a_stage_cannot_use_is_refused(environment, algorithm, fou
     assert problem is None if found is None else str(problem).startswith(found)
 
 
-@pytest.mark.parametrize(("name", "parts"), [("cpu", 1), ("multi-gpu", 1), ("deepspeed-zero2", 1), ("deepspeed-zero3", 8), ("fsdp2", 8)])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("cpu", 1), ("multi-gpu", 1), ("deepspeed-zero2", 1), ("deepspeed-zero3", 8), ("fsdp2", 8)],
+)
 def test_which_files_cut_the_weights(name, parts):
     assert num_shards(name) == parts
 
@@ -96,5 +116,8 @@ def test_accelerate_understands_the_files(file):
     assert args.num_processes == parsed.num_processes == {"single-gpu": 1, "cpu": 2}.get(file.stem, 8)
     assert (args.use_fsdp, args.use_deepspeed) == (file.stem == "fsdp2", file.stem.startswith("deepspeed"))
     if args.use_fsdp:
-        assert prepare_multi_gpu_env(args) | {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} == prepare_multi_gpu_env(args)
+        assert prepare_multi_gpu_env(args) | {
+            "FSDP_VERSION": "2",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        } == prepare_multi_gpu_env(args)
     assert defaults.mixed_precision == "no"

@@ -1,4 +1,6 @@
-"""Two processes, as `accelerate launch` starts them on a CPU: one artifact, written once, and what one process would have learned."""
+"""Two processes, as `accelerate launch` starts them on a CPU: one artifact, written once, and what one
+process would have learned.
+"""
 
 import json
 import os
@@ -23,10 +25,21 @@ ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for numbe
 STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo")
 
 
-def start(processes: int, *command: str, how: str = "cpu", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`command`, which follows `python`, run by so many processes, launched by a file of configs/accelerate."""
-    launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ROOT / f"configs/accelerate/{how}.yaml")]
-    module = [sys.executable, "-m", *launcher, "--num_processes", str(processes)] if processes > 1 else [sys.executable]
+def start(
+    processes: int, *command: str, how: str = "cpu", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `command`, which follows `python`, in so many processes, by a file of configs/accelerate."""
+    launcher = [
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(ROOT / f"configs/accelerate/{how}.yaml"),
+    ]
+    module = (
+        [sys.executable, "-m", *launcher, "--num_processes", str(processes)]
+        if processes > 1
+        else [sys.executable]
+    )
     given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*module, *command], env=given, capture_output=True, text=True, timeout=300)
 
@@ -57,8 +70,16 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        done = start(1, "-m", "pipeline", "sft", "--config", str(RECIPES / "demo/sft.yaml"), f"runs={tmp_path}", **rank)
+        rank = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
+        done = start(
+            1, "-m", "pipeline", "sft", "--config", str(RECIPES / "demo/sft.yaml"), f"runs={tmp_path}", **rank
+        )
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"the launch: the processes cannot connect at 127.0.0.1:{rank['MASTER_PORT']}" in line
@@ -67,12 +88,26 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tiny_feedback, tiny_llama, tmp_path_factory) -> dict[int, Path]:
-    """By the number of processes: the folder in which all stages were trained by them, sft asked for once more, and a file scored."""
+    """By the number of processes: the folder in which all stages were trained by them, sft asked for once
+    more, and a file scored.
+    """
     folders = {processes: tmp_path_factory.mktemp(f"by_{processes}") for processes in (1, 2)}
     for processes, folder in folders.items():
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
-        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ANSWERS))
-        printed = launch(processes, TOGETHER, str(folder), str(tiny_feedback), str(tiny_llama), *STAGES, "sft", "score", "best-of-n")
+        (folder / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ANSWERS)
+        )
+        printed = launch(
+            processes,
+            TOGETHER,
+            str(folder),
+            str(tiny_feedback),
+            str(tiny_llama),
+            *STAGES,
+            "sft",
+            "score",
+            "best-of-n",
+        )
         (folder / "printed.txt").write_text(printed)
     return folders
 
@@ -88,9 +123,15 @@ def test_one_of_two_writes_and_says_what_it_does(trained):
 
 def learned(folder: Path, stage: str) -> tuple[list[float], dict]:
     """The loss of each step, and the weights in the end."""
-    artifact_folder = folder / stage if stage.startswith("ppo") else folder / stage / ("sft" if stage == "sft" else "reward")
+    artifact_folder = (
+        folder / stage
+        if stage.startswith("ppo")
+        else folder / stage / ("sft" if stage == "sft" else "reward")
+    )
     entries = map(json.loads, (artifact_folder / "log.jsonl").open(encoding="utf-8"))
-    return [entry["loss"] for entry in entries if "loss" in entry], load_file(artifact_folder / "model.safetensors")
+    return [entry["loss"] for entry in entries if "loss" in entry], load_file(
+        artifact_folder / "model.safetensors"
+    )
 
 
 def assert_the_same(one: tuple[list[float], dict], other: tuple[list[float], dict]) -> None:
@@ -105,19 +146,36 @@ def test_two_processes_learn_what_one_does(trained, stage):
     assert_the_same(one, two)
 
 
-def test_two_processes_that_share_the_weights_learn_what_one_does(trained, tiny_feedback, tiny_llama, tmp_path):
+def test_two_processes_that_share_the_weights_learn_what_one_does(
+    trained, tiny_feedback, tiny_llama, tmp_path
+):
     """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
     stages = ("sft", "ranking", "ppo")
-    launch(2, str(ROOT / "tests/distributed/sharded.py"), str(tmp_path), str(tiny_feedback), str(tiny_llama), *stages, "ppo-bf16", how="fsdp2")
+    launch(
+        2,
+        str(ROOT / "tests/distributed/sharded.py"),
+        str(tmp_path),
+        str(tiny_feedback),
+        str(tiny_llama),
+        *stages,
+        "ppo-bf16",
+        how="fsdp2",
+    )
     for stage in stages:
         assert_the_same(learned(trained[1], stage), learned(tmp_path, stage))
     # In bf16 they round otherwise; and a policy that has not moved has no KL to where it is.
     assert learned(tmp_path, "ppo-bf16")[0] == pytest.approx(learned(trained[1], "ppo")[0], abs=0.02)
-    first = next(entry for line in (tmp_path / "ppo-bf16/log.jsonl").open() if "objective/kl" in (entry := json.loads(line)))
+    first = next(
+        entry
+        for line in (tmp_path / "ppo-bf16/log.jsonl").open()
+        if "objective/kl" in (entry := json.loads(line))
+    )
     assert first["objective/kl"] == 0.0
 
 
-def test_a_process_killed_takes_the_run_down_and_one_process_goes_on_from_there(trained, tiny_feedback, tiny_llama, tmp_path):
+def test_a_process_killed_takes_the_run_down_and_one_process_goes_on_from_there(
+    trained, tiny_feedback, tiny_llama, tmp_path
+):
     given = [TOGETHER, str(tmp_path), str(tiny_feedback), str(tiny_llama), "pairwise"]
     killed = start(2, *given, KILL="3")
     assert killed.returncode != 0

@@ -1,6 +1,8 @@
-"""Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and compares.
+"""Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and
+compares.
 
-`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 dies by SIGKILL at that optimizer
+`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 dies by
+SIGKILL at that optimizer
 step; BEGUN_BY is the number of processes that the config is for, where it is another than there are.
 """
 
@@ -17,7 +19,12 @@ from datasets import Dataset
 
 from pipeline import PPOConfig, PPOTrainer, cli
 from pipeline.artifacts import files
-from pipeline.distributed.processes import destroy_process_group, init_process_group, is_main_process, world_size
+from pipeline.distributed.processes import (
+    destroy_process_group,
+    init_process_group,
+    is_main_process,
+    world_size,
+)
 from pipeline.distributed.sharding import disable_zero3_init
 from pipeline.models.chat import pad_rows
 from pipeline.models.generation import Responses
@@ -25,7 +32,13 @@ from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.training.checkpoints import write_log
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "configs"
-OBJECTIVES = {"pairwise": [], "ranking": [], "plackett_luce": [], "classification": ["positive_label=nothate"], "regression": []}
+OBJECTIVES = {
+    "pairwise": [],
+    "ranking": [],
+    "plackett_luce": [],
+    "classification": ["positive_label=nothate"],
+    "regression": [],
+}
 SCORING = {"score": "answers.jsonl", "best-of-n": "prompts.jsonl"}
 ROWS = 8  # of a step, whoever trains on them
 
@@ -35,27 +48,53 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
     gc.freeze()  # each training ends with a collection, which need not look at what the imports made
     for stage in stages:
         given = [f"runs={folder}", f"run={stage}", f"records={records}", f"model={model}", "max_length=96"]
-        trained = {"max_steps": 4, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": ROWS // 2}
+        trained = {
+            "max_steps": 4,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "per_device_train_batch_size": ROWS // 2,
+        }
         begun_by = int(os.environ.get("BEGUN_BY", world_size()))
-        trained |= {"gradient_accumulation_steps": 2 // begun_by, "eval_strategy": "no", "logging_strategy": "steps"}
+        trained |= {
+            "gradient_accumulation_steps": 2 // begun_by,
+            "eval_strategy": "no",
+            "logging_strategy": "steps",
+        }
         given += [f"training.{key}={value}" for key, value in trained.items()]
         if stage in ("ppo", "ppo-bf16"):
             ppo(folder / stage, model, bf16=stage == "ppo-bf16")
         elif stage in SCORING:
             scored = ["--input", str(folder / SCORING[stage]), "--output", str(folder / f"{stage}.jsonl")]
-            policy = ["--policy", str(folder / "sft/sft"), "--n", "3", "--response-tokens", "6"] if stage == "best-of-n" else []
+            policy = (
+                ["--policy", str(folder / "sft/sft"), "--n", "3", "--response-tokens", "6"]
+                if stage == "best-of-n"
+                else []
+            )
             cli.main([stage, "--reward", str(folder / "pairwise/reward"), *policy, *scored])
         elif stage == "sft":
             cli.main(["sft", "--config", str(RECIPES / "smollm2/sft.yaml"), *given, "lora=null"])
         else:
-            config = ["--config", str(RECIPES / "gpt2-ranked/reward.yaml"), f"objective={stage}", *OBJECTIVES[stage]]
+            config = [
+                "--config",
+                str(RECIPES / "gpt2-ranked/reward.yaml"),
+                f"objective={stage}",
+                *OBJECTIVES[stage],
+            ]
             cli.main(["reward", *config, *given])
 
 
 def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Responses:
-    """Answers that were drawn once and for all: each row's noise, of which none depends on the rank, spells its own."""
-    ids = [[5 + int(500 * number) for number in row[: 3 + int(5 * row[0])]] + [tokenizer.eos_token_id] for row in noise.tolist()]
-    query, response = pad_rows(prompts, tokenizer.pad_token_id, side="left"), pad_rows(ids, tokenizer.pad_token_id)
+    """Answers that were drawn once and for all: each row's noise, of which none depends on the rank, spells
+    its own.
+    """
+    ids = [
+        [5 + int(500 * number) for number in row[: 3 + int(5 * row[0])]] + [tokenizer.eos_token_id]
+        for row in noise.tolist()
+    ]
+    query, response = (
+        pad_rows(prompts, tokenizer.pad_token_id, side="left"),
+        pad_rows(ids, tokenizer.pad_token_id),
+    )
     return Responses(*query, *response, tokenizer.batch_decode(ids), [True] * len(ids))
 
 
@@ -64,15 +103,37 @@ def ppo(folder: Path, model: str, **more: object) -> None:
     tokenizer = load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
     args = PPOConfig(
-        str(folder), num_rollouts=3, num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=ROWS // 2,
-        gradient_accumulation_steps=2 // world_size(), response_tokens=10, learning_rate=1e-3, score_normalization="running",
-        kl_target=1.0, entropy_coef=0.01, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **more,
-    )  # fmt: skip
+        str(folder),
+        num_rollouts=3,
+        num_ppo_epochs=2,
+        num_mini_batches=2,
+        per_device_train_batch_size=ROWS // 2,
+        gradient_accumulation_steps=2 // world_size(),
+        response_tokens=10,
+        learning_rate=1e-3,
+        score_normalization="running",
+        kl_target=1.0,
+        entropy_coef=0.01,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **more,
+    )
     disable_zero3_init(args)
     torch.manual_seed(0)
-    evenness = lambda completion_ids, **_: [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]  # noqa: E731
+
+    def evenness(completion_ids, **_):
+        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
     trainer = PPOTrainer(
-        load_policy(model, tokenizer), evenness, args, prompts, tokenizer, eval_dataset=prompts.select(range(5)), generate=recorded
+        load_policy(model, tokenizer),
+        evenness,
+        args,
+        prompts,
+        tokenizer,
+        eval_dataset=prompts.select(range(5)),
+        generate=recorded,
     )
     trainer.train()
     trainer.evaluate()

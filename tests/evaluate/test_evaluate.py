@@ -14,10 +14,15 @@ from pipeline.reward import stage as reward
 
 
 def test_records_without_comparisons(tmp_path, tiny_gpt2):
-    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}." if n % 2 else "No.", "rating": n % 2} for n in range(60)]
+    rows = [
+        {"prompt": f"What is {n}?", "completion": f"It is {n}." if n % 2 else "No.", "rating": n % 2}
+        for n in range(60)
+    ]
     (tmp_path / "ratings.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = {"run": "t", "runs": str(tmp_path / "runs")}
-    prepare.run(config.PrepareStage(source=[{"format": "ratings", "path": str(tmp_path / "ratings.jsonl")}], **common))
+    prepare.run(
+        config.PrepareStage(source=[{"format": "ratings", "path": str(tmp_path / "ratings.jsonl")}], **common)
+    )
     steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     learned = {"model": str(tiny_gpt2), "objective": "regression", "max_length": 96, "training": steps}
     scored = reward.run(config.RewardStage(**learned, **common))
@@ -48,21 +53,49 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
     learned = {"model": str(tiny_gpt2), "max_length": 96, "training": {"max_steps": 2}}
     scored = reward.run(config.RewardStage(**learned, **common))
     other = reward.run(config.RewardStage(**learned, **common | {"run": "other", "seed": 1}))
-    training = {"num_rollouts": 3, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 4, "learning_rate": 1e-2}
+    training = {
+        "num_rollouts": 3,
+        "num_ppo_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "response_tokens": 4,
+        "learning_rate": 1e-2,
+    }
     training |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    tuned = ppo.run(config.PPOStage(policy=str(tiny_gpt2), training=training, evaluation={"keep": True}, **common))
-    few = {"prompts": 2, "best_of": 8, "samples_per_prompt": 2, "response_tokens": 4, "sft": str(tiny_gpt2), "reward": str(scored)}
+    tuned = ppo.run(
+        config.PPOStage(policy=str(tiny_gpt2), training=training, evaluation={"keep": True}, **common)
+    )
+    few = {
+        "prompts": 2,
+        "best_of": 8,
+        "samples_per_prompt": 2,
+        "response_tokens": 4,
+        "sft": str(tiny_gpt2),
+        "reward": str(scored),
+    }
     metrics = {}
     for scorer in (str(other), f"{__name__}:length"):
         folder = evaluate.run(config.EvaluateStage(scorer=scorer, **few, **common))
         metrics = json.loads((folder / "metrics.json").read_text())
-        assert list(metrics)[1:] == ["sft", "best_of_2", "best_of_4", "best_of_8", "ppo_1", "ppo_2", "ppo", "fits", "rows"]
+        assert list(metrics)[1:] == [
+            "sft",
+            "best_of_2",
+            "best_of_4",
+            "best_of_8",
+            "ppo_1",
+            "ppo_2",
+            "ppo",
+            "fits",
+            "rows",
+        ]
         assert all("scorer_reward" in metrics[name] for name in ("sft", "best_of_8", "ppo_1", "ppo"))
         assert "win_rate_scorer" in metrics["ppo"]
         assert metrics["fits"]["best-of-n"].keys() == {"reward", "scorer_reward"}
     assert metrics["ppo_1"] != metrics["ppo_2"]
     assert metrics["sft"]["scorer_reward"] == metrics["sft"]["response_tokens"]
-    assert [folder.name for folder in sorted((tuned / "policies").iterdir())] == ["step-000001", "step-000002"]
+    assert [folder.name for folder in sorted((tuned / "policies").iterdir())] == [
+        "step-000001",
+        "step-000002",
+    ]
     page = (folder / "report.html").read_text()
     assert 'aria-label="Held-out reward against KL. ' in page
     assert "PPO, step 2" in page

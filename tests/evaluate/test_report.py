@@ -1,4 +1,6 @@
-"""The report, read back as HTML: what is in it, what is left out, and that nothing in it reaches for the network or runs."""
+"""The report, read back as HTML: what is in it, what is left out, and that nothing in it reaches for the
+network or runs.
+"""
 
 import math
 import re
@@ -9,7 +11,16 @@ from typing import Any
 import pytest
 
 from pipeline.evaluate import plots
-from pipeline.evaluate.plots import SUPERVISED, THEME, Plot, draw_curve, draw_curves, fitted_curve, metric_column, root_kl
+from pipeline.evaluate.plots import (
+    SUPERVISED,
+    THEME,
+    Plot,
+    draw_curve,
+    draw_curves,
+    fitted_curve,
+    metric_column,
+    root_kl,
+)
 from pipeline.evaluate.report import dotted_metrics, word_diff, write_report
 from pipeline.formatting.numbers import format_number
 
@@ -30,10 +41,17 @@ FULL: dict[str, Any] = {
         },
         "derived": {"prompts": 20},
     },
-    "records": {"comparisons": {"train": 1000, "validation": 100, "test": 130}, "prompts": {"train": 16, "validation": 2, "test": 2}},
+    "records": {
+        "comparisons": {"train": 1000, "validation": 100, "test": 130},
+        "prompts": {"train": 16, "validation": 2, "test": 2},
+    },
     "curves": {
         "sft": [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1}],
-        "reward": [{"step": 10, "loss": 0.7, "accuracy": 0.5}, {"step": 20, "loss": 0.5}, {"step": 20, "eval_accuracy": 0.75}],
+        "reward": [
+            {"step": 10, "loss": 0.7, "accuracy": 0.5},
+            {"step": 20, "loss": 0.5},
+            {"step": 20, "eval_accuracy": 0.75},
+        ],
         "ppo": [
             {"step": 1, "loss": 0.1, "objective/kl": 0.0, "objective/scores": -0.2, "response/tokens": 12.0},
             {"step": 2, "loss": 0.1, "objective/kl": 4.0, "objective/scores": 1.0, "response/tokens": 14.0},
@@ -42,8 +60,22 @@ FULL: dict[str, Any] = {
     },
     "reward_kl": [
         {"name": "SFT", "kl": 0.0, "reward": -0.2, "gold_reward": -0.04, "bound": False},
-        {"name": "best-of-4", "kl": 0.636, "reward": 0.3, "gold_reward": 0.2, "bound": True, "line": "best-of-n"},
-        {"name": "best-of-16", "kl": 1.835, "reward": 0.7, "gold_reward": 0.5, "bound": True, "line": "best-of-n"},
+        {
+            "name": "best-of-4",
+            "kl": 0.636,
+            "reward": 0.3,
+            "gold_reward": 0.2,
+            "bound": True,
+            "line": "best-of-n",
+        },
+        {
+            "name": "best-of-16",
+            "kl": 1.835,
+            "reward": 0.7,
+            "gold_reward": 0.5,
+            "bound": True,
+            "line": "best-of-n",
+        },
     ],
     "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
     "measured": {
@@ -61,15 +93,44 @@ FULL: dict[str, Any] = {
             "accuracy_longer": 0.55,
             "margin": -0.0001,
             "by_source": {
-                "web": {"pairs": 30, "accuracy": 0.5, "accuracy_interval": [0.3, 0.7], "accuracy_longer": 0.4},
-                "forum": {"pairs": 10, "accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "accuracy_longer": 1.0},
+                "web": {
+                    "pairs": 30,
+                    "accuracy": 0.5,
+                    "accuracy_interval": [0.3, 0.7],
+                    "accuracy_longer": 0.4,
+                },
+                "forum": {
+                    "pairs": 10,
+                    "accuracy": 0.9,
+                    "accuracy_interval": [0.8, 1.0],
+                    "accuracy_longer": 1.0,
+                },
             },
         },
     },
-    "calibration": [{"confidence": 0.55, "accuracy": 0.5, "count": 90}, {"confidence": 0.9, "accuracy": 0.8, "count": 10}],
+    "calibration": [
+        {"confidence": 0.55, "accuracy": 0.5, "count": 90},
+        {"confidence": 0.9, "accuracy": 0.8, "count": 10},
+    ],
     "samples": [
-        {"prompt": "a?", "sft": "yes", "ppo": "no", "sft_reward": 0.125, "ppo_reward": 2.0, "sft_gold": -0.5, "ppo_gold": 1.0},
-        {"prompt": "b?", "sft": HOSTILE, "ppo": "مرحبا 🎉", "sft_reward": NAN, "ppo_reward": None, "sft_gold": None, "ppo_gold": 0.25},
+        {
+            "prompt": "a?",
+            "sft": "yes",
+            "ppo": "no",
+            "sft_reward": 0.125,
+            "ppo_reward": 2.0,
+            "sft_gold": -0.5,
+            "ppo_gold": 1.0,
+        },
+        {
+            "prompt": "b?",
+            "sft": HOSTILE,
+            "ppo": "مرحبا 🎉",
+            "sft_reward": NAN,
+            "ppo_reward": None,
+            "sft_gold": None,
+            "ppo_gold": 0.25,
+        },
         {"prompt": "c?", "sft": "half a pair: \ud83c"},
     ],
     "lineage": [
@@ -91,11 +152,22 @@ FULL: dict[str, Any] = {
     ],
 }
 PLOTS = ("curves", "reward_kl", "lengths", "calibration")
-SECTIONS = ["summary", "reward_kl", "samples", "curves", "lengths", "measured", "calibration", "rows", "metrics", "lineage"]
+SECTIONS = [
+    "summary",
+    "reward_kl",
+    "samples",
+    "curves",
+    "lengths",
+    "measured",
+    "calibration",
+    "rows",
+    "metrics",
+    "lineage",
+]
 
 
 class Page(HTMLParser):
-    """What a browser would build: every tag with its attributes, table rows as lists of cells, per section."""
+    """What a browser builds: every tag with its attributes, and table rows as lists of cells, per section."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -147,7 +219,9 @@ def test_full_data_has_every_section_and_a_link_to_each(full: Page) -> None:
 @pytest.mark.parametrize("key", SECTIONS)
 @pytest.mark.parametrize("empty", ["missing", "empty", "none"])
 def test_a_missing_or_empty_key_leaves_out_its_section_alone(tmp_path: Path, key: str, empty: str) -> None:
-    without = {name: value for name, value in FULL.items() if name not in PLOTS}  # plots take time: one of them has to do
+    without = {
+        name: value for name, value in FULL.items() if name not in PLOTS
+    }  # plots take time: one of them has to do
     without["calibration"] = FULL["calibration"]
     expected = [section for section in SECTIONS if section in without and section != key]
     without.pop(key, None)
@@ -168,10 +242,18 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path, full: Page) -> None:
 
 def test_nothing_is_fetched(full: Page) -> None:
     addresses = re.findall(r"\w+://[^\s\"'<]+", full.html)
-    assert set(addresses) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of XML namespaces
+    assert set(addresses) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # names of XML namespaces
     assert "@import" not in full.html
     assert all(not {"src", "srcset", "data", "action"} & attributes.keys() for _, attributes in full.tags)
-    references = [value for _, attributes in full.tags for name, value in attributes.items() if name in ("href", "xlink:href")]
+    references = [
+        value
+        for _, attributes in full.tags
+        for name, value in attributes.items()
+        if name in ("href", "xlink:href")
+    ]
     assert references
     assert all(value is not None and value.startswith("#") for value in references)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", full.html))
@@ -188,9 +270,18 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
         "curves": {HOSTILE: FULL["curves"]["sft"]},
         "reward_kl": [{"name": HOSTILE, "kl": 1.0, "reward": 1.0}],
         "lengths": {HOSTILE: [1, 2], "$x$": [3]},
-        "measured": {HOSTILE: {HOSTILE: 1, "by_source": {HOSTILE: FULL["measured"]["comparisons"]}, "confusion": {HOSTILE: {HOSTILE: 1}}}},
+        "measured": {
+            HOSTILE: {
+                HOSTILE: 1,
+                "by_source": {HOSTILE: FULL["measured"]["comparisons"]},
+                "confusion": {HOSTILE: {HOSTILE: 1}},
+            }
+        },
         "samples": [{"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}],
-        "lineage": [dict.fromkeys(("stage", "path", "identity", "created_at", "config"), HOSTILE) | {"inputs": {HOSTILE: HOSTILE}}],
+        "lineage": [
+            dict.fromkeys(("stage", "path", "identity", "created_at", "config"), HOSTILE)
+            | {"inputs": {HOSTILE: HOSTILE}}
+        ],
     }
     page = render(tmp_path, data)
     assert [tag for tag, _ in page.tags].count("script") == 1  # the sorting
@@ -201,18 +292,44 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
 
 def test_samples_are_one_row_each_with_scores_to_sort_by(full: Page) -> None:
     head, *rows = full.rows["samples"]
-    assert head == ["Prompt", "SFT response", "Reward", "Gold", "PPO response", "Reward", "Gold", "Δ reward", "Δ gold"]
+    assert head == [
+        "Prompt",
+        "SFT response",
+        "Reward",
+        "Gold",
+        "PPO response",
+        "Reward",
+        "Gold",
+        "Δ reward",
+        "Δ gold",
+    ]
     assert rows == [
         ["a?", "yes", "0.12", "-0.50", "no", "2.00", "1.00", "+1.88", "+1.50"],
         ["b?", HOSTILE, "–", "–", "مرحبا 🎉", "–", "0.25", "–", "–"],
         ["c?", "half a pair: ?", "–", "–", "–", "–", "–", "–", "–"],
     ]
-    assert full.attributes("td", "data-sort")[:8] == ["0.125", "-0.5", "2.0", "1.0", "1.875", "1.5", "None", "None"]
+    assert full.attributes("td", "data-sort")[:8] == [
+        "0.125",
+        "-0.5",
+        "2.0",
+        "1.0",
+        "1.875",
+        "1.5",
+        "None",
+        "None",
+    ]
     assert full.attributes("div", "dir") == ["auto"] * 9
 
 
 def test_gold_columns_need_a_gold_reward(tmp_path: Path) -> None:
-    page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": "b", "ppo": "c", "sft_reward": 1.0, "ppo_reward": 2, "ppo_gold": NAN}]})
+    page = render(
+        tmp_path,
+        {
+            "samples": [
+                {"prompt": "a?", "sft": "b", "ppo": "c", "sft_reward": 1.0, "ppo_reward": 2, "ppo_gold": NAN}
+            ]
+        },
+    )
     head = ["Prompt", "SFT response", "Reward", "PPO response", "Reward", "Δ reward"]
     assert page.rows["samples"] == [head, ["a?", "b", "1.00", "c", "2", "+1.00"]]
 
@@ -227,15 +344,29 @@ def test_words_that_only_one_response_has_are_marked(tmp_path: Path) -> None:
     assert ["".join(words for words, _ in parts) for parts in found] == [before, after]
     assert word_diff("the same", "the same") == ([("the same", False)],) * 2
     page = render(tmp_path, {"samples": [{"prompt": "a?", "sft": before, "ppo": after}]})
-    assert re.findall(r"<(del|ins)>([^<]*)<", page.html)[2:] == [("del", "Good question!"), ("del", "Lyon."), ("ins", "Paris. Surely.\n")]
+    assert re.findall(r"<(del|ins)>([^<]*)<", page.html)[2:] == [
+        ("del", "Good question!"),
+        ("del", "Lyon."),
+        ("ins", "Paris. Surely.\n"),
+    ]
 
 
 def test_tables_hold_the_values(full: Page) -> None:
     assert full.rows["summary"] == [["Gold reward, PPO", "0.56", "scale −1 to 1"]]
-    assert full.rows["metrics"] == [["reward.comparisons.accuracy", "0.8061"], ["reward.comparisons.pairs", "1,024"], ["seed", "0"]]
+    assert full.rows["metrics"] == [
+        ["reward.comparisons.accuracy", "0.8061"],
+        ["reward.comparisons.pairs", "1,024"],
+        ["seed", "0"],
+    ]
     by_source, records = full.rows["rows"][1:3], full.rows["rows"][4:]
-    assert by_source == [["pairs.csv", "40", "30", "10", "not text\xa07 · exact duplicate\xa03"], ["more.csv", "1,200", "1,200", "0", ""]]
-    assert records == [["comparisons", "1,000", "100", "130", "", "the sources"], ["prompts", "16", "2", "2", "", "other kinds"]]
+    assert by_source == [
+        ["pairs.csv", "40", "30", "10", "not text\xa07 · exact duplicate\xa03"],
+        ["more.csv", "1,200", "1,200", "0", ""],
+    ]
+    assert records == [
+        ["comparisons", "1,000", "100", "130", "", "the sources"],
+        ["prompts", "16", "2", "2", "", "other kinds"],
+    ]
     assert full.attributes("i", "style")[:4] == ["width: 81.3%", "width: 8.1%", "width: 10.6%", "width: 1.3%"]
     flow = " ".join(full.text["rows"].split())
     assert "1,240 read 1,230 kept 10 quarantined: not text 7 · exact duplicate 3" in flow
@@ -249,7 +380,11 @@ def test_tables_hold_the_values(full: Page) -> None:
 def test_the_reward_model_s_figures_are_told_by_kind_with_intervals(full: Page) -> None:
     head = ["metric", "value", "95 % interval"]
     labels = [head, ["rows", "1,200", ""], ["accuracy", "0.750", "0.700 to 0.800"], ["AUROC", "0.812", ""]]
-    confusion = [["true class", "predicted bad", "predicted good"], ["bad", "1,000", "20"], ["good", "30", "150"]]
+    confusion = [
+        ["true class", "predicted bad", "predicted good"],
+        ["bad", "1,000", "20"],
+        ["good", "30", "150"],
+    ]
     longer, margin = ["accuracy of “longer wins”", "0.550", ""], ["mean margin", "0.000", ""]
     pairs = [head, ["pairs", "40", ""], ["accuracy", "0.600", "0.500 to 0.700"], longer, margin]
     by_source = [
@@ -259,35 +394,66 @@ def test_the_reward_model_s_figures_are_told_by_kind_with_intervals(full: Page) 
     ]
     assert full.rows["measured"] == labels + confusion + pairs + by_source
     words = full.text["measured"]
-    assert words.index("labels") < words.index("Confusion matrix") < words.index("comparisons") < words.index("By source")
+    assert (
+        words.index("labels")
+        < words.index("Confusion matrix")
+        < words.index("comparisons")
+        < words.index("By source")
+    )
 
 
 def test_lineage_links_an_input_to_the_stage_that_made_it(full: Page) -> None:
-    assert [link for link in full.attributes("a", "href") if link and link.startswith("#stage-")] == ["#stage-prepare"]
+    assert [link for link in full.attributes("a", "href") if link and link.startswith("#stage-")] == [
+        "#stage-prepare"
+    ]
     assert "records from prepare aaaaaaaaaaaa" in full.text["lineage"]
     assert "model from ffffffffffff" in full.text["lineage"]
     assert "seed: 1" in full.text["lineage"]
 
 
 def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
-    labels = [attributes["aria-label"] or "" for _, attributes in full.tags if attributes.get("role") == "img"]
+    labels = [
+        attributes["aria-label"] or "" for _, attributes in full.tags if attributes.get("role") == "img"
+    ]
     reward_kl, sft, reward = ["Reward against KL", "Gold reward against KL"], ["Loss"], ["Loss", "Accuracy"]
-    ppo = ["Reward", "Reward against KL", "KL", "Response length"]  # its loss says nothing, and no entropy was logged
-    assert [label.split(".")[0] for label in labels] == [*reward_kl, *sft, *reward, *ppo, "Response length", "Calibration"]
+    ppo = [
+        "Reward",
+        "Reward against KL",
+        "KL",
+        "Response length",
+    ]  # its loss says nothing, and no entropy was logged
+    assert [label.split(".")[0] for label in labels] == [
+        *reward_kl,
+        *sft,
+        *reward,
+        *ppo,
+        "Response length",
+        "Calibration",
+    ]
     assert full.html.count("<svg ") == full.html.count("<figcaption>") == 11
     assert "Reward rising while gold falls" in full.text["curves"]
 
 
 @pytest.mark.parametrize(
     ("title", "key", "says"),
-    [("RMSE", "eval_rmse", "constant"), ("AUROC", "eval_auroc", "coin"), ("Kendall τ", "eval_kendall_tau", "order")],
+    [
+        ("RMSE", "eval_rmse", "constant"),
+        ("AUROC", "eval_auroc", "coin"),
+        ("Kendall τ", "eval_kendall_tau", "order"),
+    ],
 )
-def test_what_an_objective_is_evaluated_by_is_drawn(title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_objective_is_evaluated_by_is_drawn(
+    title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from matplotlib.figure import Figure
 
     log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
     axes = Figure().add_subplot()
-    monkeypatch.setattr(plots, "draw_plot", lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")])
+    monkeypatch.setattr(
+        plots,
+        "draw_plot",
+        lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")],
+    )
     (curve,) = [curve for curve in SUPERVISED if curve.title == title]
     (plot,) = draw_curve("reward", curve, log)
     assert says in plot.caption
@@ -301,7 +467,14 @@ def test_what_an_objective_is_evaluated_by_is_drawn(title: str, key: str, says: 
 def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     svgs = "".join(re.findall(r"<svg .*?</svg>", full.html, re.DOTALL))
     assert set(re.findall(r"#[0-9a-f]{6}\b", svgs)) == set()  # every colour is one of the page's
-    assert set(re.findall(r"var\(--([^)]*)\)", svgs)) == {"ink", "muted", "line", "page", "series-0", "series-1"}
+    assert set(re.findall(r"var\(--([^)]*)\)", svgs)) == {
+        "ink",
+        "muted",
+        "line",
+        "page",
+        "series-0",
+        "series-1",
+    }
     ids = re.findall(r'\bid="([^"]+)"', full.html)
     assert len(ids) == len(set(ids))
     assert "<metadata>" not in svgs
@@ -315,10 +488,24 @@ def test_a_plot_in_a_notebook_brings_its_colours() -> None:
 
 def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
     log = [
-        {"step": 1, "loss": 0.1, "reward": 0.2, "raw_reward": 1.0, "completions/mean_length": 9.0, "entropy": 0.5, "kl": 0.01},
+        {
+            "step": 1,
+            "loss": 0.1,
+            "reward": 0.2,
+            "raw_reward": 1.0,
+            "completions/mean_length": 9.0,
+            "entropy": 0.5,
+            "kl": 0.01,
+        },
         {"step": 1, "eval_reward": 1.0, "eval_kl": 0.4},
     ]
-    assert [plot.title for plot in draw_curves("ppo", log)] == ["Reward", "Reward against KL", "KL", "Response length", "Entropy"]
+    assert [plot.title for plot in draw_curves("ppo", log)] == [
+        "Reward",
+        "Reward against KL",
+        "KL",
+        "Response length",
+        "Entropy",
+    ]
 
 
 def test_a_fit_is_drawn_where_something_was_measured() -> None:
@@ -328,13 +515,25 @@ def test_a_fit_is_drawn_where_something_was_measured() -> None:
 
 
 def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
-    page = render(tmp_path, {
-        "curves": {"sft": [{"step": 1, "loss": NAN}, {"step": None, "loss": 1.0}], "ppo": [{"step": 1, "objective/kl": None}]},
-        "reward_kl": [{"name": "PPO", "kl": NAN, "reward": 1.0}, {"name": "SFT", "kl": 0.0, "reward": None, "gold_reward": NAN}],
-        "lengths": {"sft": [], "ppo": None},
-        "calibration": [{"confidence": NAN, "accuracy": 0.5, "count": 3}, {"confidence": 0.6, "accuracy": 0.5, "count": 0}],
-        "metrics": {"ece": NAN, "kl": None},
-    })  # fmt: skip
+    page = render(
+        tmp_path,
+        {
+            "curves": {
+                "sft": [{"step": 1, "loss": NAN}, {"step": None, "loss": 1.0}],
+                "ppo": [{"step": 1, "objective/kl": None}],
+            },
+            "reward_kl": [
+                {"name": "PPO", "kl": NAN, "reward": 1.0},
+                {"name": "SFT", "kl": 0.0, "reward": None, "gold_reward": NAN},
+            ],
+            "lengths": {"sft": [], "ppo": None},
+            "calibration": [
+                {"confidence": NAN, "accuracy": 0.5, "count": 3},
+                {"confidence": 0.6, "accuracy": 0.5, "count": 0},
+            ],
+            "metrics": {"ece": NAN, "kl": None},
+        },
+    )
     assert page.html.count("<svg ") == 0
     assert page.attributes("section", "id") == ["reward_kl", "metrics"]
     assert page.rows["reward_kl"][1:] == [["PPO", "–", "1.00", "–"], ["SFT", "0.00", "–", "–"]]
@@ -342,18 +541,35 @@ def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    values = {"–": None, "True": True, "12,480": 12480, "0.1235": 0.123456, "0": -0.0, "inf": math.inf, "a": "a", '[1, "é"]': [1, "é"]}
+    values = {
+        "–": None,
+        "True": True,
+        "12,480": 12480,
+        "0.1235": 0.123456,
+        "0": -0.0,
+        "inf": math.inf,
+        "a": "a",
+        '[1, "é"]': [1, "é"],
+    }
     assert [format_number(value) for value in values.values()] == list(values)
     assert format_number(NAN) == "–"
     assert format_number(-0.001, "z.2f") == "0.00"
 
 
 def test_dotted_keys() -> None:
-    assert list(dotted_metrics({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [("a.b.c", 1), ("a.d", 2), ("e", 3)]
+    assert list(dotted_metrics({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [
+        ("a.b.c", 1),
+        ("a.d", 2),
+        ("e", 3),
+    ]
 
 
 def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
-    entries: list[dict[str, Any]] = [{"step": 1, "b": 1.0}, {"step": 2, "a": NAN, "b": None}, {"step": 3, "b": 3}]
+    entries: list[dict[str, Any]] = [
+        {"step": 1, "b": 1.0},
+        {"step": 2, "a": NAN, "b": None},
+        {"step": 3, "b": 3},
+    ]
     assert metric_column(entries, ("a", "b")) == [1.0, None, 3.0]
     assert metric_column(entries, ("c",)) == [None, None, None]
 

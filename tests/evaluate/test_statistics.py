@@ -20,11 +20,18 @@ from pipeline.evaluate.statistics import (
 )
 
 
-@given(st.lists(st.lists(st.floats(-5, 5), min_size=5, max_size=5, unique=True), min_size=1, max_size=3), st.integers(1, 5))
+@given(
+    st.lists(st.lists(st.floats(-5, 5), min_size=5, max_size=5, unique=True), min_size=1, max_size=3),
+    st.integers(1, 5),
+)
 def test_best_of_n_is_the_mean_over_every_draw(prompts, n):
     rewards = [reward for prompt in prompts for reward in prompt]
     gold = [7.0 - reward**2 for reward in rewards]
-    draws = [max(draw, key=rewards.__getitem__) for i in range(0, len(rewards), 5) for draw in combinations(range(i, i + 5), n)]
+    draws = [
+        max(draw, key=rewards.__getitem__)
+        for i in range(0, len(rewards), 5)
+        for draw in combinations(range(i, i + 5), n)
+    ]
     found = best_of_n_means(rewards, {"reward": rewards, "gold": gold}, 5, n)
     assert found["reward"] == pytest.approx(fmean(rewards[i] for i in draws), abs=1e-9)
     assert found["gold"] == pytest.approx(fmean(gold[i] for i in draws), abs=1e-9)
@@ -41,7 +48,9 @@ def test_win_rate_by_hand():
     assert found["length_controlled"] == pytest.approx(0.625, abs=1e-4)  # all are as long as their rivals
     assert found["interval"][0] < 0.625 < found["interval"][1]
     assert "length_controlled" not in win_rate([1, 1], [0, 0], [2, 2], [1, 1])
-    assert "length_controlled" not in win_rate([1, 0], [0, 1], [9, 8], [2, 2])  # all are longer: of equal lengths nothing is known
+    assert "length_controlled" not in win_rate(
+        [1, 0], [0, 1], [9, 8], [2, 2]
+    )  # all are longer: of equal lengths nothing is known
 
 
 def test_what_length_wins_is_controlled_for():
@@ -61,20 +70,33 @@ def test_distinct_n_grams():
 
 
 def test_reward_and_length_are_correlated_within_prompts():
-    """Among the answers to a prompt the longer is the worse, though the prompt with longer answers has the better ones."""
+    """Among the answers to a prompt the longer is the worse, though the prompt with longer answers has the
+    better ones.
+    """
     assert length_correlation([2, 1, 9, 8], [1, 2, 11, 12], 2) == pytest.approx(-1)
     assert length_correlation([1, 2, 3, 1, 5, 3], [1, 2, 3, 7, 7, 7], 3) == pytest.approx(2 / (2 * 10) ** 0.5)
     assert length_correlation([1, 2], [3, 4], 1) is None
 
 
 def test_the_fits_are_gao_et_als_forms():
-    """Points made from α = 1.5, β = 0.5 and a start of 0.2 give them back; a line with two points has no fit, nor a reward nobody has."""
+    """Points made from α = 1.5, β = 0.5 and a start of 0.2 give them back; a line with two points has no fit,
+    nor a reward nobody has.
+    """
     start = {"name": "SFT", "kl": 0.0, "reward": 0.0, "gold_reward": 0.2, "scorer_reward": None}
-    sampled = [{"name": f"best-of-{n}", "line": "best-of-n", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * n)} for n in (1, 2, 3)]
-    trained = [{"name": f"step {n}", "line": "PPO", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * log(n))} for n in (1, 2)]
+    sampled = [
+        {"name": f"best-of-{n}", "line": "best-of-n", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * n)}
+        for n in (1, 2, 3)
+    ]
+    trained = [
+        {"name": f"step {n}", "line": "PPO", "kl": n**2, "gold_reward": 0.2 + n * (1.5 - 0.5 * log(n))}
+        for n in (1, 2)
+    ]
     last = {"name": "PPO", "kl": 9.0, "gold_reward": 0.2 + 3 * (1.5 - 0.5 * log(3))}
     found = fit_curves([start, *sampled, *trained, last])
-    assert found == {line: {"gold_reward": pytest.approx({"start": 0.2, "alpha": 1.5, "beta": 0.5})} for line in ("best-of-n", "PPO")}
+    assert found == {
+        line: {"gold_reward": pytest.approx({"start": 0.2, "alpha": 1.5, "beta": 0.5})}
+        for line in ("best-of-n", "PPO")
+    }
     assert fit_curves([start, *sampled, *trained]).keys() == {"best-of-n"}
     assert overoptimization_curve(2.0, 1.5, 0.5, "best-of-n") == pytest.approx(1.0)
     assert overoptimization_curve(2.0, 1.5, 0.5, "PPO") == pytest.approx(3 - log(2))

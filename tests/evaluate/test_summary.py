@@ -28,9 +28,18 @@ def test_pairs_come_with_the_ceiling_and_with_longer_wins() -> None:
 
 
 LEARNED: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
-    "rankings": (RANKINGS, [("reward top-1", "0.768", "190 test rankings"), ("Kendall τ", "0.763", "190 test rankings")]),
-    "labels": (LABELS, [("reward AUROC", "0.912", "1,342 test labels"), ("reward F1", "0.850", "1,342 test labels")]),
-    "ratings": (RATINGS, [("reward RMSE", "0.182", "342 test ratings"), ("Spearman ρ", "0.935", "342 test ratings")]),
+    "rankings": (
+        RANKINGS,
+        [("reward top-1", "0.768", "190 test rankings"), ("Kendall τ", "0.763", "190 test rankings")],
+    ),
+    "labels": (
+        LABELS,
+        [("reward AUROC", "0.912", "1,342 test labels"), ("reward F1", "0.850", "1,342 test labels")],
+    ),
+    "ratings": (
+        RATINGS,
+        [("reward RMSE", "0.182", "342 test ratings"), ("Spearman ρ", "0.935", "342 test ratings")],
+    ),
 }
 
 
@@ -56,5 +65,9 @@ def test_of_best_of_n_16_and_the_most_are_told() -> None:
 def test_the_table_says_where_the_report_is(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"reward": {"ratings": RATINGS}, "sft": {}, "ppo": {}}))
     assert summary_table(tmp_path).splitlines() == [
-        "", "  reward RMSE     0.182  342 test ratings", "  Spearman ρ      0.935  342 test ratings", "", f"report: {tmp_path}/report.html",
-    ]  # fmt: skip
+        "",
+        "  reward RMSE     0.182  342 test ratings",
+        "  Spearman ρ      0.935  342 test ratings",
+        "",
+        f"report: {tmp_path}/report.html",
+    ]

@@ -20,7 +20,10 @@ EOS = 99
 def test_prompt_ids_do_not_depend_on_the_completion() -> None:
     tokenizer = new_policy(TEXTS, SIZE, separator="")[1]  # nothing keeps the two apart but the encoding
     together = tokenizer("the cat")["input_ids"]
-    prompts = {tuple(encode_pair(tokenizer, "the ca", completion, 64)[0]) for completion in ("t", "t sat", " dog", "")}
+    prompts = {
+        tuple(encode_pair(tokenizer, "the ca", completion, 64)[0])
+        for completion in ("t", "t sat", " dog", "")
+    }
     assert prompts == {tuple(prompt_ids(tokenizer, "the ca"))}
     assert together != [*prompt_ids(tokenizer, "the ca"), *completion_ids(tokenizer, "t")[:-1]]
 
@@ -51,7 +54,9 @@ def test_a_completion_is_one_message(messages: list[dict[str, str]]) -> None:
 
 
 @given(IDS, IDS, st.integers(2, 20))
-def test_truncate_shortens_the_start_of_the_prompt_then_the_end_of_the_completion(prompt: list[int], answer: list[int], max_length: int) -> None:
+def test_truncate_shortens_the_start_of_the_prompt_then_the_end_of_the_completion(
+    prompt: list[int], answer: list[int], max_length: int
+) -> None:
     completion = [*answer, EOS]
     short_prompt, short_completion = truncate(prompt, completion, max_length)
     assert len(short_prompt) + len(short_completion) == min(max_length, len(prompt) + len(completion))

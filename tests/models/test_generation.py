@@ -20,16 +20,23 @@ SIZE = Scratch(layers=2, width=32, heads=4, vocabulary=260, positions=32)
 
 
 def make(name: str) -> tuple[Any, Any]:
-    """A random model whose next token depends on all it has read, and a tokenizer whose EOS is token 0: a uniform number of 0 samples it."""
+    """A random model whose next token depends on all it has read, and a tokenizer whose EOS is token 0: a
+    uniform number of 0 samples it.
+    """
     torch.manual_seed(0)
     model, tokenizer = new_policy(["the cat sat"], SIZE, "\n")
     tokenizer.pad_token, tokenizer.eos_token = EOS, PAD
     assert tokenizer.eos_token_id == 0 != tokenizer.pad_token_id
     if name == "llama":
         config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
         model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -57,10 +64,14 @@ def uniform_rows() -> Tensor:
 
 @torch.no_grad()
 def naive_answer(model: Any, prompt: list[int], uniform: Tensor) -> list[int]:
-    """One row, no padding, no cache: the token at which the running sum of probabilities passes the uniform number, up to EOS 0."""
+    """One row, no padding, no cache: the token at which the running sum of probabilities passes the uniform
+    number, up to EOS 0.
+    """
     answer: list[int] = []
     for u in uniform.tolist():
-        probabilities = (model(torch.tensor([prompt + answer])).logits[0, -1].double() / TEMPERATURE).softmax(-1).tolist()
+        probabilities = (
+            (model(torch.tensor([prompt + answer])).logits[0, -1].double() / TEMPERATURE).softmax(-1).tolist()
+        )
         answer.append(next(i for i, total in enumerate(itertools.accumulate(probabilities)) if total > u))
         if answer[-1] == 0:
             break
@@ -72,11 +83,15 @@ def naive_answer(model: Any, prompt: list[int], uniform: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("logits", [[0.2, 0.5, 0.3], [0.4, 1.0, 0.6]])
 def test_inverse_cdf_has_the_distributions_own_thresholds(logits: list[float]) -> None:
-    """Of p = (0.2, 0.5, 0.3): each token owns an interval as long as its probability, so uniform numbers sample it that often."""
+    """Of p = (0.2, 0.5, 0.3): each token owns an interval as long as its probability, so uniform numbers
+    sample it that often.
+    """
     uniform = [0.0, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 2**-24]
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     column = torch.tensor([*uniform, *grid])[:, None]
-    out = InverseCDF(column)(torch.zeros(len(column), 1).long(), torch.tensor(logits).log().expand(len(column), 3))
+    out = InverseCDF(column)(
+        torch.zeros(len(column), 1).long(), torch.tensor(logits).log().expand(len(column), 3)
+    )
     assert (out == 0).sum(1).eq(1).all()
     assert out.isinf().sum(1).eq(2).all()
     tokens = out.argmax(1)
@@ -109,18 +124,33 @@ def test_permutations_depend_on_their_key_alone() -> None:
     torch.manual_seed(123)
     assert permutation(50, 0, "prompts", 1) == found != list(range(50))
     assert sorted(found) == list(range(50))
-    assert len({tuple(permutation(50, *key)) for key in ((0, "prompts", 1), (0, "prompts", 2), (1, "prompts", 1), (0, "other", 1))}) == 4
+    assert (
+        len(
+            {
+                tuple(permutation(50, *key))
+                for key in ((0, "prompts", 1), (0, "prompts", 2), (1, "prompts", 1), (0, "other", 1))
+            }
+        )
+        == 4
+    )
 
 
 # Generation
 
 
-def test_answers_are_the_naive_ones_in_any_batch(pair: Any, prompts: list[list[int]], uniform_rows: Tensor) -> None:
+def test_answers_are_the_naive_ones_in_any_batch(
+    pair: Any, prompts: list[list[int]], uniform_rows: Tensor
+) -> None:
     model, tokenizer = pair
     batched = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE)
-    naive = [naive_answer(model, prompt, uniform) for prompt, uniform in zip(prompts, uniform_rows, strict=True)]
+    naive = [
+        naive_answer(model, prompt, uniform) for prompt, uniform in zip(prompts, uniform_rows, strict=True)
+    ]
     assert batched.token_lists() == naive
-    alone = [generate(model, tokenizer, [prompt], uniform_rows[i : i + 1], TEMPERATURE) for i, prompt in enumerate(prompts)]
+    alone = [
+        generate(model, tokenizer, [prompt], uniform_rows[i : i + 1], TEMPERATURE)
+        for i, prompt in enumerate(prompts)
+    ]
     assert [answers.token_lists()[0] for answers in alone] == naive
     assert [answers.texts[0] for answers in alone] == batched.texts
 
@@ -128,11 +158,15 @@ def test_answers_are_the_naive_ones_in_any_batch(pair: Any, prompts: list[list[i
     assert {True, False} == set(batched.ended)
     assert all(0 not in answer[:-1] for answer in naive)
     assert naive[1] == [0]
-    assert batched.texts == [tokenizer.decode([token for token in answer if token], skip_special_tokens=True) for answer in naive]
+    assert batched.texts == [
+        tokenizer.decode([token for token in answer if token], skip_special_tokens=True) for answer in naive
+    ]
     width = max(map(len, naive))
     for found, rows, side in ((batched.query_mask, prompts, 0), (batched.response_mask, naive, 1)):
         ones = [[1] * len(row) for row in rows]
-        assert found.tolist() == [one + [0] * (width - len(one)) if side else [0] * (max(LENGTHS) - len(one)) + one for one in ones]
+        assert found.tolist() == [
+            one + [0] * (width - len(one)) if side else [0] * (max(LENGTHS) - len(one)) + one for one in ones
+        ]
     assert batched.response_ids[batched.response_mask == 0].eq(tokenizer.pad_token_id).all()
     assert batched.query_ids[batched.query_mask == 0].eq(tokenizer.pad_token_id).all()
 
@@ -145,9 +179,16 @@ def test_the_policys_mode_is_put_back(pair: Any, prompts: list[list[int]], unifo
         assert model.training is training
 
 
-@pytest.mark.parametrize("published", [{"repetition_penalty": 3.0}, {"min_new_tokens": 8}, {"suppress_tokens": list(range(2, 200))}])
-def test_a_checkpoints_generation_config_does_not_bend_the_distribution(prompts: Any, uniform_rows: Tensor, published: dict[str, Any]) -> None:
-    """Samples must follow the distribution of `response_logprobs`; Qwen2, for one, is published with a repetition penalty."""
+@pytest.mark.parametrize(
+    "published",
+    [{"repetition_penalty": 3.0}, {"min_new_tokens": 8}, {"suppress_tokens": list(range(2, 200))}],
+)
+def test_a_checkpoints_generation_config_does_not_bend_the_distribution(
+    prompts: Any, uniform_rows: Tensor, published: dict[str, Any]
+) -> None:
+    """Samples must follow the distribution of `response_logprobs`; Qwen2, for one, is published with a
+    repetition penalty.
+    """
     model, tokenizer = make("gpt2")
     expected = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists()
     model.generation_config.update(**published)
@@ -162,7 +203,10 @@ def test_limits_bound_what_is_sampled(prompts: Any, uniform_rows: Tensor) -> Non
         for prompt, answer in zip(prompts, most_likely.token_lists(), strict=True):
             for step, token in enumerate(answer):
                 assert int(model(torch.tensor([prompt + answer[:step]])).logits[0, -1].argmax()) == token
-    assert generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, top_p=1e-6).token_lists() == most_likely.token_lists()
+    assert (
+        generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, top_p=1e-6).token_lists()
+        == most_likely.token_lists()
+    )
     long = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, min_response_tokens=STEPS)
     assert {len(ids) for ids in free.token_lists()} > {len(ids) for ids in long.token_lists()} == {STEPS}
 
@@ -176,11 +220,15 @@ def test_a_stop_token_ends_an_answer(prompts: Any, uniform_rows: Tensor) -> None
     assert cut.token_lists() == expected
     assert cut.ended == [ids[-1] in (0, stop) for ids in expected]
     assert len(cut.texts[3]) == len(tokenizer.decode(expected[3][:-1]))
-    with pytest.raises(UserError, match=r"stop_token='the cat' is \d+ tokens of this tokenizer; expected one"):
+    with pytest.raises(
+        UserError, match=r"stop_token='the cat' is \d+ tokens of this tokenizer; expected one"
+    ):
         generate(model, tokenizer, prompts, uniform_rows, stop_token="the cat")
 
 
-def test_small_batches_sample_what_large_ones_do(pair: Any, prompts: list[list[int]], uniform_rows: Tensor) -> None:
+def test_small_batches_sample_what_large_ones_do(
+    pair: Any, prompts: list[list[int]], uniform_rows: Tensor
+) -> None:
     model, tokenizer = pair
     whole = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE)
     apart = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, batch_size=2)

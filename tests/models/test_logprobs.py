@@ -1,4 +1,4 @@
-"""Log-probabilities equal those of an unpadded row, and their gradient equals that of torch's own functions."""
+"""Log-probabilities equal those of an unpadded row, and their gradient that of torch's own functions."""
 
 from typing import Any
 
@@ -26,7 +26,13 @@ def model(request: pytest.FixtureRequest) -> Any:
         size = Scratch(layers=2, width=32, heads=4, vocabulary=260, positions=32)
         found: Any = new_policy(["the cat sat"], size, "\n")[0]
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         found = LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=32, **sizes))
     for parameter in found.parameters():
         if parameter.dim() > 1:
@@ -39,7 +45,9 @@ def tensors(filler: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [2, 16])
-def test_logprobs_equal_those_of_an_unpadded_row(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_equal_those_of_an_unpadded_row(
+    model: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CPU_ROWS", rows)
     found = response_logprobs(model, *tensors(), TEMPERATURE)
     hidden = found.hidden.split([len(answer) for answer in RESPONSES])
@@ -48,7 +56,9 @@ def test_logprobs_equal_those_of_an_unpadded_row(model: Any, rows: int, monkeypa
         steps = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
         every = (out.logits[0, steps] / TEMPERATURE).log_softmax(-1)
         close = {"rtol": 0, "atol": 1e-5}
-        torch.testing.assert_close(found.logprobs[row, : len(answer)], every[range(len(answer)), answer], **close)
+        torch.testing.assert_close(
+            found.logprobs[row, : len(answer)], every[range(len(answer)), answer], **close
+        )
         torch.testing.assert_close(found.entropy[row, : len(answer)], -(every.exp() * every).sum(-1), **close)
         torch.testing.assert_close(hidden[row], out.hidden_states[-1][0, steps], **close)
         assert found.logprobs[row, len(answer) :].eq(0).all()
@@ -56,7 +66,10 @@ def test_logprobs_equal_those_of_an_unpadded_row(model: Any, rows: int, monkeypa
 
 def test_padding_ids_do_not_matter(model: Any) -> None:
     assert all(
-        torch.equal(*pair) for pair in zip(response_logprobs(model, *tensors(0)), response_logprobs(model, *tensors(77)), strict=True)
+        torch.equal(*pair)
+        for pair in zip(
+            response_logprobs(model, *tensors(0)), response_logprobs(model, *tensors(77)), strict=True
+        )
     )
 
 
@@ -72,7 +85,9 @@ def test_the_gradient_of_the_model_is_that_of_plain_rows(model: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 12, 2**22])
-def test_log_probability_and_entropy_have_the_right_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probability_and_entropy_have_the_right_gradients(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     torch.manual_seed(0)
     logits, ids = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0, 5, 2, 2, 1])
@@ -82,7 +97,9 @@ def test_log_probability_and_entropy_have_the_right_gradients(chunk: int, monkey
     torch.testing.assert_close(entropy, -(every.exp() * every).sum(-1))
     assert torch.autograd.gradcheck(lambda x: LogProbability.apply(x, ids, 0.7), (logits,))
     for part in (0, 1):  # each alone, and both, which gradcheck does
-        assert torch.autograd.gradcheck(lambda x, part=part: LogProbability.apply(x, ids, 0.7)[part], (logits,))
+        assert torch.autograd.gradcheck(
+            lambda x, part=part: LogProbability.apply(x, ids, 0.7)[part], (logits,)
+        )
 
 
 def test_by_hand() -> None:

@@ -1,8 +1,12 @@
-"""Runs PPO stages in forked children, and kills them where it is told to: `test_resume.py` starts it and writes it jobs.
+"""Runs PPO stages in forked children, and kills them where it is told to: `test_resume.py` starts it and
+writes it jobs.
 
-A job is a line of JSON: `stage` (of `PPOStage`), `fault` (the number of the event at which SIGKILL comes, or null) and `digest` (where the
-hash of the optimizer's state goes once training is done). An event is a rollout, a micro-batch, an optimizer step, or a file being written,
-of which then only half is there. Answers each with a line: the exit code and the names of the events that came.
+A job is a line of JSON: `stage` (of `PPOStage`), `fault` (the number of the event at which SIGKILL comes, or
+null) and `digest` (where the
+hash of the optimizer's state goes once training is done). An event is a rollout, a micro-batch, an optimizer
+step, or a file being written,
+of which then only half is there. Answers each with a line: the exit code and the names of the events that
+came.
 """
 
 import gc
@@ -47,7 +51,10 @@ def main() -> None:
             ppo.run(config.PPOStage(**job["stage"]))
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "events": events.read_text().split()}), flush=True)
+        print(
+            json.dumps({"code": os.waitstatus_to_exitcode(status), "events": events.read_text().split()}),
+            flush=True,
+        )
 
 
 def watch(log: Path, fault: int | None) -> None:
@@ -92,7 +99,12 @@ def watch(log: Path, fault: int | None) -> None:
     before(ppo, "write_log")
     halfway(trainer_module, "save_file", lambda tensors, *_: save(tensors), lambda _tensors, path: path)
     halfway(torch, "save", pickled, lambda _object, path: path)
-    halfway(TrainerState, "save_to_json", lambda state, _path: json.dumps(vars(state), default=str).encode(), lambda _state, path: path)
+    halfway(
+        TrainerState,
+        "save_to_json",
+        lambda state, _path: json.dumps(vars(state), default=str).encode(),
+        lambda _state, path: path,
+    )
 
 
 def pickled(value: object, _path: object, save=torch.save) -> bytes:

@@ -26,7 +26,10 @@ def main(store: str, whiten: str, folder: str) -> None:
     module, name = whiten.split(":")
     function = getattr(import_module(module), name)
     forked = multiprocessing.get_context("fork")
-    ranks = [forked.Process(target=whiten_half, args=(rank, store, function, Path(folder)), daemon=True) for rank in (0, 1)]
+    ranks = [
+        forked.Process(target=whiten_half, args=(rank, store, function, Path(folder)), daemon=True)
+        for rank in (0, 1)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -24,15 +24,19 @@ LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
 PROMPTS = ["What is the capital of France?", "Name the colour of snow.", "What is the capital of France?"]
 ANSWERS = ["Paris.", "Snow is white, as far as I know.", "You fool."]
 SHORT = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-# Of two runs' weights, as a share of how far training moved them. On CPUs with AVX512-BF16 bitsandbytes multiplies 4-bit weights in
-# bfloat16, which rounds by 2^-8: the runs then differ by 2.3e-3.
-TOLERANCES = {"none": 1e-3, "8bit": 0.05, "4bit": 0.01}
+# Of two runs' weights, as a share of how far training moved them.
+TOLERANCES = {"none": 1e-3, "8bit": 0.05, "4bit": 1e-3}
 
 
 @pytest.fixture(scope="module", params=["none", "8bit", "4bit"])
 def artifacts(request, tiny_records, tiny_llama, tmp_path_factory):
     """(quantization, sft artifact, reward artifact): LoRA adapters of one base."""
-    common = {"run": "t", "runs": str(tmp_path_factory.mktemp("runs")), "records": str(tiny_records), "model": str(tiny_llama)}
+    common = {
+        "run": "t",
+        "runs": str(tmp_path_factory.mktemp("runs")),
+        "records": str(tiny_records),
+        "model": str(tiny_llama),
+    }
     common |= {"max_length": 96, "lora": LORA, "quantization": request.param, "training": SHORT}
     policy, learned = sft.run(config.SFTStage(**common)), reward.run(config.RewardStage(**common))
     return request.param, require_artifact(policy, "policy", ""), require_artifact(learned, "reward", "")
@@ -66,7 +70,9 @@ def test_the_scores_are_those_of_the_artifact_alone(artifacts, tmp_path):
     assert max(expected) - min(expected) > 0.01
     assert found == pytest.approx(expected, abs=1e-5)
     assert (source.mean, source.std) == (alone.settings.reward_mean, alone.settings.reward_std)
-    shared = {id(parameter) for parameter in source.model.model.parameters()} & {id(parameter) for parameter in policy.parameters()}
+    shared = {id(parameter) for parameter in source.model.model.parameters()} & {
+        id(parameter) for parameter in policy.parameters()
+    }
     assert len(shared) == len(list(source.model.model.parameters())) - 1  # all but the head
 
 
@@ -82,7 +88,10 @@ def test_log_probabilities_and_gradients_are_those_of_separate_copies(checkpoint
             actor.gradient_checkpointing_enable()
         torch.manual_seed(1)
         torch.nn.init.normal_(actor.value_head.weight, std=0.1)
-        ids = [torch.randint(5, 200, (3, width), generator=torch.Generator().manual_seed(width)) for width in (6, 4)]
+        ids = [
+            torch.randint(5, 200, (3, width), generator=torch.Generator().manual_seed(width))
+            for width in (6, 4)
+        ]
         inputs = {
             "query_ids": ids[0],
             "query_mask": torch.ones_like(ids[0]),
@@ -98,7 +107,9 @@ def test_log_probabilities_and_gradients_are_those_of_separate_copies(checkpoint
         out = actor(**inputs, temperature=0.7)
         (out.logprobs.sum() + out.values.square().sum()).backward()
         assert [name for name, parameter in actor.named_parameters() if parameter.requires_grad] == trained
-        gradients = {name: parameter.grad for name, parameter in actor.named_parameters() if parameter.requires_grad}
+        gradients = {
+            name: parameter.grad for name, parameter in actor.named_parameters() if parameter.requires_grad
+        }
         found.append({"logprobs": out.logprobs.detach(), "reference": reference} | gradients)
     assert found[0].keys() == found[1].keys()
     assert not any("reward_0" in name for name in found[1])
@@ -108,10 +119,20 @@ def test_log_probabilities_and_gradients_are_those_of_separate_copies(checkpoint
 
 
 def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_records, tmp_path):
-    training = {"num_rollouts": 2, "num_ppo_epochs": 2, "per_device_train_batch_size": 4, "response_tokens": 6, "optim": "sgd"}
+    training = {
+        "num_rollouts": 2,
+        "num_ppo_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "response_tokens": 6,
+        "optim": "sgd",
+    }
     weights = []
     for number, where in enumerate(("never", "always")):
-        given = {"records": str(tiny_records), "one_backbone": where, "training": training | {"learning_rate": 0.1, "eval_strategy": "no"}}
+        given = {
+            "records": str(tiny_records),
+            "one_backbone": where,
+            "training": training | {"learning_rate": 0.1, "eval_strategy": "no"},
+        }
         folder = ppo.run(stage(artifacts, tmp_path / str(number), **given))
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         weights.append(load_file(folder / "adapter_model.safetensors"))
@@ -120,31 +141,61 @@ def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_re
     moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-3
     for name in start:
-        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=0, atol=TOLERANCES[artifacts[0]] * moved)
+        torch.testing.assert_close(
+            weights[1][name], weights[0][name], rtol=0, atol=TOLERANCES[artifacts[0]] * moved
+        )
 
 
 @pytest.mark.parametrize("artifacts", ["none"], indirect=True)
 def test_why_a_reward_model_stands_apart(artifacts, tiny_records, tiny_gpt2, tiny_llama, tmp_path):
     _, policy, learned = artifacts
-    at = lambda **more: stage(artifacts, tmp_path, **more)  # noqa: E731
-    common = {"run": "other", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
+
+    def at(**more):
+        return stage(artifacts, tmp_path, **more)
+
+    common = {
+        "run": "other",
+        "runs": str(tmp_path),
+        "records": str(tiny_records),
+        "max_length": 96,
+        "training": SHORT,
+    }
     other = reward.run(config.RewardStage(model=str(tiny_gpt2), lora={"r": 2}, **common))
     assert "trained in full" in incompatibility(at(lora=None), policy, learned)
     assert f"its base is {tiny_gpt2}" in incompatibility(at(), policy, require_artifact(other, "reward", ""))
-    assert incompatibility(at(quantization="8bit"), policy, learned) == "its base has quantization: none, the policy's 8bit"
-    assert incompatibility(at(precision="bf16"), policy, learned) == "it was trained on a base in fp32, the policy's is in bf16"
+    assert (
+        incompatibility(at(quantization="8bit"), policy, learned)
+        == "its base has quantization: none, the policy's 8bit"
+    )
+    assert (
+        incompatibility(at(precision="bf16"), policy, learned)
+        == "it was trained on a base in fp32, the policy's is in bf16"
+    )
     assert "no LoRA adapter" in incompatibility(at(), policy, open_external(tiny_gpt2, "reward"))
     for meddling in ({"bias": "all"}, {"init_lora_weights": "olora"}, {"trainable_token_indices": [3]}):
         full = {"policy": str(tiny_llama), "lora": meddling}
         expected = f"the policy's adapter has {next(iter(meddling))}="
-        assert incompatibility(at(**full), require_artifact(tiny_llama, "policy", ""), learned).startswith(expected)
-    assert incompatibility(at(policy=str(tiny_llama)), require_artifact(tiny_llama, "policy", ""), learned) is None
-    with pytest.raises(UserError, match=r"one_backbone: always, but its base is .*; change that, or set one_backbone: auto"):
+        assert incompatibility(at(**full), require_artifact(tiny_llama, "policy", ""), learned).startswith(
+            expected
+        )
+    assert (
+        incompatibility(at(policy=str(tiny_llama)), require_artifact(tiny_llama, "policy", ""), learned)
+        is None
+    )
+    with pytest.raises(
+        UserError, match=r"one_backbone: always, but its base is .*; change that, or set one_backbone: auto"
+    ):
         ppo.run(at(reward=str(other), one_backbone="always", records=str(tiny_records)))
 
 
 def test_in_bf16_the_head_reads_a_trunk_in_bf16(tiny_records, tiny_llama, tmp_path):
-    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "lora": LORA, "precision": "bf16"}
+    common = {
+        "run": "t",
+        "runs": str(tmp_path),
+        "records": str(tiny_records),
+        "lora": LORA,
+        "precision": "bf16",
+    }
     learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **common))
     given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
     tokenizer, source = load_tokenizer(given.policy), require_artifact(learned, "reward", "")
@@ -158,13 +209,19 @@ def test_in_bf16_the_head_reads_a_trunk_in_bf16(tiny_records, tiny_llama, tmp_pa
 @pytest.mark.parametrize("kind", ["classes", "ensemble"])
 def test_other_heads_join_too(kind, tiny_feedback, tiny_llama, tmp_path):
     what = (
-        {"objective": "classification", "positive_label": "nothate"} if kind == "classes" else {"ensemble": 3, "uncertainty_penalty": 0.5}
+        {"objective": "classification", "positive_label": "nothate"}
+        if kind == "classes"
+        else {"ensemble": 3, "uncertainty_penalty": 0.5}
     )
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_feedback), "lora": LORA}
-    learned = reward.run(config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **what, **common))
+    learned = reward.run(
+        config.RewardStage(model=str(tiny_llama), max_length=96, training=SHORT, **what, **common)
+    )
     given = config.PPOStage(policy=str(tiny_llama), reward=str(learned), **common)
     policy = ppo.load_trained_policy(given, load_tokenizer(given.policy))
-    found = attach_reward_adapter(policy, require_artifact(learned, "reward", ""), "reward_0").score(prompts=PROMPTS, completions=ANSWERS)
+    found = attach_reward_adapter(policy, require_artifact(learned, "reward", ""), "reward_0").score(
+        prompts=PROMPTS, completions=ANSWERS
+    )
     assert found == pytest.approx(RewardModel.load(learned).score(PROMPTS, ANSWERS), abs=1e-5)
     assert len(set(found)) == 3
 
@@ -173,7 +230,9 @@ def test_an_adapter_of_another_task_is_neither_reward_nor_policy(tiny_llama, tmp
     tokenizer = load_tokenizer(str(tiny_llama))
     for task in ("CAUSAL_LM", "SEQ_CLS"):
         base = load_policy(str(tiny_llama), tokenizer)
-        get_peft_model(base, LoraConfig(r=2, task_type=task, modules_to_save=[])).save_pretrained(tmp_path / task)
+        get_peft_model(base, LoraConfig(r=2, task_type=task, modules_to_save=[])).save_pretrained(
+            tmp_path / task
+        )
         tokenizer.save_pretrained(tmp_path / task)
     with pytest.raises(UserError, match="is an adapter of task CAUSAL_LM; a reward needs one of SEQ_CLS"):
         RewardModel.load(tmp_path / "CAUSAL_LM")
@@ -183,11 +242,23 @@ def test_an_adapter_of_another_task_is_neither_reward_nor_policy(tiny_llama, tmp
 
 def test_an_adapter_whose_base_has_moved_is_refused(tiny_records, tiny_llama, tmp_path):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96, "training": SHORT}
+    common = {
+        "run": "t",
+        "runs": str(tmp_path),
+        "records": str(tiny_records),
+        "max_length": 96,
+        "training": SHORT,
+    }
     folder = sft.run(config.SFTStage(model=str(base), lora={"r": 2}, **common))
     require_artifact(folder, "policy", "")
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
-    with pytest.raises(UserError, match=r"is an adapter of .*base, which has changed since: restore the version it was trained on; run: make it"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"is an adapter of .*base, which has changed since: restore the version it was trained "
+            r"on; run: make it"
+        ),
+    ):
         require_artifact(folder, "policy", "make it")
     shutil.rmtree(base)
     with pytest.raises(UserError, match=r"which no longer exists: restore it; run: make it"):

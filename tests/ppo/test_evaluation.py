@@ -1,4 +1,6 @@
-"""A scorer that is not trained on sees when the policy exploits its reward, stops the run, and picks the best."""
+"""A scorer that is not trained on sees when the policy exploits its reward, stops the run, and picks the
+best.
+"""
 
 import json
 
@@ -14,9 +16,18 @@ from pipeline.reward import stage as reward
 from .test_trainer import PROMPTS, evenness, trainer_of
 
 RISING = {
-    "num_rollouts": 40, "num_ppo_epochs": 2, "num_mini_batches": 1, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-2, "kl_coef": 0.0, "max_kl": None, "eval_strategy": "steps", "eval_steps": 4, "lr_scheduler_type": "constant",
-}  # fmt: skip
+    "num_rollouts": 40,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 1,
+    "per_device_train_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-2,
+    "kl_coef": 0.0,
+    "max_kl": None,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "lr_scheduler_type": "constant",
+}
 
 
 def some_evenness(completion_ids, **_):
@@ -50,7 +61,10 @@ def test_the_run_stops_after_the_peak_and_says_why(policy, tiny_tokenizer, tmp_p
     assert trainer.state.best_global_step == seen[best]["step"]
     assert seen[-1]["eval_reward"] > seen[best]["eval_reward"]
     assert seen[-1]["eval_scorer_reward"] < seen[best]["eval_scorer_reward"]
-    assert f"step {trainer.state.global_step}: stopped; the best is of step {seen[best]['step']}, in best/" in said
+    assert (
+        f"step {trainer.state.global_step}: stopped; the best is of step {seen[best]['step']}, in best/"
+        in said
+    )
     assert said.count("the policy exploits the reward model") >= 1
     assert (tmp_path / "best" / "model.safetensors").is_file()
 
@@ -64,7 +78,10 @@ def test_several_answers_to_each_prompt_are_drawn(policy, tiny_tokenizer, tmp_pa
     assert found["eval_reward"] == pytest.approx(sum(row["reward"] for row in rows) / 12)
     once = trainer_of(policy, tiny_tokenizer, tmp_path / "once")
     once.evaluate()
-    assert [json.loads(line) for line in (tmp_path / "once" / "samples" / "step-000000.jsonl").open(encoding="utf-8")] == rows[:4]
+    assert [
+        json.loads(line)
+        for line in (tmp_path / "once" / "samples" / "step-000000.jsonl").open(encoding="utf-8")
+    ] == rows[:4]
 
 
 def test_without_patience_it_goes_on_to_the_end(policy, tiny_tokenizer, tmp_path):
@@ -79,7 +96,9 @@ def test_stopped_and_resumed_it_stops_where_it_stopped(tiny_gpt2, tiny_tokenizer
         policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
         trainer = watched(policy, tiny_tokenizer, tmp_path, patience=3, save_strategy="steps", save_steps=6)
         trainer.train(resume_from_checkpoint=any(tmp_path.glob("checkpoint-*")))
-        ends.append((trainer.state.global_step, [entry["eval_scorer_reward"] for entry in evaluations(trainer)]))
+        ends.append(
+            (trainer.state.global_step, [entry["eval_scorer_reward"] for entry in evaluations(trainer)])
+        )
     assert ends[0] == ends[1]
 
 
@@ -87,10 +106,22 @@ def test_the_stage_takes_a_reward_model_that_looks_on(tiny_records, tiny_gpt2, t
     common = {"runs": str(tmp_path), "records": str(tiny_records)}
     short = {"max_steps": 1, "per_device_train_batch_size": 4}
     first, second = (
-        str(reward.run(config.RewardStage(run=name, model=str(tiny_gpt2), max_length=64, seed=seed, training=short, **common)))
+        str(
+            reward.run(
+                config.RewardStage(
+                    run=name, model=str(tiny_gpt2), max_length=64, seed=seed, training=short, **common
+                )
+            )
+        )
         for seed, name in enumerate("ab")
     )
-    training = {"num_rollouts": 2, "per_device_train_batch_size": 4, "response_tokens": 6, "eval_strategy": "steps", "eval_steps": 1}
+    training = {
+        "num_rollouts": 2,
+        "per_device_train_batch_size": 4,
+        "response_tokens": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
     given = {"run": "t", "policy": str(tiny_gpt2), "reward": first, "training": training} | common
     folder = ppo.run(config.PPOStage(evaluation={"scorer": second}, **given))
     entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
@@ -100,7 +131,11 @@ def test_the_stage_takes_a_reward_model_that_looks_on(tiny_records, tiny_gpt2, t
     copied = tmp_path / "copy"
     (tmp_path / "a" / "reward").rename(copied)  # what is trained on, under another name
     with pytest.raises(UserError, match=r"evaluation\.scorer is a copy of what PPO is trained on"):
-        ppo.run(config.PPOStage(**given | {"reward": str(copied), "evaluation": {"scorer": _copy(copied, tmp_path / "again")}}))
+        ppo.run(
+            config.PPOStage(
+                **given | {"reward": str(copied), "evaluation": {"scorer": _copy(copied, tmp_path / "again")}}
+            )
+        )
 
 
 def _copy(source, target):

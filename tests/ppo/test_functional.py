@@ -1,4 +1,6 @@
-"""PPO's mathematics against numbers worked by hand, and against plain loops in float64 written from the papers."""
+"""PPO's mathematics against numbers worked by hand, and against plain loops in float64 written from the
+papers.
+"""
 
 import math
 from collections.abc import Callable
@@ -32,9 +34,20 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class Ragged:
-    """Rows of random numbers, `lengths[b]` of them real; as loops see them (`real`), and as tensors (B, T) with `fill` behind the mask."""
+    """Rows of random numbers, `lengths[b]` of them real; as loops see them (`real`), and as tensors (B, T)
+    with `fill` behind the mask.
+    """
 
-    NAMES = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "values", "old_values", "returns", "rewards")
+    NAMES = (
+        "logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+        "advantages",
+        "values",
+        "old_values",
+        "returns",
+        "rewards",
+    )
 
     def __init__(self, lengths: list[int], seed: int):
         self.lengths, self.width = lengths, max(lengths) + 1
@@ -50,8 +63,15 @@ class Ragged:
         return [x for row in self.real(name) for x in row]
 
     def tensors(self, fill: tuple[float, ...] = (0.0,)) -> dict[str, Tensor]:
-        behind = torch.tensor(fill, dtype=torch.float64).repeat(self.mask.numel())[: self.mask.numel()].view(self.mask.shape)
-        tensors = {name: torch.where(self.mask, torch.from_numpy(array), behind) for name, array in self.arrays.items()}
+        behind = (
+            torch.tensor(fill, dtype=torch.float64)
+            .repeat(self.mask.numel())[: self.mask.numel()]
+            .view(self.mask.shape)
+        )
+        tensors = {
+            name: torch.where(self.mask, torch.from_numpy(array), behind)
+            for name, array in self.arrays.items()
+        }
         scores = torch.where(self.mask.any(1), torch.from_numpy(self.scores), fill[0])
         return tensors | {"kl": tensors["logprobs"] - tensors["ref_logprobs"], "scores": scores}
 
@@ -75,40 +95,61 @@ def test_kl_estimate_by_hand(kind: Any, expected: float) -> None:
 def test_k1_and_k3_are_unbiased_and_other_kinds_are_refused() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
     for kind in ("k1", "k3"):
-        close((p * kl_estimate(p.log(), q.log(), kind)).sum(), torch.nn.functional.kl_div(q.log(), p, reduction="sum"))  # type: ignore[arg-type]
+        close(
+            (p * kl_estimate(p.log(), q.log(), kind)).sum(),
+            torch.nn.functional.kl_div(q.log(), p, reduction="sum"),
+        )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(p, q, "k4")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("coef", [0.5, torch.tensor(0.5, dtype=torch.float64)])
 def test_the_score_lands_on_the_last_real_token(coef: Any) -> None:
-    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False], [True, False, False]])
+    mask = torch.tensor(
+        [[True, True, False], [True, True, True], [False, False, False], [True, False, False]]
+    )
     kl = torch.tensor([[1.0, 2.0, 9.0]] * 4)
-    close(shape_rewards(torch.tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, coef), [[-0.5, 9, 0], [-0.5, -1, 15.5], [0, 0, 0], [39.5, 0, 0]])
+    close(
+        shape_rewards(torch.tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, coef),
+        [[-0.5, 9, 0], [-0.5, -1, 15.5], [0, 0, 0], [39.5, 0, 0]],
+    )
 
 
 def test_gae_by_hand() -> None:
     # δ = (1 + ½·4 − 2, 0 + ½·6 − 4, 8 − 6) = (1, −1, 2); A₂ = 2, A₁ = −1 + ¼·2, A₀ = 1 + ¼·A₁
-    advantages, returns = gae(torch.tensor([[1.0, 0, 8]]), torch.tensor([[2.0, 4, 6]]), torch.ones(1, 3, dtype=torch.bool), 0.5, 0.5)
+    advantages, returns = gae(
+        torch.tensor([[1.0, 0, 8]]), torch.tensor([[2.0, 4, 6]]), torch.ones(1, 3, dtype=torch.bool), 0.5, 0.5
+    )
     close(advantages, [[0.875, -0.5, 2.0]])
     close(returns, [[2.875, 3.5, 8.0]])
 
 
 @pytest.mark.parametrize(("shift_mean", "expected"), [(True, [[-1, 1, 0]]), (False, [[1, 3, 0]])])
 def test_whiten_by_hand(shift_mean: bool, expected: list[list[float]]) -> None:
-    close(whiten(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]), shift_mean), expected)
+    close(
+        whiten(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]), shift_mean), expected
+    )
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "dual_clip", "loss", "clipped"),
     [
-        (1.0, 2.0, None, -2.0, 0), (1.5, 2.0, None, -2.6, 1), (0.5, 2.0, None, -1.0, 0), (1.2, 2.0, None, -2.4, 0),
-        (0.5, -2.0, None, 1.8, 1), (1.5, -2.0, None, 3.0, 0), (5.0, -2.0, None, 10.0, 0),
-        (5.0, -2.0, 3.0, 6.0, 0), (2.0, -2.0, 3.0, 4.0, 0), (5.0, 2.0, 3.0, -2.6, 1),
+        (1.0, 2.0, None, -2.0, 0),
+        (1.5, 2.0, None, -2.6, 1),
+        (0.5, 2.0, None, -1.0, 0),
+        (1.2, 2.0, None, -2.4, 0),
+        (0.5, -2.0, None, 1.8, 1),
+        (1.5, -2.0, None, 3.0, 0),
+        (5.0, -2.0, None, 10.0, 0),
+        (5.0, -2.0, 3.0, 6.0, 0),
+        (2.0, -2.0, 3.0, 4.0, 0),
+        (5.0, 2.0, 3.0, -2.6, 1),
     ],
-)  # fmt: skip
-def test_policy_loss_by_hand(ratio: float, advantage: float, dual_clip: float | None, loss: float, clipped: int) -> None:
-    """The ratio may fall to 0.9 and rise to 1.3; where the clip or the dual clip decides, no gradient flows."""
+)
+def test_policy_loss_by_hand(
+    ratio: float, advantage: float, dual_clip: float | None, loss: float, clipped: int
+) -> None:
+    """The ratio may fall to 0.9 and rise to 1.3; if the clip or the dual clip decides, no gradient flows."""
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     out = policy_loss(logprobs, zero, zero + advantage, mask, 0.1, 0.3, dual_clip)
@@ -122,7 +163,12 @@ def test_policy_loss_by_hand(ratio: float, advantage: float, dual_clip: float | 
 
 @pytest.mark.parametrize(
     ("value", "loss", "clipped", "gradient"),
-    [(1.1, 0.5 * 0.9**2, 0, -0.9), (1.5, 0.5 * 0.8**2, 1, 0.0), (0.0, 0.5 * 2.0**2, 0, -2.0), (3.5, 0.5 * 1.5**2, 0, 1.5)],
+    [
+        (1.1, 0.5 * 0.9**2, 0, -0.9),
+        (1.5, 0.5 * 0.8**2, 1, 0.0),
+        (0.0, 0.5 * 2.0**2, 0, -2.0),
+        (3.5, 0.5 * 1.5**2, 0, 1.5),
+    ],
 )
 def test_value_loss_by_hand(value: float, loss: float, clipped: int, gradient: float) -> None:
     """v_old = 1 and R = 2, clipped to 1 ± 0.2: half the larger squared error."""
@@ -135,11 +181,15 @@ def test_value_loss_by_hand(value: float, loss: float, clipped: int, gradient: f
 
 
 def test_entropy_by_hand() -> None:
-    close(entropy(torch.tensor([[0.0, 0.0, 0.0, 0.0], [1000.0, 0.0, 0.0, 0.0], [LN2, 0.0, -1e4, -1e4]])),
-          [math.log(4), 0.0, math.log(3) - 2 / 3 * LN2])  # fmt: skip
+    close(
+        entropy(torch.tensor([[0.0, 0.0, 0.0, 0.0], [1000.0, 0.0, 0.0, 0.0], [LN2, 0.0, -1e4, -1e4]])),
+        [math.log(4), 0.0, math.log(3) - 2 / 3 * LN2],
+    )
 
 
-@pytest.mark.parametrize(("kl", "factor"), [(6.6, 1 + 0.1 * 0.0064), (60.0, 1 + 0.2 * 0.0064), (0.0, 1 - 0.2 * 0.0064), (6.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(6.6, 1 + 0.1 * 0.0064), (60.0, 1 + 0.2 * 0.0064), (0.0, 1 - 0.2 * 0.0064), (6.0, 1.0)]
+)
 def test_the_kl_coefficient_moves_to_its_target_or_stays(kl: float, factor: float) -> None:
     assert next_kl_coef(0.05, kl, 6.0, 10_000, 64) == pytest.approx(0.05 * factor, rel=1e-12)
     assert next_kl_coef(0.05, kl, None, 10_000, 64) == 0.05
@@ -147,7 +197,12 @@ def test_the_kl_coefficient_moves_to_its_target_or_stays(kl: float, factor: floa
 
 def test_explained_variance_of_a_perfect_a_mean_and_a_wrong_critic() -> None:
     returns, mask = torch.tensor([[1.0, 3.0, 77.0]]), torch.tensor([[True, True, False]])
-    for values, expected in (([1.0, 3.0, 0.0], 1.0), ([2.0, 2.0, 9.0], 0.0), ([3.0, 1.0, 5.0], -3.0), ([11.0, 13.0, 0.0], 1.0)):
+    for values, expected in (
+        ([1.0, 3.0, 0.0], 1.0),
+        ([2.0, 2.0, 9.0], 0.0),
+        ([3.0, 1.0, 5.0], -3.0),
+        ([11.0, 13.0, 0.0], 1.0),
+    ):
         close(explained_variance(torch.tensor([values]), returns, mask), expected)
 
 
@@ -158,10 +213,14 @@ def oracle_gae(rewards: list[float], values: list[float], gamma: float, lam: flo
     """Schulman et al. 2016, eq. 16: A_t = Σ_l (γλ)^l δ_{t+l}, the value after the last token being 0."""
     after = [*values, 0.0][1:]
     deltas = [r + gamma * a - v for r, a, v in zip(rewards, after, values, strict=True)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+    return [
+        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))
+    ]
 
 
-def oracle_policy_loss(data: Ragged, low: float, high: float, dual_clip: float | None) -> tuple[float, float, float]:
+def oracle_policy_loss(
+    data: Ragged, low: float, high: float, dual_clip: float | None
+) -> tuple[float, float, float]:
     total = clipped = kl = 0.0
     tokens = list(zip(*(data.flat(name) for name in ("logprobs", "old_logprobs", "advantages")), strict=True))
     for new, old, advantage in tokens:
@@ -188,7 +247,9 @@ def oracle_value_loss(data: Ragged, clip: float) -> tuple[float, float]:
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS, SEEDS, st.floats(0, 1), st.floats(0, 1), st.booleans())
-def test_rewards_and_advantages_agree_with_plain_loops(lengths: list[int], seed: int, gamma: float, lam: float, shift: bool) -> None:
+def test_rewards_and_advantages_agree_with_plain_loops(
+    lengths: list[int], seed: int, gamma: float, lam: float, shift: bool
+) -> None:
     data = Ragged(lengths, seed)
     x, mask, width = data.tensors(), data.mask, data.width
     rewards = [
@@ -200,10 +261,21 @@ def test_rewards_and_advantages_agree_with_plain_loops(lengths: list[int], seed:
             row[-1] += float(score)
     close(shape_rewards(x["scores"], x["kl"], mask, gamma), padded(rewards, width))
 
-    expected = [oracle_gae(*rows, gamma, lam) for rows in zip(data.real("rewards"), data.real("values"), strict=True)]
+    expected = [
+        oracle_gae(*rows, gamma, lam) for rows in zip(data.real("rewards"), data.real("values"), strict=True)
+    ]
     advantages, returns = gae(x["rewards"], x["values"], mask, gamma, lam)
     close(advantages, padded(expected, width))
-    close(returns, padded([[a + v for a, v in zip(*rows, strict=True)] for rows in zip(expected, data.real("values"), strict=True)], width))
+    close(
+        returns,
+        padded(
+            [
+                [a + v for a, v in zip(*rows, strict=True)]
+                for rows in zip(expected, data.real("values"), strict=True)
+            ],
+            width,
+        ),
+    )
 
     flat = np.array(data.flat("advantages"))
     mean, spread = flat.mean(), math.sqrt(flat.var() + 1e-8)
@@ -213,17 +285,24 @@ def test_rewards_and_advantages_agree_with_plain_loops(lengths: list[int], seed:
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS, SEEDS, st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.none() | st.floats(1.01, 4))
-def test_losses_agree_with_plain_loops(lengths: list[int], seed: int, low: float, high: float, dual_clip: float | None) -> None:
+def test_losses_agree_with_plain_loops(
+    lengths: list[int], seed: int, low: float, high: float, dual_clip: float | None
+) -> None:
     data = Ragged(lengths, seed)
     x, mask = data.tensors(), data.mask
     policy = policy_loss(x["logprobs"], x["old_logprobs"], x["advantages"], mask, low, high, dual_clip)
     close(torch.stack(policy), oracle_policy_loss(data, low, high, dual_clip))
-    close(torch.stack(value_loss(x["values"], x["old_values"], x["returns"], mask, low)), oracle_value_loss(data, low))
+    close(
+        torch.stack(value_loss(x["values"], x["old_values"], x["returns"], mask, low)),
+        oracle_value_loss(data, low),
+    )
     distributions = [row / row.sum() for row in np.exp(x["logprobs"].numpy())]
     close(entropy(x["logprobs"]), [-sum(p * math.log(p) for p in row) for row in distributions])
     if sum(lengths) > 1:
         returns, values = np.array(data.flat("returns")), np.array(data.flat("values"))
-        close(explained_variance(x["values"], x["returns"], mask), 1 - (returns - values).var() / returns.var())
+        close(
+            explained_variance(x["values"], x["returns"], mask), 1 - (returns - values).var() / returns.var()
+        )
 
 
 # The mask and micro-batches
@@ -251,7 +330,9 @@ LOSSES = [(_policy, "logprobs"), (_value, "values")]
 @pytest.mark.parametrize("name", MASKED)
 def test_what_lies_behind_the_mask_changes_nothing(name: str) -> None:
     data = Ragged([3, 0, 5, 1], seed=1)
-    for found, expected in zip(MASKED[name](data.tensors(GARBAGE), data.mask), MASKED[name](data.tensors(), data.mask), strict=True):
+    for found, expected in zip(
+        MASKED[name](data.tensors(GARBAGE), data.mask), MASKED[name](data.tensors(), data.mask), strict=True
+    ):
         assert torch.equal(found, expected)
         assert found.isfinite().all()
 
@@ -281,10 +362,16 @@ def test_micro_batches_add_up_to_the_whole(lengths: list[int], seed: int, size: 
     expected[0].backward()
     parts[leaf].requires_grad_(True)
     pieces = [slice(start, start + size) for start in range(0, len(lengths), size)]
-    found = [loss({name: tensor[rows] for name, tensor in parts.items()}, data.mask[rows], tokens) for rows in pieces]
+    found = [
+        loss({name: tensor[rows] for name, tensor in parts.items()}, data.mask[rows], tokens)
+        for rows in pieces
+    ]
     for out in found:
         out[0].backward()
-    close(torch.stack([sum(column) for column in zip(*found, strict=True)]).detach(), torch.stack(list(expected)).detach())  # type: ignore[arg-type]
+    close(
+        torch.stack([sum(column) for column in zip(*found, strict=True)]).detach(),
+        torch.stack(list(expected)).detach(),
+    )  # type: ignore[arg-type]
     close(parts[leaf].grad, whole[leaf].grad)
 
 

@@ -13,8 +13,15 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.functions import RewardSource
 
-PROMPTS = Dataset.from_list([{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")])
-SHOWN = Dataset.from_list([{"prompt": "Tell me the capital of Italy.", "completion": "Rome."}, {"prompt": "Hello.", "completion": "Hi."}])
+PROMPTS = Dataset.from_list(
+    [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")]
+)
+SHOWN = Dataset.from_list(
+    [
+        {"prompt": "Tell me the capital of Italy.", "completion": "Rome."},
+        {"prompt": "Hello.", "completion": "Hi."},
+    ]
+)
 
 
 def evenness(completion_ids, **_):
@@ -24,12 +31,24 @@ def evenness(completion_ids, **_):
 @pytest.fixture
 def make(tiny_gpt2, tiny_tokenizer, tmp_path):
     def trainer(reward=evenness, policy=None, data=PROMPTS, **more):
-        parts = {name: more.pop(name) for name in ("demonstrations", "generate", "max_prompt_tokens") if name in more}
+        parts = {
+            name: more.pop(name)
+            for name in ("demonstrations", "generate", "max_prompt_tokens")
+            if name in more
+        }
         settings = {
-            "num_rollouts": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-3,
-            "score_normalization": "none", "missing_eos_penalty": 0.0, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+            "num_rollouts": 1,
+            "num_ppo_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "response_tokens": 6,
+            "learning_rate": 1e-3,
+            "score_normalization": "none",
+            "missing_eos_penalty": 0.0,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
             "save_strategy": "no",
-        }  # fmt: skip
+        }
         args = PPOConfig(output_dir=str(tmp_path / "work"), **settings | more)
         torch.manual_seed(0)
         policy = policy or load_policy(str(tiny_gpt2), tiny_tokenizer)
@@ -61,7 +80,10 @@ def test_scores_are_normalised_clipped_and_then_penalised(make):
     source = RewardSource(scripted(1.0, 5.0, 3.0, -1.0), mean=1.0, std=2.0)
     trainer = make(source, score_normalization="reference", score_clip=1.0, missing_eos_penalty=0.25)
     found = trainer.collect(0)
-    expected = [score - 0.25 * (not ended) for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.responses.ended, strict=True)]
+    expected = [
+        score - 0.25 * (not ended)
+        for score, ended in zip([0.0, 1.0, 1.0, -1.0], found.responses.ended, strict=True)
+    ]
     assert found.scores.tolist() == expected
     assert not all(found.responses.ended)
 
@@ -77,7 +99,10 @@ def test_running_normalisation_is_by_all_scores_so_far(make):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda prompts, **_: [1.0, math.nan, 0.0, 0.0], r"the reward of the response .* is nan; expected a finite number"),
+        (
+            lambda prompts, **_: [1.0, math.nan, 0.0, 0.0],
+            r"the reward of the response .* is nan; expected a finite number",
+        ),
         (lambda prompts, **_: [1.0], "the reward returned 1 scores for 4 responses"),
         (lambda prompts, **_: [None] * 4, "the reward cannot be called, or returns no numbers"),
         (lambda prompts: [0.0] * 4, r"expected \(prompts, completions, completion_ids, ended, \*\*columns\)"),
@@ -97,14 +122,19 @@ def test_running_normalisation_is_exact_far_from_zero(make):
 
 
 def test_while_the_critic_warms_up_nothing_else_learns(make):
-    assert changed(make(critic_warmup_rollouts=1, weight_decay=0.1)) == {"value_head.weight", "value_head.bias"}
+    assert changed(make(critic_warmup_rollouts=1, weight_decay=0.1)) == {
+        "value_head.weight",
+        "value_head.bias",
+    }
     assert len(changed(make(critic_warmup_rollouts=1, num_rollouts=2))) > 5
 
 
 def test_a_warm_up_ends_with_its_rollout(make):
     trainer = make(critic_warmup_rollouts=1, num_rollouts=2, num_ppo_epochs=2, logging_steps=2)
     trainer.train()
-    losses = [entry["policy/approxkl_avg"] for entry in trainer.state.log_history if "policy/approxkl_avg" in entry]
+    losses = [
+        entry["policy/approxkl_avg"] for entry in trainer.state.log_history if "policy/approxkl_avg" in entry
+    ]
     assert losses[0] == 0.0 < losses[1]
 
 
@@ -115,12 +145,19 @@ def test_the_value_head_can_start_as_the_reward_models(make, tiny_gpt2, tiny_tok
     from pipeline.reward.settings import RewardSettings
 
     classifier = load_classifier(str(tiny_gpt2), tiny_tokenizer, head=head_config(["reward"], "regression"))
-    settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0)
+    settings = RewardSettings(
+        encoding=Encoding("chat", eos=True, max_length=64), alpha=2.0, reward_mean=3.0, reward_std=4.0
+    )
     source = reward_from_model(RewardModel(classifier, tiny_tokenizer, settings))
     head = make(source, value_init="reward", score_normalization="reference").actor.value_head
-    torch.testing.assert_close(head.weight, 2.0 * classifier.score.weight / 8.0)  # alpha scales mean and deviation too
+    torch.testing.assert_close(
+        head.weight, 2.0 * classifier.score.weight / 8.0
+    )  # alpha scales mean and deviation too
     assert head.bias.item() == -6.0 / 8.0
-    with pytest.raises(UserError, match="value_init: reward needs one reward model with a scalar head on states of 32 numbers"):
+    with pytest.raises(
+        UserError,
+        match="value_init: reward needs one reward model with a scalar head on states of 32 numbers",
+    ):
         make(value_init="reward")
 
 
@@ -146,7 +183,12 @@ def test_demonstrations_are_learned_from(make):
 def test_the_loss_of_demonstrations_does_not_depend_on_how_a_minibatch_is_cut(make):
     found = []
     for micro, parts in ((4, 1), (1, 4)):
-        cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "optim": "sgd", "learning_rate": 0.1}
+        cut = {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": parts,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+        }
         trainer = make(demonstrations=SHOWN, ptx_coef=1.0, max_grad_norm=0.0, **cut)
         trainer.train()
         found.append(weights(trainer))
@@ -174,7 +216,10 @@ def test_what_is_left_out_changes_no_weight(make):
     trainer = make(num_ppo_epochs=3, learning_rate=1e-2, target_kl=1e-9)
     seen = []
     step = trainer.training_step
-    trainer.training_step = lambda *a, **k: (seen.append(weights(trainer)["value_head.weight"]), step(*a, **k))[1]
+    trainer.training_step = lambda *a, **k: (
+        seen.append(weights(trainer)["value_head.weight"]),
+        step(*a, **k),
+    )[1]
     trainer.train()
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], weights(trainer)["value_head.weight"])
@@ -202,11 +247,22 @@ def test_the_live_policy_is_asked_by_one_small_interface(make):
         return generation.generate(policy, tokenizer, prompts, noise, **drawing)
 
     make(generate=generate, num_rollouts=2, top_k=7, stop_token=".", min_response_tokens=2).train()
-    drawing = {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_response_tokens": 2, "stop_token": ".", "batch_size": 64}
+    drawing = {
+        "temperature": 1.0,
+        "top_k": 7,
+        "top_p": 1.0,
+        "min_response_tokens": 2,
+        "stop_token": ".",
+        "batch_size": 64,
+    }
     assert asked == [(4, (4, 6), drawing)] * 2
 
 
-@pytest.mark.parametrize("prompts", [["", "Hello."], ["<|eos|>", "Hello."], ["word " * 500, "Hello."]], ids=["empty", "only EOS", "long"])
+@pytest.mark.parametrize(
+    "prompts",
+    [["", "Hello."], ["<|eos|>", "Hello."], ["word " * 500, "Hello."]],
+    ids=["empty", "only EOS", "long"],
+)
 def test_prompts_of_any_length_are_answered(make, prompts):
     trainer = make(data=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), num_rollouts=2)
     trainer.train()
@@ -222,7 +278,9 @@ def test_an_answer_of_one_token_is_trained_on(make):
 
 
 def test_no_room_for_a_prompt_is_an_error(make):
-    with pytest.raises(UserError, match="response_tokens=128 leaves no room for a prompt in the policy's 128 positions"):
+    with pytest.raises(
+        UserError, match="response_tokens=128 leaves no room for a prompt in the policy's 128 positions"
+    ):
         make(response_tokens=128)
 
 
@@ -232,10 +290,14 @@ def test_no_room_for_a_prompt_is_an_error(make):
 def test_a_gradient_that_is_not_finite_skips_its_step(make, capsys, tmp_path):
     trainer = make(num_rollouts=3, num_ppo_epochs=1)
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (math.nan if trainer.state.global_step == 1 else 1.0)
+    trainer.compute_loss = lambda *a, **k: (
+        compute(*a, **k) * (math.nan if trainer.state.global_step == 1 else 1.0)
+    )
     at = []
     step = trainer.training_step
-    trainer.training_step = lambda *a, **k: (at.append(weights(trainer)["value_head.weight"]), step(*a, **k))[1]
+    trainer.training_step = lambda *a, **k: (at.append(weights(trainer)["value_head.weight"]), step(*a, **k))[
+        1
+    ]
     trainer.train()
     assert not torch.equal(at[0], at[1])
     assert torch.equal(at[1], at[2])
@@ -249,7 +311,9 @@ def test_a_gradient_that_is_not_finite_skips_its_step(make, capsys, tmp_path):
 def test_three_in_a_row_stop_the_run(make):
     trainer = make(num_rollouts=9)
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda *a, **k: compute(*a, **k) * (math.nan if trainer.state.global_step in (0, 2, 3, 4) else 1.0)
+    trainer.compute_loss = lambda *a, **k: (
+        compute(*a, **k) * (math.nan if trainer.state.global_step in (0, 2, 3, 4) else 1.0)
+    )
     with pytest.raises(UserError, match="not finite in 3 steps in a row"):
         trainer.train()
     assert trainer.state.global_step == 4
@@ -258,7 +322,11 @@ def test_three_in_a_row_stop_the_run(make):
 def test_a_policy_too_far_from_its_reference_stops_the_run(make):
     trainer = make(num_rollouts=9, learning_rate=0.3, max_kl=0.5)
     with pytest.raises(
-        UserError, match=r"KL to the reference is [\d.e+]+ nats per response, above training.max_kl=0.5; the last checkpoints are kept"
+        UserError,
+        match=(
+            r"KL to the reference is [\d.e+]+ nats per response, above training.max_kl=0.5; the "
+            r"last checkpoints are kept"
+        ),
     ):
         trainer.train()
     assert 0 < trainer.state.global_step < 9
@@ -272,11 +340,29 @@ def test_metrics_have_the_names_that_trls_ppo_had(make):
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert {
-        "objective/kl", "objective/entropy", "objective/scores", "objective/rlhf_reward", "objective/non_score_reward", "objective/kl_coef",
-        "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg",
-        "val/ratio", "val/ratio_var", "val/num_eos_tokens", "val/explained_variance", "response/tokens", "response/ended_fraction",
-        "time/generate", "time/score", "time/train", "tokens_per_second",
-    } <= entry.keys()  # fmt: skip
+        "objective/kl",
+        "objective/entropy",
+        "objective/scores",
+        "objective/rlhf_reward",
+        "objective/non_score_reward",
+        "objective/kl_coef",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "policy/entropy_avg",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/clipfrac_avg",
+        "val/ratio",
+        "val/ratio_var",
+        "val/num_eos_tokens",
+        "val/explained_variance",
+        "response/tokens",
+        "response/ended_fraction",
+        "time/generate",
+        "time/score",
+        "time/train",
+        "tokens_per_second",
+    } <= entry.keys()
     assert entry["val/ratio"] == pytest.approx(1.0, abs=0.05)
     assert 0 < entry["policy/entropy_avg"] <= math.log(trainer.actor.policy.config.vocab_size)
     assert entry["objective/raw_scores"] == pytest.approx(entry["objective/scores"])
@@ -287,7 +373,9 @@ def test_the_penalty_shown_is_that_of_the_estimator(make, tiny_gpt2, tiny_tokeni
     with torch.no_grad():
         trainer.actor.policy.transformer.wte.weight.mul_(1.5)  # away from its reference
     found = trainer.collect(0)
-    by_hand = (torch.exp(found.ref_logprobs - found.logprobs) - 1 - found.ref_logprobs + found.logprobs)[found.mask].sum() / 4
+    by_hand = (torch.exp(found.ref_logprobs - found.logprobs) - 1 - found.ref_logprobs + found.logprobs)[
+        found.mask
+    ].sum() / 4
     assert trainer.running_metrics["objective/non_score_reward"] == [pytest.approx(-by_hand.item(), rel=1e-4)]
     assert by_hand > 0.01
 
@@ -296,8 +384,16 @@ def test_a_head_on_other_states_than_the_layers_own(make, tiny_tokenizer):
     """OPT-350m's output layer reads 512 numbers of 1,024; its positions begin at 2."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    size = {"hidden_size": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
-    policy = OPTForCausalLM(OPTConfig(**size, vocab_size=len(tiny_tokenizer), max_position_embeddings=64, pad_token_id=0))
+    size = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+    }
+    policy = OPTForCausalLM(
+        OPTConfig(**size, vocab_size=len(tiny_tokenizer), max_position_embeddings=64, pad_token_id=0)
+    )
     trainer = make(policy=policy, data=Dataset.from_list([{"prompt": "word " * 200}]))
     trainer.train()
     assert trainer.actor.value_head.in_features == 16
@@ -340,7 +436,9 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
         trainer.state.global_step = step
         trainer.evaluate()
     rows = list(map(json.loads, read_samples(tmp_path / "work").splitlines()))
-    assert [(row["step"], row["prompt"]) for row in rows] == [(step, prompt) for step in (0, 12) for prompt in PROMPTS["prompt"]]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (0, 12) for prompt in PROMPTS["prompt"]
+    ]
     assert rows[0].keys() >= {"answer", "reward", "kl", "response_tokens", "ended_fraction"}
 
 
@@ -349,7 +447,10 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
     [
         ({"top_p": 0.0}, "top_p=0.0: expected a number above 0"),
         ({"dual_clip": 1.0}, "dual_clip=1.0: expected more than 1, or none"),
-        ({"min_response_tokens": 9, "response_tokens": 8}, "min_response_tokens=9: expected at most response_tokens"),
+        (
+            {"min_response_tokens": 9, "response_tokens": 8},
+            "min_response_tokens=9: expected at most response_tokens",
+        ),
         ({"score_clip": 0.0}, "score_clip=0.0: expected more than 0, or none"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0: expected 0 or more"),
         ({"gamma": 1.5}, "gamma=1.5: expected a number from 0 to 1"),
@@ -357,7 +458,10 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True is not for PPO"),
         ({"save_strategy": "best"}, "save_strategy='best' is not for PPO"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected more than 0"),
-        ({"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64}, "expected more than a fifth of the 64 responses"),
+        (
+            {"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64},
+            "expected more than a fifth of the 64 responses",
+        ),
         ({"value_init": "one"}, "value_init='one': expected one of zero, reward"),
     ],
 )

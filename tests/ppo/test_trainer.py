@@ -18,7 +18,15 @@ from pipeline.ppo.rollout import split_minibatches
 from pipeline.sft import stage as sft
 
 PROMPTS = Dataset.from_list(
-    [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "I forgot the young of a cat.")]
+    [
+        {"prompt": p}
+        for p in (
+            "Tell me the capital of Italy.",
+            "Name the colour of snow.",
+            "Hello.",
+            "I forgot the young of a cat.",
+        )
+    ]
 )
 
 
@@ -29,10 +37,20 @@ def evenness(prompts, completions, completion_ids, ended, **_):
 
 def trainer_of(policy, tokenizer, folder, reward=evenness, **more):
     settings = {
-        "num_rollouts": 2, "num_ppo_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "response_tokens": 8, "learning_rate": 1e-3, "score_normalization": "none", "missing_eos_penalty": 0.0, "report_to": "none",
-        "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
-    }  # fmt: skip
+        "num_rollouts": 2,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "response_tokens": 8,
+        "learning_rate": 1e-3,
+        "score_normalization": "none",
+        "missing_eos_penalty": 0.0,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
     args = PPOConfig(output_dir=str(folder), **settings | more)
     return PPOTrainer(policy, reward, args, PROMPTS, tokenizer, eval_dataset=PROMPTS)
 
@@ -47,7 +65,13 @@ def lora(policy):
 
 
 def test_a_reward_that_can_be_learned_is_learned(policy, tiny_tokenizer, tmp_path):
-    more = {"num_rollouts": 30, "learning_rate": 5e-3, "kl_coef": 0.0, "per_device_train_batch_size": 8, "num_mini_batches": 1}
+    more = {
+        "num_rollouts": 30,
+        "learning_rate": 5e-3,
+        "kl_coef": 0.0,
+        "per_device_train_batch_size": 8,
+        "num_mini_batches": 1,
+    }
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path, **more)
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
@@ -65,11 +89,17 @@ def test_the_first_minibatch_has_ratio_one_to_the_bit_or_the_run_stops(policy, t
         broken.train()
 
 
-def test_rollout_k_starts_after_k_times_steps_per_rollout_steps(policy, tiny_tokenizer, tmp_path, monkeypatch):
+def test_rollout_k_starts_after_k_times_steps_per_rollout_steps(
+    policy, tiny_tokenizer, tmp_path, monkeypatch
+):
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path, num_rollouts=3)
     started = []
     collect = trainer.collect
-    monkeypatch.setattr(trainer, "collect", lambda rollout: (started.append((rollout, trainer.state.global_step)), collect(rollout))[1])
+    monkeypatch.setattr(
+        trainer,
+        "collect",
+        lambda rollout: (started.append((rollout, trainer.state.global_step)), collect(rollout))[1],
+    )
     trainer.train()
     assert started == [(0, 0), (1, 4), (2, 8)]
 
@@ -88,8 +118,22 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_
     weights = []
     for micro, parts in ((8, 1), (2, 4)):
         policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
-        cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "num_mini_batches": 1, "num_ppo_epochs": 1}
-        trainer = trainer_of(policy, tiny_tokenizer, tmp_path, num_rollouts=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **cut)
+        cut = {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": parts,
+            "num_mini_batches": 1,
+            "num_ppo_epochs": 1,
+        }
+        trainer = trainer_of(
+            policy,
+            tiny_tokenizer,
+            tmp_path,
+            num_rollouts=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            **cut,
+        )
         trainer.train()
         weights.append(trainer.actor.state_dict())
     moved = load_policy(str(tiny_gpt2), tiny_tokenizer).transformer.h[0].mlp.c_fc.weight
@@ -103,13 +147,17 @@ def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokeniz
     def make(folder):
         torch.manual_seed(0)
         policy = adapt(load_policy(str(tiny_gpt2), tiny_tokenizer))
-        return trainer_of(policy, tiny_tokenizer, folder, num_rollouts=4, save_strategy="steps", save_steps=4, kl_target=0.1)
+        return trainer_of(
+            policy, tiny_tokenizer, folder, num_rollouts=4, save_strategy="steps", save_steps=4, kl_target=0.1
+        )
 
     alone = make(tmp_path / "alone")
     alone.train()
     killed = make(tmp_path / "killed")
     collect = killed.collect
-    monkeypatch.setattr(killed, "collect", lambda rollout: collect(rollout) if rollout < 2 else pytest.fail("killed"))
+    monkeypatch.setattr(
+        killed, "collect", lambda rollout: collect(rollout) if rollout < 2 else pytest.fail("killed")
+    )
     with pytest.raises(pytest.fail.Exception):
         killed.train()
     resumed = make(tmp_path / "killed")
@@ -121,8 +169,12 @@ def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokeniz
 
 
 @pytest.mark.parametrize("adapt", [lambda policy: policy, lora], ids=["full", "lora"])
-def test_in_bf16_the_reference_and_the_sampling_are_computed_as_the_policy_is(adapt, policy, tiny_tokenizer, tmp_path):
-    trainer = trainer_of(adapt(policy), tiny_tokenizer, tmp_path, bf16=True, learning_rate=0.0, num_rollouts=1)
+def test_in_bf16_the_reference_and_the_sampling_are_computed_as_the_policy_is(
+    adapt, policy, tiny_tokenizer, tmp_path
+):
+    trainer = trainer_of(
+        adapt(policy), tiny_tokenizer, tmp_path, bf16=True, learning_rate=0.0, num_rollouts=1
+    )
     in_bf16: list[bool] = []
     for model in filter(None, (trainer.actor.policy, trainer.actor.reference)):
         model.register_forward_pre_hook(lambda *_: in_bf16.append(torch.is_autocast_enabled("cpu")))
@@ -140,9 +192,11 @@ def test_under_lora_the_reference_is_the_same_backbone(named, policy, tiny_token
         model.add_adapter("reference", LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
     actor = ActorCritic(model, 0.1)
     inputs = {
-        "query_ids": torch.tensor([[5, 6]]), "query_mask": torch.ones(1, 2, dtype=torch.long),
-        "response_ids": torch.tensor([[7, 8]]), "response_mask": torch.ones(1, 2, dtype=torch.long),
-    }  # fmt: skip
+        "query_ids": torch.tensor([[5, 6]]),
+        "query_mask": torch.ones(1, 2, dtype=torch.long),
+        "response_ids": torch.tensor([[7, 8]]),
+        "response_mask": torch.ones(1, 2, dtype=torch.long),
+    }
     trained = [name for name, p in actor.named_parameters() if p.requires_grad]
     with torch.no_grad():
         first = actor(**inputs, temperature=1.0).logprobs
@@ -160,10 +214,26 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records)}
     policy = str(tiny_gpt2)
     if form == "lora on an adapter":
-        policy = str(sft.run(config.SFTStage(model=policy, max_length=96, lora={"r": 4}, training={"max_steps": 2}, **common)))
-    training = {"num_rollouts": 2, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-2}
+        policy = str(
+            sft.run(
+                config.SFTStage(
+                    model=policy, max_length=96, lora={"r": 4}, training={"max_steps": 2}, **common
+                )
+            )
+        )
+    training = {
+        "num_rollouts": 2,
+        "num_ppo_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "response_tokens": 6,
+        "learning_rate": 1e-2,
+    }
     stage = config.PPOStage(
-        policy=policy, reward="pipeline.prepare.demo:gold_reward", training=training, lora={} if form != "full" else None, **common
+        policy=policy,
+        reward="pipeline.prepare.demo:gold_reward",
+        training=training,
+        lora={} if form != "full" else None,
+        **common,
     )
     folder = ppo.run(stage)
     assert load_file(folder / "value_head.safetensors").keys() == {"weight", "bias"}
@@ -174,15 +244,41 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
         == (not isinstance(model, PeftModel) and hasattr(model, "peft_config"))
     )
     entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
-    assert {"objective/kl", "objective/scores", "policy/clipfrac_avg", "val/explained_variance", "response/tokens"} <= entries[0].keys()
+    assert {
+        "objective/kl",
+        "objective/scores",
+        "policy/clipfrac_avg",
+        "val/explained_variance",
+        "response/tokens",
+    } <= entries[0].keys()
     assert abs(entries[0]["objective/kl"]) < 1e-4  # the policy starts at its reference
 
 
 def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama, tmp_path):
-    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "lora": {"r": 4}, "merge": True}
-    policy = sft.run(config.SFTStage(model=str(tiny_llama), max_length=96, training={"max_steps": 2, "learning_rate": 1e-2}, **common))
-    training = {"num_rollouts": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-1}
-    tuned = ppo.run(config.PPOStage(policy=str(policy), reward="pipeline.prepare.demo:gold_reward", training=training, **common))
+    common = {
+        "run": "t",
+        "runs": str(tmp_path),
+        "records": str(tiny_records),
+        "lora": {"r": 4},
+        "merge": True,
+    }
+    policy = sft.run(
+        config.SFTStage(
+            model=str(tiny_llama), max_length=96, training={"max_steps": 2, "learning_rate": 1e-2}, **common
+        )
+    )
+    training = {
+        "num_rollouts": 1,
+        "num_ppo_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "response_tokens": 6,
+        "learning_rate": 1e-1,
+    }
+    tuned = ppo.run(
+        config.PPOStage(
+            policy=str(policy), reward="pipeline.prepare.demo:gold_reward", training=training, **common
+        )
+    )
     ids, tokenizer = torch.tensor([[5, 6, 7, 8]]), load_tokenizer(str(tuned))
     logits = []
     for folder in (tiny_llama, policy, tuned, tuned / "best"):
@@ -197,7 +293,9 @@ def test_merged_it_is_the_policy_that_its_adapter_makes(tiny_records, tiny_llama
 
 
 def test_what_is_added_to_a_tied_output_is_not_the_inputs(tiny_gpt2, tiny_tokenizer, tmp_path):
-    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["lm_head", "c_attn"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=2, task_type="CAUSAL_LM", target_modules=["lm_head", "c_attn"], init_lora_weights=False
+    )
     adapted = get_peft_model(load_policy(str(tiny_gpt2), tiny_tokenizer), lora).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     expected = adapted(ids).logits
@@ -210,7 +308,13 @@ def test_what_is_added_to_a_tied_output_is_not_the_inputs(tiny_gpt2, tiny_tokeni
 def test_an_adapter_policy_without_lora_is_refused(tiny_records, tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "adapter_config.json").write_text("{}")
-    stage = config.PPOStage(run="t", runs=str(tmp_path), policy=str(tmp_path / "policy"), reward="math:sqrt", records=str(tiny_records))
+    stage = config.PPOStage(
+        run="t",
+        runs=str(tmp_path),
+        policy=str(tmp_path / "policy"),
+        reward="math:sqrt",
+        records=str(tiny_records),
+    )
     with pytest.raises(UserError, match="set lora"):
         ppo.load_trained_policy(stage, None)
 
@@ -229,13 +333,27 @@ def test_impossible_settings_are_refused(wrong, message, tmp_path):
 
 
 def test_an_epoch_is_a_rollout(tmp_path):
-    epochs = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch", "eval_steps": 8}
+    epochs = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "eval_steps": 8,
+    }
     args = PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=4, num_mini_batches=2, **epochs)
     assert {args.save_strategy.value, args.eval_strategy.value, args.logging_strategy.value} == {"steps"}
     assert (args.save_steps, args.eval_steps, args.logging_steps) == (8, 8, 8)
 
 
 def test_checkpoints_fall_between_rollouts(tmp_path):
-    args = PPOConfig(output_dir=str(tmp_path), num_ppo_epochs=4, num_mini_batches=2, save_steps=10, eval_steps=8, logging_steps=1)
+    args = PPOConfig(
+        output_dir=str(tmp_path),
+        num_ppo_epochs=4,
+        num_mini_batches=2,
+        save_steps=10,
+        eval_steps=8,
+        logging_steps=1,
+    )
     assert (args.steps_per_rollout, args.save_steps, args.eval_steps, args.logging_steps) == (8, 16, 8, 8)
-    assert PPOConfig(output_dir=str(tmp_path), num_rollouts=50, num_ppo_epochs=4).save_steps == 20  # a tenth of the run
+    assert (
+        PPOConfig(output_dir=str(tmp_path), num_rollouts=50, num_ppo_epochs=4).save_steps == 20
+    )  # a tenth of the run

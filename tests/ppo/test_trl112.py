@@ -1,4 +1,5 @@
-"""Against TRL 1.12's PPO, the last there was (`make oracle`): one update on the same rollout ends in the same weights, and each way in
+"""Against TRL 1.12's PPO, the last there was (`make oracle`): one update on the same rollout ends in the same
+weights, and each way in
 which the two are known to differ is shown."""
 
 import copy
@@ -25,12 +26,19 @@ pytestmark = pytest.mark.oracle
 
 LONGEST = 12
 SAME = {"kl_coef": 0.3, "gamma": 0.97, "lam": 0.9, "vf_coef": 0.7, "temperature": 0.7, "num_ppo_epochs": 3}
-SAME |= {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "per_device_train_batch_size": 8}
+SAME |= {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "learning_rate": 0.1,
+    "per_device_train_batch_size": 8,
+}
 
 
 @pytest.fixture
 def world(tiny_gpt2, tiny_tokenizer):
-    """Policy, reference, value head and reward model, all different, and their tokenizer; the same at each call."""
+    """Policy, reference, value head and reward model, all different, and their tokenizer; the same at each
+    call.
+    """
 
     def make(pad_token=None):
         tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -40,7 +48,14 @@ def world(tiny_gpt2, tiny_tokenizer):
         reference = copy.deepcopy(policy)
         for parameter in reference.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
-        size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer), "num_labels": 1}
+        size = {
+            "n_embd": 32,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 128,
+            "vocab_size": len(tokenizer),
+            "num_labels": 1,
+        }
         classifier = GPT2ForSequenceClassification(GPT2Config(**size, pad_token_id=tokenizer.pad_token_id))
         classifier.score.weight.data *= 50
         return policy, reference, torch.nn.Linear(32, 1), classifier, tokenizer
@@ -55,14 +70,19 @@ RAGGED = [3, 12, 5, 12, 8, 1, 12, 10]  # those below LONGEST end with an EOS
 def rollout(tokenizer, lengths):
     """Prompts of several lengths, their ids, and an answer to each, of so many tokens."""
     rng, tokens = random.Random(0), [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
-    texts = [" ".join(["What", "is", "the", "capital", "of", "Italy", "then", "?"][: 1 + i]) for i in range(len(lengths))]
+    texts = [
+        " ".join(["What", "is", "the", "capital", "of", "Italy", "then", "?"][: 1 + i])
+        for i in range(len(lengths))
+    ]
     ends = [[tokenizer.eos_token_id] if length < LONGEST else [] for length in lengths]
     answers = [rng.choices(tokens, k=n - len(end)) + end for n, end in zip(lengths, ends, strict=True)]
     return [(text, prompt_ids(tokenizer, text), answer) for text, answer in zip(texts, answers, strict=True)]
 
 
 def theirs(monkeypatch, world, given, folder, batches=1, **settings):
-    return update(monkeypatch, *world, [(ids, answer) for _, ids, answer in given], folder, batches, **settings)
+    return update(
+        monkeypatch, *world, [(ids, answer) for _, ids, answer in given], folder, batches, **settings
+    )
 
 
 def ours(world, given, folder, scores=None, **settings):
@@ -72,14 +92,31 @@ def ours(world, given, folder, scores=None, **settings):
 
     def generate(policy, tokenizer, prompts, *_, **__):
         drawn = [answers[tuple(prompt)] for prompt in prompts]
-        query, response = pad_rows(prompts, tokenizer.pad_token_id, side="left"), pad_rows(drawn, tokenizer.pad_token_id)
-        return Responses(*query, *response, ["" for _ in drawn], [ids[-1] == tokenizer.eos_token_id for ids in drawn])
+        query, response = (
+            pad_rows(prompts, tokenizer.pad_token_id, side="left"),
+            pad_rows(drawn, tokenizer.pad_token_id),
+        )
+        return Responses(
+            *query, *response, ["" for _ in drawn], [ids[-1] == tokenizer.eos_token_id for ids in drawn]
+        )
 
     def reward(completion_ids, **_):
         return [float(scores[tuple(ids)]) if scores else 0.0 for ids in completion_ids]
 
-    plain = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
-    own = {"score_normalization": "none", "missing_eos_penalty": 0.0, "response_tokens": LONGEST, "num_rollouts": 1, "max_kl": None}
+    plain = {
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_grad_norm": 0.0,
+    }
+    own = {
+        "score_normalization": "none",
+        "missing_eos_penalty": 0.0,
+        "response_tokens": LONGEST,
+        "num_rollouts": 1,
+        "max_kl": None,
+    }
     args = PPOConfig(str(folder), **plain | own | settings)
     data = Dataset.from_list([{"prompt": text} for text, *_ in given])
     trainer = PPOTrainer(policy, reward, args, data, tokenizer, generate=generate)
@@ -93,18 +130,26 @@ def ours(world, given, folder, scores=None, **settings):
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_an_update_ends_in_the_same_weights(estimator, world, tmp_path, monkeypatch):
-    """Of answers that all fill their room, with whitening as TRL has it: the ways to differ are left out, and nothing else differs."""
+    """Of answers that all fill their room, with whitening as TRL has it: the ways to differ are left out, and
+    nothing else differs.
+    """
     both = SAME | {"kl_estimator": estimator}
     first, second, start = world(), world(), world()
     given = rollout(first[-1], FULL)
     seen = theirs(monkeypatch, first, given, tmp_path, **both)
     count = len(given) * LONGEST
-    monkeypatch.setattr(functional, "whiten", lambda x, mask, whiten=functional.whiten: whiten(x, mask) * ((count - 1) / count) ** 0.5)
+    monkeypatch.setattr(
+        functional,
+        "whiten",
+        lambda x, mask, whiten=functional.whiten: whiten(x, mask) * ((count - 1) / count) ** 0.5,
+    )
     scores = {answer: row["scores"] for answer, row in seen.rows.items()}
     trainer, experience = ours(second, given, tmp_path, scores, **both)
 
     for row, answer in enumerate(experience.responses.token_lists()):
-        torch.testing.assert_close(experience.values[row], seen.rows[tuple(answer)]["values"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            experience.values[row], seen.rows[tuple(answer)]["values"], atol=1e-5, rtol=1e-4
+        )
         expected = seen.rows[tuple(answer)]["advantages"] + seen.rows[tuple(answer)]["values"]
         torch.testing.assert_close(experience.returns[row], expected, atol=1e-5, rtol=1e-4)
     assert min(seen.logs["policy/clipfrac_avg"], seen.logs["val/clipfrac_avg"]) > 0.02
@@ -117,12 +162,18 @@ def test_an_update_ends_in_the_same_weights(estimator, world, tmp_path, monkeypa
         "val/clipfrac_avg",
     ):
         assert seen.logs[name] == pytest.approx(trainer.state.log_history[0][name], rel=1e-4)
-    for mine, peer, before in ((trainer.actor.policy, first[0], start[0]), (trainer.actor.value_head, first[2], start[2])):
+    for mine, peer, before in (
+        (trainer.actor.policy, first[0], start[0]),
+        (trainer.actor.value_head, first[2], start[2]),
+    ):
         moved = dict(peer.named_parameters())
         for name, parameter in before.named_parameters():
             change = moved[name] - parameter
             torch.testing.assert_close(
-                dict(mine.named_parameters())[name] - parameter, change, atol=1e-3 * float(change.abs().max()), rtol=0
+                dict(mine.named_parameters())[name] - parameter,
+                change,
+                atol=1e-3 * float(change.abs().max()),
+                rtol=0,
             )
             assert change.abs().max() > 0
 
@@ -131,7 +182,14 @@ def test_their_minibatches_add_no_optimizer_steps(world, tmp_path, monkeypatch):
     both = SAME | {"num_ppo_epochs": 1, "num_mini_batches": 2}
     first, second = world(), world()
     given = rollout(first[-1], FULL)
-    seen = theirs(monkeypatch, first, given, tmp_path, 2, **both | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
+    seen = theirs(
+        monkeypatch,
+        first,
+        given,
+        tmp_path,
+        2,
+        **both | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    )
     trainer, _ = ours(second, given, tmp_path, **both | {"per_device_train_batch_size": 4})
     assert (len(seen.gradients), trainer.state.global_step) == (1, 2)
 
@@ -155,7 +213,9 @@ def test_their_score_lands_one_token_after_the_eos(world, tmp_path, monkeypatch)
     first, second = world(), world()
     given = rollout(first[-1], RAGGED)
     seen = theirs(monkeypatch, first, given, tmp_path, **both)
-    _, experience = ours(second, given, tmp_path, {answer: row["scores"] for answer, row in seen.rows.items()}, **both)
+    _, experience = ours(
+        second, given, tmp_path, {answer: row["scores"] for answer, row in seen.rows.items()}, **both
+    )
     for row, answer in enumerate(map(tuple, experience.responses.token_lists())):
         after, score = torch.arange(LONGEST) > len(answer), float(seen.rows[answer]["scores"])
         their_values = torch.where(after, 0.0, seen.rows[answer]["values"])
@@ -178,7 +238,9 @@ def test_their_eos_is_hidden_where_it_is_the_padding(world, tmp_path, monkeypatc
 
 
 def test_their_metrics_count_the_padding(world, tmp_path, monkeypatch):
-    """The same answers in a batch twice as wide: the weights go the same way, and the KL to the old policy reads half."""
+    """The same answers in a batch twice as wide: the weights go the same way, and the KL to the old policy
+    reads half.
+    """
     name, figures = "policy/approxkl_avg", []
     given = rollout(world()[-1], [3, 5, 8, 1, 10, 2, 7, 4])
     for width in (LONGEST, 2 * LONGEST):
@@ -196,7 +258,11 @@ def test_their_gradient_depends_on_how_a_batch_is_cut(world, tmp_path, monkeypat
     norms, steps = [], []
     given = rollout(world()[-1], RAGGED)
     for micro in (8, 2):
-        both = SAME | {"num_ppo_epochs": 1, "per_device_train_batch_size": micro, "gradient_accumulation_steps": 8 // micro}
+        both = SAME | {
+            "num_ppo_epochs": 1,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": 8 // micro,
+        }
         with monkeypatch.context() as patch:
             norms.append(theirs(patch, world(), given, tmp_path, 2, **both).gradients)
         steps.append(ours(world(), given, tmp_path, **both)[0].state.log_history[0]["grad_norm"])
@@ -210,7 +276,9 @@ def test_they_neither_evaluate_nor_resume_nor_keep_the_critic(world, tmp_path, m
 
     monkeypatch.setattr(Theirs, "evaluate", lambda *_, **__: pytest.fail("it evaluates"))
     first = world()
-    seen = theirs(monkeypatch, first, rollout(first[-1], FULL), tmp_path, **SAME, eval_strategy="steps", eval_steps=1)
+    seen = theirs(
+        monkeypatch, first, rollout(first[-1], FULL), tmp_path, **SAME, eval_strategy="steps", eval_steps=1
+    )
     assert list(inspect.signature(seen.trainer.train).parameters) == []
     seen.trainer.save_model(str(tmp_path / "saved"))
     kept = set(load_file(tmp_path / "saved" / "model.safetensors"))
@@ -219,11 +287,19 @@ def test_they_neither_evaluate_nor_resume_nor_keep_the_critic(world, tmp_path, m
 
 
 def test_their_reward_model_reads_the_policys_ids(world, tmp_path, monkeypatch):
-    """One with another, smaller vocabulary fails at best. Here it is given texts: tests/reward/test_functions.py."""
+    """One with another, smaller vocabulary fails at best. Here it is given texts:
+    tests/reward/test_functions.py.
+    """
     policy, reference, head, classifier, tokenizer = world()
     classifier.resize_token_embeddings(50)
     with pytest.raises(IndexError):
-        theirs(monkeypatch, (policy, reference, head, classifier, tokenizer), rollout(tokenizer, FULL), tmp_path, **SAME)
+        theirs(
+            monkeypatch,
+            (policy, reference, head, classifier, tokenizer),
+            rollout(tokenizer, FULL),
+            tmp_path,
+            **SAME,
+        )
 
 
 def test_they_whiten_on_each_rank_alone(tmp_path):

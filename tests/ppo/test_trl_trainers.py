@@ -1,4 +1,4 @@
-"""TRL's RLOO and GRPO under the stage: the reward reads the exact ids, and artifact and evaluation are PPO's."""
+"""TRL's RLOO and GRPO: the reward reads the exact ids; artifact and evaluation are those of PPO."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,19 @@ from pipeline.reward.functions import RewardSource
 from pipeline.sft import stage as sft
 
 TRAINING = {
-    "max_steps": 4, "num_iterations": 2, "num_generations": 2, "per_device_train_batch_size": 8, "max_completion_length": 6,
-    "learning_rate": 1e-2, "beta": 0.1, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_generations_eval": 2,
+    "max_steps": 4,
+    "num_iterations": 2,
+    "num_generations": 2,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 6,
+    "learning_rate": 1e-2,
+    "beta": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "num_generations_eval": 2,
     "disable_tqdm": True,
-}  # fmt: skip
+}
 
 
 def evenness(prompts, completions, completion_ids, ended, **_):
@@ -30,7 +39,13 @@ def evenness(prompts, completions, completion_ids, ended, **_):
 
 
 def stage(records, folder, **more):
-    given = {"run": "t", "runs": str(folder), "records": str(records), "reward": f"{__name__}:evenness", "training": TRAINING}
+    given = {
+        "run": "t",
+        "runs": str(folder),
+        "records": str(records),
+        "reward": f"{__name__}:evenness",
+        "training": TRAINING,
+    }
     return config.PPOStage(**given | {"algorithm": "rloo", "evaluation": {"keep": True}} | more)
 
 
@@ -46,13 +61,25 @@ def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(
     told = {}
     trl = {"trainer_state": None, "log_extra": None, "log_metric": told.__setitem__}
     scores = as_reward_func(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer)(
-        prompts=[messages] * 2, completions=[[{"role": "assistant", "content": "Paris."}]] * 2, completion_ids=[[*ids, eos], ids],
-        **{RECORD: [{"prompt": "Hello.", "topic": "a", "images": "none"}, {"prompt": "Hello.", "topic": "b", "images": "none"}]}, **trl,
-    )  # fmt: skip
+        prompts=[messages] * 2,
+        completions=[[{"role": "assistant", "content": "Paris."}]] * 2,
+        completion_ids=[[*ids, eos], ids],
+        **{
+            RECORD: [
+                {"prompt": "Hello.", "topic": "a", "images": "none"},
+                {"prompt": "Hello.", "topic": "b", "images": "none"},
+            ]
+        },
+        **trl,
+    )
     assert seen == {
-        "prompts": ["Hello."] * 2, "completions": ["Paris."] * 2, "completion_ids": [[*ids, eos], ids], "ended": [True, False],
-        "topic": ["a", "b"], "images": ["none", "none"],
-    }  # fmt: skip
+        "prompts": ["Hello."] * 2,
+        "completions": ["Paris."] * 2,
+        "completion_ids": [[*ids, eos], ids],
+        "ended": [True, False],
+        "topic": ["a", "b"],
+        "images": ["none", "none"],
+    }
     assert scores == [(3 - 1) / 2, (5 - 1) / 2 - 1]  # the penalty of a missing EOS is 1
     assert told == {"raw_reward": 4.0}
 
@@ -62,7 +89,9 @@ def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_to
     kept = filter_prompts(rows, tiny_tokenizer, 20)
     assert kept.column_names == ["prompt", RECORD]  # an `images` of the user's would be TRL's
     assert kept[RECORD][:] == [{"prompt": "Hello.", "topic": "a"}]
-    rendered = tiny_tokenizer.apply_chat_template(kept["prompt"][0], add_generation_prompt=True, tokenize=True)["input_ids"]
+    rendered = tiny_tokenizer.apply_chat_template(
+        kept["prompt"][0], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
     assert rendered == prompt_ids(tiny_tokenizer, "Hello.")
     assert "1 of 2 prompts are left out: they are empty, or over 20 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 prompts has 1 to 2 tokens"):
@@ -71,9 +100,17 @@ def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_to
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_it_learns(algorithm, tiny_records, tiny_gpt2, tmp_path):
-    more = {"max_steps": 60, "per_device_train_batch_size": 32, "num_generations": 8, "learning_rate": 5e-3, "beta": 0.0}
+    more = {
+        "max_steps": 60,
+        "per_device_train_batch_size": 32,
+        "num_generations": 8,
+        "learning_rate": 5e-3,
+        "beta": 0.0,
+    }
     more |= {"eval_on_start": True, "eval_steps": 60, "save_steps": 60}
-    folder = ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), algorithm=algorithm, training=TRAINING | more))
+    folder = ppo.run(
+        stage(tiny_records, tmp_path, policy=str(tiny_gpt2), algorithm=algorithm, training=TRAINING | more)
+    )
     entries = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
     before, after = [entry for entry in entries if "eval_reward" in entry][:2]
     assert after["eval_reward"] > before["eval_reward"] + 0.05
@@ -83,12 +120,17 @@ def test_it_learns(algorithm, tiny_records, tiny_gpt2, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 @pytest.mark.parametrize("form", ["full", "lora on an adapter"])
-def test_the_artifact_is_ppos_and_goes_on_after_a_kill(algorithm, form, tiny_records, tiny_gpt2, tmp_path, monkeypatch):
+def test_the_artifact_is_ppos_and_goes_on_after_a_kill(
+    algorithm, form, tiny_records, tiny_gpt2, tmp_path, monkeypatch
+):
     policy, lora = str(tiny_gpt2), None
     if form != "full":
         learning = {"max_steps": 2, "learning_rate": 1e-2}
         given = {"model": policy, "max_length": 96, "lora": {"r": 4}, "training": learning}
-        policy, lora = str(sft.run(config.SFTStage(run="t", runs=str(tmp_path), records=str(tiny_records), **given))), {}
+        policy, lora = (
+            str(sft.run(config.SFTStage(run="t", runs=str(tmp_path), records=str(tiny_records), **given))),
+            {},
+        )
     given = stage(tiny_records, tmp_path, policy=policy, algorithm=algorithm, lora=lora)
     write = ppo.write_log
     monkeypatch.setattr(ppo, "write_log", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -99,10 +141,14 @@ def test_the_artifact_is_ppos_and_goes_on_after_a_kill(algorithm, form, tiny_rec
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["kind"] == "policy"
     assert {"eval_reward", "eval_kl", "eval_ended_fraction", "best_step"} <= manifest["metrics"].keys()
-    assert sorted(file.name for file in (folder / "policies").iterdir()) == ["step-000002"]  # the last is the artifact itself
+    assert sorted(file.name for file in (folder / "policies").iterdir()) == [
+        "step-000002"
+    ]  # the last is the artifact itself
     assert {json.loads(line)["step"] for line in (folder / "samples.jsonl").open(encoding="utf-8")} == {2, 4}
     weights = "model.safetensors" if form == "full" else "adapter_model.safetensors"
-    last, kept, source = (load_file(place / weights) for place in (folder, folder / "policies" / "step-000002", Path(policy)))
+    last, kept, source = (
+        load_file(place / weights) for place in (folder, folder / "policies" / "step-000002", Path(policy))
+    )
     assert last.keys() == kept.keys() == source.keys()
     assert not all(last[name].equal(kept[name]) for name in last)
     assert not all(last[name].equal(source[name]) for name in last)
@@ -122,12 +168,19 @@ def test_keys_are_those_of_trls_own_class(tiny_records, tiny_gpt2, tmp_path):
 
 def test_trls_trainers_keep_the_policy_to_themselves(tiny_records, tmp_path):
     given = stage(tiny_records, tmp_path, policy="p", lora={})
-    assert incompatibility(given, None, None) == "algorithm: rloo is TRL's own trainer, which keeps the policy to itself"
+    assert (
+        incompatibility(given, None, None)
+        == "algorithm: rloo is TRL's own trainer, which keeps the policy to itself"
+    )
 
 
 def test_after_a_kill_the_best_is_of_the_run_that_lives(tiny_records, tiny_gpt2, tmp_path, monkeypatch):
-    """The dead run's best came after its last checkpoint: the one that goes on draws other samples, and finds its own."""
-    given = stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"max_steps": 6, "save_steps": 4})
+    """The dead run's best came after its last checkpoint: the one that goes on draws other samples, and finds
+    its own.
+    """
+    given = stage(
+        tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"max_steps": 6, "save_steps": 4}
+    )
     from pipeline.ppo.policy_trainer import PolicyTrainer
 
     keep = PolicyTrainer._keep_policy
@@ -164,12 +217,25 @@ def test_a_policy_that_grew_has_a_reference_as_large(algorithm, tiny_records, ti
 
 def test_too_few_prompts_to_fill_a_batch_are_an_error(tiny_records, tiny_gpt2, tmp_path):
     wrong = TRAINING | {"per_device_train_batch_size": 512}
-    with pytest.raises(UserError, match=r"\d+ prompts to train on, and algorithm: rloo samples responses to 256 at a time"):
+    with pytest.raises(
+        UserError, match=r"\d+ prompts to train on, and algorithm: rloo samples responses to 256 at a time"
+    ):
         ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=wrong))
 
 
 def test_what_trl_refuses_late_is_one_line(tiny_records, tiny_gpt2, tmp_path):
     with pytest.raises(UserError, match="save_strategy: best is not for algorithm: rloo"):
-        ppo.check(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"save_strategy": "best"}))
+        ppo.check(
+            stage(
+                tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"save_strategy": "best"}
+            )
+        )
     with pytest.raises(UserError, match=r"algorithm: rloo: .*sync_ref_model"):
-        ppo.run(stage(tiny_records, tmp_path, policy=str(tiny_gpt2), training=TRAINING | {"sync_ref_model": True, "beta": 0.0}))
+        ppo.run(
+            stage(
+                tiny_records,
+                tmp_path,
+                policy=str(tiny_gpt2),
+                training=TRAINING | {"sync_ref_model": True, "beta": 0.0},
+            )
+        )

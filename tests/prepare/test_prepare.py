@@ -48,14 +48,18 @@ def kinds(published: Path) -> list[str]:
 def test_comparisons_are_published_split_and_derived_from(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{n}", "chosen": "good", "rejected": "bad"} for n in range(20)]
     published = prepare(
-        tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)}, splits={"validation": 0.1, "test": 0.2}
+        tmp_path,
+        {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)},
+        splits={"validation": 0.1, "test": 0.2},
     )
     assert kinds(published) == ["comparisons", "demonstrations", "prompts"]
     data = load_from_disk(str(published / "comparisons"))
     assert isinstance(data, DatasetDict)
     assert {split: len(part) for split, part in data.items()} == {"train": 14, "validation": 2, "test": 4}
     assert data["train"].column_names == ["prompt", "chosen", "rejected"]
-    assert sorted(row["prompt"] for row in rows_of(published, "comparisons")) == sorted(row["prompt"] for row in rows)
+    assert sorted(row["prompt"] for row in rows_of(published, "comparisons")) == sorted(
+        row["prompt"] for row in rows
+    )
     found = manifest(published)
     assert found["kind"] == "records"
     assert found["rows"] == {
@@ -97,7 +101,11 @@ def test_what_a_source_gives_is_not_derived(tmp_path: Path) -> None:
 def test_a_prompt_is_in_the_same_split_in_every_kind(tmp_path: Path) -> None:
     prompts = [f"Q{n}" for n in range(30)]
     chats = [
-        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}], "label": True} for prompt in prompts
+        {
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}],
+            "label": True,
+        }
+        for prompt in prompts
     ]
     pairs = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
     published = prepare(
@@ -105,7 +113,9 @@ def test_a_prompt_is_in_the_same_split_in_every_kind(tmp_path: Path) -> None:
         {"format": "labels", "path": write(tmp_path / "a.jsonl", chats)},
         {"format": "comparisons", "path": write(tmp_path / "b.jsonl", pairs)},
     )
-    labels, comparisons, distinct = (load_from_disk(str(published / kind)) for kind in ("labels", "comparisons", "prompts"))
+    labels, comparisons, distinct = (
+        load_from_disk(str(published / kind)) for kind in ("labels", "comparisons", "prompts")
+    )
     for split in ("train", "validation", "test"):
         expected = {row["prompt"] for row in comparisons[split]}
         assert {row["prompt"][0]["content"] for row in labels[split]} == expected
@@ -126,21 +136,37 @@ def test_strings_become_messages_where_any_text_of_the_kind_is(tmp_path: Path) -
     for row in rows_of(published, "comparisons"):
         assert [message["role"] for message in row["prompt"]] == ["user"]
         assert row["chosen"] == [answer]
-    assert rows_of(published, "rankings")[0]["responses"] == [[answer], [{"role": "assistant", "content": "b"}]]
+    assert rows_of(published, "rankings")[0]["responses"] == [
+        [answer],
+        [{"role": "assistant", "content": "b"}],
+    ]
     assert rows_of(published, "labels") == [{"prompt": "", "completion": "t", "label": 0}]
 
 
 def test_labels_carry_their_names_and_an_empty_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,toxic\nfine,no\nrude,yes\nodd,maybe\n", encoding="utf-8")
-    source = {"format": "labels", "path": str(tmp_path / "a.csv"), "columns": {"label": "toxic"}, "classes": ["yes", "no"]}
+    source = {
+        "format": "labels",
+        "path": str(tmp_path / "a.csv"),
+        "columns": {"label": "toxic"},
+        "classes": ["yes", "no"],
+    }
     published = prepare(tmp_path, source)
-    assert sorted((row["completion"], row["label"]) for row in rows_of(published, "labels")) == [("fine", 1), ("rude", 0)]
-    assert load_from_disk(str(published / "labels"))["test"].features["label"] == ClassLabel(names=["yes", "no"])
+    assert sorted((row["completion"], row["label"]) for row in rows_of(published, "labels")) == [
+        ("fine", 1),
+        ("rude", 0),
+    ]
+    assert load_from_disk(str(published / "labels"))["test"].features["label"] == ClassLabel(
+        names=["yes", "no"]
+    )
     assert kinds(published) == ["labels"]
 
 
 def test_a_missing_margin_is_zero_where_others_have_one(tmp_path: Path) -> None:
-    rows = [{"prompt": "P", "chosen": "a", "rejected": "b", "margin": 2}, {"prompt": "Q", "chosen": "a", "rejected": "b", "source": "web"}]
+    rows = [
+        {"prompt": "P", "chosen": "a", "rejected": "b", "margin": 2},
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "source": "web"},
+    ]
     published = prepare(tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)})
     found = {row["prompt"]: (row["margin"], row["source"]) for row in rows_of(published, "comparisons")}
     assert found == {"P": (2.0, None), "Q": (0.0, "web")}
@@ -149,7 +175,12 @@ def test_a_missing_margin_is_zero_where_others_have_one(tmp_path: Path) -> None:
 def test_every_faulty_row_is_in_the_quarantine(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = {"prompt": "Q", "completion": "a", "rating": 1}
-    lines = [json.dumps(good), "{broken", json.dumps(good), json.dumps({"prompt": "\udce9", "completion": "b", "rating": float("nan")})]
+    lines = [
+        json.dumps(good),
+        "{broken",
+        json.dumps(good),
+        json.dumps({"prompt": "\udce9", "completion": "b", "rating": float("nan")}),
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     published = prepare(tmp_path, {"format": "ratings", "path": str(path)})
     assert [(entry["source"], entry["line"], entry["reason"]) for entry in quarantined(published)] == [
@@ -175,10 +206,16 @@ def test_a_quarantined_ranking_takes_all_its_rows(tmp_path: Path) -> None:
         (6, "too-few-answers"),
     ]
     counts = manifest(published)["rows"]
-    assert (counts["read"], counts["kept"], counts["quarantined"]) == (5, 2, {"not-a-rank": 2, "too-few-answers": 1})
+    assert (counts["read"], counts["kept"], counts["quarantined"]) == (
+        5,
+        2,
+        {"not-a-rank": 2, "too-few-answers": 1},
+    )
 
 
-def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])}
     first = manifest(prepare(tmp_path, source))
     capsys.readouterr()
@@ -191,8 +228,13 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_other_splits(tmp_path: Path) -> None:
-    source = {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": f"Q{n}"} for n in range(50)])}
-    first, again, other = (manifest(prepare(tmp_path / name, source, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    source = {
+        "format": "prompts",
+        "path": write(tmp_path / "a.jsonl", [{"prompt": f"Q{n}"} for n in range(50)]),
+    }
+    first, again, other = (
+        manifest(prepare(tmp_path / name, source, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     data = {name: digest for name, digest in first["files"].items() if name != "config.yaml"}
     assert data == {name: digest for name, digest in again["files"].items() if name != "config.yaml"}
     assert first["identity"] == again["identity"] != other["identity"]
@@ -203,7 +245,11 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
     published = prepare(tmp_path, source)
     write(tmp_path / "a.jsonl", [{"prompt": ""}, {"prompt": 3}, {"prompt": " "}])
     with pytest.raises(
-        UserError, match=r"of 3 rows none can be kept \(empty-text 2, not-text 1\); .*a\.jsonl:1: prompt: is empty or blank; check"
+        UserError,
+        match=(
+            r"of 3 rows none can be kept \(empty-text 2, not-text 1\); .*a\.jsonl:1: prompt: is "
+            r"empty or blank; check"
+        ),
     ):
         prepare(tmp_path, source)
     assert rows_of(published, "prompts") == [{"prompt": "Q"}]
@@ -211,21 +257,26 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
     with pytest.raises(UserError, match=r"a\.jsonl: holds no rows; check path"):
         prepare(tmp_path, source)
     rows = [{"prompt": f"R{n}"} for n in range(5)]
-    with pytest.raises(UserError, match=r"a\.jsonl: holds no rows; check path"):  # beside a source that does hold some
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: holds no rows; check path"
+    ):  # beside a source that does hold some
         prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "b.jsonl", rows)}, source)
     write(tmp_path / "a.jsonl", rows[:2])  # a source that says nothing new is no mistake
     published = prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "b.jsonl")}, source)
     assert manifest(published)["rows"]["quarantined"] == {"duplicate": 2}
 
 
-def test_it_says_what_was_kept_and_what_was_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_was_kept_and_what_was_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "data").mkdir()
     for name in ("b.jsonl", "a.jsonl.gz", "c.txt"):
         write(tmp_path / "data" / name, [{"prompt": "Q"}, {"prompt": ""}, {"prompt": 3}])
     for _ in range(2):  # made, and reused
         prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data")})
         assert capsys.readouterr().out.splitlines()[-2:] == [
-            f"  1 of 3 rows kept; quarantined: empty-text 1, not-text 1; see {tmp_path}/runs/test/prepare/quarantine.jsonl",
+            f"  1 of 3 rows kept; quarantined: empty-text 1, not-text 1; see "
+            f"{tmp_path}/runs/test/prepare/quarantine.jsonl",
             f"  {tmp_path}/data: skipped a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
         ]
     prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1})
@@ -233,8 +284,12 @@ def test_it_says_what_was_kept_and_what_was_skipped(tmp_path: Path, capsys: pyte
 
 
 def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:
-    published = prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])})
-    with pytest.raises(UserError, match=r"quarantine\.jsonl: is inside .*/test/prepare, which this run replaces"):
+    published = prepare(
+        tmp_path, {"format": "prompts", "path": write(tmp_path / "a.jsonl", [{"prompt": "Q"}])}
+    )
+    with pytest.raises(
+        UserError, match=r"quarantine\.jsonl: is inside .*/test/prepare, which this run replaces"
+    ):
         prepare(tmp_path, {"format": "prompts", "path": str(published / "quarantine.jsonl")})
 
 
@@ -243,7 +298,11 @@ def test_a_kind_with_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None
     source = {"format": "comparisons", "path": write(tmp_path / "a.jsonl", pairs)}
     (held_out, *_) = load_from_disk(str(prepare(tmp_path, source) / "prompts"))["test"]["prompt"]
     with pytest.raises(UserError, match="all 1 prompts are held out, none is left to train on"):
-        prepare(tmp_path, source, {"format": "prompts", "path": write(tmp_path / "b.jsonl", [{"prompt": held_out}])})
+        prepare(
+            tmp_path,
+            source,
+            {"format": "prompts", "path": write(tmp_path / "b.jsonl", [{"prompt": held_out}])},
+        )
 
 
 def test_a_missing_file_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -257,7 +316,9 @@ def test_the_demo_world_goes_through_the_same_checks(tmp_path: Path) -> None:
     counts = manifest(published)["rows"]
     assert kinds(published) == ["comparisons", "demonstrations", "labels", "prompts", "rankings", "ratings"]
     assert counts["kept"] + sum(counts["quarantined"].values()) == counts["read"]
-    assert {"empty-text", "identical-answers", "not-a-rank", "not-finite", "not-text"} <= counts["quarantined"].keys()
+    assert {"empty-text", "identical-answers", "not-a-rank", "not-finite", "not-text"} <= counts[
+        "quarantined"
+    ].keys()
     held_out = {row["prompt"] for row in load_from_disk(str(published / "comparisons"))["test"]}
     for kind in kinds(published):
         data = load_from_disk(str(published / kind))
@@ -278,7 +339,9 @@ FORMATS = {
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(FORMATS)), st.data())
-def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str, data: st.DataObject) -> None:
+def test_kept_and_quarantined_add_up_to_read_on_junk(
+    tmp_path: Path, format: str, data: st.DataObject
+) -> None:
     junk = (
         st.fixed_dictionaries(dict.fromkeys(FORMATS[format], VALUE)).map(json.dumps)
         | st.text(max_size=5)
@@ -286,7 +349,11 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(tmp_path: Path, format: str
     )
     lines = data.draw(st.lists(junk, min_size=1, max_size=10))
     path = tmp_path / "junk.jsonl"
-    path.write_text("\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        "\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]),
+        encoding="utf-8",
+        errors="surrogatepass",
+    )
     source = Source(format=format, path=str(path))
     read = len(list(_iter_rows(source)))
     items = read_source(source)

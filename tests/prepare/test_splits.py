@@ -12,7 +12,9 @@ FRACTION = st.floats(0, 0.95)
 
 
 @given(GROUPS, FRACTION, FRACTION, st.integers(0, 1000))
-def test_every_group_has_one_split_and_sizes_are_right(groups: set[str], validation: float, test: float, seed: int) -> None:
+def test_every_group_has_one_split_and_sizes_are_right(
+    groups: set[str], validation: float, test: float, seed: int
+) -> None:
     fractions = {"validation": validation, "test": test}
     assigned = splits.assign_splits(groups, fractions, seed)
     assert assigned.keys() == groups
@@ -24,14 +26,20 @@ def test_every_group_has_one_split_and_sizes_are_right(groups: set[str], validat
         if fraction == 0:
             assert sizes[split] == 0
         elif validation + test < 0.9:
-            assert sizes[split] == (max(1, wanted) if len(groups) >= 3 else min(wanted, 1 if len(groups) > 1 else 0)) or sizes["train"] == 1
+            assert (
+                sizes[split]
+                == (max(1, wanted) if len(groups) >= 3 else min(wanted, 1 if len(groups) > 1 else 0))
+                or sizes["train"] == 1
+            )
         if len(groups) >= 3 and fraction > 0:
             assert sizes[split] >= 1
 
 
 def test_sizes_are_exact_and_the_seed_changes_who() -> None:
     groups = [f"prompt {n}" for n in range(1000)]
-    first, again, other = (splits.assign_splits(groups, {"validation": 0.1, "test": 0.25}, seed) for seed in (1, 1, 2))
+    first, again, other = (
+        splits.assign_splits(groups, {"validation": 0.1, "test": 0.25}, seed) for seed in (1, 1, 2)
+    )
     assert Counter(first.values()) == {"train": 650, "validation": 100, "test": 250}
     assert first == again
     assert first != other
@@ -44,13 +52,17 @@ def test_few_groups() -> None:
         "validation": 1,
         "test": 1,
     }
-    assert Counter(splits.assign_splits(["a", "b"], {"validation": 0.1, "test": 0.1}, 0).values()) == {"train": 2}
+    assert Counter(splits.assign_splits(["a", "b"], {"validation": 0.1, "test": 0.1}, 0).values()) == {
+        "train": 2
+    }
     assert splits.assign_splits(["a"], {"validation": 0.9, "test": 0.9}, 0) == {"a": "train"}
     assert splits.assign_splits([], {"validation": 0.1, "test": 0.1}, 0) == {}
 
 
 def test_the_group_is_the_prompt_or_else_the_completion() -> None:
     message = {"role": "user", "content": "Q"}
-    assert splits.split_key({"prompt": "Q", "completion": "a"}) == splits.split_key({"prompt": [message]}) == "Q"
+    assert (
+        splits.split_key({"prompt": "Q", "completion": "a"}) == splits.split_key({"prompt": [message]}) == "Q"
+    )
     assert splits.split_key({"prompt": "", "completion": "a"}) == "a"
     assert splits.split_key({"prompt": [message, message]}) != splits.split_key({"prompt": "Q"})

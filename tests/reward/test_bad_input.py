@@ -10,7 +10,10 @@ from pipeline.errors import UserError
 from pipeline.prepare import stage as prepare
 from pipeline.reward import stage as reward
 
-GOOD = [{"prompt": f"Name {n} fruits.", "responses": ["An apple.", "No.", f"{n}"], "ranks": [1, 3, 2]} for n in range(8)]
+GOOD = [
+    {"prompt": f"Name {n} fruits.", "responses": ["An apple.", "No.", f"{n}"], "ranks": [1, 3, 2]}
+    for n in range(8)
+]
 MESSAGES = {
     "prompt": [{"role": "user", "content": "Hi"}],
     "responses": [[{"role": "assistant", "content": "Hello!"}], "Go."],
@@ -31,22 +34,37 @@ BAD = [
 
 
 def trained(tmp_path, model, source, **more):
-    folder = prepare.run(config.PrepareStage(run="t", runs=str(tmp_path), source=[source], splits={"validation": 0, "test": 0.2}))
+    folder = prepare.run(
+        config.PrepareStage(
+            run="t", runs=str(tmp_path), source=[source], splits={"validation": 0, "test": 0.2}
+        )
+    )
     # Nothing is left to validate on, which is no reason not to train.
-    steps = {"max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_on_start": True}
-    loaded = config.RewardStage(run="t", runs=str(tmp_path), model=str(model), max_length=96, training=steps, **more)
+    steps = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+    }
+    loaded = config.RewardStage(
+        run="t", runs=str(tmp_path), model=str(model), max_length=96, training=steps, **more
+    )
     return folder, lambda: reward.run(loaded)
 
 
 def quarantined(folder):
-    return Counter(json.loads(line)["reason"] for line in (folder / "quarantine.jsonl").open(encoding="utf-8"))
+    return Counter(
+        json.loads(line)["reason"] for line in (folder / "quarantine.jsonl").open(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("backbone", ["gpt2", "bert"])
 def test_rankings(backbone, tmp_path, tiny_gpt2, tiny_encoders, capsys):
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in GOOD + ODD + BAD))
     model = tiny_gpt2 if backbone == "gpt2" else tiny_encoders["bert"]
-    folder, train = trained(tmp_path, model, {"format": "rankings", "path": str(tmp_path / "r.jsonl")}, objective="ranking")
+    folder, train = trained(
+        tmp_path, model, {"format": "rankings", "path": str(tmp_path / "r.jsonl")}, objective="ranking"
+    )
     assert quarantined(folder) == {"too-few-answers": 1, "all-tied": 1, "empty-text": 1, "not-a-rank": 1}
     rm = RewardModel.load(train())
     assert "over max_length=96 (overlong: truncate_left): 1 cut" in capsys.readouterr().out
@@ -55,7 +73,11 @@ def test_rankings(backbone, tmp_path, tiny_gpt2, tiny_encoders, capsys):
 
 
 def test_a_csv_with_bom_and_crlf_and_labels_as_words(tmp_path, tiny_encoders):
-    rows = [f"text {n},{'nothate' if n % 2 else 'HATE'}" for n in range(12)] + ['"two\r\nlines",nothate', "odd,perhaps", ",hate"]
+    rows = [f"text {n},{'nothate' if n % 2 else 'HATE'}" for n in range(12)] + [
+        '"two\r\nlines",nothate',
+        "odd,perhaps",
+        ",hate",
+    ]
     (tmp_path / "l.csv").write_bytes(("\ufeff" + "\r\n".join(["text,label", *rows])).encode())
     source = {"format": "labels", "path": str(tmp_path / "l.csv"), "classes": ["nothate", "HATE"]}
     options = {"objective": "classification", "encoding": {"form": "concatenation"}}
@@ -67,23 +89,35 @@ def test_a_csv_with_bom_and_crlf_and_labels_as_words(tmp_path, tiny_encoders):
 @pytest.mark.parametrize(
     ("classes", "positive_label", "problem"),
     [
-        (["nothate", "hate"], "kind", "the classes are nothate, hate, and positive_label='kind' is none of them"),
+        (
+            ["nothate", "hate"],
+            "kind",
+            "the classes are nothate, hate, and positive_label='kind' is none of them",
+        ),
         (["nothate", "hate"], None, "the classes are nothate, hate, and 'positive_label' is not set"),
         (["nothate", "hate", "kind"], "kind", "positive_label='kind': no training row has it"),
     ],
 )
 def test_a_class_that_is_not_in_the_data(classes, positive_label, problem, tmp_path, tiny_encoders):
-    (tmp_path / "l.csv").write_text("text,label\n" + "".join(f"text {n},{'nothate' if n % 2 else 'hate'}\n" for n in range(12)))
+    (tmp_path / "l.csv").write_text(
+        "text,label\n" + "".join(f"text {n},{'nothate' if n % 2 else 'hate'}\n" for n in range(12))
+    )
     source = {"format": "labels", "path": str(tmp_path / "l.csv"), "classes": classes}
-    _, train = trained(tmp_path, tiny_encoders["bert"], source, objective="classification", positive_label=positive_label)
+    _, train = trained(
+        tmp_path, tiny_encoders["bert"], source, objective="classification", positive_label=positive_label
+    )
     with pytest.raises(UserError, match=problem):
         train()
 
 
 def test_records_that_are_not_there_are_named(tmp_path, tiny_gpt2):
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in GOOD))
-    _, train = trained(tmp_path, tiny_gpt2, {"format": "rankings", "path": str(tmp_path / "r.jsonl")}, objective="regression")
-    with pytest.raises(UserError, match=r"holds no ratings \(found: comparisons, demonstrations, prompts, rankings\)"):
+    _, train = trained(
+        tmp_path, tiny_gpt2, {"format": "rankings", "path": str(tmp_path / "r.jsonl")}, objective="regression"
+    )
+    with pytest.raises(
+        UserError, match=r"holds no ratings \(found: comparisons, demonstrations, prompts, rankings\)"
+    ):
         train()
 
 
@@ -111,7 +145,10 @@ def test_what_an_objective_does_not_read_is_refused(more, problem):
         ({"positive_label": "x"}, "'positive_label' is only read with objective: classification"),
         ({"reward_output": "log_odds"}, "'reward_output' is only read with objective: classification"),
         ({"uncertainty_penalty": 1.0}, "'uncertainty_penalty' is only read with an ensemble"),
-        ({"objective": "classification", "ensemble": 2}, "an ensemble of heads is for objectives with one score"),
+        (
+            {"objective": "classification", "ensemble": 2},
+            "an ensemble of heads is for objectives with one score",
+        ),
         ({"objective": "pairwize"}, "objective='pairwize'"),
         ({"encoding": {"sepparator": " "}}, "unknown key 'encoding.sepparator'; did you mean 'separator'"),
     ],

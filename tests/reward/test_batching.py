@@ -21,15 +21,28 @@ DECODERS = {
 
 def make(architecture, labels=1, **more):
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+    }
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": labels}
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(architecture, **size | ids | more)).eval()
+    return AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(architecture, **size | ids | more)
+    ).eval()
 
 
 def groups(rng=None):
-    """Of answers that share a prompt, that share its beginning, that are one another's beginning, or that are alone."""
+    """Of answers that share a prompt, that share its beginning, that are one another's beginning, or that are
+    alone.
+    """
     rng = rng or random.Random(0)
-    ids = lambda count: [rng.randrange(3, 100) for _ in range(count)]  # noqa: E731
+
+    def ids(count):
+        return [rng.randrange(3, 100) for _ in range(count)]
+
     prompt, other = ids(20), ids(7)
     rows = [
         [prompt + ids(n) for n in (3, 9, 1)],
@@ -43,7 +56,7 @@ def groups(rng=None):
 
 @torch.no_grad()
 def alone(model, found):
-    """An independent oracle: one row at a time, read by the model itself, which needs no pad token for that."""
+    """An independent oracle: one row at a time through the model itself, which then needs no pad token."""
     return torch.cat([model(input_ids=torch.tensor([each.ids])).logits for group in found for each in group])
 
 
@@ -56,7 +69,10 @@ def test_a_shared_prompt_changes_no_score(architecture, batch_size):
     expected = alone(model, groups())
     for shared in (True, False):
         torch.testing.assert_close(
-            batching.compute_logits(model, groups(), 0, share_prefixes=shared, batch_size=batch_size), expected, atol=1e-5, rtol=0
+            batching.compute_logits(model, groups(), 0, share_prefixes=shared, batch_size=batch_size),
+            expected,
+            atol=1e-5,
+            rtol=0,
         )
 
 
@@ -64,7 +80,9 @@ def test_a_shared_prompt_changes_no_score(architecture, batch_size):
 def test_gradients_are_those_of_rows_apart(shared):
     model = make("gpt2")
     model.zero_grad()
-    torch.cat([model(input_ids=torch.tensor([each.ids])).logits for group in groups() for each in group]).square().sum().backward()
+    torch.cat(
+        [model(input_ids=torch.tensor([each.ids])).logits for group in groups() for each in group]
+    ).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     batching.compute_logits(model, groups(), 0, share_prefixes=shared).square().sum().backward()
@@ -77,8 +95,16 @@ def test_the_pad_token_is_not_what_says_where_an_answer_ends():
     model = make("gpt2")
     model.config.pad_token_id = 2  # EOS, which ends every answer
     ending = [[Encoded([*each.ids, 2], 2, False) for each in group] for group in groups()]
-    expected = torch.cat([model.score(model.transformer(torch.tensor([each.ids])).last_hidden_state[:, -1]) for g in ending for each in g])
-    torch.testing.assert_close(batching.compute_logits(model, ending, 2, share_prefixes=False), expected, atol=1e-5, rtol=0)
+    expected = torch.cat(
+        [
+            model.score(model.transformer(torch.tensor([each.ids])).last_hidden_state[:, -1])
+            for g in ending
+            for each in g
+        ]
+    )
+    torch.testing.assert_close(
+        batching.compute_logits(model, ending, 2, share_prefixes=False), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_models_that_cannot_share_are_found_out():
@@ -92,10 +118,20 @@ def test_models_that_cannot_share_are_found_out():
 
 
 def test_an_attention_that_takes_no_mask_of_its_own_is_said(caplog):
-    size = {"n_layer": 1, "n_head": 2, "hidden_size": 32, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
+    size = {
+        "n_layer": 1,
+        "n_head": 2,
+        "hidden_size": 32,
+        "vocab_size": 100,
+        "pad_token_id": 0,
+        "num_labels": 1,
+    }
     bloom = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bloom", **size)).eval()
     assert not batching.supports_prefix_sharing(bloom, 0, 64)
-    assert "BloomForSequenceClassification does not support a 4-D attention mask, so prefixes are not shared" in caplog.text
+    assert (
+        "BloomForSequenceClassification does not support a 4-D attention mask, so prefixes are not shared"
+        in caplog.text
+    )
 
 
 @torch.no_grad()
@@ -104,10 +140,22 @@ def test_an_encoder_reads_its_segments():
     pairs = [[Encoded([5, 6, 7, 8], 2, False)], [Encoded([5, 6, 9], 1, False), Encoded([4], 1, False)]]
     types = [[0, 0, 1, 1], [0, 1, 1], [0]]
     rows = [each.ids for group in pairs for each in group]
-    expected = torch.cat([model(torch.tensor([i]), token_type_ids=torch.tensor([t])).logits for i, t in zip(rows, types, strict=True)])
-    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, share_prefixes=False, use_token_types=True), expected, atol=1e-5, rtol=0)
+    expected = torch.cat(
+        [
+            model(torch.tensor([i]), token_type_ids=torch.tensor([t])).logits
+            for i, t in zip(rows, types, strict=True)
+        ]
+    )
+    torch.testing.assert_close(
+        batching.compute_logits(model, pairs, 0, share_prefixes=False, use_token_types=True),
+        expected,
+        atol=1e-5,
+        rtol=0,
+    )
     plain = torch.cat([model(torch.tensor([ids])).logits for ids in rows])
-    torch.testing.assert_close(batching.compute_logits(model, pairs, 0, share_prefixes=False), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        batching.compute_logits(model, pairs, 0, share_prefixes=False), plain, atol=1e-5, rtol=0
+    )
     assert (expected - plain).abs().max() > 1e-3
 
 
@@ -128,14 +176,29 @@ def test_eager_attention_adds_its_mask(precision):
     assert batching.supports_prefix_sharing(model, 0, 64)
     if precision == torch.float32:
         with torch.no_grad():
-            torch.testing.assert_close(batching.compute_logits(model, groups(), 0, share_prefixes=True), alone(model, groups()), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                batching.compute_logits(model, groups(), 0, share_prefixes=True),
+                alone(model, groups()),
+                atol=1e-4,
+                rtol=0,
+            )
 
 
 def test_a_model_that_reads_padding_is_refused():
     from pipeline.errors import UserError
 
-    size = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64, "vocab_size": 100, "pad_token_id": 0, "num_labels": 1}
-    xlnet = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet", **size, initializer_range=0.5)).eval()
+    size = {
+        "d_model": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "d_inner": 64,
+        "vocab_size": 100,
+        "pad_token_id": 0,
+        "num_labels": 1,
+    }
+    xlnet = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("xlnet", **size, initializer_range=0.5)
+    ).eval()
     with pytest.raises(UserError, match="the scores of XLNetForSequenceClassification depend on padding"):
         batching.check_padding(xlnet, 0, "xl")
     batching.check_padding(make("bert", initializer_range=0.2), 0, "b")
@@ -143,13 +206,31 @@ def test_a_model_that_reads_padding_is_refused():
 
 
 def test_batches_keep_to_their_limits():
-    rows = [batching.SharedPrefixRow([], [[7] * width], [number]) for number, width in enumerate([3000, 40, 50, 60, 900])]
+    rows = [
+        batching.SharedPrefixRow([], [[7] * width], [number])
+        for number, width in enumerate([3000, 40, 50, 60, 900])
+    ]
     batches = list(batching._batches(rows, 3, max_padding=100))
-    assert sorted(response for batch in batches for row in batch for response in row.responses) == list(range(5))
+    assert sorted(response for batch in batches for row in batch for response in row.responses) == list(
+        range(5)
+    )
     assert [[row.width for row in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 2, 100)] == [[40, 50], [60], [900], [3000]]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 20)] == [[40, 50], [60], [900], [3000]]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 10**6)] == [[40, 50, 60, 900], [3000]]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 2, 100)] == [
+        [40, 50],
+        [60],
+        [900],
+        [3000],
+    ]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 20)] == [
+        [40, 50],
+        [60],
+        [900],
+        [3000],
+    ]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 10**6)] == [
+        [40, 50, 60, 900],
+        [3000],
+    ]
 
 
 def test_the_head_is_found_under_an_adapter():
@@ -158,5 +239,10 @@ def test_the_head_is_found_under_an_adapter():
     model = make("gpt2")
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, r=2))
     with torch.no_grad():
-        torch.testing.assert_close(batching.compute_logits(adapted, groups(), 0, share_prefixes=True), alone(adapted, groups()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            batching.compute_logits(adapted, groups(), 0, share_prefixes=True),
+            alone(adapted, groups()),
+            atol=1e-5,
+            rtol=0,
+        )
     assert head_config(["a", "b"], "regression")["id2label"] == {0: "a", 1: "b"}

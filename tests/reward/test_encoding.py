@@ -64,7 +64,12 @@ def test_what_is_cut(tokenizer, how, expected):
     assert found.overlong
 
 
-@given(prompt=st.integers(0, 50), answer=st.integers(1, 50), most=st.integers(2, 60), side=st.sampled_from(["left", "right"]))
+@given(
+    prompt=st.integers(0, 50),
+    answer=st.integers(1, 50),
+    most=st.integers(2, 60),
+    side=st.sampled_from(["left", "right"]),
+)
 def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, side):
     first, second = truncated_lengths(prompt, answer, most, side)
     assert first + second == min(prompt + answer, most)
@@ -90,11 +95,14 @@ def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
 def test_messages_are_their_text():
     message = [{"role": "user", "content": "ab"}]
     for tokenizer, how in ((DECODER, CHAT), (ENCODER, PAIR), (ENCODER, TEXT)):
-        assert encode_response(tokenizer, how, message, [{"role": "assistant", "content": "cd"}]) == encode_response(
-            tokenizer, how, "ab", "cd"
-        )
+        assert encode_response(
+            tokenizer, how, message, [{"role": "assistant", "content": "cd"}]
+        ) == encode_response(tokenizer, how, "ab", "cd")
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert text(ENCODER, encode_response(ENCODER, PAIR, turns, "cd").ids) == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
+    assert (
+        text(ENCODER, encode_response(ENCODER, PAIR, turns, "cd").ids)
+        == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
+    )
 
 
 def test_no_prompt_is_the_answer_alone():

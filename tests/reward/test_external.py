@@ -31,7 +31,13 @@ def classifier(tiny_encoders, tmp_path):
 
 
 def test_several_labels_need_the_good_one(classifier, caplog):
-    with pytest.raises(UserError, match=r"has the labels \['nothate', 'hate'\] and no reward.json; name the label whose logit is the reward: positive_label="):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"has the labels \['nothate', 'hate'\] and no reward.json; name the label whose logit "
+            r"is the reward: positive_label="
+        ),
+    ):
         RewardModel.load(classifier)
     with pytest.raises(UserError, match="positive_label='nice' is none of its labels: nothate, hate"):
         RewardModel.load(classifier, positive_label="nice")
@@ -39,10 +45,16 @@ def test_several_labels_need_the_good_one(classifier, caplog):
         rm = RewardModel.load(classifier, positive_label="nothate", encoding={"form": "concatenation"})
     assert "no reward.json; using Encoding(form='pair'" in caplog.text
     inputs = rm.tokenizer("Hello\nYou fool.", return_tensors="pt")
-    assert rm.score(["Hello"], ["You fool."]) == pytest.approx([rm.model(**inputs).logits[0, 0].item()], abs=1e-5)
+    assert rm.score(["Hello"], ["You fool."]) == pytest.approx(
+        [rm.model(**inputs).logits[0, 0].item()], abs=1e-5
+    )
     other = RewardModel.load(classifier, positive_label="hate", encoding={"form": "concatenation"})
-    assert other.score(["Hello"], ["You fool."]) == pytest.approx([rm.model(**inputs).logits[0, 1].item()], abs=1e-5)
-    with pytest.raises(UserError, match="expected a dict with keys of form, separator, eos, truncation, max_length"):
+    assert other.score(["Hello"], ["You fool."]) == pytest.approx(
+        [rm.model(**inputs).logits[0, 1].item()], abs=1e-5
+    )
+    with pytest.raises(
+        UserError, match="expected a dict with keys of form, separator, eos, truncation, max_length"
+    ):
         RewardModel.load(classifier, positive_label="hate", encoding={"shape": "pair"})
 
 
@@ -100,13 +112,21 @@ def test_what_cannot_be_read_is_told_at_once(classifier, tiny_gpt2, tmp_path):
         reward.choose_encoding(long, model, tokenizer)
 
 
-def test_one_without_a_head_or_with_another_number_of_outputs_is_refused(tiny_encoders, tiny_feedback, tmp_path):
+def test_one_without_a_head_or_with_another_number_of_outputs_is_refused(
+    tiny_encoders, tiny_feedback, tmp_path
+):
     with pytest.raises(UserError, match=r"has no reward head \(it lacks classifier"):
         RewardModel.load(tiny_encoders["bert"])
     three = foreign(tiny_encoders["bert"], tmp_path / "three", ["a", "b", "c"])
-    with pytest.raises(UserError, match="three: cannot be loaded as a sequence classifier with the outputs reward"):
-        load_classifier(str(three), AutoTokenizer.from_pretrained(three), head=head_config(["reward"], "regression"))
-    wanted = config.RewardStage(run="t", runs=str(tmp_path), model=str(three), records=str(tiny_feedback), objective="classification")
+    with pytest.raises(
+        UserError, match="three: cannot be loaded as a sequence classifier with the outputs reward"
+    ):
+        load_classifier(
+            str(three), AutoTokenizer.from_pretrained(three), head=head_config(["reward"], "regression")
+        )
+    wanted = config.RewardStage(
+        run="t", runs=str(tmp_path), model=str(three), records=str(tiny_feedback), objective="classification"
+    )
     with pytest.raises(UserError, match="the classes are nothate, hate, and 'positive_label' is not set"):
         reward.run(wanted)
     with pytest.raises(UserError, match="positive_label='good' is none of them"):

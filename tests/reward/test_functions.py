@@ -9,7 +9,12 @@ from pipeline.reward.evaluation import reference_statistics
 from pipeline.reward.functions import RewardSource, combine_rewards, reward_from_model
 from pipeline.reward.settings import RewardSettings
 
-ANSWERS = {"prompts": ["q", "q"], "completions": ["a", "bb"], "completion_ids": [[1], [1, 2]], "ended": [True, False]}
+ANSWERS = {
+    "prompts": ["q", "q"],
+    "completions": ["a", "bb"],
+    "completion_ids": [[1], [1, 2]],
+    "ended": [True, False],
+}
 
 
 def source(*scores, mean=0.0, std=1.0):
@@ -28,7 +33,9 @@ def test_without_weights_the_mean_counts():
 
 
 def test_with_weights_their_sum():
-    both = combine_rewards([source(1.0, 2.0, mean=1.0, std=2.0), source(3.0, 8.0, mean=5.0, std=4.0)], weights=[1.0, -0.5])
+    both = combine_rewards(
+        [source(1.0, 2.0, mean=1.0, std=2.0), source(3.0, 8.0, mean=5.0, std=4.0)], weights=[1.0, -0.5]
+    )
     assert both.score(**ANSWERS) == [-0.5, -2.0]
     assert both[1:3] == (-1.5, 4.0)
     assert combine_rewards([source(1.0, 2.0)], weights=[3.0]).score(**ANSWERS) == [3.0, 6.0]
@@ -37,12 +44,16 @@ def test_with_weights_their_sum():
 def test_disagreement_costs():
     # by hand: (0, 6, 6) has the mean 4 and the variance (16 + 4 + 4) / 3 = 8; three equal scores have none
     three = [source(0.0, 5.0), source(6.0, 5.0), source(6.0, 5.0)]
-    assert combine_rewards(three, uncertainty_penalty=0.5).score(**ANSWERS) == pytest.approx([4 - 0.5 * 8**0.5, 5.0])
+    assert combine_rewards(three, uncertainty_penalty=0.5).score(**ANSWERS) == pytest.approx(
+        [4 - 0.5 * 8**0.5, 5.0]
+    )
 
 
 def test_what_all_answers_of_a_member_share_is_no_disagreement():
     """A reward is known up to a constant alone: one that is 10 above the other everywhere agrees with it."""
-    both = combine_rewards([source(1.0, 2.0, mean=1.5), source(11.0, 12.0, mean=11.5)], uncertainty_penalty=2.0)
+    both = combine_rewards(
+        [source(1.0, 2.0, mean=1.5), source(11.0, 12.0, mean=11.5)], uncertainty_penalty=2.0
+    )
     assert both.score(**ANSWERS) == pytest.approx([6.0, 7.0])
 
 
@@ -62,17 +73,27 @@ class Wordy:
 
     def score(self, prompts, responses, alpha=None):
         alpha = self.settings.alpha if alpha is None else alpha
-        return [alpha * (0.5 * n + 3 * ("cat" in p)) for p, n in zip(prompts, self.lengths(responses), strict=True)]
+        return [
+            alpha * (0.5 * n + 3 * ("cat" in p))
+            for p, n in zip(prompts, self.lengths(responses), strict=True)
+        ]
 
 
 def test_what_a_token_is_worth_is_fitted_within_prompts():
     """Answers about cats are longer and better liked for the cats: that is no worth of their length."""
     pairs = Dataset.from_list(
-        [{"prompt": "a cat", "chosen": "a b c d e f", "rejected": "a b c d"}, {"prompt": "a dog", "chosen": "a", "rejected": "a b"}]
+        [
+            {"prompt": "a cat", "chosen": "a b c d e f", "rejected": "a b c d"},
+            {"prompt": "a dog", "chosen": "a", "rejected": "a b"},
+        ]
     )
     found = reference_statistics(Wordy(), pairs)
-    assert found == pytest.approx({"reward_mean": 3.125, "reward_std": 2.40767, "length_mean": 3.25, "length_slope": 0.5}, abs=1e-5)
-    alone = Dataset.from_list([{"prompt": "a dog", "completion": "a"}, {"prompt": "a dog", "completion": "a b c"}])
+    assert found == pytest.approx(
+        {"reward_mean": 3.125, "reward_std": 2.40767, "length_mean": 3.25, "length_slope": 0.5}, abs=1e-5
+    )
+    alone = Dataset.from_list(
+        [{"prompt": "a dog", "completion": "a"}, {"prompt": "a dog", "completion": "a b c"}]
+    )
     assert reference_statistics(Wordy(), alone)["length_slope"] == 0.5
 
 

@@ -22,7 +22,9 @@ from pipeline.reward.metrics import (
 )
 
 SCORES = st.integers(-3, 3)
-PAIRS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=20).map(lambda rows: tuple(map(list, zip(*rows, strict=True))))
+PAIRS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=20).map(
+    lambda rows: tuple(map(list, zip(*rows, strict=True)))
+)
 RANKED = st.lists(st.tuples(SCORES, st.integers(1, 4)), min_size=1, max_size=6)
 RANKINGS = st.lists(RANKED, min_size=1, max_size=5).map(
     lambda prompts: ([[s for s, _ in rows] for rows in prompts], [[r for _, r in rows] for rows in prompts])
@@ -33,7 +35,11 @@ def is_plain(value: Any) -> bool:
     """Python's own types all the way down, and no NaN: numpy's float64 passes for a float in `json`."""
     if isinstance(value, dict):
         return all(type(key) is str and is_plain(x) for key, x in value.items())
-    return all(map(is_plain, value)) if type(value) is list else type(value) in (int, float) and math.isfinite(value)
+    return (
+        all(map(is_plain, value))
+        if type(value) is list
+        else type(value) in (int, float) and math.isfinite(value)
+    )
 
 
 # Pairs
@@ -41,7 +47,12 @@ def is_plain(value: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "accuracy"),
-    [([1, 2], [0, 1], 1.0), ([0, 0], [1, 1], 0.0), ([1, 1], [1, 1], 0.5), ([2, 1, 0, -1], [1, 1, 1, -2], 0.625)],
+    [
+        ([1, 2], [0, 1], 1.0),
+        ([0, 0], [1, 1], 0.0),
+        ([1, 1], [1, 1], 0.5),
+        ([2, 1, 0, -1], [1, 1, 1, -2], 0.625),
+    ],
 )
 def test_a_tie_counts_half(chosen: list[float], rejected: list[float], accuracy: float) -> None:
     assert pair_accuracy(chosen, rejected) == accuracy
@@ -91,9 +102,14 @@ def test_calibration_refuses_a_score_that_is_no_number() -> None:
 
 
 def test_calibration_error_is_weighted_and_its_signs_do_not_cancel() -> None:
-    bins = [{"confidence": 0.6, "accuracy": 0.9, "count": 1}, {"confidence": 0.9, "accuracy": 0.7, "count": 3}]
+    bins = [
+        {"confidence": 0.6, "accuracy": 0.9, "count": 1},
+        {"confidence": 0.9, "accuracy": 0.7, "count": 3},
+    ]
     assert calibration_error(bins) == pytest.approx((0.3 + 3 * 0.2) / 4)
-    assert calibration_error(calibration([m + 3 for m in MARGINS], [3.0] * len(MARGINS), 4)) == pytest.approx((2 * 0.3 + 2 * 0.3 + 0) / 5)
+    assert calibration_error(calibration([m + 3 for m in MARGINS], [3.0] * len(MARGINS), 4)) == pytest.approx(
+        (2 * 0.3 + 2 * 0.3 + 0) / 5
+    )
 
 
 CHOSEN, REJECTED = [8, 6, 4, 1], [7, 5, 3, 2]
@@ -105,7 +121,10 @@ def test_pair_metrics_by_hand() -> None:
     expected = {
         "pairs": 4,
         "accuracy": 0.75,
-        "accuracy_interval": [0.25, 1.0],  # of four draws at ¾, none is won with 0.4 %, at most one with 5 %, all with 32 %
+        "accuracy_interval": [
+            0.25,
+            1.0,
+        ],  # of four draws at ¾, none is won with 0.4 %, at most one with 5 %, all with 32 %
         "accuracy_longer": 0.5,
         "accuracy_longer_interval": [0.0, 1.0],
         "margin": 0.5,
@@ -125,7 +144,9 @@ def test_pair_metrics_by_source() -> None:
         "b": {"pairs": 2, "accuracy": 1.0, "accuracy_interval": [1.0, 1.0], "accuracy_longer": 0.5},
     }
     assert is_plain(found)
-    assert list(pair_metrics(range(8), range(8), (range(8), range(8)), list("hgfedcba"))["by_source"]) == list("abcdefgh")
+    assert list(
+        pair_metrics(range(8), range(8), (range(8), range(8)), list("hgfedcba"))["by_source"]
+    ) == list("abcdefgh")
 
 
 @pytest.mark.parametrize("sources", [["a"] * 4, ["a", None, "a", None], [None] * 4, []])
@@ -134,7 +155,13 @@ def test_one_source_is_all_of_them(sources: list[str | None]) -> None:
 
 
 def test_pair_metrics_of_ties_and_of_nothing() -> None:
-    tied = {"pairs": 2, "accuracy": 0.5, "accuracy_interval": [0.5, 0.5], "accuracy_longer": 0.5, "accuracy_longer_interval": [0.5, 0.5]}
+    tied = {
+        "pairs": 2,
+        "accuracy": 0.5,
+        "accuracy_interval": [0.5, 0.5],
+        "accuracy_longer": 0.5,
+        "accuracy_longer_interval": [0.5, 0.5],
+    }
     assert pair_metrics([1, 1], [1, 1], ([3, 4], [3, 4])) == tied | {"margin": 0.0, "calibration_error": 0.0}
     assert "reward_length_correlation" not in pair_metrics([1, 2], [0, 0], ([3, 3], [3, 3]))
     assert pair_metrics([1], [0], ([2], [1]))["reward_length_correlation"] == pytest.approx(1.0)
@@ -144,7 +171,9 @@ def test_pair_metrics_of_ties_and_of_nothing() -> None:
 # Intervals
 
 
-@pytest.mark.parametrize(("values", "expected"), [([3.0], [3.0, 3.0]), ([2, 2, 2], [2.0, 2.0]), ([0, 1], [0.0, 1.0])])
+@pytest.mark.parametrize(
+    ("values", "expected"), [([3.0], [3.0, 3.0]), ([2, 2, 2], [2.0, 2.0]), ([0, 1], [0.0, 1.0])]
+)
 def test_interval_of_few(values: list[float], expected: list[float]) -> None:
     assert interval(values) == expected
     assert is_plain(interval(values))
@@ -198,14 +227,17 @@ def test_rating_metrics_by_hand() -> None:
         ([], [], {}),
     ],
 )
-def test_rating_metrics_without_an_order(scores: list[float], ratings: list[float], expected: dict[str, float]) -> None:
+def test_rating_metrics_without_an_order(
+    scores: list[float], ratings: list[float], expected: dict[str, float]
+) -> None:
     assert rating_metrics(scores, ratings) == expected
 
 
 # Labels
 
 CLASSES = ["no", "yes", "unsure"]
-# The odds of "yes" are 4, 20/45, 1/3, 1/5 and 1: the two that are "yes" win 3 + 1 of 6 comparisons. By the lone logit they would win 2½,
+# The odds of "yes" are 4, 20/45, 1/3, 1/5 and 1: the two that are "yes" win 3 + 1 of 6 comparisons. By the
+# lone logit they would win 2½,
 # by its distance to the next best 5.
 WEIGHTS = [[1, 8, 1], [44, 20, 1], [2, 1, 1], [1, 1, 4], [1, 3, 2]]
 LABELS = [1, 0, 1, 2, 0]
@@ -216,7 +248,10 @@ def test_label_metrics_by_hand() -> None:
     expected = {
         "rows": 5,
         "accuracy": 0.6,
-        "accuracy_interval": [0.2, 1.0],  # of five draws at 3/5, none is right with 1 %, at most one with 9 %, all with 8 %
+        "accuracy_interval": [
+            0.2,
+            1.0,
+        ],  # of five draws at 3/5, none is right with 1 %, at most one with 9 %, all with 8 %
         "auroc": 4 / 6,
         "f1": 2 * 1 / (2 * 1 + 1 + 1),
     }
@@ -232,7 +267,9 @@ def test_label_metrics_by_hand() -> None:
 
 
 def test_label_metrics_of_another_positive_class() -> None:
-    found = label_metrics(np.log(WEIGHTS), LABELS, CLASSES, positive=2)  # odds 1/9, 1/64, 1/3, 2 (the only "unsure") and 1/2
+    found = label_metrics(
+        np.log(WEIGHTS), LABELS, CLASSES, positive=2
+    )  # odds 1/9, 1/64, 1/3, 2 (the only "unsure") and 1/2
     assert (found["accuracy"], found["auroc"], found["f1"]) == (0.6, 1.0, 1.0)
 
 
@@ -252,7 +289,9 @@ def test_one_class_has_no_auroc(label: int, f1: float) -> None:
     found = label_metrics([[0, 1], [1, 0]], [label] * 2, ["no", "yes"], 1)
     assert list(found) == ["rows", "accuracy", "accuracy_interval", "f1", "confusion"]
     assert found["f1"] == pytest.approx(f1)
-    assert found["confusion"] == {name: dict.fromkeys(["no", "yes"], int(i == label)) for i, name in enumerate(["no", "yes"])}
+    assert found["confusion"] == {
+        name: dict.fromkeys(["no", "yes"], int(i == label)) for i, name in enumerate(["no", "yes"])
+    }
 
 
 def test_labels_without_a_positive_and_without_a_row() -> None:
@@ -287,14 +326,40 @@ def test_ranking_metrics_by_hand() -> None:
 @pytest.mark.parametrize(
     ("scores", "ranks", "expected"),
     [
-        ([1, 2, 3], [1, 2, 3], {"rankings": 1, "kendall_tau": -1.0, "top_1": 0.0, "accuracy": 0.0, "accuracy_interval": [0.0, 0.0]}),
-        ([4, 1, 2, 3], [1, 2, 3, 4], {"rankings": 1, "kendall_tau": 0.0, "top_1": 1.0, "accuracy": 0.5, "accuracy_interval": [0.5, 0.5]}),
-        ([0, 0, 0, 0], [1, 2, 3, 3], {"rankings": 1, "top_1": 0.25, "accuracy": 0.5, "accuracy_interval": [0.5, 0.5]}),
+        (
+            [1, 2, 3],
+            [1, 2, 3],
+            {
+                "rankings": 1,
+                "kendall_tau": -1.0,
+                "top_1": 0.0,
+                "accuracy": 0.0,
+                "accuracy_interval": [0.0, 0.0],
+            },
+        ),
+        (
+            [4, 1, 2, 3],
+            [1, 2, 3, 4],
+            {
+                "rankings": 1,
+                "kendall_tau": 0.0,
+                "top_1": 1.0,
+                "accuracy": 0.5,
+                "accuracy_interval": [0.5, 0.5],
+            },
+        ),
+        (
+            [0, 0, 0, 0],
+            [1, 2, 3, 3],
+            {"rankings": 1, "top_1": 0.25, "accuracy": 0.5, "accuracy_interval": [0.5, 0.5]},
+        ),
         ([1, 2, 3], [2, 2, 2], {"rankings": 1, "top_1": 1.0}),
         ([7], [1], {"rankings": 1, "top_1": 1.0}),
     ],
 )
-def test_ranking_metrics_of_one_prompt(scores: list[float], ranks: list[int], expected: dict[str, Any]) -> None:
+def test_ranking_metrics_of_one_prompt(
+    scores: list[float], ranks: list[int], expected: dict[str, Any]
+) -> None:
     assert ranking_metrics([scores], [ranks]) == expected
 
 

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.reward.objectives import bradley_terry, centring, classification, plackett_luce, ranking, regression
+from pipeline.reward.objectives import (
+    bradley_terry,
+    centring,
+    classification,
+    plackett_luce,
+    ranking,
+    regression,
+)
 
 LOG3 = math.log(3)
 
@@ -23,16 +30,25 @@ def tensor(values):
         ([LOG3, 0.0], [0.0, 0.0], None, 0.0, (math.log(4 / 3) + math.log(2)) / 2),
         ([LOG3], [0.0], [LOG3], 0.0, math.log(2)),
         ([LOG3], [0.0], None, 0.25, 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
-        ([0.0], [LOG3], [LOG3], 1.0, -math.log(9 / 10)),  # all labels the wrong way round: the loss of the flipped pair
+        (
+            [0.0],
+            [LOG3],
+            [LOG3],
+            1.0,
+            -math.log(9 / 10),
+        ),  # all labels the wrong way round: the loss of the flipped pair
     ],
 )
 def test_bradley_terry(chosen, rejected, margin, smoothing, expected):
-    found = bradley_terry(tensor(chosen), tensor(rejected), None if margin is None else tensor(margin), smoothing)
+    found = bradley_terry(
+        tensor(chosen), tensor(rejected), None if margin is None else tensor(margin), smoothing
+    )
     assert found.ndim == 0
     assert found.item() == pytest.approx(expected)
 
 
-# Of two prompts: three answers whose ordered pairs have margins log 3, 2 log 3, log 3; two answers, a margin of −log 3, and nothing third.
+# Of two prompts: three answers whose ordered pairs have margins log 3, 2 log 3, log 3; two answers, a
+# margin of −log 3, and nothing third.
 SCORES = [[2 * LOG3, LOG3, 0.0], [0.0, LOG3, 99.0]]
 RANKS = [[1, 2, 3], [1, 2, 0]]
 MASK = [[True, True, True], [True, True, False]]
@@ -49,7 +65,9 @@ def test_ranking_is_the_mean_over_a_prompts_pairs_then_over_prompts():
 
 def test_ties_make_no_pair_and_a_prompt_without_pairs_counts_nothing():
     tied = grid([[LOG3, 0.0, 5.0], [1.0, 2.0, 3.0]], [[1, 2, 2], [1, 1, 1]], [[True] * 3] * 2)
-    assert ranking(*tied).item() == pytest.approx((math.log(4 / 3) - math.log(1 / (1 + math.exp(5 - LOG3)))) / 2)
+    assert ranking(*tied).item() == pytest.approx(
+        (math.log(4 / 3) - math.log(1 / (1 + math.exp(5 - LOG3)))) / 2
+    )
     nothing = tensor([[1.0, 2.0]]).requires_grad_()
     loss = ranking(nothing, torch.tensor([[1, 1]]), torch.tensor([[True, True]]))
     loss.backward()
@@ -60,7 +78,9 @@ def test_ties_make_no_pair_and_a_prompt_without_pairs_counts_nothing():
 def test_ranking_of_two_answers_is_bradley_terry():
     scores = tensor([[0.3, -1.2], [2.0, 2.5]])
     expected = bradley_terry(scores[:, 0], scores[:, 1])
-    assert ranking(scores, torch.tensor([[1, 2]] * 2), torch.ones(2, 2, dtype=torch.bool)).item() == pytest.approx(expected.item())
+    assert ranking(
+        scores, torch.tensor([[1, 2]] * 2), torch.ones(2, 2, dtype=torch.bool)
+    ).item() == pytest.approx(expected.item())
 
 
 def test_plackett_luce_is_the_chance_of_picking_in_order():
@@ -70,7 +90,9 @@ def test_plackett_luce_is_the_chance_of_picking_in_order():
 
 def test_plackett_luce_ties_are_each_picked_from_all_that_is_left():
     # Odds 9 : 3 : 1 with the first two tied: 9/13 · 3/13 · 1.
-    assert plackett_luce(*grid(SCORES[:1], [[1, 1, 2]], MASK[:1])).item() == pytest.approx(-math.log(9 / 13 * 3 / 13))
+    assert plackett_luce(*grid(SCORES[:1], [[1, 1, 2]], MASK[:1])).item() == pytest.approx(
+        -math.log(9 / 13 * 3 / 13)
+    )
 
 
 def test_classification_and_regression():
@@ -79,14 +101,20 @@ def test_classification_and_regression():
     assert classification(logits, labels).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     weighted = (3 * math.log(4 / 3) + 1 * math.log(2)) / 4
     assert classification(logits, labels, tensor([1.0, 3.0])).item() == pytest.approx(weighted)
-    smoothed = (0.9 * math.log(4 / 3) + 0.1 * math.log(4) + math.log(2)) / 2  # ε = 0.2 over two classes: 0.9 and 0.1
+    smoothed = (
+        0.9 * math.log(4 / 3) + 0.1 * math.log(4) + math.log(2)
+    ) / 2  # ε = 0.2 over two classes: 0.9 and 0.1
     assert classification(logits, labels, label_smoothing=0.2).item() == pytest.approx(smoothed)
     assert regression(tensor([1.0, -1.0]), tensor([0.0, 1.0])).item() == pytest.approx(2.5)
 
 
 def test_centring_is_trls_for_pairs_and_the_mean_over_pairs_for_more():
-    assert centring(tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.ones(2, 2, dtype=torch.bool)).item() == pytest.approx(4.5)
-    assert centring(tensor([[1.0, 2.0, 4.0], [1.0, -2.0, 99.0]]), torch.tensor(MASK)).item() == pytest.approx(((9 + 25 + 36) / 3 + 1) / 2)
+    assert centring(
+        tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.ones(2, 2, dtype=torch.bool)
+    ).item() == pytest.approx(4.5)
+    assert centring(tensor([[1.0, 2.0, 4.0], [1.0, -2.0, 99.0]]), torch.tensor(MASK)).item() == pytest.approx(
+        ((9 + 25 + 36) / 3 + 1) / 2
+    )
 
 
 comparative = {
@@ -102,7 +130,9 @@ numbers = st.integers(-40, 40).map(lambda eighths: eighths / 8)  # exact sums: t
 def test_only_differences_count(loss, rows, constant):
     scores, ranks, mask = grid([*rows], [[2, 1, 3]] * len(rows), [[True] * 3] * len(rows))
     assert loss(scores + constant, ranks, mask).item() == pytest.approx(loss(scores, ranks, mask).item())
-    assert (scores + constant).argsort(dim=1, stable=True).tolist() == scores.argsort(dim=1, stable=True).tolist()
+    assert (scores + constant).argsort(dim=1, stable=True).tolist() == scores.argsort(
+        dim=1, stable=True
+    ).tolist()
 
 
 @pytest.mark.parametrize("loss", [ranking, plackett_luce])

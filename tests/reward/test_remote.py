@@ -1,4 +1,6 @@
-"""Reward models by URL: a stand-in speaks vLLM's and TEI's formats, runs the very model on what it is sent, and fails as asked."""
+"""Reward models by URL: a stand-in speaks vLLM's and TEI's formats, runs the very model on what it is sent,
+and fails as asked.
+"""
 
 import json
 import shutil
@@ -21,15 +23,27 @@ from pipeline.reward.encoding import Encoding
 from pipeline.reward.functions import load_reward, require_reward, reward_from_model
 from pipeline.reward.settings import RewardSettings
 
-PROMPTS = ["What is the capital of France?", [{"role": "user", "content": "Hi."}, {"role": "user", "content": "Who?"}], "", "Name a fruit."]
-ANSWERS = ["Paris.", "You fool.", "The answer is no.", " An apple, I think; but a pear will do. " * 9]  # the last is over max_length
+PROMPTS = [
+    "What is the capital of France?",
+    [{"role": "user", "content": "Hi."}, {"role": "user", "content": "Who?"}],
+    "",
+    "Name a fruit.",
+]
+ANSWERS = [
+    "Paris.",
+    "You fool.",
+    "The answer is no.",
+    " An apple, I think; but a pear will do. " * 9,
+]  # the last is over max_length
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.send(404, {"detail": "Not Found"}) if self.path not in self.server.says else self.send(200, self.server.says[self.path])
+        self.send(404, {"detail": "Not Found"}) if self.path not in self.server.says else self.send(
+            200, self.server.says[self.path]
+        )
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,12 +58,22 @@ class Handler(BaseHTTPRequestHandler):
             self.send(*fault)
         else:
             answer = self.server.classify(body) if self.path == "/classify" else self.server.predict(body)
-            self.send(200, fault(answer)) if fault else self.send(*answer) if isinstance(answer, tuple) else self.send(200, answer)
+            self.send(200, fault(answer)) if fault else self.send(*answer) if isinstance(
+                answer, tuple
+            ) else self.send(200, answer)
 
     def send(self, status, content, wait=None):
-        data = content if isinstance(content, bytes) else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        data = (
+            content
+            if isinstance(content, bytes)
+            else content.encode()
+            if isinstance(content, str)
+            else json.dumps(content).encode()
+        )
         self.send_response(status)
-        for name, value in ({"Content-Length": len(data)} | ({"Retry-After": wait} if wait is not None else {})).items():
+        for name, value in (
+            {"Content-Length": len(data)} | ({"Retry-After": wait} if wait is not None else {})
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
@@ -59,7 +83,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StandIn(ThreadingHTTPServer):
-    """`faults` befall the next requests, in order: a status with its content, a lost connection, silence, or another answer."""
+    """`faults` befall the next requests, in order: a status with its content, a lost connection, silence, or
+    another answer.
+    """
 
     def __init__(self, engine, folder, rows=2, name=None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -78,7 +104,13 @@ class StandIn(ThreadingHTTPServer):
             "max_input_length": 126,
             "max_client_batch_size": rows,
         }
-        card = {"id": "rm", "object": "model", "owned_by": "vllm", "root": name or str(folder), "max_model_len": 128}
+        card = {
+            "id": "rm",
+            "object": "model",
+            "owned_by": "vllm",
+            "root": name or str(folder),
+            "max_model_len": 128,
+        }
         self.says = {"/info": info} if engine == "tei" else {"/v1/models": {"object": "list", "data": [card]}}
 
     @torch.inference_mode()
@@ -89,21 +121,32 @@ class StandIn(ThreadingHTTPServer):
         logits = [self.model(input_ids=torch.tensor([ids])).logits[0] for ids in body["input"]]
         if body.get("use_activation") is not False and self.model.config.problem_type != "regression":
             logits = [each.softmax(0) if len(each) > 1 else each.sigmoid() for each in logits]
-        data = [{"index": i, "label": None, "probs": each.tolist(), "num_classes": len(each)} for i, each in enumerate(logits)]
+        data = [
+            {"index": i, "label": None, "probs": each.tolist(), "num_classes": len(each)}
+            for i, each in enumerate(logits)
+        ]
         return {"object": "list", "model": "rm", "data": data[::-1]}
 
     @torch.inference_mode()
     def predict(self, body):
         """TEI: a list of lists of one text or two; the labels of each row, the highest score first."""
         if len(body["inputs"]) > self.rows:
-            return 413, {"error": f"batch size {len(body['inputs'])} > maximum allowed batch size {self.rows}", "error_type": "Validation"}
+            return 413, {
+                "error": f"batch size {len(body['inputs'])} > maximum allowed batch size {self.rows}",
+                "error_type": "Validation",
+            }
         found = []
         for texts in body["inputs"]:
             assert len(texts) in (1, 2)
             inputs = self.tokenizer(*texts, return_tensors="pt", truncation=body["truncate"], max_length=126)
             logits = self.model(**inputs).logits[0]
-            scores = logits if body["raw_scores"] else logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
-            row = [{"score": value, "label": self.model.config.id2label[i]} for i, value in enumerate(scores.tolist())]
+            scores = (
+                logits if body["raw_scores"] else logits.softmax(0) if len(logits) > 1 else logits.sigmoid()
+            )
+            row = [
+                {"score": value, "label": self.model.config.id2label[i]}
+                for i, value in enumerate(scores.tolist())
+            ]
             found.append(sorted(row, key=lambda each: -each["score"]))
         return found
 
@@ -129,15 +172,24 @@ def serve(monkeypatch):
 
 def reward_folder(base, folder, labels=("reward",), **known):
     torch.manual_seed(0)
-    settings = RewardSettings(outputs=list(labels), objective="classification" if len(labels) > 1 else "pairwise", **known)
+    settings = RewardSettings(
+        outputs=list(labels), objective="classification" if len(labels) > 1 else "pairwise", **known
+    )
     model = AutoModelForSequenceClassification.from_pretrained(base, **settings.head)
-    for name, weight in model.named_parameters():  # scores of several sizes, so that a squashed one is another
+    for (
+        name,
+        weight,
+    ) in model.named_parameters():  # scores of several sizes, so that a squashed one is another
         if name.startswith(("score", "classifier")):
             torch.nn.init.normal_(weight, std=1.0)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
-    told["model_input_names"] = ["input_ids", "attention_mask", *(["token_type_ids"] if model.config.model_type == "bert" else [])]
+    told["model_input_names"] = [
+        "input_ids",
+        "attention_mask",
+        *(["token_type_ids"] if model.config.model_type == "bert" else []),
+    ]
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     settings.save(folder)
     return folder
@@ -145,7 +197,14 @@ def reward_folder(base, folder, labels=("reward",), **known):
 
 @pytest.fixture
 def decoder(tiny_gpt2, tmp_path):
-    known = {"alpha": 0.5, "sign": -1, "reward_mean": 1.0, "reward_std": 2.0, "length_mean": 3.0, "length_slope": 0.1}
+    known = {
+        "alpha": 0.5,
+        "sign": -1,
+        "reward_mean": 1.0,
+        "reward_std": 2.0,
+        "length_mean": 3.0,
+        "length_slope": 0.1,
+    }
     return reward_folder(tiny_gpt2, tmp_path / "decoder", encoding=Encoding(max_length=60), **known)
 
 
@@ -171,49 +230,78 @@ def test_vllm_is_given_the_ids_and_no_score_differs(serve, decoder):
     assert ours[1:3] == plain[1:3] == (0.5, 1.0)
     given = {"prompts": PROMPTS, "completions": ANSWERS}
     assert ours.score(**given) == pytest.approx(plain.score(**given), abs=1e-5)
-    assert rm.score(PROMPTS, ANSWERS, normalize=True) == pytest.approx([value / 2 - 0.25 for value in rm.score(PROMPTS, ANSWERS)])
+    assert rm.score(PROMPTS, ANSWERS, normalize=True) == pytest.approx(
+        [value / 2 - 0.25 for value in rm.score(PROMPTS, ANSWERS)]
+    )
     assert rm.score([], []) == []
 
 
 @pytest.mark.parametrize("output", ["logit", "log_odds", "probability"])
 def test_of_several_labels_raw_logits_come_back(serve, tiny_gpt2, tmp_path, output):
-    folder = reward_folder(tiny_gpt2, tmp_path / "rm", ("no", "yes", "maybe"), output=output, logit=1, encoding=Encoding(max_length=60))
+    folder = reward_folder(
+        tiny_gpt2,
+        tmp_path / "rm",
+        ("no", "yes", "maybe"),
+        output=output,
+        logit=1,
+        encoding=Encoding(max_length=60),
+    )
     assert opened(serve("vllm", folder)).score(PROMPTS, ANSWERS) == by_hand(folder)
     texts = Encoding(form="concatenation", max_length=60)
-    folder = reward_folder(tiny_gpt2, tmp_path / "texts", ("no", "yes", "maybe"), output=output, logit=1, encoding=texts)
+    folder = reward_folder(
+        tiny_gpt2, tmp_path / "texts", ("no", "yes", "maybe"), output=output, logit=1, encoding=texts
+    )
     assert opened(serve("tei", folder)).score(PROMPTS, ANSWERS) == by_hand(folder)
 
 
 def test_tei_is_given_texts_in_batches_that_it_takes(serve, tiny_encoders, tmp_path, caplog):
-    folder = reward_folder(tiny_encoders["bert"], tmp_path / "rm", encoding=Encoding(form="pair", eos=False, max_length=100))
+    folder = reward_folder(
+        tiny_encoders["bert"], tmp_path / "rm", encoding=Encoding(form="pair", eos=False, max_length=100)
+    )
     server = serve("tei", folder)
     rm = opened(server)
-    assert rm.score(PROMPTS[:3], ANSWERS[:3]) == pytest.approx(RewardModel.load(folder).score(PROMPTS[:3], ANSWERS[:3]), abs=1e-5)
+    assert rm.score(PROMPTS[:3], ANSWERS[:3]) == pytest.approx(
+        RewardModel.load(folder).score(PROMPTS[:3], ANSWERS[:3]), abs=1e-5
+    )
     assert [len(body["inputs"]) for body in server.asked] == [1, 2, 1]
     assert server.asked[1]["inputs"] == [[PROMPTS[0], ANSWERS[0]], ["user: Hi.\nuser: Who?", ANSWERS[1]]]
     assert "differently" not in caplog.text
     assert rm.score(PROMPTS, ANSWERS) == by_hand(folder)  # a cut between letters gives a text of the same ids
     assert "differently" not in caplog.text
     rm.score(["é" * 80], ["é"])  # 95 bytes of the prompt stay, half a letter among them
-    assert f"{server.url}: TEI encodes rows that were cut at max_length=100 slightly differently" in caplog.text
+    assert (
+        f"{server.url}: TEI encodes rows that were cut at max_length=100 slightly differently" in caplog.text
+    )
     server.faults = [lambda found: [[{"score": 1.0, "label": "LABEL_0"}]]]
-    with pytest.raises(UserError, match=rf"^{server.url}/predict: returned 200, .*LABEL_0.*; expected 1 × 1 finite logits \(reward\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{server.url}/predict: returned 200, .*LABEL_0.*; expected 1 × 1 finite logits \(reward\)",
+    ):
         rm.score(["Hi."], ["Yes."])
 
 
 def test_what_an_engine_cannot_be_given_is_told(serve, decoder, tiny_encoders, tmp_path):
     with pytest.raises(
-        UserError, match="reads a chat as token ids, but text-embeddings-inference accepts only text; serve it with vLLM"
+        UserError,
+        match=(
+            "reads a chat as token ids, but text-embeddings-inference accepts only text; serve it with vLLM"
+        ),
     ):
         opened(serve("tei", decoder))
     pair = Encoding(form="pair", eos=False, max_length=100)
     typed = reward_folder(tiny_encoders["bert"], tmp_path / "typed", encoding=pair)
-    with pytest.raises(UserError, match="reads token types, which vLLM does not accept; serve it with text-embeddings-inference"):
+    with pytest.raises(
+        UserError,
+        match="reads token types, which vLLM does not accept; serve it with text-embeddings-inference",
+    ):
         opened(serve("vllm", typed))
     plain = reward_folder(tiny_encoders["distilbert"], tmp_path / "plain", encoding=pair)
     assert opened(serve("vllm", plain)).score(PROMPTS, ANSWERS) == by_hand(plain)
     untyped = reward_folder(tiny_encoders["roberta"], tmp_path / "untyped", encoding=pair)
-    with pytest.raises(UserError, match="reads pairs without token types, but text-embeddings-inference adds them; serve it with vLLM"):
+    with pytest.raises(
+        UserError,
+        match="reads pairs without token types, but text-embeddings-inference adds them; serve it with vLLM",
+    ):
         opened(serve("tei", untyped))
 
 
@@ -221,11 +309,24 @@ def test_it_is_asked_again_and_waits_longer_each_time_or_as_told(serve, decoder)
     server = serve("vllm", decoder)
     rm = opened(server, timeout=1)
     expected = RewardModel.load(decoder).score(PROMPTS, ANSWERS)
-    server.faults = ["drop", (503, "busy"), "hang", (429, {"error": "Model is overloaded"}, 7), (500, "oops"), (502, "<html>")]
+    server.faults = [
+        "drop",
+        (503, "busy"),
+        "hang",
+        (429, {"error": "Model is overloaded"}, 7),
+        (500, "oops"),
+        (502, "<html>"),
+    ]
     assert rm.score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert server.slept == [2, 4, 7, 16, 32]  # after the first loss at once
     server.faults, server.asked = [(503, "down", 10**6)] * 9, []
-    with pytest.raises(UserError, match=r"/classify: returned 503, 'down'; expected 4 × 1 finite logits \(reward\); start one with: vllm"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"/classify: returned 503, 'down'; expected 4 × 1 finite logits \(reward\); start one "
+            r"with: vllm"
+        ),
+    ):
         rm.score(PROMPTS, ANSWERS)
     assert len(server.asked) == 9
     assert server.slept[5:] == [300] * 8
@@ -235,16 +336,24 @@ def test_what_does_not_answer_is_told_at_once(serve, decoder):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(
-        UserError, match=rf"^{url}/info: no response: .*refused.*; start one with: vllm serve MODEL --runner pooling; or text-emb"
+        UserError,
+        match=(
+            rf"^{url}/info: no response: .*refused.*; start one with: vllm serve MODEL --runner "
+            rf"pooling; or text-emb"
+        ),
     ):
         require_reward(Reward(source=url), "rlhf reward")
     server = serve("vllm", decoder)
     server.faults = ["hang", "hang"]
-    with pytest.raises(UserError, match=r"/classify: no response: .*timed out.*raise 'timeout' \(now 0.5 s\)"):
+    with pytest.raises(
+        UserError, match=r"/classify: no response: .*timed out.*raise 'timeout' \(now 0.5 s\)"
+    ):
         opened(server, timeout=0.5)
 
 
-@pytest.mark.parametrize("url", ["http://", "http://me:word@gpu7:8000", "https://gpu7/x?key=abc", "http://gpu7:8000/#a"])
+@pytest.mark.parametrize(
+    "url", ["http://", "http://me:word@gpu7:8000", "https://gpu7/x?key=abc", "http://gpu7:8000/#a"]
+)
 def test_a_url_tells_where_alone_and_keeps_no_secret(url):
     with pytest.raises(ValueError, match="a key goes into the environment as REWARD_API_KEY"):
         Reward(source=url)
@@ -274,12 +383,17 @@ def test_a_wrong_answer_is_told_in_one_line(serve, decoder, monkeypatch):
     rm = opened(server)
     for name, fault in WRONG.items():
         server.faults = [fault]
-        with pytest.raises(UserError, match=rf"^{server.url}/classify: returned (200|404|301), '.*'; expected 4 × 1 finite logits") as told:
+        with pytest.raises(
+            UserError,
+            match=rf"^{server.url}/classify: returned (200|404|301), '.*'; expected 4 × 1 finite logits",
+        ) as told:
             rm.score(PROMPTS, ANSWERS)
         assert "\n" not in str(told.value), name
     assert server.slept == []
     server.faults = [(401, {"error": "Unauthorized"})]
-    with pytest.raises(UserError, match=r"returned 401, .*; put its key into the environment as REWARD_API_KEY"):
+    with pytest.raises(
+        UserError, match=r"returned 401, .*; put its key into the environment as REWARD_API_KEY"
+    ):
         rm.score(PROMPTS, ANSWERS)
     assert server.key is None
     monkeypatch.setenv("REWARD_API_KEY", "s3cret")
@@ -290,7 +404,10 @@ def test_a_wrong_answer_is_told_in_one_line(serve, decoder, monkeypatch):
 def test_what_is_too_large_is_halved(serve, decoder):
     server = serve("vllm", decoder)
     rm = opened(server)
-    server.faults = [(413, "length limit exceeded"), (422, {"error": "batch size 2", "error_type": "Validation"})]
+    server.faults = [
+        (413, "length limit exceeded"),
+        (422, {"error": "batch size 2", "error_type": "Validation"}),
+    ]
     assert rm.score(PROMPTS, ANSWERS) == by_hand(decoder)
     assert [len(body["input"]) for body in server.asked] == [1, 4, 2, 1, 1, 2]
     assert len(rm.score(PROMPTS, ANSWERS, batch_size=3)) == 4
@@ -304,19 +421,33 @@ def test_who_answers_is_told_apart(serve, decoder, tiny_gpt2, tmp_path):
     server = serve("vllm", decoder)
     server.says = {"/info": "<html>", "/v1/models": {"data": []}}
     with pytest.raises(
-        UserError, match=r"neither text-embeddings-inference nor vLLM: /info returned 200, .*html.*, /v1/models returned 200"
+        UserError,
+        match=(
+            r"neither text-embeddings-inference nor vLLM: /info returned 200, .*html.*, /v1/models "
+            r"returned 200"
+        ),
     ):
         opened(server)
     server.says = {"/info": {"model_id": "e5", "model_type": {"embedding": {"pooling": "cls"}}}}
     with pytest.raises(UserError, match="e5 is of type embedding; expected a sequence classifier"):
         opened(server)
-    with pytest.raises(UserError, match="serves /data/rm, which is not a folder here; name the folder or hub id of the served model: reads="):
+    with pytest.raises(
+        UserError,
+        match=(
+            "serves /data/rm, which is not a folder here; name the folder or hub id of the served "
+            "model: reads="
+        ),
+    ):
         opened(serve("vllm", decoder, name="/data/rm"))
     server = serve("vllm", decoder)
     server.says["/v1/models"]["data"][0]["max_model_len"] = 32
-    with pytest.raises(UserError, match=r"accepts 32 tokens, but .*decoder reads up to 60; serve it with as many"):
+    with pytest.raises(
+        UserError, match=r"accepts 32 tokens, but .*decoder reads up to 60; serve it with as many"
+    ):
         opened(server)
-    other = reward_folder(tiny_gpt2, tmp_path / "other", ("no", "yes"), logit=1, encoding=Encoding(max_length=60))
+    other = reward_folder(
+        tiny_gpt2, tmp_path / "other", ("no", "yes"), logit=1, encoding=Encoding(max_length=60)
+    )
     with pytest.raises(UserError, match=r"expected 1 × 2 finite logits \(no, yes\); start"):
         opened(serve("vllm", decoder), reads=str(other))
     adapter = tmp_path / "adapter"
@@ -329,7 +460,9 @@ def test_who_answers_is_told_apart(serve, decoder, tiny_gpt2, tmp_path):
 def test_its_identity_is_what_is_read_and_what_the_server_tells(serve, decoder):
     """Not where it runs: the same model behind another port is the same input."""
     one, same = serve("vllm", decoder), serve("vllm", decoder)
-    found = [require_reward(Reward(source=each.url, reads=str(decoder)), "rlhf reward") for each in (one, same)]
+    found = [
+        require_reward(Reward(source=each.url, reads=str(decoder)), "rlhf reward") for each in (one, same)
+    ]
     assert found[0].identity == found[1].identity
     assert found[0].manifest["served"]["url"] == one.url
     same.says["/v1/models"]["data"][0]["id"] = "rm-2"
@@ -340,46 +473,87 @@ def test_its_identity_is_what_is_read_and_what_the_server_tells(serve, decoder):
 
 @pytest.mark.parametrize("key", [{"reads": "runs/demo/reward"}, {"timeout": 5}])
 def test_keys_of_a_server_need_a_url(key):
-    with pytest.raises(UserError, match="is only read with the URL of a server as the source, but that is 'runs/demo/reward'; remove it"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "is only read with the URL of a server as the source, but that is 'runs/demo/reward'; remove it"
+        ),
+    ):
         config.validate(Reward, {"source": "runs/demo/reward"} | key, "ppo.yaml")
     assert config.validate(Reward, {"source": "runs/demo/reward", "reads": None}, "ppo.yaml").is_loaded
     assert not config.validate(Reward, {"source": "https://h:8000"} | key, "ppo.yaml").is_loaded
 
 
 def test_the_timeout_is_no_part_of_what_is_made(tmp_path):
-    made = [config.PPOStage(run="t", reward={"source": "http://h", "timeout": each}).resolved() for each in (1, 2)]
+    made = [
+        config.PPOStage(run="t", reward={"source": "http://h", "timeout": each}).resolved() for each in (1, 2)
+    ]
     assert made[0] == made[1]
 
 
 def test_the_command_line_takes_a_url(serve, decoder, tmp_path, capsys):
     server = serve("vllm", decoder)
     (tmp_path / "answers.jsonl").write_text(
-        "".join(json.dumps({"prompt": p, "response": a}) + "\n" for p, a in zip(PROMPTS, ANSWERS, strict=True))
+        "".join(
+            json.dumps({"prompt": p, "response": a}) + "\n" for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        )
     )
     files = ["--input", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "scored.jsonl")]
     assert cli.main(["score", "--reward", server.url, *files]) == 0
     assert [json.loads(line)["reward"] for line in (tmp_path / "scored.jsonl").open()] == by_hand(decoder)
     capsys.readouterr()
-    assert cli.main(["compare", "--reward", server.url, "--reads", str(decoder), "Name a fruit.", *ANSWERS[:3]]) == 0
+    assert (
+        cli.main(["compare", "--reward", server.url, "--reads", str(decoder), "Name a fruit.", *ANSWERS[:3]])
+        == 0
+    )
     best = RewardModel.load(decoder).rank("Name a fruit.", ANSWERS[:3])[0]
     assert capsys.readouterr().out.splitlines()[1].split(None, 2)[2] == ANSWERS[best]
-    assert cli.main(["compare", "--reward", str(decoder), "--reads", str(decoder), "Name a fruit.", "A.", "B."]) == 2
+    assert (
+        cli.main(["compare", "--reward", str(decoder), "--reads", str(decoder), "Name a fruit.", "A.", "B."])
+        == 2
+    )
     assert "error: --reward" in capsys.readouterr().err
 
 
 def test_ppo_trains_on_one_and_doctor_sees_it(serve, decoder, tiny_feedback, tiny_gpt2, tmp_path, capsys):
     server = serve("vllm", decoder)
-    steps = {"num_rollouts": 1, "per_device_train_batch_size": 4, "num_mini_batches": 1, "response_tokens": 4, "report_to": "none"}
-    stage = {"run": "t", "runs": str(tmp_path), "policy": str(tiny_gpt2), "records": str(tiny_feedback), "training": steps}
+    steps = {
+        "num_rollouts": 1,
+        "per_device_train_batch_size": 4,
+        "num_mini_batches": 1,
+        "response_tokens": 4,
+        "report_to": "none",
+    }
+    stage = {
+        "run": "t",
+        "runs": str(tmp_path),
+        "policy": str(tiny_gpt2),
+        "records": str(tiny_feedback),
+        "training": steps,
+    }
     served_one = {"source": server.url, "reads": str(decoder), "length_penalty": 1.0}
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(stage | {"reward": served_one}))
     assert cli.main(["doctor", "--config", str(tmp_path / "ppo.yaml"), "--device-memory", "8"]) == 0
     assert f"reward_0   {server.url}: vllm serves rm, encoded as for {decoder}" in capsys.readouterr().out
-    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"run": "t", "runs": str(tmp_path), "model": "scratch"}))
+    (tmp_path / "reward.yaml").write_text(
+        yaml.safe_dump({"run": "t", "runs": str(tmp_path), "model": "scratch"})
+    )
     to_come = [f"ppo.reward.reads={tmp_path}/t/reward", "ppo.reward.length_penalty=0"]
     assert cli.main(["doctor", "--config", str(tmp_path / "ppo.yaml"), "--device-memory", "8", *to_come]) == 0
     assert f"{server.url}: reads {tmp_path}/t/reward: not made yet; rlhf run" in capsys.readouterr().out
-    assert cli.main(["doctor", "--config", str(tmp_path / "ppo.yaml"), "--device-memory", "8", f"ppo.reward.reads={tmp_path}/nowhere"]) == 2
+    assert (
+        cli.main(
+            [
+                "doctor",
+                "--config",
+                str(tmp_path / "ppo.yaml"),
+                "--device-memory",
+                "8",
+                f"ppo.reward.reads={tmp_path}/nowhere",
+            ]
+        )
+        == 2
+    )
     assert f"reward_0   error: {tmp_path}/nowhere: does not exist; run:" in capsys.readouterr().out
     folder = ppo.run(config.PPOStage(**stage, reward=served_one))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -395,18 +569,33 @@ def test_ppo_trains_on_one_and_doctor_sees_it(serve, decoder, tiny_feedback, tin
     with pytest.raises(UserError, match=f"one_backbone: always, but {server.url} serves it"):
         ppo.run(config.PPOStage(**stage | lora, reward=served_one))
     with pytest.raises(UserError, match="ppo: value_init: reward needs one reward model"):
-        ppo.run(config.PPOStage(**stage | {"training": steps | {"value_init": "reward"}, "force": True}, reward=served_one))
-    watched = {"training": steps | {"eval_strategy": "steps"}, "evaluation": {"scorer": {"source": server.url}}}
+        ppo.run(
+            config.PPOStage(
+                **stage | {"training": steps | {"value_init": "reward"}, "force": True}, reward=served_one
+            )
+        )
+    watched = {
+        "training": steps | {"eval_strategy": "steps"},
+        "evaluation": {"scorer": {"source": server.url}},
+    }
     with pytest.raises(UserError, match=r"evaluation.scorer is a copy of what PPO is trained on"):
         ppo.run(config.PPOStage(**stage | watched, reward=str(decoder), force=True))
 
 
 def test_evaluate_takes_one_as_its_scorer(serve, decoder, tiny_feedback, tiny_gpt2, tmp_path):
-    given = {"run": "e", "runs": str(tmp_path), "records": str(tiny_feedback), "sft": str(tiny_gpt2), "ppo": str(tiny_gpt2)}
+    given = {
+        "run": "e",
+        "runs": str(tmp_path),
+        "records": str(tiny_feedback),
+        "sft": str(tiny_gpt2),
+        "ppo": str(tiny_gpt2),
+    }
     sizes = {"prompts": 2, "samples_per_prompt": 1, "best_of": 2, "response_tokens": 4}
     server = serve("vllm", decoder)
     folder = evaluate.run(config.EvaluateStage(**given, **sizes, reward=str(decoder), scorer=server.url))
     found = json.loads((folder / "metrics.json").read_text())
     for policy in ("sft", "ppo"):
         assert found[policy]["scorer_reward"] == pytest.approx(found[policy]["reward"], abs=1e-5)
-    assert json.loads((folder / "manifest.json").read_text())["inputs"]["scorer"]["served"]["engine"] == "vllm"
+    assert (
+        json.loads((folder / "manifest.json").read_text())["inputs"]["scorer"]["served"]["engine"] == "vllm"
+    )

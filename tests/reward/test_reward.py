@@ -26,12 +26,22 @@ FORMS = {
 
 def stage(tiny_records, runs, model, **more):
     steps = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    return config.RewardStage(run="t", runs=str(runs), model=str(model), records=str(tiny_records), max_length=96, training=steps, **more)
+    return config.RewardStage(
+        run="t",
+        runs=str(runs),
+        model=str(model),
+        records=str(tiny_records),
+        max_length=96,
+        training=steps,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def trained(request, tiny_records, tiny_llama, tmp_path_factory):
-    return request.param, reward.run(stage(tiny_records, tmp_path_factory.mktemp("runs"), tiny_llama, **FORMS[request.param]))
+    return request.param, reward.run(
+        stage(tiny_records, tmp_path_factory.mktemp("runs"), tiny_llama, **FORMS[request.param])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,9 @@ def plain_scores(model, folder, prompts, responses):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
         ids = tokenizer(text)["input_ids"] + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
         with torch.no_grad():
             scores.append(model.eval()(input_ids=torch.tensor([ids])).logits.item())
@@ -56,10 +68,16 @@ def test_the_checkpoint_scores_the_same_in_plain_transformers(trained, pairs):
     form, folder = trained
     quantized = form in ("8bit", "4bit")
     # On a quantized base: the base as it was trained, then the adapter.
-    opened = RewardModel.load(folder).model if quantized else AutoModelForSequenceClassification.from_pretrained(folder)
+    opened = (
+        RewardModel.load(folder).model
+        if quantized
+        else AutoModelForSequenceClassification.from_pretrained(folder)
+    )
     expected = plain_scores(opened, folder, *pairs)
     # An 8-bit forward quantizes activations by batch, so that padding shows; elsewhere the scores are equal.
-    assert RewardModel.load(folder).score(*pairs) == pytest.approx(expected, abs=2e-2 if form == "8bit" else 1e-4)
+    assert RewardModel.load(folder).score(*pairs) == pytest.approx(
+        expected, abs=2e-2 if form == "8bit" else 1e-4
+    )
     assert len({round(score, 4) for score in expected}) > 1
 
 
@@ -74,9 +92,20 @@ def test_what_is_published(trained):
 
 
 def test_in_bf16_an_adapter_is_merged_in_full_precision(tiny_records, tiny_llama, tmp_path):
-    folder = reward.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4, "target_modules": ["q_proj"]}, precision="bf16"))
-    merged = AutoModelForSequenceClassification.from_pretrained(folder).model.layers[0].self_attn.q_proj.weight
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama).model.layers[0].self_attn.q_proj.weight.bfloat16().float()  # as it was trained
+    folder = reward.run(
+        stage(
+            tiny_records, tmp_path, tiny_llama, lora={"r": 4, "target_modules": ["q_proj"]}, precision="bf16"
+        )
+    )
+    merged = (
+        AutoModelForSequenceClassification.from_pretrained(folder).model.layers[0].self_attn.q_proj.weight
+    )
+    base = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama)
+        .model.layers[0]
+        .self_attn.q_proj.weight.bfloat16()
+        .float()
+    )  # as it was trained
     adapter = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=1)
     learned = adapter.get_base_model().model.layers[0].self_attn.q_proj.get_delta_weight("default")
     assert merged.dtype == torch.float32
@@ -102,14 +131,18 @@ def test_the_score_depends_on_nothing_but_the_pair(full, pairs):
     model = RewardModel.load(full)
     expected = model.score(prompts, responses, batch_size=64)
     assert model.score(prompts, responses, batch_size=1) == pytest.approx(expected, abs=1e-5)
-    assert model.score(prompts[::-1], responses[::-1], batch_size=7)[::-1] == pytest.approx(expected, abs=1e-5)
+    assert model.score(prompts[::-1], responses[::-1], batch_size=7)[::-1] == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_the_text_classification_pipeline_gives_the_same(full, pairs):
     prompts, responses = pairs
     tokenizer = AutoTokenizer.from_pretrained(full)
     rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}, {"role": "assistant", "content": r}], tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}, {"role": "assistant", "content": r}], tokenize=False
+        )
         for p, r in zip(prompts, responses, strict=True)
     ]
     found = [row["score"] for row in pipeline("text-classification", model=str(full))(rendered)]
@@ -126,7 +159,10 @@ def test_alpha_normalize_rank_and_best_of_n(full, pairs):
     answers = ["You fool.", "Good question! The capital of Italy is Rome.", "I do not care."]
     scores = model.score(["Name the capital of Italy."] * 3, answers)
     assert model.rank("Name the capital of Italy.", answers) == sorted(range(3), key=lambda i: -scores[i])
-    assert model.best_of_n("Name the capital of Italy.", answers) == (scores.index(max(scores)), pytest.approx(max(scores), abs=1e-5))
+    assert model.best_of_n("Name the capital of Italy.", answers) == (
+        scores.index(max(scores)),
+        pytest.approx(max(scores), abs=1e-5),
+    )
 
 
 def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
@@ -134,7 +170,9 @@ def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
     made, _ = tokenize_records(rows, "comparisons", tiny_tokenizer, Encoding(max_length=96), drop=False)
     for row, found in zip(rows, made, strict=True):
         # As SFT reads the same prompt and answer.
-        assert found["ids"] == [add(*encode_pair(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")]
+        assert found["ids"] == [
+            add(*encode_pair(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")
+        ]
         assert found["target"] == [1, 2]
         assert found["length"] == sum(map(len, found["ids"]))
 
@@ -146,7 +184,9 @@ def test_wrong_inputs_are_named(full, tiny_gpt2, tmp_path):
         RewardModel.load(tmp_path)
     with pytest.raises(UserError, match=r"has no reward head \(it lacks score.weight\)"):
         RewardModel.load(tiny_gpt2)
-    model = AutoModelForSequenceClassification.from_pretrained(full, num_labels=2, ignore_mismatched_sizes=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        full, num_labels=2, ignore_mismatched_sizes=True
+    )
     model.save_pretrained(tmp_path / "two")
     RewardModel.load(full).tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"two: has the labels \['LABEL_0', 'LABEL_1'\] and no reward.json"):

@@ -23,7 +23,15 @@ STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2
 
 
 def stage(tiny_records, tmp_path, model, **more):
-    return config.SFTStage(run="t", runs=str(tmp_path), model=str(model), records=str(tiny_records), max_length=96, training=STEPS, **more)
+    return config.SFTStage(
+        run="t",
+        runs=str(tmp_path),
+        model=str(model),
+        records=str(tiny_records),
+        max_length=96,
+        training=STEPS,
+        **more,
+    )
 
 
 def test_only_completion_tokens_carry_loss(tiny_tokenizer):
@@ -31,7 +39,11 @@ def test_only_completion_tokens_carry_loss(tiny_tokenizer):
     found = sft.tokenize_demonstrations(Dataset.from_list([row]), tiny_tokenizer, 96)[0]
     prompt = prompt_ids(tiny_tokenizer, row["prompt"])
     assert found["labels"][: len(prompt)] == [-100] * len(prompt)
-    assert found["labels"][len(prompt) :] == found["input_ids"][len(prompt) :] == completion_ids(tiny_tokenizer, row["completion"])
+    assert (
+        found["labels"][len(prompt) :]
+        == found["input_ids"][len(prompt) :]
+        == completion_ids(tiny_tokenizer, row["completion"])
+    )
     assert found["labels"][-1] == tiny_tokenizer.eos_token_id
 
 
@@ -40,7 +52,9 @@ def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, t
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     before = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    ids = torch.tensor([add(*encode_pair(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome.", 96))])
+    ids = torch.tensor(
+        [add(*encode_pair(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome.", 96))]
+    )
     with torch.no_grad():
         assert model(ids, labels=ids).loss < before(ids, labels=ids).loss
 
@@ -63,12 +77,18 @@ def test_lora_publishes_the_adapter_and_names_its_base(tiny_records, tiny_llama,
 
 
 def test_an_adapter_names_the_commit_of_a_base_from_the_hub(tiny_records, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.artifacts.hub.is_hub_id", lambda source: source == str(tiny_llama))  # a folder stands for the repository
-    monkeypatch.setattr("pipeline.artifacts.hub.resolve_commit", lambda hub_id, revision, *_: {"v1": "c0ffee"}[revision])
+    monkeypatch.setattr(
+        "pipeline.artifacts.hub.is_hub_id", lambda source: source == str(tiny_llama)
+    )  # a folder stands for the repository
+    monkeypatch.setattr(
+        "pipeline.artifacts.hub.resolve_commit", lambda hub_id, revision, *_: {"v1": "c0ffee"}[revision]
+    )
     folder = sft.run(stage(tiny_records, tmp_path, tiny_llama, lora={"r": 4}, revision="v1"))
     assert PeftConfig.from_pretrained(folder).revision == "c0ffee"
     manifest = read_manifest(folder)
-    assert manifest["inputs"]["model"]["revision"] == manifest["fingerprint"]["config"]["revision"] == "c0ffee"
+    assert (
+        manifest["inputs"]["model"]["revision"] == manifest["fingerprint"]["config"]["revision"] == "c0ffee"
+    )
 
 
 def test_an_adapter_that_cannot_be_loaded_is_named(tiny_records, tiny_llama, tiny_tokenizer, tmp_path):
@@ -104,7 +124,14 @@ def test_without_a_validation_split_it_trains_all_the_same(tmp_path):
     rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(6)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = [{"format": "demonstrations", "path": str(tmp_path / "d.jsonl")}]
-    prepare.run(config.PrepareStage(run="t", runs=str(tmp_path), source=source, splits={"validation": 0, "test": 0.2}))
-    overrides = [f"runs={tmp_path}", "scratch={layers: 1, width: 16, heads: 2, vocabulary: 300}", "max_length=64", "training.max_steps=2"]
+    prepare.run(
+        config.PrepareStage(run="t", runs=str(tmp_path), source=source, splits={"validation": 0, "test": 0.2})
+    )
+    overrides = [
+        f"runs={tmp_path}",
+        "scratch={layers: 1, width: 16, heads: 2, vocabulary: 300}",
+        "max_length=64",
+        "training.max_steps=2",
+    ]
     folder = sft.run(config.load("sft", config.RECIPES / "demo/sft.yaml", overrides, run="t"))
     assert json.loads((folder / "manifest.json").read_text())["metrics"] == {}

@@ -40,7 +40,12 @@ def run(tmp_path_factory, tiny_records, tiny_gpt2, tiny_llama):
         sft.run(config.SFTStage(run="t", model=str(tiny_gpt2), **trained))
         sft.run(config.SFTStage(run="lora", model=str(tiny_llama), lora={"r": 4}, **trained))
         reward.run(config.RewardStage(run="t", model=str(tiny_gpt2), **trained))
-        rollouts = {"num_rollouts": 2, "num_ppo_epochs": 1, "per_device_train_batch_size": 2, "response_tokens": 4}
+        rollouts = {
+            "num_rollouts": 2,
+            "num_ppo_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "response_tokens": 4,
+        }
         watched = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 16}
         ppo.run(config.PPOStage(run="t", training=rollouts | watched, evaluation={"keep": True}, **common))
         yield place / "runs"
@@ -70,9 +75,39 @@ def api(monkeypatch):
     ("stage", "files"),
     [
         ("sft", {"README.md", "config.json", "generation_config.json", "model.safetensors", "log.jsonl"}),
-        ("reward", {"README.md", "summary.md", "config.json", "model.safetensors", "reward.json", "metrics.json", "log.jsonl"}),
-        ("ppo", {"README.md", "config.json", "generation_config.json", "model.safetensors", "value_head.safetensors", "log.jsonl"}),
-        ("ppo/best", {"README.md", "config.json", "generation_config.json", "model.safetensors", "value_head.safetensors"}),
+        (
+            "reward",
+            {
+                "README.md",
+                "summary.md",
+                "config.json",
+                "model.safetensors",
+                "reward.json",
+                "metrics.json",
+                "log.jsonl",
+            },
+        ),
+        (
+            "ppo",
+            {
+                "README.md",
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "value_head.safetensors",
+                "log.jsonl",
+            },
+        ),
+        (
+            "ppo/best",
+            {
+                "README.md",
+                "config.json",
+                "generation_config.json",
+                "model.safetensors",
+                "value_head.safetensors",
+            },
+        ),
     ],
 )
 def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
@@ -87,7 +122,10 @@ def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
     api.create_repo.assert_called_with("org/name", private=False, exist_ok=True)
     (given, _), options = api.create_commit.call_args
     manifest = read_manifest(run / "t" / stage.split("/")[0])
-    assert (given, options) == ("org/name", {"commit_message": f"{manifest['stage']} {manifest['identity'][:12]}", "revision": None})
+    assert (given, options) == (
+        "org/name",
+        {"commit_message": f"{manifest['stage']} {manifest['identity'][:12]}", "revision": None},
+    )
     for name in files - {"README.md"}:
         assert api.pushed[name] == (folder / name).read_bytes()
     card = api.pushed["README.md"].decode()
@@ -130,7 +168,11 @@ def test_the_code_of_a_policys_card_answers_as_this_package_does(run, stage, tin
     model = load_policy(str(folder), tokenizer).eval()
     ids = prompt_ids(tokenizer, scope["prompt"])
     assert scope["inputs"]["input_ids"].tolist() == [ids]
-    expected = model.generate(**tokenizer.pad({"input_ids": [ids]}, return_tensors="pt"), max_new_tokens=len(scope["ids"]), do_sample=False)
+    expected = model.generate(
+        **tokenizer.pad({"input_ids": [ids]}, return_tensors="pt"),
+        max_new_tokens=len(scope["ids"]),
+        do_sample=False,
+    )
     assert scope["ids"].tolist() == expected[0, len(ids) :].tolist()
     assert ("adapter" in text) == (stage == "lora/sft")
 
@@ -140,13 +182,18 @@ def test_the_card_of_a_policy_tells_its_figures_and_its_settings(run):
     log = [json.loads(line) for line in (run / "t" / "ppo" / "log.jsonl").open()]
     step = opened.manifest["metrics"]["best_step"]
     at_best = next(entry for entry in log if entry["step"] == step and "eval_kl" in entry)
-    last, best = (policy_card_text(opened, folder, "org/name", is_adapter=False) for folder in (opened.path, opened.path / "best"))
+    last, best = (
+        policy_card_text(opened, folder, "org/name", is_adapter=False)
+        for folder in (opened.path, opened.path / "best")
+    )
     assert f"| kl | {opened.manifest['metrics']['eval_kl']:z.3f} |" in last
     assert f"| kl | {at_best['eval_kl']:z.3f} |" in best
     assert f"It is the policy of step {step}, which had the best evaluation." in best
     assert "started as `runs/t/sft` and was tuned by PPO" in last
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", last, re.S)[0])
-    assert config.PPOStage(run="t", **settings).training == opened.manifest["fingerprint"]["config"]["training"]
+    assert (
+        config.PPOStage(run="t", **settings).training == opened.manifest["fingerprint"]["config"]["training"]
+    )
     assert yaml.safe_load(last.split("---")[1])["tags"] == ["rlhf", "ppo"]
 
 
@@ -174,25 +221,37 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(run, api, tiny_re
 
 def test_files_of_another_model_are_not_mixed_with_it(run, api, capsys):
     api.list_repo_files.return_value = [".gitattributes", "README.md", "adapter_config.json"]
-    assert "org/name: contains files that this model does not have (adapter_config.json)" in fail(capsys, run / "t" / "sft")
+    assert "org/name: contains files that this model does not have (adapter_config.json)" in fail(
+        capsys, run / "t" / "sft"
+    )
     assert not api.create_commit.called
 
 
 @pytest.mark.parametrize(
     ("status", "expected", "code"),
-    [(401, "hf auth login", 2), (403, "the hub refused: said the hub; check the name", 2), (503, "could not be reached", 1)],
+    [
+        (401, "hf auth login", 2),
+        (403, "the hub refused: said the hub; check the name", 2),
+        (503, "could not be reached", 1),
+    ],
 )
 def test_what_the_hub_refuses_is_one_line(run, api, capsys, status, expected, code):
     response = Response(status, request=Request("POST", "https://hub"))
-    api.create_repo.side_effect = HfHubHTTPError("long\nstory", response=response, server_message="said the hub")
+    api.create_repo.side_effect = HfHubHTTPError(
+        "long\nstory", response=response, server_message="said the hub"
+    )
     assert expected in fail(capsys, run / "t" / "sft", code=code)
 
 
 def test_no_network_and_no_login(run, api, capsys, monkeypatch):
     api.create_repo.side_effect = OSError("no route")
-    assert "org/name: the hub could not be reached, and nothing was pushed: no route" in fail(capsys, run / "t" / "sft", code=1)
+    assert "org/name: the hub could not be reached, and nothing was pushed: no route" in fail(
+        capsys, run / "t" / "sft", code=1
+    )
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert "no one is logged in to the hub; run: hf auth login, or set HF_TOKEN" in fail(capsys, run / "t" / "sft")
+    assert "no one is logged in to the hub; run: hf auth login, or set HF_TOKEN" in fail(
+        capsys, run / "t" / "sft"
+    )
 
 
 def test_a_trainer_does_not_push_on_its_own(capsys):

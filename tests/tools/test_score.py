@@ -1,4 +1,6 @@
-"""Files scored and answered: values are `RewardModel.score`'s, an interruption changes no byte, what is wrong is told or quarantined."""
+"""Files scored and answered: values are `RewardModel.score`'s, an interruption changes no byte, what is wrong
+is told or quarantined.
+"""
 
 import csv
 import json
@@ -34,7 +36,11 @@ ROWS: list[dict[str, Any]] = [
 def model(tiny_records: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward artifact."""
     steps = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    paths = {"runs": str(tmp_path_factory.mktemp("runs")), "model": str(tiny_llama), "records": str(tiny_records)}
+    paths = {
+        "runs": str(tmp_path_factory.mktemp("runs")),
+        "model": str(tiny_llama),
+        "records": str(tiny_records),
+    }
     return reward.run(config.RewardStage(run="t", max_length=96, training=steps, **paths))
 
 
@@ -72,13 +78,22 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_every_row_gets_what_the_model_gives_it(suffix: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_gets_what_the_model_gives_it(
+    suffix: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = jsonl(tmp_path / "in.jsonl", ROWS)
-    assert main("score", model, source, f"new/out{suffix}", "--alpha", "-2", "--normalize", "--batch-size", "3") == 0
+    assert (
+        main("score", model, source, f"new/out{suffix}", "--alpha", "-2", "--normalize", "--batch-size", "3")
+        == 0
+    )
     found = rows_of(Path(f"new/out{suffix}"))
     as_text = str if suffix == ".csv" else lambda value: value
-    assert [{**row, "reward": 0} for row in found] == [{key: as_text(value) for key, value in row.items()} | {"reward": 0} for row in ROWS]
-    expected = RewardModel.load(model).score(*zip(*((r["prompt"], r["response"]) for r in ROWS), strict=True), alpha=-2, normalize=True)
+    assert [{**row, "reward": 0} for row in found] == [
+        {key: as_text(value) for key, value in row.items()} | {"reward": 0} for row in ROWS
+    ]
+    expected = RewardModel.load(model).score(
+        *zip(*((r["prompt"], r["response"]) for r in ROWS), strict=True), alpha=-2, normalize=True
+    )
     assert [float(row["reward"]) for row in found] == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) > 4
     assert capsys.readouterr().out.splitlines()[-1] == f"7 rows scored, 0 quarantined: new/out{suffix}"
@@ -94,7 +109,9 @@ def test_every_type_of_file_gives_the_same_rewards(name: str, model: Path, tmp_p
         parquet.write_table(table({key: [row[key] for row in ROWS] for key in ROWS[0]}), source)
     else:
         with source.open("w", encoding="utf-8-sig", newline="") as lines:  # a BOM, and CRLF after each row
-            writer = csv.DictWriter(lines, ROWS[0], delimiter="\t" if name == "in.tsv" else ",", quoting=csv.QUOTE_ALL)
+            writer = csv.DictWriter(
+                lines, ROWS[0], delimiter="\t" if name == "in.tsv" else ",", quoting=csv.QUOTE_ALL
+            )
             writer.writeheader()
             writer.writerows(ROWS)
     assert main("score", model, source, "out.csv") == 0
@@ -103,25 +120,53 @@ def test_every_type_of_file_gives_the_same_rewards(name: str, model: Path, tmp_p
 
 
 @pytest.mark.parametrize("column", ["completion", "text"])
-def test_the_answer_may_have_other_names_and_the_prompt_may_be_missing(column: str, model: Path, tmp_path: Path) -> None:
+def test_the_answer_may_have_other_names_and_the_prompt_may_be_missing(
+    column: str, model: Path, tmp_path: Path
+) -> None:
     assert main("score", model, jsonl(tmp_path / "in.jsonl", [{column: "An apple."}]), "out.jsonl") == 0
     (row,) = rows_of(Path("out.jsonl"))
-    assert row == {column: "An apple.", "reward": pytest.approx(RewardModel.load(model).score_response("", "An apple."), abs=1e-5)}
+    assert row == {
+        column: "An apple.",
+        "reward": pytest.approx(RewardModel.load(model).score_response("", "An apple."), abs=1e-5),
+    }
 
 
-def test_parquet_keeps_its_types_and_columns_of_some_rows_come_before_the_reward(model: Path, tmp_path: Path) -> None:
+def test_parquet_keeps_its_types_and_columns_of_some_rows_come_before_the_reward(
+    model: Path, tmp_path: Path
+) -> None:
     day = datetime(2024, 5, 1)
-    types = schema([("text", "string"), ("n", "int16"), ("x", "float32"), ("day", "timestamp[ms]"), ("none", "string")])
+    types = schema(
+        [("text", "string"), ("n", "int16"), ("x", "float32"), ("day", "timestamp[ms]"), ("none", "string")]
+    )
     parquet.write_table(
-        table({"text": ["a", "b"], "n": [1, None], "x": [0.5, 1], "day": [day, day], "none": [None, None]}, types), "in.parquet"
+        table(
+            {"text": ["a", "b"], "n": [1, None], "x": [0.5, 1], "day": [day, day], "none": [None, None]},
+            types,
+        ),
+        "in.parquet",
     )
     assert main("score", model, Path("in.parquet"), "out.parquet") == 0
     written = parquet.read_schema("out.parquet")
     assert written.remove(5).equals(types)
     assert arrow.is_float64(written.field("reward").type)
     assert main("score", model, Path("in.parquet"), "out.jsonl") == 0
-    assert rows_of(Path("out.jsonl"))[1] | {"reward": 0} == {"text": "b", "n": None, "x": 1, "day": str(day), "none": None, "reward": 0}
-    assert main("score", model, jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "tags": ["é", None]}]), "out.csv") == 0
+    assert rows_of(Path("out.jsonl"))[1] | {"reward": 0} == {
+        "text": "b",
+        "n": None,
+        "x": 1,
+        "day": str(day),
+        "none": None,
+        "reward": 0,
+    }
+    assert (
+        main(
+            "score",
+            model,
+            jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "tags": ["é", None]}]),
+            "out.csv",
+        )
+        == 0
+    )
     with open("out.csv", encoding="utf-8", newline="") as lines:
         (_, *head), (_, none, _), (_, tags, _) = csv.reader(lines)
     assert (head, none, json.loads(tags)) == (["tags", "reward"], "", ["é", None])
@@ -137,7 +182,9 @@ def test_answers_to_a_prompt_are_listed_best_first(
     opened = RewardModel.load(model)
     scores = opened.score(["Name a fruit."] * 5, answers)
     ranked = opened.rank("Name a fruit.", answers)
-    assert [line.split()[:2] for line in lines] == [[str(rank), f"{scores[i]:.4f}"] for rank, i in enumerate(ranked, 1)]
+    assert [line.split()[:2] for line in lines] == [
+        [str(rank), f"{scores[i]:.4f}"] for rank, i in enumerate(ranked, 1)
+    ]
     start = head.index("response")
     shown = {i: line[start:] for i, line in zip(ranked, lines, strict=True)}
     room = 40 - start
@@ -160,17 +207,30 @@ def best(model: Path, tiny_gpt2: Path, tmp_path: Path) -> Callable[..., list[Any
     return answer
 
 
-PROMPTS = [{"prompt": prompt, "id": i} for i, prompt in enumerate(["Name a fruit.", "word " * 300, "Why?", "سلام", "Name a colour."])]
+PROMPTS = [
+    {"prompt": prompt, "id": i}
+    for i, prompt in enumerate(["Name a fruit.", "word " * 300, "Why?", "سلام", "Name a colour."])
+]
 
 
-def test_the_best_of_n_are_the_best_of_what_evaluate_samples(best: Callable[..., list[Any]], model: Path, tiny_gpt2: Path) -> None:
+def test_the_best_of_n_are_the_best_of_what_evaluate_samples(
+    best: Callable[..., list[Any]], model: Path, tiny_gpt2: Path
+) -> None:
     from pipeline.evaluate.sampling import sample_policy
     from pipeline.models.loading import load_sampler
 
     found = best("out.jsonl", PROMPTS, "--seed", "5", "--temperature", "1.5")
-    settings = {"seed": 5, "temperature": 1.5, "response_tokens": 8, "max_prompt_tokens": 120, "batch_size": 4}  # of 128 positions
+    settings = {
+        "seed": 5,
+        "temperature": 1.5,
+        "response_tokens": 8,
+        "max_prompt_tokens": 120,
+        "batch_size": 4,
+    }  # of 128 positions
     stage = config.EvaluateStage.model_construct(**settings)
-    sampled = sample_policy(stage, "sft", *load_sampler(str(tiny_gpt2)), [row["prompt"] for row in PROMPTS], 3)
+    sampled = sample_policy(
+        stage, "sft", *load_sampler(str(tiny_gpt2)), [row["prompt"] for row in PROMPTS], 3
+    )
     scores = RewardModel.load(model).score(sampled["prompt"], sampled["text"])
     for i, (row, given) in enumerate(zip(found, PROMPTS, strict=True)):
         group = range(3 * i, 3 * i + 3)
@@ -183,15 +243,30 @@ def test_the_best_of_n_are_the_best_of_what_evaluate_samples(best: Callable[...,
 
 def test_an_answer_depends_on_the_seed_and_on_its_row(best: Callable[..., list[Any]]) -> None:
     rows = best("out.jsonl", PROMPTS)
-    assert best("again.jsonl", [PROMPTS[0], {"prompt": " "}, *PROMPTS[2:]], "--batch-size", "2") == [rows[0], *rows[2:]]
-    assert [row["prompt"] for row in rows_of(Path("again.jsonl.quarantine.jsonl"))[0].values() if isinstance(row, dict)] == [" "]
-    assert [row["response"] for row in best("other.jsonl", PROMPTS, "--seed", "1")] != [row["response"] for row in rows]
+    assert best("again.jsonl", [PROMPTS[0], {"prompt": " "}, *PROMPTS[2:]], "--batch-size", "2") == [
+        rows[0],
+        *rows[2:],
+    ]
+    assert [
+        row["prompt"]
+        for row in rows_of(Path("again.jsonl.quarantine.jsonl"))[0].values()
+        if isinstance(row, dict)
+    ] == [" "]
+    assert [row["response"] for row in best("other.jsonl", PROMPTS, "--seed", "1")] != [
+        row["response"] for row in rows
+    ]
 
 
-def test_a_policy_without_room_for_a_prompt_is_refused(model: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_without_room_for_a_prompt_is_refused(
+    model: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = jsonl(Path("in.jsonl"), PROMPTS)
-    line = refusal(capsys, "best-of-n", model, source, "out.csv", "--policy", str(tiny_gpt2), "--response-tokens", "128")
-    assert line == f"error: {tiny_gpt2}: its 128 positions leave no room for a prompt; lower --response-tokens"
+    line = refusal(
+        capsys, "best-of-n", model, source, "out.csv", "--policy", str(tiny_gpt2), "--response-tokens", "128"
+    )
+    assert (
+        line == f"error: {tiny_gpt2}: its 128 positions leave no room for a prompt; lower --response-tokens"
+    )
 
 
 # Interruptions
@@ -202,7 +277,10 @@ PARTIAL = Path(".out.csv.partial.jsonl")
 @pytest.fixture(params=["score", "best-of-n"])
 def run(request: pytest.FixtureRequest, model: Path, tiny_gpt2: Path) -> Callable[..., int]:
     """One command, always the same but for what is given."""
-    more = {"score": ["--alpha=3"], "best-of-n": ["--policy", str(tiny_gpt2), "--n=2", "--response-tokens=4", "--seed=3"]}[request.param]
+    more = {
+        "score": ["--alpha=3"],
+        "best-of-n": ["--policy", str(tiny_gpt2), "--n=2", "--response-tokens=4", "--seed=3"],
+    }[request.param]
     source = jsonl(Path("in.jsonl"), (ROWS if request.param == "score" else PROMPTS)[:5])
     return lambda *others: main(request.param, model, source, "out.csv", *more, *others)
 
@@ -213,22 +291,30 @@ def partial(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> bytes:
     states: list[bytes] = []
     publish = _publish
     with monkeypatch.context() as patched:
-        patched.setattr(score, "_publish", lambda *given: (states.append(PARTIAL.read_bytes()), publish(*given)))
+        patched.setattr(
+            score, "_publish", lambda *given: (states.append(PARTIAL.read_bytes()), publish(*given))
+        )
         assert run() == 0
     return states[0]
 
 
-def test_cut_anywhere_it_ends_in_the_same_bytes(run: Callable[..., int], partial: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cut_anywhere_it_ends_in_the_same_bytes(
+    run: Callable[..., int], partial: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = Path("out.csv").read_bytes()
     ends = [i + 1 for i, byte in enumerate(partial) if byte == ord("\n")]
     done = set()
     for cut in (3, ends[0] - 1, ends[0], ends[0] + 5, ends[1], ends[-2], ends[-1] - 1, ends[-1]):
-        finished = sum(len(json.loads(line)) for line in partial[:cut].splitlines()[1 : sum(end <= cut for end in ends)])
+        finished = sum(
+            len(json.loads(line)) for line in partial[:cut].splitlines()[1 : sum(end <= cut for end in ends)]
+        )
         PARTIAL.write_bytes(partial[:cut])
         Path("out.csv").unlink()
         capsys.readouterr()
         assert run() == 0
-        assert (f"resuming {PARTIAL}: {finished} of 5 rows are done" in capsys.readouterr().out) == (finished > 0)
+        assert (f"resuming {PARTIAL}: {finished} of 5 rows are done" in capsys.readouterr().out) == (
+            finished > 0
+        )
         assert Path("out.csv").read_bytes() == whole
         done.add(finished)
         assert left(Path()) == ["in.jsonl", "out.csv"]
@@ -254,9 +340,17 @@ def test_what_was_replaced_stays_until_the_new_one_is_whole(
     assert left(Path()) == ["in.jsonl", "out.csv"]
 
 
-@pytest.mark.parametrize(("more", "rows", "named"), [(("--alpha=2",), 6, "alpha"), ((), 4, "input"), (("--normalize",), 6, "normalize")])
+@pytest.mark.parametrize(
+    ("more", "rows", "named"),
+    [(("--alpha=2",), 6, "alpha"), ((), 4, "input"), (("--normalize",), 6, "normalize")],
+)
 def test_what_was_made_from_something_else_is_not_gone_on_from(
-    more: Any, rows: int, named: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: Any,
+    rows: int,
+    named: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = Path("in.jsonl")
     with monkeypatch.context() as patched:
@@ -265,7 +359,9 @@ def test_what_was_made_from_something_else_is_not_gone_on_from(
     capsys.readouterr()
     jsonl(source, ROWS[:rows])
     assert main("score", model, source, "out.csv", *more) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"{PARTIAL}: was made with another {named}; starting over"
+    assert (
+        capsys.readouterr().out.splitlines()[0] == f"{PARTIAL}: was made with another {named}; starting over"
+    )
     assert main("score", model, source, "clean.csv", *more) == 0
     assert Path("out.csv").read_bytes() == Path("clean.csv").read_bytes()
 
@@ -273,7 +369,9 @@ def test_what_was_made_from_something_else_is_not_gone_on_from(
 # What is wrong
 
 
-def test_a_bad_row_is_quarantined_with_its_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_row_is_quarantined_with_its_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = [
         '{"text": ""}',
         '{"text": " \\n"}',
@@ -285,18 +383,31 @@ def test_a_bad_row_is_quarantined_with_its_line(model: Path, tmp_path: Path, cap
         '{"text": "\\ud800"}',
     ]
     source = tmp_path / "in.jsonl"
-    source.write_text("\r\n".join(['{"text": "first"}', *bad, "", '{"prompt": null, "text": "last"}']), encoding="utf-8")
+    source.write_text(
+        "\r\n".join(['{"text": "first"}', *bad, "", '{"prompt": null, "text": "last"}']), encoding="utf-8"
+    )
     assert main("score", model, source, "out.jsonl") == 0
     assert [row["text"] for row in rows_of(Path("out.jsonl"))] == ["first", "last"]
     entries = rows_of(Path("out.jsonl.quarantine.jsonl"))
     assert [list(entry) for entry in entries] == [["source", "line", "reason", "detail", "row"]] * 8
     assert [(entry["line"], entry["reason"]) for entry in entries] == [
-        (2, "empty-text"), (3, "empty-text"), (4, "not-text"), (5, "unreadable-line"), (6, "not-text"), (7, "not-text"),
-        (8, "unreadable-line"), (9, "not-unicode"),
-    ]  # fmt: skip
-    assert (entries[0]["row"], entries[3]["row"], entries[3]["source"]) == ({"text": ""}, "{torn", str(source))
+        (2, "empty-text"),
+        (3, "empty-text"),
+        (4, "not-text"),
+        (5, "unreadable-line"),
+        (6, "not-text"),
+        (7, "not-text"),
+        (8, "unreadable-line"),
+        (9, "not-unicode"),
+    ]
+    assert (entries[0]["row"], entries[3]["row"], entries[3]["source"]) == (
+        {"text": ""},
+        "{torn",
+        str(source),
+    )
     assert capsys.readouterr().out.splitlines() == [
-        "  quarantined: empty-text 2, not-text 3, not-unicode 1, unreadable-line 2; see out.jsonl.quarantine.jsonl",
+        "  quarantined: empty-text 2, not-text 3, not-unicode 1, unreadable-line 2; see "
+        "out.jsonl.quarantine.jsonl",
         "2 rows scored, 8 quarantined: out.jsonl",
     ]
     jsonl(source, [{"text": "good"}])
@@ -311,19 +422,34 @@ def test_a_bad_row_is_quarantined_with_its_line(model: Path, tmp_path: Path, cap
         ("out", "text\na\n", "--output out: expected a name that ends in .csv, .jsonl, .parquet"),
         ("out.csv", None, "--input in.csv: does not exist; expected .csv, .tsv, .json, .jsonl, .parquet"),
         ("in.csv", "text\na\n", "--output in.csv: is the input; name another file"),
-        ("old.csv", "text\na\n", "--output old.csv: exists already; name another file, or add --force to replace it"),
+        (
+            "old.csv",
+            "text\na\n",
+            "--output old.csv: exists already; name another file, or add --force to replace it",
+        ),
         (
             "out.csv",
             "prompt,respnse\na,b\n",
-            "in.csv: score needs a column 'response' or 'completion' or 'text', found prompt, respnse; did you mean",
+            "in.csv: score needs a column 'response' or 'completion' or 'text', found prompt, "
+            "respnse; did you mean",
         ),
-        ("out.csv", "text,reward\na,b\n", "in.csv: already has a column 'reward', which score would write; rename or remove it"),
+        (
+            "out.csv",
+            "text,reward\na,b\n",
+            "in.csv: already has a column 'reward', which score would write; rename or remove it",
+        ),
         ("out.csv", "text\n", "in.csv: none of its 0 rows can be scored"),
-        ("out.csv", "prompt,text\na,\n,  \n", "in.csv: none of its 2 rows can be scored; line 2: response: is empty or blank"),
+        (
+            "out.csv",
+            "prompt,text\na,\n,  \n",
+            "in.csv: none of its 2 rows can be scored; line 2: response: is empty or blank",
+        ),
         ("out.csv", 'text\n"torn', "in.csv:2: not valid CSV from here on"),
     ],
 )
-def test_refusals_come_before_anything_loads(output: str, text: str | None, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_come_before_anything_loads(
+    output: str, text: str | None, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if text is not None:
         Path("in.csv").write_text(text)
     Path("old.csv").write_text("kept")
@@ -334,12 +460,19 @@ def test_refusals_come_before_anything_loads(output: str, text: str | None, expe
 
 def test_what_parquet_cannot_hold_is_told_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
     source = jsonl(Path("in.jsonl"), [{"text": "a", "x": 1}, {"text": "b", "x": "one"}])
-    assert "in.jsonl: cannot be written as Parquet: " in refusal(capsys, "score", Path("runs/no/reward"), source, "out.parquet")
+    assert "in.jsonl: cannot be written as Parquet: " in refusal(
+        capsys, "score", Path("runs/no/reward"), source, "out.parquet"
+    )
 
 
-def test_models_are_checked_as_stages_check_them(model: Path, tiny_gpt2: Path, tiny_records: Path, capsys: Any) -> None:
+def test_models_are_checked_as_stages_check_them(
+    model: Path, tiny_gpt2: Path, tiny_records: Path, capsys: Any
+) -> None:
     source = jsonl(Path("in.jsonl"), PROMPTS)
-    found = [refusal(capsys, "best-of-n", model, source, "out.csv", "--policy", str(policy)) for policy in (model, "runs/no/sft")]
+    found = [
+        refusal(capsys, "best-of-n", model, source, "out.csv", "--policy", str(policy))
+        for policy in (model, "runs/no/sft")
+    ]
     assert f"{model}: is of kind 'reward', expected 'policy'; run: rlhf run --until sft" in found[0]
     assert "runs/no/sft: does not exist; run: rlhf run --until sft" in found[1]
     assert cli.main(["compare", "--reward", str(tiny_records), "a", "b"]) == 2
@@ -353,12 +486,18 @@ def test_models_are_checked_as_stages_check_them(model: Path, tiny_gpt2: Path, t
 def test_an_output_has_one_writer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = jsonl(Path("in.jsonl"), ROWS[:1])
     with FileLock(".out.csv.lock"):
-        assert "--output out.csv: is being written by another process" in refusal(capsys, "score", model, source, "out.csv")
+        assert "--output out.csv: is being written by another process" in refusal(
+            capsys, "score", model, source, "out.csv"
+        )
 
 
-def test_a_reward_that_is_no_number_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_is_no_number_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(RewardModel, "score", lambda *given, **options: [1.0, float("nan")])
-    assert f"{model}: gives the reward nan" in refusal(capsys, "score", model, jsonl(Path("in.jsonl"), ROWS[:2]), "out.csv")
+    assert f"{model}: gives the reward nan" in refusal(
+        capsys, "score", model, jsonl(Path("in.jsonl"), ROWS[:2]), "out.csv"
+    )
     assert PARTIAL.read_bytes().count(b"\n") == 1
 
 
@@ -370,13 +509,24 @@ FILES = ("--input", "a", "--output", "b", "--reward", "c")
     [
         (("score", *FILES, "max_length=5"), "unrecognized arguments: max_length=5"),
         (("compare", "--reward", "c", "prompt"), "the following arguments are required: answer"),
-        (("score", *FILES, "--batch-size", "0"), "argument --batch-size: expected a whole number above 0, found '0'"),
+        (
+            ("score", *FILES, "--batch-size", "0"),
+            "argument --batch-size: expected a whole number above 0, found '0'",
+        ),
         (("score", *FILES, "--alpha", "nan"), "argument --alpha: expected a number, found 'nan'"),
-        (("best-of-n", *FILES, "--policy", "d", "--temperature", "0"), "argument --temperature: expected a number above 0, found '0'"),
+        (
+            ("best-of-n", *FILES, "--policy", "d", "--temperature", "0"),
+            "argument --temperature: expected a number above 0, found '0'",
+        ),
     ],
 )
-def test_no_command_line_of_these(argv: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_line_of_these(
+    argv: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2
-    assert capsys.readouterr().err == f"error: {expected}; see rlhf{'' if 'max' in expected else ' ' + argv[0]} --help\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {expected}; see rlhf{'' if 'max' in expected else ' ' + argv[0]} --help\n"
+    )

@@ -1,4 +1,4 @@
-"""`rlhf show` prints an artifact, the state of a run, and the differences of two; it finds what was altered."""
+"""`rlhf show` prints an artifact, the state of a run, and how two differ; it finds what was altered."""
 
 import json
 import os
@@ -32,11 +32,16 @@ def test_sections_and_values(tiny_records: Path, capsys: pytest.CaptureFixture[s
     ]
     assert inputs == f"inputs\n  {name}  {name}  {manifest['inputs'][name]['identity']}"
     assert rows.splitlines()[1].split() == ["read", "135"]
-    assert metrics.splitlines()[1].split() == ["comparisons.train", str(manifest["metrics"]["comparisons.train"])]
+    assert metrics.splitlines()[1].split() == [
+        "comparisons.train",
+        str(manifest["metrics"]["comparisons.train"]),
+    ]
     assert versions.splitlines()[1].split() == ["python", manifest["versions"]["python"]]
 
 
-def test_verify_finds_what_size_and_time_hide(tiny_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_what_size_and_time_hide(
+    tiny_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_records, tmp_path / "prepare")
     assert main(["show", str(folder)]) == 0
     file = folder / "config.yaml"
@@ -50,28 +55,40 @@ def test_verify_finds_what_size_and_time_hide(tiny_records: Path, tmp_path: Path
 
 def test_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path / "none")]) == 2
-    assert f"{tmp_path}/none: does not exist; expected a run, such as runs/demo, or" in capsys.readouterr().err
+    assert (
+        f"{tmp_path}/none: does not exist; expected a run, such as runs/demo, or" in capsys.readouterr().err
+    )
 
 
 def test_what_is_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}: contains nothing that a stage wrote; expected a run, such as runs/demo, or a folder that a stage wrote, "
+        f"error: {tmp_path}: contains nothing that a stage wrote; expected a run, such as runs/demo, "
+        f"or a folder that a stage wrote, "
         "such as runs/demo/reward\n"
     )
 
 
 def made(folder: Path, stage: str, metrics: dict, *inputs: str, text: str = "made", **settings) -> Path:
     """A stage of the run `folder`, from other stages of it, made without a model."""
-    values = {"run": folder.name, "runs": str(folder.parent)} | ({"model": "scratch"} if stage in ("sft", "reward") else {}) | settings
+    values = (
+        {"run": folder.name, "runs": str(folder.parent)}
+        | ({"model": "scratch"} if stage in ("sft", "reward") else {})
+        | settings
+    )
     loaded = config.STAGES[stage](**values)
-    opened = {name: require_artifact(folder / name, read_manifest(folder / name)["kind"], "again") for name in inputs}
+    opened = {
+        name: require_artifact(folder / name, read_manifest(folder / name)["kind"], "again")
+        for name in inputs
+    }
 
     def make(output: Path, work: Path) -> dict:
         (output / "content.txt").write_text(text)
         return {"metrics": metrics}
 
-    return build_artifact(loaded, kind="reward" if stage == "reward" else "policy", inputs=opened, make=make, log=lambda _: None)
+    return build_artifact(
+        loaded, kind="reward" if stage == "reward" else "policy", inputs=opened, make=make, log=lambda _: None
+    )
 
 
 @pytest.fixture
@@ -84,7 +101,10 @@ def run(tmp_path: Path) -> Path:
 def table_of(shown: str) -> dict[str, list[str]]:
     """By stage the cells of the first table, which two blanks keep apart."""
     lines = shown.split("\n\n")[1].splitlines()[1:]
-    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines)}
+    return {
+        cells[0]: cells[1:]
+        for cells in ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines)
+    }
 
 
 def identity(folder: Path) -> str:
@@ -94,7 +114,10 @@ def identity(folder: Path) -> str:
 def test_a_run_is_told_stage_by_stage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(run), "--verify"]) == 0
     shown = capsys.readouterr().out
-    found, sizes = table_of(shown), {stage: sum(file.stat().st_size for file in (run / stage).iterdir()) for stage in ("sft", "reward")}
+    found, sizes = (
+        table_of(shown),
+        {stage: sum(file.stat().st_size for file in (run / stage).iterdir()) for stage in ("sft", "reward")},
+    )
     assert found["prepare"] == ["not made", "0 B"]
     for stage, figures in (("sft", "loss 0.25"), ("reward", "accuracy 0.75")):
         assert found[stage][0] == "done"
@@ -103,7 +126,9 @@ def test_a_run_is_told_stage_by_stage(run: Path, capsys: pytest.CaptureFixture[s
     assert shown.split("\n\n")[2].splitlines()[2] == f"reward  sft {identity(run / 'sft')}"
 
 
-def test_what_is_altered_or_made_from_another_input_than_there_is_now(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_altered_or_made_from_another_input_than_there_is_now(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     was = identity(run / "sft")
     made(run, "sft", {}, text="made anew", seed=1)
     moved = run.rename(run.with_name("moved"))  # its manifests name inputs by where they were
@@ -118,7 +143,9 @@ def test_what_is_altered_or_made_from_another_input_than_there_is_now(run: Path,
     assert "sft: content.txt was altered: its SHA-256 is" in shown
 
 
-def test_an_interrupted_stage_shows_the_step_it_resumes_from(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_stage_shows_the_step_it_resumes_from(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for stage in ("reward", "ppo"):  # one that was published before, and one that was not
         for step in (9, 20, 40):  # nothing resumes from the last step
             checkpoint = work_folder(run / stage) / f"checkpoint-{step}"
@@ -153,7 +180,9 @@ def test_two_runs_differ_in_settings_and_headlines(run: Path, capsys: pytest.Cap
     assert main(["show", str(run / "reward"), str(other / "reward")]) == 0
     settings, figures = capsys.readouterr().out.rstrip().split("\n\n")
     assert settings == "settings: the same"
-    assert [line.split() for line in figures.splitlines()[1:]] == [["reward.comparisons.margin", "1.5", "2", "+0.5"]]
+    assert [line.split() for line in figures.splitlines()[1:]] == [
+        ["reward.comparisons.margin", "1.5", "2", "+0.5"]
+    ]
 
 
 def test_what_is_altered_is_not_told_to_be_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +195,9 @@ def test_what_is_altered_is_not_told_to_be_the_same(run: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("names", [("a", "a/sft"), ("a/sft", "a/reward")])
-def test_what_cannot_be_compared(names: tuple[str, str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compared(
+    names: tuple[str, str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["show", *(str(run.parent / name) for name in names)]) == 2
     assert "expected two runs, or two artifacts of one stage" in capsys.readouterr().err
 

@@ -30,7 +30,12 @@ def test_tokens_per_second_are_those_since_the_last_log(shown):
 
 def test_a_log_may_tell_its_own_speed(shown):
     made, figures = shown
-    made.on_log(None, None, None, {"loss": 0.5, "objective/raw_scores": 1.25, "objective/kl": 0.0625, "tokens_per_second": 1234.5})
+    made.on_log(
+        None,
+        None,
+        None,
+        {"loss": 0.5, "objective/raw_scores": 1.25, "objective/kl": 0.0625, "tokens_per_second": 1234.5},
+    )
     assert figures == [{"loss": "0.500", "reward": "1.250", "kl": "0.062", "tokens/s": "1,234"}]
 
 
@@ -41,5 +46,9 @@ def test_it_takes_the_place_of_the_trainers_own_and_of_no_other(tiny_gpt2, tmp_p
         args = TrainingArguments(str(tmp_path), disable_tqdm=disable, report_to="none", use_cpu=True)
         trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_gpt2), args)
         use_metrics_bar(trainer)
-        bars = [type(callback) for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+        bars = [
+            type(callback)
+            for callback in trainer.callback_handler.callbacks
+            if isinstance(callback, ProgressCallback)
+        ]
         assert bars == expected

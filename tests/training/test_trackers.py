@@ -1,4 +1,6 @@
-"""Trackers: what TensorBoard shows is what the log holds, over an interruption; what could not report is refused before the work."""
+"""Trackers: what TensorBoard shows is what the log holds, over an interruption; what could not report is
+refused before the work.
+"""
 
 import json
 from datetime import datetime, timedelta
@@ -16,11 +18,26 @@ from pipeline.sft import stage as sft
 from pipeline.training import trackers
 from pipeline.training.callbacks import PrintEvaluations
 
-STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+STEPS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "logging_steps": 1,
+}
 
 
-def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(tmp_path: Path, tiny_records: Path, tiny_gpt2: Path) -> None:
-    common = {"run": "t", "runs": str(tmp_path), "model": str(tiny_gpt2), "records": str(tiny_records), "max_length": 96}
+def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(
+    tmp_path: Path, tiny_records: Path, tiny_gpt2: Path
+) -> None:
+    common = {
+        "run": "t",
+        "runs": str(tmp_path),
+        "model": str(tiny_gpt2),
+        "records": str(tiny_records),
+        "max_length": 96,
+    }
     stage = config.SFTStage(training=STEPS | {"report_to": "tensorboard"}, **common)
 
     def kill(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -35,11 +52,17 @@ def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(tmp_path: P
     (events,) = (tmp_path / "t" / "logs" / "sft").iterdir()
     found = EventAccumulator(str(events)).Reload()
     log = [json.loads(line) for line in (folder / "log.jsonl").open()]
-    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("eval/loss", "eval_loss")):
+    for tag, key in (
+        ("train/loss", "loss"),
+        ("train/learning_rate", "learning_rate"),
+        ("eval/loss", "eval_loss"),
+    ):
         logged = [(entry["step"], pytest.approx(entry[key])) for entry in log if key in entry]
         assert len(logged) >= 2
         assert [(event.step, event.value) for event in found.Scalars(tag)] == logged
-    later = datetime.now() + timedelta(seconds=2)  # a folder is named by the second in which its training starts
+    later = datetime.now() + timedelta(
+        seconds=2
+    )  # a folder is named by the second in which its training starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trackers, "datetime", SimpleNamespace(now=lambda: later))
         sft.run(stage.model_copy(update={"force": True, "seed": 1}))
@@ -47,9 +70,13 @@ def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(tmp_path: P
     assert not [name for name in read_manifest(folder)["files"] if "events" in name]
 
 
-def test_the_user_s_own_place_for_tensorboard_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_s_own_place_for_tensorboard_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "own"))
-    trainer: Any = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[trackers.TensorBoardCallback()]))
+    trainer: Any = SimpleNamespace(
+        callback_handler=SimpleNamespace(callbacks=[trackers.TensorBoardCallback()])
+    )
     trackers.start_trackers(trainer, work_folder(tmp_path / "t" / "sft"), 0)
     assert len(list((tmp_path / "own").iterdir())) == 1
     assert not (tmp_path / "t").exists()
@@ -67,11 +94,18 @@ def test_the_user_s_own_place_for_tensorboard_is_kept(tmp_path: Path, monkeypatc
     ],
 )
 def test_a_tracker_that_could_not_report_is_refused_before_the_first_stage(
-    stage: str, given: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    given: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(trackers, "find_spec", lambda name: name if name in ("tensorboard", "wandb") else None)
+    monkeypatch.setattr(
+        trackers, "find_spec", lambda name: name if name in ("tensorboard", "wandb") else None
+    )
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_CONFIG_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["run", "--recipe", "demo", f"{stage}.training.report_to={given}"]) == 2
@@ -97,15 +131,31 @@ NETRC, SETTINGS = "machine {} login user password " + "k" * 40, "[default]\n{}"
         ({}, {".netrc": NETRC.format("api.wandb.ai")}, True),
         ({}, {".netrc": NETRC.format("example.org")}, False),
         ({}, {".netrc": "machine"}, False),
-        ({"WANDB_BASE_URL": "https://wandb.example.org"}, {".netrc": NETRC.format("wandb.example.org")}, True),
+        (
+            {"WANDB_BASE_URL": "https://wandb.example.org"},
+            {".netrc": NETRC.format("wandb.example.org")},
+            True,
+        ),
         ({"NETRC": "elsewhere"}, {"elsewhere": NETRC.format("api.wandb.ai")}, True),
     ],
 )
 def test_where_wandb_finds_a_login(
-    environment: dict[str, str], files: dict[str, str], ready: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str],
+    files: dict[str, str],
+    ready: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "WANDB_DIR", "NETRC"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_MODE",
+        "WANDB_BASE_URL",
+        "WANDB_CONFIG_DIR",
+        "WANDB_DIR",
+        "NETRC",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in environment.items():

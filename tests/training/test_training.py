@@ -1,4 +1,6 @@
-"""What trained stages share: the checkpoint a run goes on from, the values of their sections, what this machine can do."""
+"""What trained stages share: the checkpoint a run goes on from, the values of their sections, what this
+machine can do.
+"""
 
 import errno
 import json
@@ -31,7 +33,11 @@ def test_the_newest_whole_checkpoint_before_the_last_step_counts(tmp_path):
     whole = checkpoint(tmp_path, 8, json.dumps({"global_step": 8, "max_steps": 20}))
     newer = [
         checkpoint(tmp_path, step, state)
-        for step, state in ((9, '{"global_step": 9, "max'), (10, None), (20, '{"global_step": 20, "max_steps": 20}'))
+        for step, state in (
+            (9, '{"global_step": 9, "max'),
+            (10, None),
+            (20, '{"global_step": 20, "max_steps": 20}'),
+        )
     ]
     older = checkpoint(tmp_path, 2, json.dumps({"global_step": 2, "max_steps": 20}))
     assert last_checkpoint(tmp_path) == whole
@@ -43,25 +49,37 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
     assert last_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize(("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)])
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)]
+)
 def test_yaml_values_become_what_the_field_wants(hint, value, expected):
     assert _convert(hint, value) == expected
 
 
 @pytest.mark.parametrize(("free", "expected"), [(0, OSError), (2**30, RuntimeError)])
-def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(tmp_path, monkeypatch, free, expected):
+def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(
+    tmp_path, monkeypatch, free, expected
+):
     def train(**_):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2737088 vs 2736980")
 
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: {tmp_path: SimpleNamespace(free=free)}[place])
+    monkeypatch.setattr(
+        checkpoints.shutil, "disk_usage", lambda place: {tmp_path: SimpleNamespace(free=free)}[place]
+    )
     with pytest.raises(expected) as error:
         train_with_resume(
             SimpleNamespace(
-                add_callback=print, train=train, remove_callback=lambda _: None, callback_handler=SimpleNamespace(callbacks=[])
+                add_callback=print,
+                train=train,
+                remove_callback=lambda _: None,
+                callback_handler=SimpleNamespace(callbacks=[]),
             ),
             tmp_path,
         )
-    assert expected is RuntimeError or (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path))
+    assert expected is RuntimeError or (error.value.errno, error.value.filename) == (
+        errno.ENOSPC,
+        str(tmp_path),
+    )
 
 
 def test_bf16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
@@ -72,14 +90,17 @@ def test_bf16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
 
 def test_one_process_over_several_gpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", 4)
-    with pytest.raises(UserError, match=r"4 GPUs are visible to one process; .*'accelerate launch -m pipeline sft"):
+    with pytest.raises(
+        UserError, match=r"4 GPUs are visible to one process; .*'accelerate launch -m pipeline sft"
+    ):
         build_arguments(config.SFTStage(run="x", model="a"), SFTConfig, tmp_path)
 
 
 def test_two_precisions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(
-        UserError, match=r"sft: precision is fp32, but accelerate launch has mixed_precision: bf16; .*'no' in its file"
+        UserError,
+        match=r"sft: precision is fp32, but accelerate launch has mixed_precision: bf16; .*'no' in its file",
     ):
         build_arguments(config.SFTStage(run="x", model="a", precision="fp32"), SFTConfig, tmp_path)
 
@@ -95,7 +116,9 @@ def test_two_precisions_are_refused(tmp_path, monkeypatch):
         ({"processes": 4}, 1, (3, 3), (3, 12)),
     ],
 )
-def test_a_step_keeps_its_rows_on_another_number_of_processes(begun, here, batch, shares, tmp_path, monkeypatch):
+def test_a_step_keeps_its_rows_on_another_number_of_processes(
+    begun, here, batch, shares, tmp_path, monkeypatch
+):
     monkeypatch.setattr(arguments, "world_size", lambda: here)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if begun:
@@ -108,15 +131,26 @@ def test_a_step_keeps_its_rows_on_another_number_of_processes(begun, here, batch
 @pytest.mark.parametrize(
     ("begun", "found"),
     [
-        ({"processes": 2, "sharded_by": "nothing"}, "16 rows per step, which 3 processes cannot share evenly; start a number of processes that divides 16"),
-        ({"processes": 3, "sharded_by": "FSDP"}, "was started with weights sharded by FSDP, but this launch has weights sharded by nothing"),
+        (
+            {"processes": 2, "sharded_by": "nothing"},
+            "16 rows per step, which 3 processes cannot share evenly; start a number of processes "
+            "that divides 16",
+        ),
+        (
+            {"processes": 3, "sharded_by": "FSDP"},
+            "was started with weights sharded by FSDP, but this launch has weights sharded by nothing",
+        ),
     ],
 )
 def test_what_another_launch_cannot_go_on_from_is_refused(begun, found, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "world_size", lambda: 3)
     (tmp_path / "begun.json").write_text(json.dumps(begun))
     with pytest.raises(UserError, match=found):
-        build_arguments(config.SFTStage(run="x", model="a", training={"per_device_train_batch_size": 8}), SFTConfig, tmp_path)
+        build_arguments(
+            config.SFTStage(run="x", model="a", training={"per_device_train_batch_size": 8}),
+            SFTConfig,
+            tmp_path,
+        )
 
 
 def test_dropout_is_off_wherever_a_model_keeps_its_probability():
@@ -124,7 +158,13 @@ def test_dropout_is_off_wherever_a_model_keeps_its_probability():
     module[1].dropout = module[1].attention_dropout = module[1].layerdrop = 0.1
     module[1].scale = 0.5
     disable_dropout(module)
-    assert (module[0].p, module[1].dropout, module[1].attention_dropout, module[1].layerdrop, module[1].scale) == (0, 0, 0, 0, 0.5)
+    assert (
+        module[0].p,
+        module[1].dropout,
+        module[1].attention_dropout,
+        module[1].layerdrop,
+        module[1].scale,
+    ) == (0, 0, 0, 0, 0.5)
 
 
 def test_what_cannot_be_quantized_here_is_refused_before_it_is_loaded(monkeypatch):
@@ -135,7 +175,10 @@ def test_what_cannot_be_quantized_here_is_refused_before_it_is_loaded(monkeypatc
         (config.PPOStage(lora={}, reward="math:sqrt", **common), ppo),
         (config.EvaluateStage(**common), evaluate),
     ):
-        with pytest.raises(UserError, match=f"{stage.stage}: quantization: 4bit needs bitsandbytes, which is not installed here"):
+        with pytest.raises(
+            UserError,
+            match=f"{stage.stage}: quantization: 4bit needs bitsandbytes, which is not installed here",
+        ):
             module.check(stage)
 
 

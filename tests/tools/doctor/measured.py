@@ -1,4 +1,6 @@
-"""PPO stages of several sizes, each in a process of its own: bytes over those of the imports at their peak, and what doctor estimated."""
+"""PPO stages of several sizes, each in a process of its own: bytes over those of the imports at their peak,
+and what doctor estimated.
+"""
 
 import gc
 import json
@@ -32,17 +34,36 @@ def spread(prompts: Any, completion_ids: Any, **_: Any) -> list[float]:
 def stage(folder: Path, records: str, name: str) -> config.PPOStage:
     size = SIZES[name]
     training = {
-        "num_rollouts": 1, "num_ppo_epochs": 2, "per_device_train_batch_size": size["rows"], "generation_batch_size": size["rows"],
-        "response_tokens": 32, "min_response_tokens": 32, "per_device_eval_batch_size": 16, "save_strategy": "no",
-    }  # fmt: skip
-    given = {"policy": str(folder / name), "records": records, "reward": f"{__name__}:spread", "lora": size["lora"]}
-    return config.PPOStage(run=name.split(",")[0] + str(size["rows"]), runs=str(folder), training=training, **given)
+        "num_rollouts": 1,
+        "num_ppo_epochs": 2,
+        "per_device_train_batch_size": size["rows"],
+        "generation_batch_size": size["rows"],
+        "response_tokens": 32,
+        "min_response_tokens": 32,
+        "per_device_eval_batch_size": 16,
+        "save_strategy": "no",
+    }
+    given = {
+        "policy": str(folder / name),
+        "records": records,
+        "reward": f"{__name__}:spread",
+        "lora": size["lora"],
+    }
+    return config.PPOStage(
+        run=name.split(",")[0] + str(size["rows"]), runs=str(folder), training=training, **given
+    )
 
 
 def save_policy(folder: Path, words: str, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(words)
-    size = config.Scratch(layers=SIZES[name]["layers"], width=SIZES[name]["width"], positions=128, vocabulary=len(tokenizer))
-    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    size = config.Scratch(
+        layers=SIZES[name]["layers"], width=SIZES[name]["width"], positions=128, vocabulary=len(tokenizer)
+    )
+    ids = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     GPT2LMHeadModel(decoder_config(size, len(tokenizer), **ids)).save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
 
@@ -66,8 +87,11 @@ def main(folder: Path, records: str, words: str) -> None:
     forked = multiprocessing.get_context("fork")
     for name in SIZES:
         figures = {"size": name}
-        for key, work, given in (("", save_policy, (folder, words, name)), ("measured", measure, (folder, records, name)),
-                                 ("estimated", estimated, (folder, records, name))):  # fmt: skip
+        for key, work, given in (
+            ("", save_policy, (folder, words, name)),
+            ("measured", measure, (folder, records, name)),
+            ("estimated", estimated, (folder, records, name)),
+        ):
             found = forked.SimpleQueue()
             process = forked.Process(target=work, args=(*given, *([found] if key else [])))
             process.start()

@@ -20,7 +20,13 @@ def lines(text: str) -> dict[str, str]:
 def test_a_recipe_that_has_not_run(tmp_path, capsys):
     assert main(["doctor", "--config", "configs/demo", f"runs={tmp_path}"]) == 0
     said = capsys.readouterr().out
-    assert [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")] == ["prepare", "sft", "reward", "ppo", "evaluate"]
+    assert [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")] == [
+        "prepare",
+        "sft",
+        "reward",
+        "ppo",
+        "evaluate",
+    ]
     assert "not made yet; rlhf run --recipe demo --until reward makes it" in lines(said)["reward"]
     assert "KV cache" in lines(said)["memory"]
 
@@ -30,23 +36,43 @@ def test_a_recipe_of_real_size_fits_where_it_says(recipe, tmp_path, capsys, monk
     monkeypatch.setattr("pipeline.tools.doctor.plans.reachable_commit", lambda _: None)
     models = ["sft.model=meta-llama/Llama-3.1-8B-Instruct", "reward.model=meta-llama/Llama-3.1-8B-Instruct"]
     more = models if recipe == "llama-8b-qlora" else []
-    code = main(["doctor", "--config", f"configs/{recipe}", "--device-memory", "24", f"runs={tmp_path}", *more])
+    code = main(
+        ["doctor", "--config", f"configs/{recipe}", "--device-memory", "24", f"runs={tmp_path}", *more]
+    )
     said = capsys.readouterr()
     if recipe == "smollm2":  # has no shape beside it, and there is no hub here
         assert code == 2
-        assert "HuggingFaceTB/SmolLM2-135M-Instruct: is not on this machine, and the hub cannot be reached" in said.out
+        assert (
+            "HuggingFaceTB/SmolLM2-135M-Instruct: is not on this machine, and the hub cannot be reached"
+            in said.out
+        )
         assert said.err.startswith("error: doctor: 4 things are wrong")
         return
     assert code == 0
     peaks = [float(line.split()[1]) for line in said.out.splitlines() if line.startswith("  peak")]
     assert len(peaks) == 4
     assert all(5 < peak < 24 for peak in peaks)
-    assert main(["doctor", "--config", f"configs/{recipe}/ppo.yaml", "--device-memory", "8", f"runs={tmp_path}", *more]) == 2
+    assert (
+        main(
+            [
+                "doctor",
+                "--config",
+                f"configs/{recipe}/ppo.yaml",
+                "--device-memory",
+                "8",
+                f"runs={tmp_path}",
+                *more,
+            ]
+        )
+        == 2
+    )
     assert "of 8.0 GB: it does not fit" in capsys.readouterr().out
 
 
 def test_of_a_run_it_reads_tokenizer_template_and_a_batch(tiny_records, tiny_gpt2, tmp_path):
-    stage = config.PPOStage(run="t", runs=str(tmp_path), policy=str(tiny_gpt2), records=str(tiny_records), reward="math:sqrt")
+    stage = config.PPOStage(
+        run="t", runs=str(tmp_path), policy=str(tiny_gpt2), records=str(tiny_records), reward="math:sqrt"
+    )
     found, wrong = examine(stage, {}, None)
     said = dict(found)
     assert wrong == 0
@@ -60,7 +86,8 @@ def test_of_a_run_it_reads_tokenizer_template_and_a_batch(tiny_records, tiny_gpt
 
 def test_what_is_wrong_is_named_and_counted(tiny_records, tmp_path, capsys):
     (tmp_path / "ppo.yaml").write_text(
-        f"records: {tiny_records}\npolicy: {tmp_path}/nowhere\nreward: math:no_such\ntraining: {{learnin_rate: 1}}\n"
+        f"records: {tiny_records}\npolicy: {tmp_path}/nowhere\nreward: math:no_such\ntraining: "
+        f"{{learnin_rate: 1}}\n"
     )
     assert main(["doctor", "--config", str(tmp_path / "ppo.yaml")]) == 2
     said = capsys.readouterr()
@@ -77,17 +104,23 @@ def test_what_it_trips_over_is_one_line_and_the_rest_is_looked_at(tiny_records, 
     found, wrong = examine(config.PPOStage(policy=str(tmp_path / "policy"), **common), {}, None)
     assert wrong >= 2
     assert dict(found)["records"].startswith(f"{tiny_records}: ")
-    found, wrong = examine(config.PPOStage(policy=str(tiny_gpt2), lora={"target_modules": ["nope"]}, **common), {}, None)
+    found, wrong = examine(
+        config.PPOStage(policy=str(tiny_gpt2), lora={"target_modules": ["nope"]}, **common), {}, None
+    )
     assert wrong == 1
     assert "nope" in dict(found)["memory"]
-    found, wrong = examine(config.PPOStage(policy=str(tiny_gpt2), training={"response_tokens": 400}, **common), {}, None)
+    found, wrong = examine(
+        config.PPOStage(policy=str(tiny_gpt2), training={"response_tokens": 400}, **common), {}, None
+    )
     assert "response_tokens=400 leaves no room for a prompt" in dict(found)["memory"]
 
 
 def test_an_adapter_that_is_there_counts_as_one_to_come(tiny_records, tiny_llama, tmp_path):
     """A published adapter's own config says that it is frozen."""
     common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records)}
-    learned = config.SFTStage(model=str(tiny_llama), max_length=96, lora={"r": 4}, training={"max_steps": 1}, **common)
+    learned = config.SFTStage(
+        model=str(tiny_llama), max_length=96, lora={"r": 4}, training={"max_steps": 1}, **common
+    )
     stage = config.PPOStage(lora={}, reward="math:sqrt", **common)
     before = estimate(*plan_stage(stage, {"sft": learned, "ppo": stage}, stage_arguments(stage), 20))
     sft.run(learned)
@@ -102,7 +135,12 @@ def test_what_is_no_config_is_told(tmp_path, capsys):
 
 def test_the_shape_beside_the_recipe_stands_for_no_other_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.tools.doctor.plans.reachable_commit", lambda _: None)
-    given = ["--config", "configs/llama-8b-qlora/sft.yaml", "model=meta-llama/Llama-3.1-70B-Instruct", f"runs={tmp_path}"]
+    given = [
+        "--config",
+        "configs/llama-8b-qlora/sft.yaml",
+        "model=meta-llama/Llama-3.1-70B-Instruct",
+        f"runs={tmp_path}",
+    ]
     assert main(["doctor", *given]) == 2
     assert 'with "_name_or_path": "meta-llama/Llama-3.1-70B-Instruct" in it' in capsys.readouterr().out
 
@@ -112,18 +150,31 @@ def test_the_shape_beside_the_recipe_is_llama_s():
     assert (shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]) == (4096, 32, 128256)
 
 
-@pytest.mark.parametrize(("recipe", "gigabytes", "launch"), [("qwen-0.5b", "24", []), ("llama-8b-fsdp", "80", ["--launch", "fsdp2"])])
+@pytest.mark.parametrize(
+    ("recipe", "gigabytes", "launch"),
+    [("qwen-0.5b", "24", []), ("llama-8b-fsdp", "80", ["--launch", "fsdp2"])],
+)
 def test_recipes_trained_in_full_fit_where_they_say(recipe, gigabytes, launch, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.tools.doctor.plans.reachable_commit", lambda _: None)
     given = ["--config", f"configs/{recipe}", "--device-memory", gigabytes, f"runs={tmp_path}"]
     assert main(["doctor", *given, *launch]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  memory")]
-    weights, optimizer = (float(re.search(rf"{what} ([\d.]+)", shown[2]).group(1)) for what in ("weights", "optimizer"))
-    if launch:  # of 8.03 billion weights, those of policy and reference in eighths; of the reward model 7.5 billion whole
-        assert (weights, optimizer) == (pytest.approx(2 * 4 * 8.03 / 8 + 4 * 7.505, abs=0.02), pytest.approx(8 * 8.03 / 8, abs=0.01))
+    weights, optimizer = (
+        float(re.search(rf"{what} ([\d.]+)", shown[2]).group(1)) for what in ("weights", "optimizer")
+    )
+    # of 8.03 billion weights, those of policy and reference in eighths; of the reward model 7.5 billion
+    # whole
+    if launch:
+        assert (weights, optimizer) == (
+            pytest.approx(2 * 4 * 8.03 / 8 + 4 * 7.505, abs=0.02),
+            pytest.approx(8 * 8.03 / 8, abs=0.01),
+        )
         assert main(["doctor", *given]) == 2
     else:  # policy, reference and reward model of 0.494 billion
-        assert (weights, optimizer) == (pytest.approx(3 * 4 * 0.494, abs=0.02), pytest.approx(8 * 0.494, abs=0.01))
+        assert (weights, optimizer) == (
+            pytest.approx(3 * 4 * 0.494, abs=0.02),
+            pytest.approx(8 * 0.494, abs=0.01),
+        )
 
 
 def test_a_launch_that_is_not_there_is_refused(capsys):

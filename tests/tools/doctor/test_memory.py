@@ -1,4 +1,6 @@
-"""What doctor estimates: against hand-worked bytes, against what a real forward saves, and against the measured peak of PPO stages."""
+"""What doctor estimates: against hand-worked bytes, against what a real forward saves, and against the
+measured peak of PPO stages.
+"""
 
 import json
 import os
@@ -9,21 +11,50 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 from pipeline.models.patches import disable_dropout, fuse_gelu
-from pipeline.tools.doctor.memory import BUFFERS, GenerationFootprint, ModelFootprint, StepFootprint, cache_bytes, estimate
+from pipeline.tools.doctor.memory import (
+    BUFFERS,
+    GenerationFootprint,
+    ModelFootprint,
+    StepFootprint,
+    cache_bytes,
+    estimate,
+)
 from pipeline.tools.doctor.meta_models import build_meta_model, saved_for_backward
 
 pytestmark = pytest.mark.long
 
-GPT2 = GPT2Config(n_layer=2, n_head=2, n_embd=8, n_positions=16, vocab_size=32, bos_token_id=0, eos_token_id=0)
+GPT2 = GPT2Config(
+    n_layer=2, n_head=2, n_embd=8, n_positions=16, vocab_size=32, bos_token_id=0, eos_token_id=0
+)
 LLAMA = LlamaConfig(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100,
-    bos_token_id=0, eos_token_id=0,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=100,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 STEP = StepFootprint(
-    rows=4, width=12, logit_tokens=3, rows_per_forward=4, precision="fp32", optim="adamw_torch", accumulates=False, checkpointing=False
+    rows=4,
+    width=12,
+    logit_tokens=3,
+    rows_per_forward=4,
+    precision="fp32",
+    optim="adamw_torch",
+    accumulates=False,
+    checkpointing=False,
 )
 
 
@@ -34,8 +65,17 @@ def test_the_bytes_of_a_gpt2_by_hand():
     assert found["weights"] == 2 * 4 * count
     assert found["optimizer"] == 2 * found["gradients"] == 8 * count
     assert found["adapters"] == found["KV cache"] == 0
-    # at the peak of the step: what is kept, the gradients of the logits of 3 tokens in 4 rows, that of the output layer
-    assert found["peak"] == BUFFERS + found["weights"] + found["optimizer"] + found["activations"] + 4 * 3 * 32 * 4 + 4 * 32 * 8
+    # at the peak of the step: what is kept, the gradients of the logits of 3 tokens in 4 rows, that of the
+    # output layer
+    assert (
+        found["peak"]
+        == BUFFERS
+        + found["weights"]
+        + found["optimizer"]
+        + found["activations"]
+        + 4 * 3 * 32 * 4
+        + 4 * 32 * 8
+    )
 
 
 def test_lora_and_quantized_weights_by_hand():
@@ -44,7 +84,9 @@ def test_lora_and_quantized_weights_by_hand():
     rest = 2 * 100 * 64 + 5 * 64  # embeddings, the head, five norms
     learned = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # of rank 2, in two layers
     for quantization, size in (("none", 2), ("8bit", 1), ("4bit", 0.5625)):
-        held = ModelFootprint(LLAMA, precision="bf16", quantization=quantization, lora=lora, adapters=3, trained=True)
+        held = ModelFootprint(
+            LLAMA, precision="bf16", quantization=quantization, lora=lora, adapters=3, trained=True
+        )
         found = estimate([held], STEP._replace(optim="paged_adamw_8bit"), None)
         assert found["weights"] == size * 2 * (attention + mlp) + 2 * rest
         assert found["gradients"] == 4 * learned
@@ -53,17 +95,26 @@ def test_lora_and_quantized_weights_by_hand():
 
 
 def test_the_kv_cache_counts_the_heads_of_keys():
-    assert cache_bytes(LLAMA, GenerationFootprint(rows=3, width=10, precision="bf16")) == 2 * 2 * 2 * 16 * 2 * 3 * 10
     assert (
-        estimate([ModelFootprint(LLAMA), ModelFootprint(LLAMA)], None, GenerationFootprint(3, 10, "fp32"))["KV cache"]
+        cache_bytes(LLAMA, GenerationFootprint(rows=3, width=10, precision="bf16"))
+        == 2 * 2 * 2 * 16 * 2 * 3 * 10
+    )
+    assert (
+        estimate([ModelFootprint(LLAMA), ModelFootprint(LLAMA)], None, GenerationFootprint(3, 10, "fp32"))[
+            "KV cache"
+        ]
         == 2 * 2 * 2 * 16 * 4 * 3 * 10
     )
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")], ids=["full", "lora"]
+)
 def test_a_forward_without_numbers_keeps_what_a_real_one_keeps(lora):
     """Also the private class that this stands on: it fails where torch changes it."""
-    shape = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=16, vocab_size=32, bos_token_id=0, eos_token_id=0)
+    shape = GPT2Config(
+        n_layer=2, n_head=2, n_embd=128, n_positions=16, vocab_size=32, bos_token_id=0, eos_token_id=0
+    )
     model = GPT2LMHeadModel(shape)
     model = get_peft_model(model, lora) if lora else model
     trunk = model.get_base_model().base_model if lora else model.base_model
@@ -86,27 +137,47 @@ def test_a_forward_without_numbers_keeps_what_a_real_one_keeps(lora):
 
 
 def test_encoders_and_checkpointing():
-    bert = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=100)
+    bert = BertConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
     held = ModelFootprint(bert, AutoModelForSequenceClassification, trained=True)
     step = STEP._replace(logit_tokens=0, width=64)
-    whole, less = (estimate([held], step._replace(checkpointing=on), None)["activations"] for on in (False, True))
+    whole, less = (
+        estimate([held], step._replace(checkpointing=on), None)["activations"] for on in (False, True)
+    )
     assert less == 4 * (4 * 64 * 32 * 4) + whole / 4
 
 
 def test_gradients_that_are_there_already_come_on_top():
-    found, accumulated = (estimate([ModelFootprint(GPT2, trained=True)], STEP._replace(accumulates=on), None) for on in (False, True))
+    found, accumulated = (
+        estimate([ModelFootprint(GPT2, trained=True)], STEP._replace(accumulates=on), None)
+        for on in (False, True)
+    )
     assert accumulated["peak"] - found["peak"] == min(found["gradients"], found["activations"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux tells it")
 def test_the_peak_of_three_sizes_is_within_15_percent(tiny_records, tiny_gpt2, tmp_path):
-    """glibc keeps the holes that tensors of changing sizes leave (1.1 to 1.5 times as much was seen); told to give them back, the peak is
+    """glibc keeps the holes that tensors of changing sizes leave (1.1 to 1.5 times as much was seen); told to
+    give them back, the peak is
     that of what is alive."""
     here = Path(__file__)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(here.with_name("measured.py")), str(tmp_path), str(tiny_records), str(tiny_gpt2)]
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "PYTHONPATH": str(here.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        str(here.with_name("measured.py")),
+        str(tmp_path),
+        str(tiny_records),
+        str(tiny_gpt2),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parents[3])
     assert done.returncode == 0, done.stderr
     sizes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(sizes) == 3
-    assert [size["size"] for size in sizes if not 0.85 < size["estimated"] / size["measured"] < 1.15] == [], sizes
+    assert [size["size"] for size in sizes if not 0.85 < size["estimated"] / size["measured"] < 1.15] == [], (
+        sizes
+    )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from bitsandbytes.functional import has_avx512bf16
 
 from pipeline import RewardModel, config
 from pipeline.artifacts.manifest import NOT_IDENTITY
@@ -93,7 +94,9 @@ def test_the_code_computes_the_reward(made, asked):
     scope = {}
     exec(plain, scope)
     assert (scope["prompt"], scope["response"]) == texts
-    assert scope.pop("reward") == pytest.approx(rm.score_response(*texts), abs=1e-4)
+    # On CPUs with AVX512-BF16 plain bitsandbytes multiplies 4-bit weights in bfloat16; this package does not.
+    rounded = name == "4bit" and has_avx512bf16()
+    assert scope.pop("reward") == pytest.approx(rm.score_response(*texts), abs=5e-3 if rounded else 1e-4)
     exec(ours, scope)
     assert scope["reward"] == rm.score_response(*texts)
 

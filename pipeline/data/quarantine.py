@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers import RawRow, RowError
+from pipeline.data.readers import RawRow
+from pipeline.data.schema import RowError
 
 # Each row, and the reason why it is not kept, if any.
 RowOutcomes = list[tuple[RawRow, RowError | None]]

@@ -10,15 +10,15 @@ A missing file, a missing column or an unknown file type raises `UserError`.
 import csv
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Source, nearest
-from pipeline.data.schema import KINDS
+from pipeline.data.dialogues import parse_dialogue
+from pipeline.data.schema import KINDS, RowError
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
@@ -33,19 +33,6 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 
 # Format -> the kind of records it yields, if the two names differ.
 FORMAT_KINDS = {"dialogues": "comparisons"}
-
-# Turns of an hh-rlhf dialogue.
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-ASSISTANT_TURN = "\n\nAssistant:"
-TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class RowError(Exception):
-    """The reason why a row is not kept: `reason` is counted, `detail` explains it in quarantine.jsonl."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 class RawRow(NamedTuple):
@@ -132,53 +119,6 @@ def canonical_text(value: Any) -> str:
         case [{"role": "user" | "assistant", "content": str(content)}]:
             return content
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
-    """Split two whole dialogues into prompt, chosen and rejected, as TRL messages.
-
-    The prompt is what the two share up to the last response. Both are text in hh-rlhf's style
-    (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `RowError` if they are neither.
-    """
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        cuts = [
-            match.start()
-            for match in re.finditer(ASSISTANT_TURN, chosen)
-            if rejected.startswith(chosen[: match.end()])
-        ]
-        if not cuts:
-            raise RowError("not-a-dialogue", f"the two share no {ASSISTANT_TURN!r}")
-        return {
-            "prompt": parse_turns(chosen[: cuts[-1]]),
-            "chosen": parse_turns(chosen[cuts[-1] :]),
-            "rejected": parse_turns(rejected[cuts[-1] :]),
-        }
-
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        pairs = enumerate(zip(chosen[:-1], rejected[:-1], strict=False))
-        differences = (index for index, (one, other) in pairs if one != other)
-        cut = next(differences, min(len(chosen), len(rejected)) - 1)
-        return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-    raise RowError(
-        "not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}"
-    )
-
-
-def parse_turns(text: str) -> list[dict[str, str]]:
-    """Parse an hh-rlhf dialogue into TRL messages, with white space stripped.
-
-    Consecutive turns of one speaker become one message. Raises `RowError` if text precedes the first turn.
-    """
-    head, *parts = TURN.split(text)
-    if head.strip():
-        raise RowError("not-a-dialogue", "there is text before the first 'Human:' or 'Assistant:'")
-
-    turns = groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda turn: turn[0])
-    return [
-        {"role": TURN_ROLES[speaker], "content": "\n\n".join(turn.strip() for _, turn in group).strip()}
-        for speaker, group in turns
-    ]
 
 
 # Columns

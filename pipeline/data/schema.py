@@ -61,3 +61,11 @@ KINDS = {
     "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
 }
 LEARNABLE = tuple(name for name, kind in KINDS.items() if kind.responses is not None)
+
+
+class RowError(Exception):
+    """The reason why a row is not kept: `reason` is counted, `detail` explains it in quarantine.jsonl."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.readers import ParsedRecord, RowError, canonical_text
-from pipeline.data.schema import KINDS, Record
+from pipeline.data.readers import ParsedRecord, canonical_text
+from pipeline.data.schema import KINDS, Record, RowError
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 

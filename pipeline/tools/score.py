@@ -33,7 +33,8 @@ from pipeline.artifacts.inputs import open_external, require_artifact
 from pipeline.artifacts.manifest import RESULTS_VERSION
 from pipeline.config import Reward, nearest
 from pipeline.data.quarantine import json_line, write_quarantine
-from pipeline.data.readers import READERS, ParsedRecord, RowError
+from pipeline.data.readers import READERS, ParsedRecord
+from pipeline.data.schema import RowError
 from pipeline.data.validation import clean_record
 from pipeline.distributed.processes import is_main_process, map_across_processes, on_main_process, world_size
 from pipeline.distributed.progress import progress_bar

@@ -12,15 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Source
-from pipeline.data.readers import (
-    TURN,
-    ParsedRecord,
-    RowError,
-    parse_dialogue,
-    parse_turns,
-    read_source,
-    source_files,
-)
+from pipeline.data.dialogues import TURN, parse_dialogue, parse_turns
+from pipeline.data.readers import ParsedRecord, read_source, source_files
+from pipeline.data.schema import RowError
 from pipeline.errors import UserError
 from pipeline.prepare import stage
 

@@ -31,7 +31,7 @@ from pipeline.artifacts.files import hash_file, hash_value, read_json
 SCHEMA = 1
 # The last version in which a stage began to compute something else from the same config and inputs. It is
 # part of the fingerprint: raise it only if results change.
-RESULTS_VERSION = "0.1.0"
+RESULTS_VERSION = "0.3.0"
 
 MANIFEST_TYPES = {
     "schema": int,

@@ -109,7 +109,7 @@ def score(args: argparse.Namespace) -> None:
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
     init_process_group()
-    score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize"))
+    score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize", "overlong"))
 
 
 def best_of_n(args: argparse.Namespace) -> None:
@@ -120,7 +120,7 @@ def best_of_n(args: argparse.Namespace) -> None:
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
     init_process_group()
-    names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "seed", "batch_size")
+    names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "overlong", "seed", "batch_size")
     best_of_n_file(job, reward, args.policy, **_select(args, *names))
 
 
@@ -130,7 +130,7 @@ def compare(args: argparse.Namespace) -> None:
 
     reward = _reward(args)
     silence_libraries()
-    print(compare_responses(reward, args.prompt, args.answers))
+    print(compare_responses(reward, args.prompt, args.answers, args.overlong))
 
 
 # Commands but the stages, which share `run_stage`.

@@ -219,6 +219,14 @@ def _add_scoring(commands: Any) -> None:
             "--reads", metavar="NAME", help="folder or hub id of a server's model (default: ask it)"
         )
         command.add_argument("--positive-label", metavar="NAME", help="label whose logit is the reward")
+        command.add_argument(
+            "--overlong",
+            choices=("truncate_left", "truncate_right", "drop"),
+            default="truncate_left" if command is best else None,
+            help="treatment of prompts over --max-prompt-tokens (default: truncate_left)"
+            if command is best
+            else "treatment of inputs that the model cannot read whole (default: as in its training)",
+        )
     best.add_argument(
         "--policy", required=True, metavar="NAME", help="a policy artifact, a model's folder, or a hub id"
     )
@@ -267,7 +275,7 @@ def _add_best_options(best: Parser) -> None:
         type=COUNT,
         default=256,
         metavar="N",
-        help="prompt limit; longer prompts are left-truncated (default: 256)",
+        help="prompt limit; --overlong says what happens to longer ones (default: 256)",
     )
     best.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed; each row has its own (default: 0)"

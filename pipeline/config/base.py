@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Quantization = Literal["none", "8bit", "4bit"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Overlong = Literal["truncate_left", "truncate_right", "drop"]
 NOT_FINGERPRINTED = (
     "report_to",
     "run_name",

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Precision, Quantization, StageConfig, StageInput
+from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
 from pipeline.config.reward import Reward, from_source_string
 
 
@@ -62,7 +62,10 @@ class EvaluateStage(StageConfig):
     """Maximum new tokens of a response."""
 
     max_prompt_tokens: int = Field(256, gt=0)
-    """Prompt limit in tokens; longer prompts are left-truncated."""
+    """Prompt limit in tokens."""
+
+    overlong: Overlong = "truncate_left"
+    """Treatment of prompts over `max_prompt_tokens`: cut the start, cut the end, or drop them."""
 
     batch_size: int = Field(64, gt=0)
     """Responses that are generated or scored together."""

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import PolicyStage, StageInput, StrictModel
+from pipeline.config.base import Overlong, PolicyStage, StageInput, StrictModel
 from pipeline.config.reward import Reward, from_source_string
 
 
@@ -54,7 +54,11 @@ class PPOStage(PolicyStage):
     """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails otherwise."""
 
     max_prompt_tokens: int = Field(256, gt=0)
-    """Prompt limit in tokens; longer prompts are left-truncated."""
+    """Prompt limit in tokens."""
+
+    overlong: Overlong = "truncate_left"
+    """Treatment of prompts over `max_prompt_tokens`: cut the start, cut the end, or drop them;
+    RLOO and GRPO always drop them."""
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -67,6 +71,15 @@ class PPOStage(PolicyStage):
         self.policy = self.policy or self.upstream("sft")
         self.reward = self.reward or [Reward(source=self.upstream("reward"))]
         self.records = self.records or self.upstream("prepare")
+        return self
+
+    @model_validator(mode="after")
+    def check_overlong(self) -> "PPOStage":
+        if self.algorithm != "ppo" and self.overlong == "truncate_right":
+            raise ValueError(
+                f"overlong: truncate_right is not for algorithm: {self.algorithm}, whose trainer cannot cut "
+                "prompts; set overlong: drop"
+            )
         return self
 
     @model_validator(mode="after")

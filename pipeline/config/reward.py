@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import ModelStage, StageInput, StrictModel
+from pipeline.config.base import ModelStage, Overlong, StageInput, StrictModel
 
 
 class Objective(NamedTuple):
@@ -71,7 +71,7 @@ class RewardStage(ModelStage):
     encoding: EncodingSection = EncodingSection()
     """How a prompt and a response become token ids."""
 
-    overlong: Literal["truncate_left", "truncate_right", "drop"] = "truncate_left"
+    overlong: Overlong = "truncate_left"
     """Treatment of rows over `max_length`: cut the prompt's start, cut the response's end, or drop them."""
 
     positive_label: str | None = None

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from pipeline.config.base import ModelStage, PolicyStage, StageInput
+from pipeline.config.base import ModelStage, Overlong, PolicyStage, StageInput
 
 
 class SFTStage(ModelStage, PolicyStage):
@@ -15,6 +15,9 @@ class SFTStage(ModelStage, PolicyStage):
 
     separator: str = "\n"
     """Text that ends a user turn if the tokenizer has no chat template."""
+
+    overlong: Overlong = "truncate_left"
+    """Treatment of rows over `max_length`: cut the prompt's start, cut the response's end, or drop them."""
 
     @model_validator(mode="after")
     def check_architecture(self) -> "SFTStage":

@@ -13,7 +13,13 @@ from pipeline.data.records import open_records
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
-from pipeline.models.generation import Responses, sample_responses
+from pipeline.models.generation import (
+    Responses,
+    declared_ends,
+    fit_prompts,
+    sample_responses,
+    truncation_side,
+)
 from pipeline.models.loading import load_sampler
 from pipeline.models.logprobs import response_logprobs
 from pipeline.ppo.functional import sequence_kl
@@ -25,14 +31,23 @@ from pipeline.training.arguments import load_options
 SAMPLING_KEYS = ("seed", "temperature", "response_tokens", "max_prompt_tokens", "batch_size")
 
 
-def load_test_prompts(config: EvaluateStage, records: Artifact) -> Dataset:
-    """Return the first `config.prompts` held-out prompts. Raises `UserError` if there are none."""
+def load_test_prompts(
+    config: EvaluateStage, records: Artifact, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Return the first `config.prompts` held-out prompts, and print how many are too long.
+
+    `tokenizer` is the policies'. Raises `UserError` if there are none, or none fits.
+    """
     prompts = held_out_split(open_records(records, "prompts"))
     if not len(prompts):
         raise UserError(
             f"{records.path}: contains no held-out prompts; "
             "set 'splits.test' of prepare above 0 and run it again"
         )
+    if config.overlong != "drop":
+        prompts = prompts.select(range(min(config.prompts, len(prompts))))
+    limits = (config.max_prompt_tokens, config.overlong, f"{records.path}: test prompts")
+    prompts = fit_prompts(tokenizer, prompts, *limits)
     return prompts.select(range(min(config.prompts, len(prompts))))
 
 
@@ -44,11 +59,13 @@ def sample_policies(
     Returns the columns of `sample_policy` by policy: `sft`, `ppo_N` after N steps, then `ppo`. SFT gives
     `best_of` responses to each prompt; the others give `samples_per_prompt`, with their KL to SFT.
     """
-    texts = prompts["prompt"][:]
+    ppo, texts = inputs["ppo"], prompts["prompt"][:]
+    # PPO may have a stop token, which SFT's policy does not declare: both are sampled in the same way.
+    opened = (inputs["sft"], ppo)
+    ends = [end for policy in opened for end in declared_ends(str(policy.path), policy.revision)]
     sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
-    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of)}
+    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, ends)}
 
-    ppo = inputs["ppo"]
     folders = {
         f"ppo_{int(folder.name.removeprefix('step-'))}": folder
         for folder in sorted(ppo.path.glob("policies/step-*"))
@@ -56,7 +73,7 @@ def sample_policies(
     for name, folder in (folders | {"ppo": ppo.path}).items():
         policy, tokenizer = load_sampler(str(folder), **load_options(config, ppo.revision))
         samples[name] = sample_policy(
-            config, name, policy, tokenizer, texts, config.samples_per_prompt, reference=sft
+            config, name, policy, tokenizer, texts, config.samples_per_prompt, ends, reference=sft
         )
         del policy  # frees its memory before the next one is loaded
     return samples
@@ -69,14 +86,17 @@ def sample_policy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Any],
     per_prompt: int,
+    ends: Sequence[int] = (),
     reference: Any = None,
 ) -> dict[str, list[Any]]:
     """Sample `per_prompt` responses to each prompt, in consecutive rows.
 
-    Returns the columns prompt, text, ids, response_tokens and ended, and with a `reference` also kl.
+    `ends` are ids that end a response, beside those of the policy itself. Returns the columns prompt, text,
+    ids, response_tokens and ended, and with a `reference` also kl.
     """
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     options = {key: getattr(config, key) for key in SAMPLING_KEYS}
+    options |= {"side": truncation_side(config.overlong), "ends": ends}
 
     def sample_rows(rows: Sequence[int]) -> list[dict[str, Any]]:
         table: list[dict[str, Any]] = []

@@ -19,6 +19,7 @@ from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.metrics import policy_metrics, reward_metrics
 from pipeline.evaluate.report import collect_report, write_report
 from pipeline.evaluate.sampling import load_test_prompts, sample_policies, score_samples
+from pipeline.models.loading import load_tokenizer
 from pipeline.reward.functions import (
     RewardFunction,
     import_function,
@@ -66,7 +67,12 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
     reward = DistributedRewardModel.load(
         inputs["reward"].path, positive_label=config.positive_label, **options
     )
-    prompts = load_test_prompts(config, inputs["records"])
+    tokenizer = load_tokenizer(
+        str(inputs["sft"].path),
+        revision=inputs["sft"].revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    prompts = load_test_prompts(config, inputs["records"], tokenizer)
     scorers = load_scorers(config, inputs.get("scorer"))
 
     samples = sample_policies(config, inputs, prompts)

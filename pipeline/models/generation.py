@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import (
@@ -21,9 +22,12 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from pipeline.artifacts import hub
+from pipeline.artifacts.files import read_json
 from pipeline.data.schema import Text
-from pipeline.errors import UserError
-from pipeline.models.chat import pad_rows, prompt_ids
+from pipeline.distributed.processes import is_main_process
+from pipeline.errors import UserError, explain_row
+from pipeline.models.chat import cut_prompt, pad_rows, prompt_ids, read_markup
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Responses:
     """Prompts and sampled responses of a batch.
 
     Query tensors are (B, P), padded on the left; response tensors are (B, T), padded on the right.
-    `ended` is True if the response ends with EOS or a stop token, which counts as a real token.
+    `ended` is True if the response ends with an end token (`end_token_ids`), which counts as a real token.
     `texts` do not contain that token.
     """
 
@@ -94,13 +98,73 @@ def seeded_generator(*key: Any) -> torch.Generator:
 
 
 def prepare_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int, side: str = "left"
 ) -> list[list[int]]:
-    """Return the token ids of each prompt; a longer one is truncated on the left.
+    """Return the token ids of each prompt; a longer one loses its beginning, or by `side` its end.
 
     A template may render an empty prompt to nothing. The response then follows EOS, as it does in training.
     """
-    return [prompt_ids(tokenizer, prompt)[-max_tokens:] or [tokenizer.eos_token_id] for prompt in prompts]
+    return [
+        cut_prompt(tokenizer, prompt_ids(tokenizer, prompt), max_tokens, side) or [tokenizer.eos_token_id]
+        for prompt in prompts
+    ]
+
+
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase, data: Dataset, max_tokens: int, overlong: str, name: str
+) -> Dataset:
+    """Return the rows whose prompt fits, or without `overlong: drop` all, and print how many do not fit.
+
+    `name` says whose prompts they are. Raises `UserError` if no row is left, or names the row that the chat
+    template refuses.
+    """
+    fitting = []
+    for number, prompt in enumerate(data["prompt"]):
+        with explain_row(f"{name}: row {number}"):
+            if len(prompt_ids(tokenizer, prompt)) <= max_tokens:
+                fitting.append(number)
+    over = len(data) - len(fitting)
+    if over and is_main_process():
+        print(f"  {name}: over {max_tokens} tokens (overlong: {overlong}): {over:,} of {len(data):,}")
+    if not over or overlong != "drop":
+        return data
+    if not fitting:
+        raise UserError(f"{name}: none has at most {max_tokens} tokens; raise max_prompt_tokens")
+    return data.select(fitting)
+
+
+def truncation_side(overlong: str) -> str:
+    """Return the side that a value of `overlong` cuts."""
+    return "right" if overlong == "truncate_right" else "left"
+
+
+def declared_ends(source: str, revision: str | None = None) -> list[int]:
+    """Return the ids that end a response by the generation config of a folder or hub id, if it has one."""
+    file = hub.fetch_file(source, "generation_config.json", revision)
+    declared = read_json(file).get("eos_token_id") if file else None
+    return declared if isinstance(declared, list) else [] if declared is None else [declared]
+
+
+def end_token_ids(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, stop_token: str | None = None
+) -> list[int]:
+    """Return the ids that end a response, each once.
+
+    They are the tokenizer's EOS, the token with which the chat template closes a turn, those of the policy's
+    generation config, and `stop_token`.
+    """
+    declared = policy.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, read_markup(tokenizer).end]
+    ids += declared if isinstance(declared, list) else [declared]
+    ids += [stop_token_id(tokenizer, stop_token)] if stop_token else []
+    return list(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def declare_ends(policy: Any, ends: Sequence[int]) -> None:
+    """Write the ids that end a response into the policy's generation config, which is saved with it."""
+    declared = policy.generation_config.eos_token_id
+    if set(ends) != set(declared if isinstance(declared, list) else [declared]):
+        policy.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
 def sample_responses(
@@ -114,16 +178,19 @@ def sample_responses(
     response_tokens: int,
     max_prompt_tokens: int,
     batch_size: int,
+    side: str = "left",
+    ends: Sequence[int] = (),
 ) -> Iterator[Responses]:
     """Sample one response to each prompt, in batches.
 
     The random numbers of a prompt depend on `seed` and its global row in `rows`. A prompt longer than
-    `max_prompt_tokens` is truncated on the left.
+    `max_prompt_tokens` is truncated on `side`. `ends` are more ids that end a response.
     """
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens)
-        yield generate(policy, tokenizer, ids, uniforms(seed, 0, rows[batch], response_tokens), temperature)
+        ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens, side)
+        numbers = uniforms(seed, 0, rows[batch], response_tokens)
+        yield generate(policy, tokenizer, ids, numbers, temperature, ends=ends)
 
 
 @torch.inference_mode()
@@ -139,13 +206,15 @@ def generate(
     min_response_tokens: int = 0,
     stop_token: str | None = None,
     batch_size: int = 64,
+    ends: Sequence[int] = (),
 ) -> Responses:
     """Sample one response to each prompt (token ids) with uniforms (B, T).
 
-    A response has at most T tokens, with the EOS or `stop_token` that ends it. Prompts of similar length form
-    batches of `batch_size`; a batch runs until its last response has ended. The policy's mode is restored.
+    A response has at most T tokens, with the one that ends it: one of `end_token_ids` or `ends`. Prompts of
+    similar length form batches of `batch_size`; a batch runs until its last response has ended. The policy's
+    mode is restored.
     """
-    ends = [tokenizer.eos_token_id, *([stop_token_id(tokenizer, stop_token)] if stop_token else [])]
+    ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
     config = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,

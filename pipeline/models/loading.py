@@ -17,14 +17,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file, logging
 
+from pipeline.artifacts import hub
 from pipeline.errors import UserError
-from pipeline.models.chat import PAD, PLAIN_TEMPLATE
+from pipeline.models.chat import PAD
 from pipeline.models.patches import fuse_gelu, keep_4bit_layout
+from pipeline.models.templates import settle_template
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,16 +49,23 @@ POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
 
 
 def load_tokenizer(
-    source: str, *, separator: str = "\n", generates: bool = True, distinct_pad: bool = True, **options: Any
+    source: str,
+    *,
+    separator: str = "\n",
+    generates: bool = True,
+    distinct_pad: bool = True,
+    settle: bool = True,
+    **options: Any,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `source`, with a pad token and a chat template.
 
-    If it has no template, it gets one in which `separator` ends the turns. `generates` requires an EOS; a
-    tokenizer that only encodes needs none. `distinct_pad` makes the pad token differ from EOS, for ids that
-    end with EOS. Raises `UserError` if it cannot be loaded or lacks the EOS.
+    An adapter without a tokenizer has that of its base. If there is no template, it gets one in which
+    `separator` ends the turns. Without `settle` a template of its own stays as it is; see
+    `pipeline.models.templates`. `generates` requires an EOS; a tokenizer that only encodes needs none.
+    `distinct_pad` makes the pad token differ from EOS, for ids that end with EOS. Raises `UserError` if it
+    cannot be loaded, lacks the EOS, or has several templates.
     """
-    with explain_load_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = _read_tokenizer(source, **options)
     if tokenizer.eos_token is None and generates:
         raise UserError(
             f"{source}: its tokenizer has no EOS token, which marks the end of a response; "
@@ -68,9 +78,20 @@ def load_tokenizer(
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
         # A new token grows the vocabulary; `_finalize` then resizes the embeddings.
         tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD})
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE.format(separator=separator)
+    if settle or not tokenizer.chat_template:
+        settle_template(tokenizer, source, separator)
     return tokenizer
+
+
+def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    revision = options.get("revision")
+    if is_adapter(source, revision) and not hub.fetch_file(source, "tokenizer_config.json", revision):
+        with explain_load_errors(source, "LoRA adapter"):
+            adapter = PeftConfig.from_pretrained(source, revision=revision)
+        base, options = str(adapter.base_model_name_or_path), options | {"revision": adapter.revision}
+        return _read_tokenizer(base, **options)
+    with explain_load_errors(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
 def is_adapter(source: str | Path, revision: str | None = None) -> bool:
@@ -104,6 +125,8 @@ def load_policy(
         options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
         base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
         with explain_load_errors(source, "LoRA adapter"):
+            if hub.fetch_file(source, GENERATION_CONFIG_NAME, revision):  # names the ends of its responses
+                base.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
             return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
 
     with explain_load_errors(source, "causal language model"):

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from pipeline.config import Scratch
-from pipeline.models.chat import EOS, PAD, PLAIN_TEMPLATE
+from pipeline.models.chat import EOS, PAD
 from pipeline.models.loading import explain_load_errors
+from pipeline.models.templates import PLAIN_TEMPLATE
 
 CLS, SEP, MASK = "[CLS]", "[SEP]", "[MASK]"  # special tokens of an encoder from scratch
 

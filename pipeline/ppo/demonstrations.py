@@ -33,7 +33,7 @@ def demonstration_batches(
     records = [data[permuted_index(len(data), args.seed, "demonstrations", row)] for row in rows]
     pairs = [encode_pair(tokenizer, record["prompt"], record["completion"], max_tokens) for record in records]
     # A template may render an empty prompt to nothing; its completion then follows EOS.
-    encoded = [(prompt or [tokenizer.eos_token_id], completion) for prompt, completion in pairs]
+    encoded = [(prompt or [tokenizer.eos_token_id], turn) for prompt, turn, _ in pairs]
 
     size, batches = count // args.gradient_accumulation_steps, []
     for first in range(0, count, size):

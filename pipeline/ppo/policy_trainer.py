@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from pipeline.distributed.sharding import full_state_dict, with_full_params
 from pipeline.errors import UserError
-from pipeline.models.generation import Responses, generate, prepare_prompts, uniforms
+from pipeline.models.generation import Responses, generate, prepare_prompts, truncation_side, uniforms
 from pipeline.models.loading import max_positions
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
@@ -54,6 +54,7 @@ class PolicyTrainer(Trainer):
     gold: RewardFunction | None = None
     generation: GenerationShape
     max_prompt_tokens: int
+    overlong: str = "truncate_left"
     keep: bool = False
     generate: Callable[..., Responses] = staticmethod(generate)
 
@@ -91,7 +92,7 @@ class PolicyTrainer(Trainer):
         """
         policy, tokenizer, options = self.actor.policy, self.processing_class, self.generation.options
         prompts = [data[index]["prompt"] for index in indices]
-        ids = prepare_prompts(tokenizer, prompts, self.max_prompt_tokens)
+        ids = prepare_prompts(tokenizer, prompts, self.max_prompt_tokens, truncation_side(self.overlong))
         numbers = uniforms(self.args.seed, rollout, rows, self.generation.response_tokens)
         with self.accelerator.autocast():
             return self.generate(policy, tokenizer, ids, numbers, **options)
@@ -119,6 +120,7 @@ class PolicyTrainer(Trainer):
         options: dict[str, Any] = {}
         if isinstance(self.actor.policy, PeftModel):
             options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+            self.actor.policy.generation_config.save_pretrained(folder)
         self.actor.policy.save_pretrained(folder, state_dict=submodule_state(weights, "policy"), **options)
         self.processing_class.save_pretrained(folder)
 

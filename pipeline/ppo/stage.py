@@ -138,6 +138,7 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
         "scorer": scorer.score if scorer else None,
         "keep": config.evaluation.keep,
         "max_prompt_tokens": config.max_prompt_tokens,
+        "overlong": config.overlong,
         "callbacks": [PrintEvaluations(), EarlyStopping(patience)],
     }
     if not isinstance(args, PPOConfig):

@@ -24,7 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.distributed.sharding import full_state_dict, keep_output_dtype, with_full_params
 from pipeline.errors import UserError
-from pipeline.models.generation import Responses, generate, permuted_index
+from pipeline.models.generation import (
+    Responses,
+    declare_ends,
+    end_token_ids,
+    fit_prompts,
+    generate,
+    permuted_index,
+)
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
@@ -53,7 +60,8 @@ class PPOTrainer(PolicyTrainer):
     - `gold`, `scorer`: optional rewards that are evaluated and never trained on.
     - `keep`: keep the policy of every evaluation.
     - `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`.
-    - `max_prompt_tokens`: the prompt limit; longer prompts are truncated on the left.
+    - `max_prompt_tokens`: the prompt limit. `overlong` is what happens to longer prompts: "truncate_left",
+      "truncate_right" or "drop".
     - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
 
     Raises `UserError` if a dataset is empty, if demonstrations are missing, or if no prompt fits the policy.
@@ -92,6 +100,7 @@ class PPOTrainer(PolicyTrainer):
         keep: bool = False,
         demonstrations: Dataset | None = None,
         max_prompt_tokens: int = 256,
+        overlong: str = "truncate_left",
         generate: Callable[..., Responses] = generate,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +119,9 @@ class PPOTrainer(PolicyTrainer):
         self.demonstrations = demonstrations
         self.generate = generate
         self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
+        self.overlong = overlong
+        self.ends = end_token_ids(policy, processing_class, args.stop_token)
+        declare_ends(policy, self.ends)  # whoever samples from the published policy then stops there too
         self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
@@ -122,6 +134,10 @@ class PPOTrainer(PolicyTrainer):
             model.value_head.load_state_dict(state)
 
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, rows in data.items():
+            if rows is not None:
+                limits = (self.max_prompt_tokens, overlong, f"ppo: prompts of {name}")
+                data[name] = fit_prompts(processing_class, rows, *limits)
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
         keep_output_dtype(self)
@@ -149,8 +165,7 @@ class PPOTrainer(PolicyTrainer):
         self._skip_rest = False
         rollout = with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(number))
 
-        eos = self.processing_class.eos_token_id
-        metrics = rollout_metrics(rollout, float(self.actor.kl_coef), self.args, eos)
+        metrics = rollout_metrics(rollout, float(self.actor.kl_coef), self.args, self.ends)
         for name, value in metrics.items():
             self.running_metrics[name].append(value)
         self.clock["tokens"] += float(rollout.mask.sum()) * self.args.world_size

@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, T
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from pipeline.distributed.processes import broadcast, is_main_process
-from pipeline.errors import UserError
-from pipeline.models.chat import prompt_ids
+from pipeline.errors import UserError, explain_row
+from pipeline.models.chat import as_messages, prompt_ids
+from pipeline.models.generation import declare_ends, end_token_ids
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.callbacks import DropStaleCheckpoints
 from pipeline.ppo.config import PPOConfig
@@ -95,8 +96,8 @@ def build_trl_trainer(
     budget = prompt_budget(policy, args.max_completion_length, max_prompt_tokens)
     prompts = filter_prompts(train_dataset, processing_class, budget)
     _require_full_batch(algorithm, prompts, args)
-    # One EOS for all algorithms: TRL would also end responses with others that the checkpoint declares.
-    policy.generation_config.eos_token_id = processing_class.eos_token_id
+    ends = end_token_ids(policy, processing_class)
+    declare_ends(policy, ends)  # TRL ends responses with these
     args.model_init_kwargs = {"revision": revision} if revision else None
     args.trust_remote_code = trust_remote_code
 
@@ -108,7 +109,7 @@ def build_trl_trainer(
     trainer = _construct(
         algorithm,
         model=policy,
-        reward_funcs=as_reward_func(reward, processing_class),
+        reward_funcs=as_reward_func(reward, processing_class, ends),
         args=args,
         train_dataset=prompts,
         eval_dataset=eval_dataset,
@@ -141,8 +142,13 @@ def ensure_reference_checkpoint(
         policy.config._name_or_path = str(folder)
 
 
-def as_reward_func(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> RewardFunction:
-    """Return the reward as TRL calls it: with messages as prompts, and texts without their EOS."""
+def as_reward_func(
+    reward: RewardSource, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+) -> RewardFunction:
+    """Return the reward as TRL calls it: with messages as prompts, and texts without their end token.
+
+    `ends` are the ids that end a response.
+    """
 
     def reward_function(
         prompts: Any,
@@ -153,7 +159,7 @@ def as_reward_func(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> 
         log_metric: Any,
         **columns: Any,
     ) -> list[float]:
-        ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
+        ended = [ids[-1] in ends for ids in completion_ids]
         texts = [
             str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
             for ids, end in zip(completion_ids, ended, strict=True)
@@ -173,11 +179,21 @@ def as_reward_func(reward: RewardSource, tokenizer: PreTrainedTokenizerBase) -> 
 def filter_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Dataset:
     """Keep the rows whose prompt has 1 to `max_tokens` tokens, and print how many are left out.
 
+    So are rows that spell a special token in a text: TRL would encode it as one.
+
     The column `prompt` has messages, which TRL renders as this project does; the column `RECORD` has the rows
     as they were. Raises `UserError` if no row is left.
     """
-    lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]]
-    records = [rows[index] for index, length in enumerate(lengths) if 0 < length <= max_tokens]
+    kept = []
+    for index, prompt in enumerate(rows["prompt"]):
+        with explain_row(f"ppo: prompts: row {index}"):
+            ids = prompt_ids(tokenizer, prompt)
+        read = tokenizer.apply_chat_template(
+            as_messages(prompt), add_generation_prompt=True, return_dict=False
+        )
+        if 0 < len(ids) <= max_tokens and ids == read:
+            kept.append(index)
+    records = [rows[index] for index in kept]
     if not records:
         raise UserError(
             f"ppo: none of the {len(rows)} prompts has 1 to {max_tokens} tokens; raise max_prompt_tokens, or "
@@ -186,16 +202,12 @@ def filter_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens
     if len(records) < len(rows) and is_main_process():
         print(
             f"  {len(rows) - len(records)} of {len(rows)} prompts are left out: they are empty, "
-            f"or over {max_tokens} tokens",
+            f"over {max_tokens} tokens, or spell a special token",
             flush=True,
         )
     return Dataset.from_list(
-        [{"prompt": _as_messages(record["prompt"]), RECORD: record} for record in records]
+        [{"prompt": as_messages(record["prompt"]), RECORD: record} for record in records]
     )
-
-
-def _as_messages(prompt: Any) -> Any:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _require_full_batch(algorithm: str, prompts: Dataset, args: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
@@ -19,7 +20,9 @@ from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.formatting.markdown import format_place, markdown_environment
 from pipeline.formatting.numbers import format_metric
 from pipeline.formatting.tables import Table, metric_tables
+from pipeline.models.chat import conversation_ids, read_markup
 from pipeline.models.loading import UNQUANTIZED
+from pipeline.models.templates import is_plain
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
@@ -51,6 +54,7 @@ def write_card(
         "config": config,
         "settings": settings,
         "encoding": settings.encoding,
+        "turn": describe_turn(cast(PreTrainedTokenizerBase, trainer.processing_class), settings.encoding),
         "kind": objective.kind,
         "front_matter": front_matter(config),
         "base": None if config.model == "scratch" else format_place(config.model),
@@ -71,6 +75,21 @@ def write_card(
     }
     for name, template in TEMPLATES.items():
         (output / name).write_text(environment.get_template(template).render(values), encoding="utf-8")
+
+
+def describe_turn(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dict[str, Any]:
+    """Return how plain Python encodes a chat: whether EOS is appended, and what is left of too many `ids`."""
+    markup, most = read_markup(tokenizer), encoding.max_length
+    needs_eos = encoding.eos and markup.end is None
+    first = int(
+        tokenizer.bos_token_id is not None and prompt_ids(tokenizer, "a")[0] == tokenizer.bos_token_id
+    )
+    last = len(markup.closing_ids) + needs_eos
+    if encoding.truncation == "left":
+        cut_ids = f"ids[:{first}] + ids[-{most - first}:]" if first else f"ids[-{most}:]"
+    else:
+        cut_ids = f"ids[:{most - last}] + ids[-{last}:]" if last else f"ids[:{most}]"
+    return {"is_plain": is_plain(tokenizer), "needs_eos": needs_eos, "cut_ids": cut_ids}
 
 
 def describe_architecture(model: Any) -> dict[str, Any]:

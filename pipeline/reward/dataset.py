@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.schema import KINDS, Record
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain_row
 from pipeline.reward.encoding import Encoded, Encoding, encode_response
 
 COUNTED = ("cut", "dropped", "alike once cut")  # outcomes that are reported, in this order
@@ -36,7 +36,8 @@ def tokenize_records(
     counts: Counter[str] = Counter()
     rows = []
     for number, record in enumerate(data):
-        row, outcome = _tokenize_record(record, kind, tokenizer, encoding, number)
+        with explain_row(f"{kind}: row {number}"):
+            row, outcome = _tokenize_record(record, kind, tokenizer, encoding)
         if outcome == "cut" and drop:
             outcome = "dropped"
         counts[outcome] += 1
@@ -46,7 +47,7 @@ def tokenize_records(
 
 
 def _tokenize_record(
-    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, number: int
+    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Record, str]:
     """Return the row and its outcome: whole, cut, or alike once cut."""
     schema = KINDS[kind]
@@ -65,11 +66,11 @@ def _tokenize_record(
     if "margin" in record:
         row["margin"] = 0.0 if record["margin"] is None else record["margin"]
 
-    _check_row(row, kind, number)
+    _check_row(row, kind)
     return row, _outcome(encoded, row["target"])
 
 
-def _check_row(row: Record, kind: str, number: int) -> None:
+def _check_row(row: Record, kind: str) -> None:
     """Check that margin and rating are finite, and that there is one rank for each response."""
     target = row["target"]
     numbers = {"margin": row["margin"]} if "margin" in row else {}
@@ -77,16 +78,10 @@ def _check_row(row: Record, kind: str, number: int) -> None:
         numbers["rating"] = target
     for name, value in numbers.items():
         if value is None or not math.isfinite(value):
-            raise UserError(
-                f"{kind}: row {number}: {name} is {value}, expected a finite number; "
-                "one such row would ruin the model"
-            )
+            raise UserError(f"{name} is {value}, expected a finite number; one such row would ruin the model")
     responses = len(row["ids"])
     if isinstance(target, list) and (len(target) != responses or min(target, default=0) < 1):
-        raise UserError(
-            f"{kind}: row {number}: ranks are {target} for {responses} responses; "
-            "expected one for each, 1 the best"
-        )
+        raise UserError(f"ranks are {target} for {responses} responses; expected one for each, 1 the best")
 
 
 def _outcome(encoded: list[Encoded], target: object) -> str:

@@ -3,33 +3,47 @@
 This is the one place where text becomes its token ids: in training, in scoring and in PPO. There are three
 forms:
 
-- `chat`: the prompt by the tokenizer's chat template, then the response. The two are tokenised separately,
-  and their ids are concatenated.
+- `chat`: the conversation of prompt and response, as the tokenizer's chat template writes it.
 - `pair`: the two segments of an encoder, with its special tokens.
 - `concatenation`: one text of the prompt (if any), `separator` and the response, with the tokenizer's special
   tokens.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.schema import Text
 from pipeline.errors import UserError
-from pipeline.models.chat import completion_text, prompt_ids
+from pipeline.models.chat import (
+    as_messages,
+    closing_ids,
+    completion_text,
+    conversation_ids,
+    cut_prompt,
+    encode_turn,
+    prompt_ids,
+    read_markup,
+    truncated_lengths,
+)
+from pipeline.models.templates import is_plain
 
 
 @dataclass
 class Encoding:
     """The settings of an encoding.
 
-    `eos` ends the ids with EOS. Rows over `max_length` tokens are cut on the `truncation` side; EOS is never
-    cut.
+    `eos` ends the ids with EOS, unless a template or the tokenizer already ends them. Rows over `max_length`
+    tokens are cut on the `truncation` side. What ends a response is never cut, nor is the BOS.
 
     - `left` cuts the prompt's beginning, down to one token, and then the response's end.
     - `right` cuts the response's end, down to one token, and then the prompt's end.
     - A concatenation is one text and is cut on that side, wherever the response is.
+
+    `turn` is "template", or "text" in models that were trained before version 0.3: their chats are the
+    prompt by the template, the text of the response and EOS, and special tokens in a text are not text.
+    `date` is what the template prints as today's, None if it prints no date.
 
     Raises `UserError` if `form` or `truncation` is unknown.
     """
@@ -39,9 +53,16 @@ class Encoding:
     eos: bool = True
     truncation: str = "left"
     max_length: int = 512
+    turn: str = "template"
+    date: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("form", tuple(FORMS)), ("truncation", ("left", "right"))):
+        allowed_values = {
+            "form": tuple(FORMS),
+            "truncation": ("left", "right"),
+            "turn": ("template", "text"),
+        }
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"encoding.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}"
@@ -65,21 +86,9 @@ def encode_response(
     """Encode one prompt and one response.
 
     The prompt is a string or messages, and "" if there is none. The response is a string or one assistant
-    message.
+    message. Raises `UserError` if the template refuses the conversation.
     """
     return FORMS[encoding.form](tokenizer, encoding, prompt, response)
-
-
-def truncated_lengths(prompt: int, response: int, max_length: int, side: str) -> tuple[int, int]:
-    """Return how many tokens of the prompt and of the response remain.
-
-    Their sum is at most `max_length`, which must be two or more.
-    """
-    if side == "left":
-        kept = min(prompt, max(1, max_length - response))
-        return kept, min(response, max_length - kept)
-    kept = min(response, max(1, max_length - prompt))
-    return min(prompt, max_length - kept), kept
 
 
 def prompt_text(text: Text, separator: str) -> str:
@@ -102,10 +111,38 @@ def concatenated_text(encoding: Encoding, prompt: Text, response: Text) -> str:
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
 ) -> Encoded:
-    eos = [tokenizer.eos_token_id] if encoding.eos else []
-    before = prompt_ids(tokenizer, prompt)
-    after = tokenizer(completion_text(response), add_special_tokens=False, verbose=False)["input_ids"]
+    if encoding.turn == "text":
+        return _encode_chat_text(tokenizer, encoding, prompt, response)
+    if is_plain(tokenizer):
+        before, turn = encode_turn(tokenizer, prompt, response)
+        ids = [*before, *(turn if encoding.eos else turn[:-1])]
+    else:
+        ids = conversation_ids(tokenizer, prompt, response)
+        if encoding.eos and read_markup(tokenizer).end is None:
+            ids = _end(tokenizer, encoding, ids)
+        if len(ids) > encoding.max_length:
+            before = prompt_ids(tokenizer, prompt)
+    if len(ids) <= encoding.max_length:
+        return Encoded(ids, len(ids), False)
 
+    start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+    end = closing_ids(tokenizer, ids)
+    body = ids[start : len(ids) - len(end)]
+    lengths = (start, len(body), encoding.max_length - len(end))
+    first, second = truncated_lengths(*lengths, encoding.truncation)
+    kept = [*cut_prompt(tokenizer, ids[:start], first, encoding.truncation), *body[:second], *end]
+    return Encoded(kept, len(kept), True)
+
+
+def _encode_chat_text(
+    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+) -> Encoded:
+    eos = [tokenizer.eos_token_id] if encoding.eos else []
+    rendered = tokenizer.apply_chat_template(as_messages(prompt), add_generation_prompt=True, tokenize=False)
+    before, after = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in (rendered, completion_text(response))
+    )
     budget = encoding.max_length - len(eos)
     first, second = truncated_lengths(len(before), len(after), budget, encoding.truncation)
     prompt_part = before[len(before) - first :] if encoding.truncation == "left" else before[:first]
@@ -116,7 +153,10 @@ def _encode_pair(
     tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
 ) -> Encoded:
     texts = prompt_text(prompt, encoding.separator), completion_text(response)
-    before, after = (tokenizer(text, add_special_tokens=False, verbose=False).encodings[0] for text in texts)
+    before, after = (
+        tokenizer(text, add_special_tokens=False, verbose=False, **_text_options(encoding)).encodings[0]
+        for text in texts
+    )
 
     budget = encoding.max_length - tokenizer.num_special_tokens_to_add(pair=True)
     first, second = truncated_lengths(len(before), len(after), budget, encoding.truncation)
@@ -131,16 +171,28 @@ def _encode_pair(
 def _encode_concatenation(
     tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
 ) -> Encoded:
-    eos = [tokenizer.eos_token_id] if encoding.eos else []
-    text = concatenated_text(encoding, prompt, response)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    budget = encoding.max_length - len(eos)
-    if len(ids) <= budget:
-        return Encoded(ids + eos, len(ids), False)
+    text, options = concatenated_text(encoding, prompt, response), _text_options(encoding)
+    ids = _end(tokenizer, encoding, tokenizer(text, verbose=False, **options)["input_ids"])
+    if len(ids) <= encoding.max_length:
+        return Encoded(ids, len(ids), False)
 
     tokenizer.truncation_side = encoding.truncation  # the tokenizer itself keeps its special tokens
-    ids = tokenizer(text, truncation=True, max_length=budget)["input_ids"]
-    return Encoded(ids + eos, budget, True)
+    budget = encoding.max_length - encoding.eos
+    ids = _end(
+        tokenizer, encoding, tokenizer(text, truncation=True, max_length=budget, **options)["input_ids"]
+    )
+    return Encoded(ids, len(ids), True)
+
+
+def _text_options(encoding: Encoding) -> dict[str, Any]:
+    """Return the tokenizer's options by which a special token that a text spells is text."""
+    return {} if encoding.turn == "text" else {"split_special_tokens": True}
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, ids: list[int]) -> list[int]:
+    """Return the ids with EOS last if the encoding has one, once."""
+    has_eos = ids[-1:] == [tokenizer.eos_token_id] and encoding.turn == "template"
+    return ids if has_eos or not encoding.eos else [*ids, tokenizer.eos_token_id]
 
 
 FORMS = {"chat": _encode_chat, "pair": _encode_pair, "concatenation": _encode_concatenation}

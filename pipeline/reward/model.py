@@ -21,7 +21,7 @@ from pipeline.data.schema import Text
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
-from pipeline.models.chat import PLAIN_TEMPLATE, completion_text
+from pipeline.models.chat import completion_text, text_ids
 from pipeline.models.loading import (
     explain_load_errors,
     is_adapter,
@@ -29,8 +29,9 @@ from pipeline.models.loading import (
     load_tokenizer,
     max_positions,
 )
+from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching
-from pipeline.reward.encoding import Encoding, check_encoding, encode_response
+from pipeline.reward.encoding import Encoded, Encoding, check_encoding, encode_response
 from pipeline.reward.settings import SETTINGS, RewardSettings
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class RewardModel:
     >>> rm.best_of_n("Name a fruit.", responses)[1] == max(scores)
     True
     """
+
+    overlong = 0  # inputs that were cut so far
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
@@ -91,7 +94,13 @@ class RewardModel:
         """
         path = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
         settings = RewardSettings.load(path.parent) if path else None
-        tokenizer = load_tokenizer(str(source), generates=False, distinct_pad=False, **options)
+        tokenizer = load_tokenizer(
+            str(source),
+            generates=False,
+            distinct_pad=False,
+            settle=settings is None or settings.encoding.turn == "template",
+            **options,
+        )
         if model is None:
             model = _load(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":
@@ -148,11 +157,16 @@ class RewardModel:
             return torch.zeros(0, self.model.config.num_labels)
         return self._logits(prompts, responses, batch_size)
 
+    def encode(self, prompt: Text, response: Text) -> Encoded:
+        """Return the token ids of a prompt and a response, as the model reads them.
+
+        Raises `UserError` if the chat template refuses the conversation.
+        """
+        return encode_response(self.tokenizer, self.settings.encoding, prompt, response)
+
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
-        encoded = [
-            encode_response(self.tokenizer, self.settings.encoding, prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        encoded = list(map(self.encode, prompts, responses))
+        self._count_overlong(encoded)
         # The responses to one prompt form a group, even if they are not adjacent.
         keys = [str(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=keys.__getitem__)
@@ -167,12 +181,24 @@ class RewardModel:
         )
         return logits[torch.tensor(order).argsort().to(logits.device)].float().cpu()
 
+    def _count_overlong(self, encoded: Sequence[Encoded]) -> None:
+        """Log the first time that inputs were cut, since what was cut does not count in their scores."""
+        count = sum(row.overlong for row in encoded)
+        if count and not self.overlong:
+            how = self.settings.encoding
+            logger.warning(
+                "%s: %d of %d inputs are over max_length=%d and were cut (truncation: %s)",
+                self.model.name_or_path,
+                count,
+                len(encoded),
+                how.max_length,
+                how.truncation,
+            )
+        self.overlong += count
+
     def lengths(self, responses: Sequence[Text]) -> list[int]:
         """Return the length of each response in tokens."""
-        return [
-            len(self.tokenizer(completion_text(text), add_special_tokens=False, verbose=False)["input_ids"])
-            for text in responses
-        ]
+        return [len(text_ids(self.tokenizer, completion_text(text))) for text in responses]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
         """Return {class: softmax probability} for each response.
@@ -255,16 +281,18 @@ def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBa
     With several labels, `logit` is -1: none is the reward yet.
     """
     is_decoder = batching.score_head(model) is not None
-    max_length = min(tokenizer.model_max_length, max_positions(model) or 512, 512)
-    # `load_tokenizer` sets this template if the tokenizer has none.
-    has_template = tokenizer.chat_template != PLAIN_TEMPLATE.format(separator="\n")
     if not is_decoder and tokenizer.is_fast:
         form = "pair"
-    elif is_decoder and has_template:
+    elif is_decoder and not is_plain(tokenizer):
         form = "chat"
     else:
         form = "concatenation"
-    encoding = Encoding(form=form, eos=form == "chat", max_length=max_length)
+    encoding = Encoding(
+        form=form,
+        eos=False,  # the template writes what ends a response
+        max_length=_external_max_length(model, tokenizer, is_decoder),
+        date=fixed_date(tokenizer) if form == "chat" else None,
+    )
     logger.warning(
         "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})", source, encoding
     )
@@ -274,6 +302,13 @@ def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBa
         encoding=encoding,
         logit=0 if model.config.num_labels == 1 else -1,
     )
+
+
+def _external_max_length(model: Any, tokenizer: PreTrainedTokenizerBase, is_decoder: bool) -> int:
+    """Return the most tokens that a classifier reads; an encoder of unknown length reads 512."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) if is_decoder else None
+    return min(tokenizer.model_max_length, max_positions(model) or context or 512)
 
 
 def _override_settings(

@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 from pipeline.models.chat import completion_text
 from pipeline.models.loading import explain_load_errors, is_adapter
 from pipeline.reward import inference_servers
-from pipeline.reward.encoding import Encoded, concatenated_text, encode_response, prompt_text
+from pipeline.reward.encoding import concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,12 @@ class RemoteRewardModel(RewardModel):
         return self._ids(prompt, response) if self.server.engine == "vllm" else self._texts(prompt, response)
 
     def _ids(self, prompt: Text, response: Text) -> list[int]:
-        return self._encode(prompt, response).ids
+        return self.encode(prompt, response).ids
 
     def _texts(self, prompt: Text, response: Text) -> list[str]:
         """Return the texts that TEI's own tokenizer turns into the ids."""
         encoding, tokenizer = self.settings.encoding, self.tokenizer
-        encoded = self._encode(prompt, response)
+        encoded = self.encode(prompt, response)
         texts = (
             [prompt_text(prompt, encoding.separator), completion_text(response)]
             if encoding.form == "pair"
@@ -85,9 +85,6 @@ class RemoteRewardModel(RewardModel):
         if encoded.overlong:
             self._warn_of_truncation(texts, encoded.ids)
         return texts
-
-    def _encode(self, prompt: Text, response: Text) -> Encoded:
-        return encode_response(self.tokenizer, self.settings.encoding, prompt, response)
 
     def _warn_of_truncation(self, texts: list[str], ids: list[int]) -> None:
         """Log once that the texts of a truncated row have other ids."""

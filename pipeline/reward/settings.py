@@ -64,7 +64,8 @@ class RewardSettings:
             return None
         try:
             values = json.loads(path.read_text())
-            return cls(**values | {"encoding": Encoding(**values["encoding"])})
+            # Models that were trained before the encoding had a `turn` keep their scores.
+            return cls(**values | {"encoding": Encoding(**{"turn": "text"} | values["encoding"])})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}: not a reward.json of this version: {error}; run the reward stage again"

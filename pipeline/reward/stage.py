@@ -33,6 +33,7 @@ from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError
 from pipeline.models.loading import head_module_names, load_classifier, load_tokenizer, max_positions
 from pipeline.models.scratch import new_classifier
+from pipeline.models.templates import fixed_date
 from pipeline.reward import batching
 from pipeline.reward.card import describe_architecture, write_card
 from pipeline.reward.dataset import tokenize_records
@@ -290,7 +291,8 @@ def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokeni
     form = config.encoding.form or ("chat" if is_decoder else "pair")
     eos = config.encoding.eos if config.encoding.eos is not None else form != "pair" and is_decoder
     side = "right" if config.overlong == "truncate_right" else "left"
-    encoding = Encoding(form, config.encoding.separator, eos, side, config.max_length)
+    date = fixed_date(tokenizer) if form == "chat" else None
+    encoding = Encoding(form, config.encoding.separator, eos, side, config.max_length, date=date)
     check_encoding(tokenizer, encoding, config.model, max_positions(model))
 
     options: dict[str, Any] = {

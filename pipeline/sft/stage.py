@@ -4,8 +4,8 @@ In: `demonstrations` (prompt, completion) of the prepare artifact, and a base mo
 `scratch`.
 Out: a causal language model with its tokenizer. Under LoRA it is the adapter, whose config names its base and
 revision, or with `merge` the whole model.
-Only completion tokens, including EOS, contribute to the loss. A wrong input (no demonstrations, a base that
-cannot be loaded) raises `UserError`.
+Only the assistant's turn, as the chat template writes it, contributes to the loss. A wrong input (no
+demonstrations, a base that cannot be loaded) raises `UserError`.
 """
 
 from pathlib import Path
@@ -23,7 +23,9 @@ from pipeline.config import SFTStage
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.distributed.sharding import full_state_dict
+from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import encode_pair
+from pipeline.models.generation import declare_ends, end_token_ids, truncation_side
 from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
 from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
@@ -70,8 +72,9 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
 
     set_seed(config.seed)
     model, tokenizer = load_base(config, data)
+    declare_ends(model, end_token_ids(model, tokenizer))
     train_rows, validation_rows = (
-        tokenize_demonstrations(data[split], tokenizer, config.max_length)
+        tokenize_demonstrations(config, data[split], tokenizer, f"{records.path}: demonstrations: {split}")
         for split in ("train", "validation")
     )
     trainer = SFTTrainer(
@@ -93,6 +96,8 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
     policy: Any = trainer.model
     save_options = {} if config.lora is None else {"save_embedding_layers": False}
     policy.save_pretrained(output, state_dict=weights, **save_options)
+    if config.lora is not None:
+        policy.generation_config.save_pretrained(output)
     tokenizer.save_pretrained(output)
     if config.merge:
         merge_adapter(output, tokenizer, trust_remote_code=config.trust_remote_code)
@@ -115,11 +120,32 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
     return load_policy(config.model, tokenizer, **load_options(config, config.revision)), tokenizer
 
 
-def tokenize_demonstrations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Return `input_ids` and `labels` for each row; the labels of the prompt are -100."""
+def tokenize_demonstrations(
+    config: SFTStage, data: Dataset, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Dataset:
+    """Return `input_ids` and `labels` for each row; the labels of the prompt are -100.
 
-    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], max_length)
-        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+    Rows over `max_length` are cut or dropped, and their number is printed. `name` says where the rows are.
+    Raises `UserError` if the chat template refuses a row, or if no row fits.
+    """
+    side = truncation_side(config.overlong)
 
-    return data.map(tokenize, remove_columns=data.column_names)
+    def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
+        with explain_row(f"{name}: row {number}"):
+            prompt, turn, is_cut = encode_pair(
+                tokenizer, row["prompt"], row["completion"], config.max_length, side
+            )
+        return {"input_ids": prompt + turn, "labels": [-100] * len(prompt) + turn, "is_cut": is_cut}
+
+    rows = data.map(tokenize, with_indices=True, remove_columns=data.column_names)
+    cut = [number for number, is_cut in enumerate(rows["is_cut"]) if is_cut] if len(rows) else []
+    if cut and is_main_process():
+        print(
+            f"  {name}: over max_length={config.max_length} (overlong: {config.overlong}): "
+            f"{len(cut):,} of {len(rows):,}"
+        )
+    if cut and config.overlong == "drop":
+        rows = rows.select(sorted(set(range(len(rows))) - set(cut)))
+        if not len(rows):
+            raise UserError(f"{name}: none fits max_length={config.max_length}; raise it")
+    return rows.remove_columns("is_cut") if len(rows) else rows

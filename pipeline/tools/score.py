@@ -24,6 +24,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,6 @@ CHUNK = 256  # responses between two writes: the most that an interruption loses
 MAKE_COMMAND = "rlhf run --until"
 
 Columns = dict[str, Any]
-Score = Callable[[Sequence[Any], Sequence[Any]], list[float]]
 Compute = Callable[[Sequence[ParsedRecord]], list[Columns]]
 
 
@@ -69,10 +69,28 @@ class ScoringJob(NamedTuple):
 
 
 def score_file(
-    job: ScoringJob, reward: Reward, *, batch_size: int, alpha: float | None, normalize: bool
+    job: ScoringJob,
+    reward: Reward,
+    *,
+    batch_size: int,
+    alpha: float | None,
+    normalize: bool,
+    overlong: str | None,
 ) -> None:
-    """Write the rows of the job with the reward of each response. Raises `UserError`."""
-    identity, score = _load_scorer(reward, batch_size=batch_size, alpha=alpha, normalize=normalize)
+    """Write the rows of the job with the reward of each response.
+
+    `overlong` is what happens to rows that the model cannot read whole; None cuts them as in its training.
+    Raises `UserError`.
+    """
+    identity, model = _load_scorer(reward, overlong)
+    how = model.settings.encoding
+    model.overlong = check_rows(
+        job,
+        lambda record: model.encode(record["prompt"], record["response"]).overlong,
+        f"max_length={how.max_length}",
+        overlong or f"truncate_{how.truncation}",
+    )
+    score = partial(_finite_scores, model, batch_size=batch_size, alpha=alpha, normalize=normalize)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items]
@@ -84,6 +102,7 @@ def score_file(
         "positive_label": reward.positive_label,
         "alpha": alpha,
         "normalize": normalize,
+        "overlong": overlong,
     }
     _score_rows(job, settings, compute, CHUNK)
 
@@ -96,17 +115,19 @@ def best_of_n_file(
     n: int,
     max_prompt_tokens: int,
     batch_size: int,
+    overlong: str,
     **sampling: Any,
 ) -> None:
     """Write the rows of the job with the best of `n` responses, its reward, and the mean reward of all n.
 
     `sampling` is seed, temperature and response_tokens. The random numbers of a response derive from its row
     and its number among the n. A policy with few positions reads a shorter prompt, so that the response fits.
-    Raises `UserError`.
+    `overlong` is what happens to longer prompts. Raises `UserError`.
     """
     opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
-    identity, score = _load_scorer(reward)
-    from pipeline.models.generation import sample_responses
+    identity, scorer = _load_scorer(reward)
+    from pipeline.models.chat import prompt_ids
+    from pipeline.models.generation import sample_responses, truncation_side
     from pipeline.models.loading import load_sampler
 
     model, tokenizer = load_sampler(str(opened.path), revision=opened.revision)
@@ -117,13 +138,20 @@ def best_of_n_file(
             f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens"
         )
     options = {"max_prompt_tokens": prompt_tokens, "batch_size": batch_size, **sampling}
+    options |= {"side": truncation_side(overlong)}
+
+    def is_overlong(record: Columns) -> bool:
+        scorer.encode(record["prompt"], "")  # raises if its template refuses the prompt
+        return len(prompt_ids(tokenizer, record["prompt"])) > prompt_tokens
+
+    check_rows(job, is_overlong, f"{prompt_tokens} prompt tokens", overlong)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items for _ in range(n)]
         rows = [item.record["number"] * n + k for item in items for k in range(n)]
         batches = sample_responses(model, tokenizer, prompts, rows, **options)
         texts = [text for responses in batches for text in responses.texts]
-        return _best_of_n(texts, score(prompts, texts), n)
+        return _best_of_n(texts, _finite_scores(scorer, prompts, texts), n)
 
     settings = {
         "reward": identity,
@@ -131,6 +159,7 @@ def best_of_n_file(
         "policy": opened.identity,
         "n": n,
         "room": prompt_tokens,
+        "overlong": overlong,
     }
     _score_rows(job, settings | sampling, compute, max(1, CHUNK // n))
 
@@ -146,10 +175,13 @@ def _best_of_n(texts: Sequence[str], rewards: Sequence[float], n: int) -> list[C
     return rows
 
 
-def compare_responses(reward: Reward, prompt: str, responses: Sequence[str]) -> str:
+def compare_responses(
+    reward: Reward, prompt: str, responses: Sequence[str], overlong: str | None = None
+) -> str:
     """Return a table of the responses, best first, no wider than the terminal.
 
-    Raises `UserError` if the prompt or a response is not a text.
+    `overlong: drop` leaves out responses that the model cannot read whole; others are cut. Raises `UserError`
+    if the prompt or a response is not a text.
     """
     for number, response in enumerate(responses, 1):
         try:
@@ -158,8 +190,15 @@ def compare_responses(reward: Reward, prompt: str, responses: Sequence[str]) -> 
             detail = fault.detail.removeprefix("response: ")
             raise UserError(f"response {number} of {len(responses)}: {detail}") from None
 
-    _, score = _load_scorer(reward)
-    rewards = score([record["prompt"]] * len(responses), responses)
+    model = _load_scorer(reward, overlong)[1]
+    prompt, most, total = record["prompt"], model.settings.encoding.max_length, len(responses)
+    cut = [response for response in responses if model.encode(prompt, response).overlong]
+    if cut and overlong == "drop":
+        responses = [response for response in responses if response not in cut]
+        if not responses:
+            raise UserError(f"compare: every response is over max_length={most}; use another --overlong")
+    model.overlong = len(cut)  # told below
+    rewards = _finite_scores(model, [prompt] * len(responses), responses)
     ranked = sorted(zip(rewards, responses, strict=True), key=lambda pair: -pair[0])
     rows = [
         ("rank", "score", "response"),
@@ -167,28 +206,55 @@ def compare_responses(reward: Reward, prompt: str, responses: Sequence[str]) -> 
     ]
     width = max(len(value) for _, value, _ in rows)
     text_width = shutil.get_terminal_size().columns - width - 8
-    return "\n".join(
-        f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows
-    )
+    lines = [f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows]
+    if cut:
+        outcome = "left out" if overlong == "drop" else "cut"
+        lines.append(f"  over max_length={most}, {outcome}: {len(cut)} of {total}")
+    return "\n".join(lines)
 
 
-def _load_scorer(reward: Reward, **options: Any) -> tuple[str, Score]:
-    """Return (identity, (prompts, responses) -> finite rewards); `options` go to `RewardModel.score`."""
+def _load_scorer(reward: Reward, overlong: str | None = None) -> tuple[str, Any]:
+    """Return the reward model's identity and the model, which truncates as `overlong` says."""
     from pipeline.reward.functions import load_reward, require_reward
 
     opened = require_reward(reward, f"{MAKE_COMMAND} reward")
-    model = load_reward(reward, opened)
+    side = {"truncate_left": "left", "truncate_right": "right"}.get(overlong or "")
+    options = {"encoding": {"truncation": side}} if side else {}
+    return opened.identity, load_reward(reward, opened, **options)
 
-    def score(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-        rewards = model.score(prompts, responses, **options)
-        if wrong := [value for value in rewards if not math.isfinite(value)]:
-            raise UserError(
-                f"{opened.path}: gives the reward {wrong[0]}, expected a finite number; "
-                "its weights are broken: train it again"
-            )
-        return rewards
 
-    return opened.identity, score
+def _finite_scores(
+    model: Any, prompts: Sequence[Any], responses: Sequence[Any], **options: Any
+) -> list[float]:
+    rewards: list[float] = model.score(prompts, responses, **options)
+    if wrong := [value for value in rewards if not math.isfinite(value)]:
+        raise UserError(
+            f"{model.model.name_or_path}: gives the reward {wrong[0]}, expected a finite number; "
+            "its weights are broken: train it again"
+        )
+    return rewards
+
+
+def check_rows(job: ScoringJob, is_overlong: Callable[[Columns], bool], limit: str, overlong: str) -> int:
+    """Set the fault of rows that the model refuses, and of overlong ones with `overlong: drop`.
+
+    Prints and returns how many rows are over the `limit`. Raises `UserError` if no row is left.
+    """
+    count, rows = 0, job.valid
+    for item in rows:
+        try:
+            if is_overlong(item.record):
+                count += 1
+                if overlong == "drop":
+                    item.fault = RowError("overlong", f"over {limit}")
+        except UserError as error:
+            item.fault = RowError("refused", str(error))
+    if count and is_main_process():
+        print(f"{job.command}: over {limit} (overlong: {overlong}): {count:,} of {len(rows):,}", flush=True)
+    if not job.valid and rows[0].fault:
+        line, detail = rows[0].rows[0].line, rows[0].fault.detail
+        raise UserError(f"{job.source}: no row is left to {job.command}; line {line}: {detail}")
+    return count
 
 
 def _fit_to_width(text: str, width: int) -> str:

@@ -41,6 +41,7 @@ def make(name: str) -> tuple[Any, Any]:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.eval(), tokenizer
 
 

@@ -60,7 +60,7 @@ def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(
     messages = [{"role": "user", "content": "Hello."}]
     told = {}
     trl = {"trainer_state": None, "log_extra": None, "log_metric": told.__setitem__}
-    scores = as_reward_func(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer)(
+    scores = as_reward_func(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer, [eos])(
         prompts=[messages] * 2,
         completions=[[{"role": "assistant", "content": "Paris."}]] * 2,
         completion_ids=[[*ids, eos], ids],
@@ -93,7 +93,7 @@ def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_to
         kept["prompt"][0], add_generation_prompt=True, tokenize=True
     )["input_ids"]
     assert rendered == prompt_ids(tiny_tokenizer, "Hello.")
-    assert "1 of 2 prompts are left out: they are empty, or over 20 tokens" in capsys.readouterr().out
+    assert "1 of 2 prompts are left out: they are empty, over 20 tokens, or spell" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 prompts has 1 to 2 tokens"):
         filter_prompts(rows.select([1]), tiny_tokenizer, 2)
 

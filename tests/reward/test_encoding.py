@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.errors import UserError
 from pipeline.models.scratch import train_tokenizer
-from pipeline.reward.encoding import Encoding, check_encoding, encode_response, truncated_lengths
+from pipeline.reward.encoding import Encoding, check_encoding, encode_response
 
 SIZE = config.Scratch(vocabulary=260, positions=128)
 DECODER = train_tokenizer([], SIZE, "\n")
@@ -26,7 +26,7 @@ def cut(how, max_length, side="left"):
 @pytest.mark.parametrize(
     ("tokenizer", "how", "expected", "response_start"),
     [
-        (DECODER, CHAT, "ab\ncd<|eos|>", 3),
+        (DECODER, CHAT, "ab\ncd<|eos|>", None),
         (ENCODER, PAIR, "[CLS]ab[SEP]cd[SEP]", 4),
         (ENCODER, TEXT, "[CLS]ab\ncd[SEP]", None),
         (DECODER, TEXT, "ab\ncd", None),
@@ -62,23 +62,6 @@ def test_what_is_cut(tokenizer, how, expected):
     assert text(tokenizer, found.ids) == expected
     assert len(found.ids) == how.max_length
     assert found.overlong
-
-
-@given(
-    prompt=st.integers(0, 50),
-    answer=st.integers(1, 50),
-    most=st.integers(2, 60),
-    side=st.sampled_from(["left", "right"]),
-)
-def test_something_of_each_stays_and_nothing_is_wasted(prompt, answer, most, side):
-    first, second = truncated_lengths(prompt, answer, most, side)
-    assert first + second == min(prompt + answer, most)
-    assert (first >= 1) == (prompt >= 1)
-    assert second >= 1
-    if side == "left" and first > 1:
-        assert second == answer
-    if side == "right" and second > 1:
-        assert first == prompt
 
 
 @given(

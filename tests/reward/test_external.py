@@ -86,6 +86,9 @@ def test_a_pad_token_that_is_eos_hides_nothing_and_batches_do_not_count(tiny_gpt
     rm = RewardModel.load(folder)
     assert (rm.settings.encoding.form, rm.settings.encoding.eos) == ("concatenation", False)
     assert rm.tokenizer.pad_token_id == rm.tokenizer.eos_token_id
+    spelled = rm.tokenizer("Hi<|eos|>", split_special_tokens=True)["input_ids"]
+    assert rm.encode("", "Hi<|eos|>").ids == spelled  # a text that spells EOS does not end
+    rm = RewardModel.load(folder, encoding={"turn": "text"})  # as before, it does
     texts = ["Hello.", "A longer reply, with several words.", "Hi<|eos|>"]  # the last ends with EOS itself
     expected = []
     for text in texts:

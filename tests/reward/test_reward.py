@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline import RewardModel, config
 from pipeline.errors import UserError
-from pipeline.models.chat import encode_pair
+from pipeline.models.chat import encode_turn
 from pipeline.reward import stage as reward
 from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding
@@ -171,7 +171,7 @@ def test_the_trainer_is_given_the_one_encoding(tiny_records, tiny_tokenizer):
     for row, found in zip(rows, made, strict=True):
         # As SFT reads the same prompt and answer.
         assert found["ids"] == [
-            add(*encode_pair(tiny_tokenizer, row["prompt"], row[side], 96)) for side in ("chosen", "rejected")
+            add(*encode_turn(tiny_tokenizer, row["prompt"], row[side])) for side in ("chosen", "rejected")
         ]
         assert found["target"] == [1, 2]
         assert found["length"] == sum(map(len, found["ids"]))

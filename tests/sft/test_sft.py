@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.artifacts.files import hash_files
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.errors import UserError
-from pipeline.models.chat import completion_ids, encode_pair, prompt_ids
+from pipeline.models.chat import encode_turn
 from pipeline.models.loading import load_policy
 from pipeline.prepare import stage as prepare
 from pipeline.sft import stage as sft
@@ -36,14 +36,11 @@ def stage(tiny_records, tmp_path, model, **more):
 
 def test_only_completion_tokens_carry_loss(tiny_tokenizer):
     row = {"prompt": "Name the capital of Italy.", "completion": "The capital of Italy is Rome."}
-    found = sft.tokenize_demonstrations(Dataset.from_list([row]), tiny_tokenizer, 96)[0]
-    prompt = prompt_ids(tiny_tokenizer, row["prompt"])
+    given = stage("records", "runs", "base")
+    found = sft.tokenize_demonstrations(given, Dataset.from_list([row]), tiny_tokenizer, "rows")[0]
+    prompt, turn = encode_turn(tiny_tokenizer, row["prompt"], row["completion"])
     assert found["labels"][: len(prompt)] == [-100] * len(prompt)
-    assert (
-        found["labels"][len(prompt) :]
-        == found["input_ids"][len(prompt) :]
-        == completion_ids(tiny_tokenizer, row["completion"])
-    )
+    assert found["labels"][len(prompt) :] == found["input_ids"][len(prompt) :] == turn
     assert found["labels"][-1] == tiny_tokenizer.eos_token_id
 
 
@@ -53,7 +50,7 @@ def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, t
     before = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     ids = torch.tensor(
-        [add(*encode_pair(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome.", 96))]
+        [add(*encode_turn(tokenizer, "Name the capital of Italy.", "The capital of Italy is Rome."))]
     )
     with torch.no_grad():
         assert model(ids, labels=ids).loss < before(ids, labels=ids).loss

@@ -178,7 +178,8 @@ def test_answers_to_a_prompt_are_listed_best_first(
     monkeypatch.setenv("COLUMNS", "40")
     answers = ["An apple.", "x=y", "界" * 40, "two\nlines " + "and more " * 9, "--debug"]
     assert cli.main(["compare", "--reward", str(model), "--", "Name a fruit.", *answers]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, *lines, note = capsys.readouterr().out.splitlines()
+    assert note == "  over max_length=96, cut: 1 of 5"
     opened = RewardModel.load(model)
     scores = opened.score(["Name a fruit."] * 5, answers)
     ranked = opened.rank("Name a fruit.", answers)

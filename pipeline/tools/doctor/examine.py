@@ -18,8 +18,9 @@ from pipeline.artifacts.files import list_files
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.config import OBJECTIVES, Reward, StageConfig
 from pipeline.data.records import open_records
-from pipeline.errors import UserError
-from pipeline.models.chat import prompt_ids
+from pipeline.data.schema import KINDS
+from pipeline.errors import UserError, explain_row
+from pipeline.models.chat import encode_turn, prompt_ids
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.reward.functions import require_reward
@@ -147,14 +148,29 @@ def _check_batch(config: Any) -> Iterator[Finding]:
     if not len(rows):
         raise UserError(f"{config.records}: contains no {kind} to train on")
     first = rows.select(range(min(BATCH_ROWS, len(rows))))
-    lengths = [len(prompt_ids(tokenizer, row["prompt"])) for row in first]
     limit = getattr(config, "max_prompt_tokens", None) or config.max_length
-    longer = sum(length > limit for length in lengths)
+    lengths, longer = [], 0
+    for number, row in enumerate(first):
+        with explain_row(f"{config.records}: {kind}: row {number}"):
+            lengths.append(len(prompt_ids(tokenizer, row["prompt"])))
+            longer += max([lengths[-1], *_row_lengths(config, tokenizer, row)]) > limit
+    whole = "prompts" if config.stage in ("ppo", "evaluate") else "prompts with their responses"
     yield (
         "batch",
         f"first {len(lengths)} of {len(rows):,} {kind}: prompts of {min(lengths)} to {max(lengths)} tokens, "
-        f"{longer} longer than {limit}",
+        f"{longer} {whole} over {limit} (overlong: {config.overlong})",
     )
+
+
+def _row_lengths(config: Any, tokenizer: Any, row: Any) -> list[int]:
+    """Return the tokens of a row's prompt with each of its responses, for the stages that read them."""
+    if config.stage == "sft":
+        return [sum(map(len, encode_turn(tokenizer, row["prompt"], row["completion"])))]
+    if config.stage == "reward":
+        responses = KINDS[OBJECTIVES[config.objective].kind].responses
+        assert responses, f"{config.objective} learns from responses"
+        return [sum(map(len, encode_turn(tokenizer, row["prompt"], text))) for text in responses(row)]
+    return []
 
 
 def _open_records(config: Any, kind: str) -> Any:

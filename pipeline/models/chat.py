@@ -207,9 +207,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **optio
         return str(tokenizer.apply_chat_template(escaped, tokenize=False, **options))
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
+        beginning = repr(messages[0].get("content"))[:60]
         raise UserError(
-            f"the chat template refuses the conversation ({roles}): {' '.join(str(error).split())}; "
-            "change or remove this row, or give the model's tokenizer a template that takes it"
+            f"the chat template refuses the conversation ({roles}) that begins with {beginning}: "
+            f"{' '.join(str(error).split())}; change or remove this row, or give the model's tokenizer a "
+            "template that takes it"
         ) from error
 
 

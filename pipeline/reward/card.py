@@ -81,9 +81,7 @@ def describe_turn(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dic
     """Return how plain Python encodes a chat: whether EOS is appended, and what is left of too many `ids`."""
     markup, most = read_markup(tokenizer), encoding.max_length
     needs_eos = encoding.eos and markup.end is None
-    first = int(
-        tokenizer.bos_token_id is not None and prompt_ids(tokenizer, "a")[0] == tokenizer.bos_token_id
-    )
+    first = int(conversation_ids(tokenizer, "a", "b")[:1] == [tokenizer.bos_token_id])
     last = len(markup.closing_ids) + needs_eos
     if encoding.truncation == "left":
         cut_ids = f"ids[:{first}] + ids[-{most - first}:]" if first else f"ids[-{most}:]"

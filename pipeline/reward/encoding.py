@@ -43,7 +43,8 @@ class Encoding:
 
     `turn` is "template", or "text" in models that were trained before version 0.3: their chats are the
     prompt by the template, the text of the response and EOS, and special tokens in a text are not text.
-    `date` is what the template prints as today's, None if it prints no date.
+    `date` is what the template prints as today's, None if it prints no date. `trim_pad` leaves out the pad
+    tokens at the end of a chat: plain transformers takes the score of the token before them.
 
     Raises `UserError` if `form` or `truncation` is unknown.
     """
@@ -55,6 +56,7 @@ class Encoding:
     max_length: int = 512
     turn: str = "template"
     date: str | None = None
+    trim_pad: bool = False
 
     def __post_init__(self) -> None:
         allowed_values = {
@@ -120,6 +122,8 @@ def _encode_chat(
         ids = conversation_ids(tokenizer, prompt, response)
         if encoding.eos and read_markup(tokenizer).end is None:
             ids = _end(tokenizer, encoding, ids)
+        while encoding.trim_pad and ids[-1] == tokenizer.pad_token_id:
+            ids.pop()
         if len(ids) > encoding.max_length:
             before = prompt_ids(tokenizer, prompt)
     if len(ids) <= encoding.max_length:

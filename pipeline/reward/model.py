@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import hub
 from pipeline.data.schema import Text
@@ -106,7 +106,7 @@ class RewardModel:
             if settings is None or settings.quantization == "none":
                 model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-        settings = settings or _external_settings(str(source), model, tokenizer)
+        settings = settings or _external_settings(str(source), model, tokenizer, options)
         overridden = _override_settings(str(source), model, settings, positive_label, encoding)
         if overridden != settings:  # then the statistics are those of another reward
             overridden.reward_mean = overridden.reward_std = None
@@ -275,7 +275,9 @@ def _load(
         return PeftModel.from_pretrained(base, source, revision=revision)
 
 
-def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardSettings:
+def _external_settings(
+    source: str, model: Any, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> RewardSettings:
     """Choose the settings of a classifier without `reward.json`.
 
     With several labels, `logit` is -1: none is the reward yet.
@@ -292,6 +294,7 @@ def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBa
         eos=False,  # the template writes what ends a response
         max_length=_external_max_length(model, tokenizer, is_decoder),
         date=fixed_date(tokenizer) if form == "chat" else None,
+        trim_pad=form == "chat" and _reads_no_pad(source, options),
     )
     logger.warning(
         "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})", source, encoding
@@ -302,6 +305,11 @@ def _external_settings(source: str, model: Any, tokenizer: PreTrainedTokenizerBa
         encoding=encoding,
         logit=0 if model.config.num_labels == 1 else -1,
     )
+
+
+def _reads_no_pad(source: str, options: dict[str, Any]) -> bool:
+    """Return whether the published classifier names a pad token, before which it then takes the score."""
+    return AutoConfig.from_pretrained(source, **options).pad_token_id is not None
 
 
 def _external_max_length(model: Any, tokenizer: PreTrainedTokenizerBase, is_decoder: bool) -> int:

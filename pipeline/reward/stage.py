@@ -30,7 +30,7 @@ from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS, LEARNABLE
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.distributed.sharding import full_state_dict
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain_row
 from pipeline.models.loading import head_module_names, load_classifier, load_tokenizer, max_positions
 from pipeline.models.scratch import new_classifier
 from pipeline.models.templates import fixed_date
@@ -150,11 +150,11 @@ def tokenize_splits(
 ) -> dict[str, Split]:
     """Tokenise the splits that have rows, and print how many rows did not fit."""
     kind, drop = OBJECTIVES[config.objective].kind, config.overlong == "drop"
-    splits = {
-        name: tokenize_records(rows, kind, tokenizer, encoding, drop)
-        for name, rows in data.items()
-        if len(rows)
-    }
+    splits = {}
+    for name, rows in data.items():
+        if len(rows):
+            with explain_row(f"{config.records}: {name}"):
+                splits[name] = tokenize_records(rows, kind, tokenizer, encoding, drop)
     for name, (_, counts) in splits.items():
         if counts and is_main_process():
             outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())

@@ -1,9 +1,18 @@
 """Tiny tokenizers whose special tokens and chat templates are in the manner of published families."""
 
+from pathlib import Path
+from typing import Any
+
+import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 TEXTS = ["Name a fruit. An apple.", "user assistant system model think Today is 2026"]
 
@@ -85,3 +94,28 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def save_llama(folder: Path, family: str, labels: int | None = None, **generation: Any) -> Path:
+    """Save a tiny random Llama with the tokenizer of a family, a classifier if it has `labels`."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(family)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"num_labels": labels} if labels else {}),
+    )
+    model = (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config)
+    if generation:
+        model.generation_config.update(**generation)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

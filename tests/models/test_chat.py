@@ -170,7 +170,7 @@ def test_named_templates_need_a_default(tmp_path: Path) -> None:
 
 def test_a_refused_conversation_is_one_line(loaded) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
-    with pytest.raises(UserError, match=r"refuses the conversation \(system, user\): no system turn; change"):
+    with pytest.raises(UserError, match=r"refuses the conversation \(system, user\) that begins"):
         prompt_ids(loaded["gemma"], messages)
 
 

@@ -1,18 +1,33 @@
 """Samples follow the policy's own distribution and do not depend on the batch."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Scratch
 from pipeline.errors import UserError
 from pipeline.models.chat import EOS, PAD
-from pipeline.models.generation import InverseCDF, generate, permutation, uniforms
+from pipeline.models.generation import (
+    InverseCDF,
+    declare_ends,
+    declared_ends,
+    end_token_ids,
+    fit_prompts,
+    generate,
+    permutation,
+    prepare_prompts,
+    truncation_side,
+    uniforms,
+)
+from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.models.scratch import new_policy
+from tests.models.manners import make_tokenizer, save_llama
 
 STEPS, TEMPERATURE = 10, 0.8
 LENGTHS = (5, 1, 9, 3, 5, 2)
@@ -225,6 +240,55 @@ def test_a_stop_token_ends_an_answer(prompts: Any, uniform_rows: Tensor) -> None
         UserError, match=r"stop_token='the cat' is \d+ tokens of this tokenizer; expected one"
     ):
         generate(model, tokenizer, prompts, uniform_rows, stop_token="the cat")
+
+
+@pytest.mark.parametrize(
+    ("family", "declared", "expected"),
+    [
+        ("qwen", None, ["<|im_end|>"]),
+        ("qwen-base", None, ["<|endoftext|>", "<|im_end|>"]),  # the template closes turns with another token
+        ("phi3", ["<|endoftext|>", "<|end|>"], ["<|endoftext|>", "<|end|>"]),
+        ("gemma", ["<eos>", "<end_of_turn>", "."], ["<eos>", "<end_of_turn>", "."]),
+        ("llama2", None, ["</s>"]),
+    ],
+)
+def test_every_end_token_counts(tmp_path: Path, family: str, declared: Any, expected: list[str]) -> None:
+    ids = make_tokenizer(family).convert_tokens_to_ids(declared or [])
+    source = str(save_llama(tmp_path, family, **({"eos_token_id": ids} if declared else {})))
+    tokenizer = load_tokenizer(source)
+    policy = load_policy(source, tokenizer)
+    ends = end_token_ids(policy, tokenizer, stop_token="Q")
+    assert tokenizer.convert_ids_to_tokens(ends) == [*expected, "Q"]
+
+    declare_ends(policy, ends)
+    policy.save_pretrained(tmp_path / "again")
+    assert declared_ends(str(tmp_path / "again")) == ends
+    policy.lm_head = torch.nn.Linear(32, len(tokenizer))
+    policy.lm_head.weight.data[:] = 0.0
+    for end in (*ends, 9):  # the policy always chooses this token
+        policy.lm_head.bias.data = torch.nn.functional.one_hot(torch.tensor(end), len(tokenizer)) * 1e4
+        found = generate(policy, tokenizer, [[5, 6]], torch.full((1, 4), 0.5), ends=[9])
+        assert (found.token_lists(), found.ended, found.texts) == ([[end]], [True], [""])
+
+
+def test_prompts_over_the_limit_are_counted_cut_or_dropped(tmp_path: Path, capsys: Any) -> None:
+    tokenizer = load_tokenizer(str(save_llama(tmp_path, "llama2")))
+    rows = Dataset.from_list([{"prompt": "ab"}, {"prompt": "abcdefgh"}])
+    assert fit_prompts(tokenizer, rows, 20, "drop", "prompts") is rows
+    assert capsys.readouterr().out == ""
+    assert fit_prompts(tokenizer, rows, 6, "truncate_left", "prompts") is rows
+    assert fit_prompts(tokenizer, rows, 6, "drop", "prompts")["prompt"][:] == ["ab"]
+    assert capsys.readouterr().out.splitlines() == [
+        "  prompts: over 6 tokens (overlong: truncate_left): 1 of 2",
+        "  prompts: over 6 tokens (overlong: drop): 1 of 2",
+    ]
+    with pytest.raises(UserError, match="prompts: none has at most 2 tokens; raise max_prompt_tokens"):
+        fit_prompts(tokenizer, rows, 2, "drop", "prompts")
+    cut = [
+        prepare_prompts(tokenizer, ["abcdefgh"], 6, truncation_side(overlong))[0]
+        for overlong in ("truncate_left", "truncate_right")
+    ]
+    assert [tokenizer.decode(ids) for ids in cut] == ["<s>efgh\n", "<s>abcde"]
 
 
 def test_small_batches_sample_what_large_ones_do(

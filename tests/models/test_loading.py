@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -46,6 +47,14 @@ def test_a_tokenizer_without_a_pad_token_gets_a_new_one(like_gpt2):
     assert model.get_input_embeddings().weight[rows].tolist() == pytest.approx(
         plain.mean(0).tolist(), abs=1e-6
     )
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tiny_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.get_vocab() == load_tokenizer(str(tiny_llama)).get_vocab()
 
 
 def test_where_no_eos_ends_the_ids_pad_may_be_eos(like_gpt2):

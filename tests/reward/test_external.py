@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.models.loading import head_config, load_classifier, load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.reward import stage as reward
+from tests.models.manners import save_llama
 
 
 def foreign(base, folder, labels, **more):
@@ -96,6 +97,36 @@ def test_a_pad_token_that_is_eos_hides_nothing_and_batches_do_not_count(tiny_gpt
         expected.append(rm.model.score(rm.model.transformer(ids).last_hidden_state[0, -1]).item())
     for size in (1, 2, 64):
         assert rm.score(["Me: hi"] * 3, texts, batch_size=size) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma", "llama3", "phi3", "dated", "thinking", "bare"])
+def test_a_chat_reward_model_scores_as_its_card_does(family, tmp_path):
+    """Render the conversation, tokenize it, take the score of the last token."""
+    rm = RewardModel.load(save_llama(tmp_path, family, labels=1))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert (rm.settings.encoding.form, rm.settings.encoding.max_length) == ("chat", 256)
+    assert rm.settings.encoding.date == ("2026-01-01" if family == "dated" else None)
+    texts = ["An apple.", "\nAn apple.\n", "A carrot. A carrot."]
+    expected = []
+    for text in texts:
+        messages = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": text}]
+        ids = rm.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            expected.append(plain(ids).logits[0, 0].item())
+    assert rm.score(["Name a fruit."] * 3, texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_inputs_that_are_cut_are_logged_once(tmp_path, caplog):
+    rm = RewardModel.load(save_llama(tmp_path, "qwen", labels=1), encoding={"max_length": 40})
+    caplog.clear()
+    rm.score(["Q"] * 3, ["A", "word " * 20, "word " * 21])
+    rm.score(["Q"], ["word " * 22])
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "2 of 3 inputs are over max_length=40 and were cut (truncation: left)"
+    ]
+    assert rm.overlong == 3
+    end = rm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert rm.encode("Q", "word " * 20).ids[-2] == end  # what ends a turn is never cut
 
 
 def test_what_cannot_be_read_is_told_at_once(classifier, tiny_gpt2, tmp_path):

@@ -15,9 +15,11 @@ from pipeline.artifacts.files import hash_files
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.errors import UserError
 from pipeline.models.chat import encode_turn
-from pipeline.models.loading import load_policy
+from pipeline.models.generation import declared_ends, end_token_ids
+from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.prepare import stage as prepare
 from pipeline.sft import stage as sft
+from tests.models.manners import save_llama
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 
@@ -42,6 +44,44 @@ def test_only_completion_tokens_carry_loss(tiny_tokenizer):
     assert found["labels"][: len(prompt)] == [-100] * len(prompt)
     assert found["labels"][len(prompt) :] == found["input_ids"][len(prompt) :] == turn
     assert found["labels"][-1] == tiny_tokenizer.eos_token_id
+
+
+def rows_with(*completions):
+    return Dataset.from_list([{"prompt": "Name a fruit.", "completion": text} for text in completions])
+
+
+@pytest.mark.parametrize(
+    ("overlong", "ends"),
+    [("truncate_left", [True, True, False]), ("truncate_right", [True, False, False]), ("drop", [True])],
+)
+def test_a_cut_response_does_not_end(tmp_path, capsys, overlong, ends):
+    tokenizer = load_tokenizer(str(save_llama(tmp_path, "qwen")))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    data = rows_with("An apple.", "An apple. An apple.", "An apple. " * 20)
+    longest = sum(map(len, encode_turn(tokenizer, "Name a fruit.", data[1]["completion"]))) - 1
+    given = stage("records", "runs", "base", overlong=overlong).model_copy(update={"max_length": longest})
+    rows = sft.tokenize_demonstrations(given, data, tokenizer, "train")
+    assert [row["labels"][-2] == end for row in rows] == ends
+    assert max(len(row["input_ids"]) for row in rows) <= longest
+    assert capsys.readouterr().out == f"  train: over max_length={longest} (overlong: {overlong}): 2 of 3\n"
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path):
+    tokenizer = load_tokenizer(str(save_llama(tmp_path, "gemma")))
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."}]
+    data = Dataset.from_list([{"prompt": system, "completion": "An apple."}])
+    with pytest.raises(UserError, match=r"^train: row 0: the chat template refuses .* no system turn; ch"):
+        sft.tokenize_demonstrations(stage("records", "runs", "base"), data, tokenizer, "train")
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_policy_declares_how_its_template_ends_a_turn(tiny_records, tmp_path, lora):
+    base = save_llama(tmp_path / "base", "qwen-base")
+    folder = sft.run(stage(tiny_records, tmp_path, base, lora=lora))
+    tokenizer = load_tokenizer(str(folder))
+    expected = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert declared_ends(str(folder)) == expected
+    assert end_token_ids(load_policy(str(folder), tokenizer), tokenizer) == expected
 
 
 def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, tiny_gpt2, tmp_path):

@@ -20,6 +20,7 @@ from pipeline.data.readers import READERS
 from pipeline.reward import stage as reward
 from pipeline.tools import score
 from pipeline.tools.score import _publish
+from tests.models.manners import save_llama
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a fruit.", "response": "An apple.", "id": 1},
@@ -500,6 +501,63 @@ def test_a_reward_that_is_no_number_is_refused(
         capsys, "score", model, jsonl(Path("in.jsonl"), ROWS[:2]), "out.csv"
     )
     assert PARTIAL.read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize("overlong", [None, "truncate_left", "truncate_right", "drop"])
+def test_rows_that_are_cut_are_counted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overlong: str | None
+) -> None:
+    source = jsonl(tmp_path / "in.jsonl", ROWS)
+    options = ["--overlong", overlong] if overlong else []
+    assert main("score", model, source, "out.jsonl", *options) == 0
+    printed = capsys.readouterr()
+    assert f"over max_length=96 (overlong: {overlong or 'truncate_left'}): 1 of 7" in printed.out
+    assert "were cut" not in printed.err  # it is told once
+    found = rows_of(tmp_path / "out.jsonl")
+    assert [row["id"] for row in found] == [1, 2, 3, 4, 5, 6, *([] if overlong == "drop" else [7])]
+    if overlong == "drop":
+        (fault,) = rows_of(tmp_path / "out.jsonl.quarantine.jsonl")
+        assert (fault["reason"], fault["detail"], fault["line"]) == ("overlong", "over max_length=96", 7)
+    elif overlong:
+        side = overlong.removeprefix("truncate_")
+        opened = RewardModel.load(model, encoding={"truncation": side})
+        assert found[-1]["reward"] == pytest.approx(
+            opened.score_response(ROWS[-1]["prompt"], ROWS[-1]["response"]), abs=1e-5
+        )
+
+
+def test_a_row_that_a_template_refuses_is_quarantined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward_model = save_llama(tmp_path / "rm", "gemma", labels=1)
+    policy = save_llama(tmp_path / "policy", "gemma")
+    refused = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    source = jsonl(tmp_path / "in.jsonl", [{"prompt": prompt, "response": "A"} for prompt in ("Q", refused)])
+    assert main("score", reward_model, source, "out.jsonl") == 0
+    prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Q"}, {"prompt": refused}])
+    sampling = ("--policy", str(policy), "--n", "2", "--response-tokens", "3")
+    assert main("best-of-n", reward_model, prompts, "best.jsonl", *sampling) == 0
+    assert capsys.readouterr().out.count("1 rows scored, 1 quarantined") == 2
+    for output in ("out.jsonl", "best.jsonl"):
+        (fault,) = rows_of(tmp_path / f"{output}.quarantine.jsonl")
+        assert (fault["reason"], fault["line"]) == ("refused", 2)
+        assert "refuses the conversation (system, user" in fault["detail"]
+
+    alone = jsonl(tmp_path / "alone.jsonl", [{"prompt": refused, "response": "A"}])
+    assert refusal(capsys, "score", reward_model, alone, "none.jsonl").startswith(
+        f"error: {alone}: no row is left to score; line 1: the chat template refuses"
+    )
+
+
+def test_compare_can_leave_out_what_it_cannot_read_whole(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compare", "--reward", str(model), "--overlong", "drop", "Name a fruit."]
+    assert cli.main([*argv, "An apple.", "word " * 200]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(lines), lines[-1]] == [3, "  over max_length=96, left out: 1 of 2"]
+    assert cli.main([*argv, "word " * 200]) == 2
+    assert "compare: every response is over max_length=96" in capsys.readouterr().err
 
 
 FILES = ("--input", "a", "--output", "b", "--reward", "c")

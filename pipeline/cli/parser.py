@@ -205,7 +205,9 @@ def _add_scoring(commands: Any) -> None:
     """Add the commands that use the stages' models; they take no overrides."""
     score = commands.add_parser("score", help="score the responses of a file")
     best = commands.add_parser(
-        "best-of-n", help="generate n responses to each prompt of a file, keep the best"
+        "best-of-n",
+        help="generate n responses to each prompt of a file, keep the best",
+        usage="%(prog)s --reward NAME --policy NAME --input FILE --output FILE [options]",
     )
     compare = commands.add_parser("compare", help="rank responses to one prompt, best first")
     for command in (score, best, compare):
@@ -223,9 +225,8 @@ def _add_scoring(commands: Any) -> None:
             "--overlong",
             choices=("truncate_left", "truncate_right", "drop"),
             default="truncate_left" if command is best else None,
-            help="treatment of prompts over --max-prompt-tokens (default: truncate_left)"
-            if command is best
-            else "treatment of inputs that the model cannot read whole (default: as in its training)",
+            metavar="HOW",
+            help="too long: truncate_left, truncate_right or drop",
         )
     best.add_argument(
         "--policy", required=True, metavar="NAME", help="a policy artifact, a model's folder, or a hub id"
@@ -275,7 +276,7 @@ def _add_best_options(best: Parser) -> None:
         type=COUNT,
         default=256,
         metavar="N",
-        help="prompt limit; --overlong says what happens to longer ones (default: 256)",
+        help="prompt limit in tokens (default: 256)",
     )
     best.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed; each row has its own (default: 0)"

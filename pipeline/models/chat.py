@@ -8,8 +8,8 @@ after the generation prompt: the text, what may stand before it (an empty `<thin
 - The ids of prompt and turn are those of the whole conversation, split where the prompt's ids end.
 - If the two would share a token, or the tokenizer had no template, they are tokenized apart: the ids of a
   prompt do not depend on what follows it.
-- If the template rewrites the prompt once an answer follows, the turn is the text and what the template
-  writes after a text. This is logged once.
+- If the template rewrites the prompt once an answer follows, the turn is the text, without what the
+  generation prompt already wrote of it, and what the template writes after a text. This is logged once.
 - A special token that is spelled in the text of a message is text: its ids are those of its characters.
 """
 
@@ -74,17 +74,19 @@ def encode_turn(
 
     Raises `UserError` if the template refuses the conversation.
     """
-    messages, markup = as_messages(prompt), read_markup(tokenizer)
+    messages, text = as_messages(prompt), completion_text(completion)
     before = _render(tokenizer, messages, add_generation_prompt=True)
     ids = _tokenize(tokenizer, before)
     if is_plain(tokenizer):
-        return ids, [*text_ids(tokenizer, completion_text(completion)), tokenizer.eos_token_id]
+        return ids, [*text_ids(tokenizer, text), tokenizer.eos_token_id]
 
+    markup = read_markup(tokenizer)
     whole = _render(tokenizer, [*messages, as_reply(completion)])
     all_ids = _tokenize(tokenizer, whole)
     if not whole.startswith(before):
         _warn_of_rewriting(str(tokenizer.name_or_path))
-        turn = [*text_ids(tokenizer, completion_text(completion)), *markup.closing_ids]
+        opened = before[common_prefix_length(before, whole) :]  # such as "<think>", which the text may repeat
+        turn = [*text_ids(tokenizer, text.removeprefix(opened)), *markup.closing_ids]
     elif all_ids[: len(ids)] == ids:
         turn = all_ids[len(ids) :]
     else:
@@ -130,6 +132,12 @@ def cut_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int, 
     if length > 1 and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
         return [ids[0], *ids[1 - length :]]
     return ids[len(ids) - length :]
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the length of what two sequences have in common from their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase, turn: list[int]) -> list[int]:

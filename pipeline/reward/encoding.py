@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models.chat import (
     as_messages,
     closing_ids,
+    common_prefix_length,
     completion_text,
     conversation_ids,
     cut_prompt,
@@ -129,7 +130,7 @@ def _encode_chat(
     if len(ids) <= encoding.max_length:
         return Encoded(ids, len(ids), False)
 
-    start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+    start = common_prefix_length(before, ids)
     end = closing_ids(tokenizer, ids)
     body = ids[start : len(ids) - len(end)]
     lengths = (start, len(body), encoding.max_length - len(end))

@@ -8,8 +8,8 @@ folder here or a hub id.
 - vLLM receives the same ids that `RewardModel` computes. It accepts no token types, so it is refused for
   pairs of a model that uses them.
 - Text-embeddings-inference (TEI) receives text, or a pair of texts, which its tokenizer encodes into the same
-  ids. A chat has no such text and is refused. A row that was cut may differ by a token or two, which is
-  logged.
+  ids. A chat has no such text and is refused. A row that was cut, or that spells a special token, may differ
+  by a token or two, which is logged.
 
 The wire formats are in `pipeline.reward.inference_servers`.
 """
@@ -30,7 +30,7 @@ from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.data.schema import Text
 from pipeline.errors import UserError
-from pipeline.models.chat import completion_text
+from pipeline.models.chat import completion_text, read_markup
 from pipeline.models.loading import explain_load_errors, is_adapter
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import concatenated_text, prompt_text
@@ -44,7 +44,7 @@ class RemoteRewardModel(RewardModel):
 
     server: inference_servers.Server
     timeout: float  # seconds
-    _warned_of_truncation = False
+    _warned_of_difference = False
 
     def __init__(self, model: Any, tokenizer: Any, settings: Any):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -82,17 +82,18 @@ class RemoteRewardModel(RewardModel):
             parts = (encoded.ids[: encoded.response_start], encoded.ids[encoded.response_start :])
             texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts][: len(texts)]
         texts[-1] += tokenizer.eos_token if encoding.eos else ""
-        if encoded.overlong:
-            self._warn_of_truncation(texts, encoded.ids)
+        spelled = read_markup(tokenizer).pattern
+        if encoded.overlong or any(map(spelled.search, (completion_text(response), str(prompt)))):
+            self._warn_of_difference(texts, encoded.ids)
         return texts
 
-    def _warn_of_truncation(self, texts: list[str], ids: list[int]) -> None:
-        """Log once that the texts of a truncated row have other ids."""
-        if self._warned_of_truncation or self.tokenizer(*texts, verbose=False)["input_ids"] == ids:
+    def _warn_of_difference(self, texts: list[str], ids: list[int]) -> None:
+        """Log once that the texts of a row have other ids: it was truncated, or spells a special token."""
+        if self._warned_of_difference or self.tokenizer(*texts, verbose=False)["input_ids"] == ids:
             return
-        self._warned_of_truncation = True
+        self._warned_of_difference = True
         logger.warning(
-            "%s: TEI encodes rows that were cut at max_length=%d slightly differently",
+            "%s: TEI encodes rows that were cut at max_length=%d, or that spell a special token, differently",
             self.server.url,
             self.settings.encoding.max_length,
         )

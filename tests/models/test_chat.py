@@ -136,6 +136,21 @@ def test_the_rule_for_a_template_that_rewrites_is_logged(loaded, caplog) -> None
     )
 
 
+def test_what_a_generation_prompt_opened_is_not_repeated(loaded) -> None:
+    before, turn = encode_turn(loaded["opened"], "Q", "<think>\nWhy?\n</think>\n\nA")
+    assert loaded["opened"].decode(before).endswith("<|im_start|>assistant\n<think>\n")
+    assert loaded["opened"].decode(turn) == "Why?\n</think>\n\nA<|im_end|>\n"
+
+
+def test_a_date_inside_a_macro_is_fixed(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("qwen")
+    clock = "{{ strftime_now('%Y-%m-%d') }} {{ strftime_now('%B ' ~ '%Y') }}"
+    tokenizer.chat_template = f"\nX {{%- macro head() %}}{clock}{{% endmacro %}}{{{{ head() }}}}"
+    tokenizer.save_pretrained(tmp_path)
+    rendered = load_tokenizer(str(tmp_path)).apply_chat_template([{"role": "user"}], tokenize=False)
+    assert rendered == "\nX2026-01-01 2026-01-01"
+
+
 def test_an_artifact_keeps_its_template(loaded, tmp_path: Path) -> None:
     for family, tokenizer in loaded.items():
         tokenizer.save_pretrained(tmp_path / family)

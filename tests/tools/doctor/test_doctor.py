@@ -80,7 +80,7 @@ def test_of_a_run_it_reads_tokenizer_template_and_a_batch(tiny_records, tiny_gpt
     assert "files, as its stage wrote them" in said["records"]
     assert said["tokenizer"] == "558 tokens, pad '<|pad|>', EOS '<|eos|>'"
     assert said["template"].startswith("'Hello.' renders as 'Hello.\\n'")
-    assert "0 longer than 256" in said["batch"]
+    assert "0 prompts over 256 (overlong: truncate_left)" in said["batch"]
     assert float(said["peak"].split()[0]) > 0.1
 
 

@@ -23,8 +23,10 @@ from pipeline.config import SFTStage
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.distributed.sharding import full_state_dict
+from pipeline.errors import UserError
 from pipeline.models.chat import encode_pair
 from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
+from pipeline.models.positions import max_positions
 from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
     build_arguments,
@@ -112,7 +114,19 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return load_policy(config.model, tokenizer, **load_options(config, config.revision)), tokenizer
+    model = load_policy(config.model, tokenizer, **load_options(config, config.revision))
+    check_length(config, model)
+    return model, tokenizer
+
+
+def check_length(config: SFTStage, model: Any) -> None:
+    """Raise `UserError` if `max_length` is more than the model can read."""
+    positions = max_positions(model)
+    if positions is not None and config.max_length > positions:
+        raise UserError(
+            f"{config.model}: reads at most {positions} tokens, but max_length is {config.max_length}; "
+            "lower it"
+        )
 
 
 def tokenize_demonstrations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

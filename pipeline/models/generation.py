@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -28,6 +30,8 @@ from pipeline.data.schema import Text
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import cut_prompt, pad_rows, prompt_ids, read_markup
+from pipeline.models.patches import without_router_logits
+from pipeline.models.probes import describe_sampling, require_positions
 
 
 @dataclass
@@ -213,24 +217,27 @@ def generate(
     A response has at most T tokens, with the one that ends it: one of `end_token_ids` or `ends`. Prompts of
     similar length form batches of `batch_size`; a batch runs until its last response has ended. The policy's
     mode is restored.
+
+    If padding or a cache changes the policy's logits, they are not used (`pipeline.models.probes`). Raises
+    `UserError` if the policy is no decoder, or if a prompt and T tokens are more than its positions.
     """
+    require_positions(policy, max(map(len, prompts), default=0) + uniforms.shape[1])
+    way = describe_sampling(policy)
     ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
     config = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,
-        use_cache=True,
+        use_cache=way.cache,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
     )
-    warpers = _warpers(temperature, top_k, top_p)
+    warpers = [*_mask_unknown_ids(policy, tokenizer), *_warpers(temperature, top_k, top_p)]
 
     training = policy.training
     policy.eval()
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: dict[int, list[int]] = {}
-    with _only_generation_config(policy, config):
-        for start in range(0, len(by_length), batch_size):
-            rows = by_length[start : start + batch_size]
+    with _only_generation_config(policy, config), without_router_logits(policy):
+        for rows in _batches(list(map(len, prompts)), batch_size, way.padding):
             padded = pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left")
             ids, mask = (tensor.to(policy.device) for tensor in padded)
             minimum = MinNewTokensLengthLogitsProcessor(
@@ -242,6 +249,30 @@ def generate(
 
     policy.train(training)
     return _to_responses(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
+
+
+def _batches(lengths: Sequence[int], batch_size: int, padding: bool) -> Iterator[list[int]]:
+    """Yield batches of indices by length; without `padding`, all prompts of a batch have one length."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [by_length]
+    if not padding:
+        groups = [list(group) for _, group in groupby(by_length, key=lengths.__getitem__)]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids above the tokenizer's highest one, to which the rows of some models are padded."""
+    rows = int(policy.config.get_text_config().vocab_size)
+    if rows <= len(tokenizer):
+        return []
+    return list(range(max(tokenizer.get_vocab().values()) + 1, rows))
+
+
+def _mask_unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[LogitsProcessor]:
+    ids = unknown_ids(policy, tokenizer)
+    return [SuppressTokensLogitsProcessor(ids, device=policy.device)] if ids else []
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:

@@ -26,26 +26,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file,
 from pipeline.artifacts import hub
 from pipeline.errors import UserError
 from pipeline.models.chat import PAD
-from pipeline.models.patches import fuse_gelu, keep_4bit_layout
+from pipeline.models.heads import UNQUANTIZED, find_unquantized
+from pipeline.models.patches import choose_attention_by_length, fuse_gelu, keep_4bit_layout
+from pipeline.models.probes import require_decoder
 from pipeline.models.templates import settle_template
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Heads stay unquantized: they are trained, and bitsandbytes cannot train quantized weights.
-HEAD_NAMES = [
-    "score",
-    "classifier",
-    "pre_classifier",
-    "pooler",
-    "classification_head",
-    "logits_proj",
-    "sequence_summary",
-    "lm_head",
-]
-UNQUANTIZED = [rf"(.*\.)?{name}" for name in HEAD_NAMES]  # patterns for a head at any depth of the model
-
-# Embeddings of learned positions.
-POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")
 
 
 def load_tokenizer(
@@ -111,7 +97,8 @@ def load_policy(
     """Load a causal language model, with a vocabulary at least as large as the tokenizer's.
 
     An adapter is returned as a `PeftModel` on its base, which is loaded at the commit that the adapter names.
-    The adapter is frozen unless `trainable`. Raises `UserError` if it cannot be loaded or is no policy's.
+    The adapter is frozen unless `trainable`. Raises `UserError` if it cannot be loaded, is an encoder, or is
+    an adapter for another task.
     """
     revision = options.get("revision")
     if is_adapter(source, revision):
@@ -130,9 +117,11 @@ def load_policy(
             return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
 
     with explain_load_errors(source, "causal language model"):
-        weights = _weight_options(quantization, precision)
+        weights = _weight_options(quantization, precision, UNQUANTIZED)
         model = AutoModelForCausalLM.from_pretrained(source, **weights, **options)
-    return _finalize(model, tokenizer)
+    policy = _finalize(model, tokenizer)
+    require_decoder(policy, source)
+    return policy
 
 
 def load_sampler(
@@ -190,7 +179,8 @@ def load_classifier(
 
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
     with explain_load_errors(source, f"sequence classifier{outputs}"), _without_load_report():
-        weights = _weight_options(quantization, precision)
+        unquantized = [] if quantization == "none" else find_unquantized(source, **options)
+        weights = _weight_options(quantization, precision, unquantized)
         model, loading_info = AutoModelForSequenceClassification.from_pretrained(
             source, output_loading_info=True, **(head or {}), **weights, **options
         )
@@ -220,22 +210,6 @@ def _load_merged_classifier(
         return model.merge_and_unload()
 
 
-def head_module_names(model: torch.nn.Module) -> list[str]:
-    """Return the last name components of the modules that a classifier has on top of the pretrained model."""
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    return [head for head in HEAD_NAMES if head in names]
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a row may have if positions are learned, or None if they are computed."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_EMBEDDINGS:
-            # RoBERTa and its relatives count from the pad token's id on; OPT's module has an offset.
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - max(skipped, getattr(module, "offset", 0))
-    return None
-
-
 def head_config(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
     """Return the fields of a model's config that describe a head with these outputs.
 
@@ -249,20 +223,24 @@ def head_config(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
     }
 
 
-def _weight_options(quantization: str, precision: str) -> dict[str, Any]:
-    """Return the `from_pretrained` arguments; quantized weights compute in the given precision."""
+def _weight_options(quantization: str, precision: str, unquantized: list[str]) -> dict[str, Any]:
+    """Return the `from_pretrained` arguments; quantized weights compute in the given precision.
+
+    `unquantized` are patterns for the names of heads: they are trained, and bitsandbytes cannot train
+    quantized weights.
+    """
     dtype = DTYPES[precision]
     if quantization == "none":
         return {"dtype": dtype}
     if quantization == "8bit":
-        eight_bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
+        eight_bit = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
         return {"dtype": dtype, "quantization_config": eight_bit}
 
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=UNQUANTIZED,
+        llm_int8_skip_modules=unquantized,
     )
     return {"dtype": dtype, "quantization_config": four_bit}
 
@@ -271,6 +249,7 @@ def _finalize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pre
     """Patch the model, grow its vocabulary to the tokenizer's, and set the pad and EOS ids."""
     fuse_gelu(model)
     keep_4bit_layout(model)
+    choose_attention_by_length(model)
     config = model.config.get_text_config()
     rows = int(config.vocab_size)
     if len(tokenizer) > rows:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models.patches import without_router_logits
+from pipeline.models.probes import reads_padding, require_positions
 
 # Elements of an (N, V) tensor processed at a time.
 CHUNK = 2**22
@@ -43,9 +45,13 @@ def response_logprobs(
     """Return the `TokenStats` of responses (B, T) to queries (B, P).
 
     Queries are padded on the left, responses on the right. Masks are 1 on real tokens. Every query has at
-    least one token. Raises `UserError` if the model has no output embeddings.
+    least one token. If padding changes the model's logits, rows are read one by one. Raises `UserError` if
+    the model has no output embeddings, is no decoder, or has too few positions.
     """
+    _require_output_layer(model)
     size = CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids)
+    if not reads_padding(model):
+        size = 1
     tensors = (query_ids, query_mask, response_ids, response_mask)
     parts = [
         _logprobs_of_rows(model, temperature, *chunk)
@@ -64,10 +70,12 @@ def _logprobs_of_rows(
 ) -> TokenStats:
     mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
     width = int(mask.sum(1).max())
+    require_positions(model, width)
     real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
 
     rows, steps = response_mask.nonzero(as_tuple=True)
-    with _select_hidden(model, rows, query_mask.sum(1)[rows] + steps - 1) as hidden:
+    positions = query_mask.sum(1)[rows] + steps - 1
+    with _select_hidden(model, rows, positions) as hidden, without_router_logits(model):
         logits = model(
             input_ids=ids.gather(1, real_first), attention_mask=mask.gather(1, real_first), use_cache=False
         ).logits
@@ -131,15 +139,20 @@ def _row_chunks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
+def _require_output_layer(model: Any) -> nn.Module:
+    layer: nn.Module | None = model.get_output_embeddings()
+    if layer is None:
+        raise UserError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
+    return layer
+
+
 @contextmanager
 def _select_hidden(model: Any, rows: Tensor, positions: Tensor) -> Iterator[list[Tensor]]:
     """Reduce the input of the output layer from (B, L, H) to the states (N, H) at these rows and positions.
 
     Yields a list that contains these states after the forward.
     """
-    layer: nn.Module | None = model.get_output_embeddings()
-    if layer is None:
-        raise UserError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
+    layer = _require_output_layer(model)
     selected: list[Tensor] = []
 
     def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

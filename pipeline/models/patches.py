@@ -1,8 +1,11 @@
-"""Change loaded models in place: dropout off, a fused GELU, 4-bit weights in one layout."""
+"""Change models in place: dropout, GELU, the layout of 4-bit weights, sparse attention, router logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 
@@ -42,3 +45,49 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False
+
+
+def choose_attention_by_length(model: torch.nn.Module) -> None:
+    """Let BigBird choose between sparse and full attention in every forward.
+
+    After a row that is too short for sparse attention, it would keep full attention for all later rows. To
+    call this twice changes nothing.
+    """
+    for module in model.modules():
+        is_sparse = getattr(module, "attention_type", None) == "block_sparse"
+        if is_sparse and isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(_choose_attention, with_kwargs=True)
+
+
+def full_attention_limit(model: Any) -> int | None:
+    """Return the length up to which BigBird's sparse attention is full; None for other models."""
+    config = model.config
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return None
+    return int((5 + 2 * config.num_random_blocks) * config.block_size)
+
+
+def _choose_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    rows = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    length = next(row for row in rows if row is not None).shape[1]
+    limit = full_attention_limit(module)
+    # The new layers get the old weights. On the meta device, none are drawn for them meanwhile.
+    with torch.device("meta"):
+        module.set_attention_type("block_sparse" if limit and length > limit else "original_full")
+
+
+@contextmanager
+def without_router_logits(model: Any) -> Iterator[None]:
+    """Switch the output of router logits off, and restore it at the end.
+
+    A mixture of experts returns them for its balance loss. Only SFT reads it, and `generate` fails with it.
+    """
+    config = model.config.get_text_config()
+    shown = getattr(config, "output_router_logits", False)
+    if shown:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if shown:
+            config.output_router_logits = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.logprobs import response_logprobs, scatter_to_mask
 from pipeline.models.patches import disable_dropout, fuse_gelu
+from pipeline.models.probes import reads_padding
 from pipeline.ppo.backbone import active_adapter
 from pipeline.reward import batching
 from pipeline.reward.functions import RewardSource
@@ -39,7 +40,7 @@ class ActorCritic(nn.Module):
     """The module that PPO trains and checkpoints.
 
     `policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0, so that training
-    computes the log-probabilities that sampling did.
+    computes the log-probabilities that sampling did. Raises `UserError` if it is an encoder.
     """
 
     kl_coef: Tensor
@@ -47,6 +48,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, policy: Any, kl_coef: float):
         super().__init__()
+        reads_padding(policy)  # asked before training, and before the copy, which keeps the answer
         disable_dropout(policy)
         fuse_gelu(policy)
         self.policy = policy

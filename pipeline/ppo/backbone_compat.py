@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.artifacts.manifest import Artifact, read_manifest
 from pipeline.config import PPOStage
-from pipeline.models.loading import HEAD_NAMES, is_adapter, load_tokenizer
+from pipeline.models.heads import HEAD_NAMES, head_module_names
+from pipeline.models.loading import is_adapter, load_tokenizer
 from pipeline.reward.settings import RewardSettings
 from pipeline.training.arguments import build_lora_config, weight_precision
 
@@ -94,9 +95,6 @@ def _adapter_mismatch(config: PPOStage, policy: Artifact, adapter: PeftConfig) -
     for owner, lora in (("its", adapter), ("the policy's", own)):
         if setting := _modifies_base(lora):
             return f"{owner} adapter has {setting}, which an adapter on a shared base cannot have"
-    trained = set(getattr(adapter, "modules_to_save", None) or [])
-    if others := trained - set(HEAD_NAMES):
-        return f"it trained {', '.join(sorted(others))} in full"
     return None
 
 
@@ -165,6 +163,11 @@ def _head_mismatch(
         policy = AutoModelForCausalLM.from_config(base, **options)
         base.update(settings.head)
         classifier = AutoModelForSequenceClassification.from_config(base, **options)
+
+    trained = set(getattr(adapter, "modules_to_save", None) or [])
+    # PEFT adds names of heads that this model does not have.
+    if others := trained - {*HEAD_NAMES, *head_module_names(classifier)}:
+        return f"it trained {', '.join(sorted(others))} in full"
 
     prefix = classifier.base_model_prefix
     if policy.base_model_prefix != prefix or type(policy.base_model) is not type(classifier.base_model):

@@ -32,6 +32,7 @@ from pipeline.models.generation import (
     generate,
     permuted_index,
 )
+from pipeline.models.probes import describe_sampling
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
@@ -64,7 +65,8 @@ class PPOTrainer(PolicyTrainer):
       "truncate_right" or "drop".
     - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
 
-    Raises `UserError` if a dataset is empty, if demonstrations are missing, or if no prompt fits the policy.
+    Raises `UserError` if a dataset is empty, if demonstrations are missing, if no prompt fits the policy, or
+    if the policy is an encoder.
 
     >>> from datasets import load_from_disk
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +115,8 @@ class PPOTrainer(PolicyTrainer):
                 "ppo: train_dataset and eval_dataset need at least one prompt, and one of them has none"
             )
 
+        if generate is PolicyTrainer.generate:
+            describe_sampling(policy)  # asked before training, and refused before anything is computed
         source = reward_from_model(reward) if isinstance(reward, RewardModel) else reward
         self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
         self.gold, self.scorer, self.keep = gold, scorer, keep

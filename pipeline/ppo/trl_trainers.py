@@ -18,7 +18,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import as_messages, prompt_ids
-from pipeline.models.generation import declare_ends, end_token_ids
+from pipeline.models.generation import declare_ends, end_token_ids, unknown_ids
+from pipeline.models.probes import Sampling, describe_sampling, model_name
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.callbacks import DropStaleCheckpoints
 from pipeline.ppo.config import PPOConfig
@@ -93,6 +94,8 @@ def build_trl_trainer(
     commit, from which TRL loads the reference. Raises `UserError` if TRL refuses the arguments, or with too
     few prompts.
     """
+    _require_plain_batches(algorithm, policy)
+    _suppress_unknown_ids(args, unknown_ids(policy, processing_class))
     budget = prompt_budget(policy, args.max_completion_length, max_prompt_tokens)
     prompts = filter_prompts(train_dataset, processing_class, budget)
     _require_full_batch(algorithm, prompts, args)
@@ -122,6 +125,22 @@ def build_trl_trainer(
     for name, value in evaluation.items():
         setattr(trainer, name, value)
     return trainer
+
+
+def _require_plain_batches(algorithm: str, policy: Any) -> None:
+    """Raise `UserError` if the policy needs batches of its own, which TRL does not form."""
+    if describe_sampling(policy) != Sampling():
+        raise UserError(
+            f"{model_name(policy)}: algorithm: {algorithm} pads prompts and uses a cache, which changes what "
+            "this policy samples; use algorithm: ppo"
+        )
+
+
+def _suppress_unknown_ids(args: Any, ids: list[int]) -> None:
+    """Let TRL never sample ids that the tokenizer does not have. vLLM has no such option."""
+    if ids and not args.use_vllm:
+        options = args.generation_kwargs or {}
+        args.generation_kwargs = options | {"suppress_tokens": [*options.get("suppress_tokens", []), *ids]}
 
 
 def ensure_reference_checkpoint(

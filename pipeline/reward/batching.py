@@ -5,7 +5,6 @@ On a decoder, the responses to one prompt share the prefix that their ids have i
 positions of each suffix continue from the prefix. On an encoder, each response is a row.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,20 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.reward.encoding import Encoded
-
-logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 4096  # of a batch, padding included
 
 # Most tokens of padding in a batch; more padding costs more than another forward. The limit is low on a CPU,
 # where the time goes into arithmetic, and high on a GPU, where it goes into kernel launches.
 MAX_PADDING = {"cpu": 64, "cuda": 1024}
-
-# Largest difference between scores with a shared prefix and without, as a fraction of the range of the
-# scores, in fp32. In other precisions it is 100 times as large.
-TOLERANCE = 1e-3
 
 
 class SharedPrefixRow(NamedTuple):
@@ -50,28 +42,31 @@ def compute_logits(
     share_prefixes: bool,
     batch_size: int = 64,
     use_token_types: bool = False,
+    padding: bool = True,
     single_batch: bool = False,
 ) -> Tensor:
     """Return the logits (responses of all groups, C) in order; a group is the responses to one prompt.
 
-    `share_prefixes` computes the common prefix of a group once; see `supports_prefix_sharing`. At most
-    `batch_size` responses are in one forward. `single_batch` puts all responses into one forward, whatever
-    the padding: with weights sharded over ranks, every rank must run the same number of forwards.
+    `share_prefixes` computes the common prefix of a group once; `pipeline.reward.probes` tells which models
+    allow that, and `padding`. Without `padding`, the rows of a batch have one length. At most `batch_size`
+    responses are in one forward. `single_batch` puts all responses into one forward, whatever the padding:
+    with weights sharded over ranks, every rank must run the same number of forwards.
     """
     encoded = [response for group in groups for response in group]
     if share_prefixes:
         hidden_size = _unwrap(model).config.get_text_config().hidden_size
-        rows = list(_prefix_rows(groups, batch_size, hidden_size))
+        rows = list(_prefix_rows(groups, batch_size, hidden_size, use_token_types))
     else:
         rows = [SharedPrefixRow([], [response.ids], [i]) for i, response in enumerate(encoded)]
 
-    max_padding = MAX_PADDING.get(_device(model).type, 1024)
+    max_padding = MAX_PADDING.get(_device(model).type, 1024) if padding else 0
     logits: list[Tensor] = []
     order: list[int] = []
     for batch in [rows] if single_batch else _batches(rows, batch_size, max_padding):
         order += [response for row in batch for response in row.responses]
         if any(row.prefix for row in batch):
-            logits.append(_forward_prefix_rows(model, batch, pad_token_id))
+            starts = [response.response_start for response in encoded] if use_token_types else None
+            logits.append(_forward_prefix_rows(model, batch, pad_token_id, starts))
         else:
             alone = [encoded[row.responses[0]] for row in batch]
             logits.append(_forward_rows(model, alone, pad_token_id, use_token_types))
@@ -87,88 +82,19 @@ def score_head(model: Any) -> nn.Module | None:
     return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "score", None)
 
 
-@torch.no_grad()
-def supports_prefix_sharing(model: Any, pad_token_id: int, max_length: int) -> bool:
-    """Check on synthetic ids that responses behind a shared prefix keep the scores that they have alone.
-
-    The check runs in the precision of the caller's autocast. A sliding window shorter than `max_length`
-    changes scores only in rows longer than those of the check, so the result is False for such a model.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    row_window = getattr(config, "window_size", None)  # GPT-Neo's counts indices in the row, not positions
-    if score_head(model) is None or row_window is not None or (window is not None and window < max_length):
-        return False
-
-    ids = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-    suffixes = ((8, 12), (12, 20), (20, 22), (22, 30))
-    group = [Encoded(ids[:8] + ids[start:stop], 8, False) for start, stop in suffixes]
-    with _evaluating(model):
-        # An error here is the model's own and would occur in every forward.
-        expected = compute_logits(model, [group], pad_token_id, share_prefixes=False).float()
-        try:
-            shared = compute_logits(model, [group], pad_token_id, share_prefixes=True).float()
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
-            logger.warning(
-                "%s does not support a 4-D attention mask, so prefixes are not shared: %s",
-                type(model).__name__,
-                error,
-            )
-            return False
-
-    # Half precision and quantized weights round by batch shape, so only gross differences count there.
-    exact = (
-        model.dtype == torch.float32
-        and not getattr(model, "is_quantized", False)
-        and not torch.is_autocast_enabled(expected.device.type)
-    )
-    score_range = (expected.max(0).values - expected.min(0).values).max()
-    tolerance = TOLERANCE if exact else 100 * TOLERANCE
-    return bool((expected - shared).abs().max() <= tolerance * score_range + 1e-6)
-
-
-@torch.no_grad()
-def check_padding(model: Any, pad_token_id: int, source: str) -> None:
-    """Check that padding does not change a score.
-
-    It does in models that pool the last position, padding or not. Raises `UserError` that names `source`.
-    """
-    if score_head(model) is not None:
-        return  # the score is taken at the last real token
-    ids = list(range(min(20, model.config.get_text_config().vocab_size)))
-    groups = [[Encoded(ids[:6], 3, False)], [Encoded(ids, 3, False)]]
-    with _evaluating(model):
-        alone = compute_logits(model, groups[:1], pad_token_id, share_prefixes=False)
-        padded = compute_logits(model, groups, pad_token_id, share_prefixes=False)[:1]
-    if (alone - padded).abs().max() > 0.05 * alone.abs().max() + 1e-3:
-        raise UserError(
-            f"{source}: the scores of {type(model).__name__} depend on padding, and so on the batch; "
-            "use another base"
-        )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _prefix_rows(
-    groups: Sequence[Sequence[Encoded]], batch_size: int, hidden_size: int
+    groups: Sequence[Sequence[Encoded]], batch_size: int, hidden_size: int, use_token_types: bool = False
 ) -> Iterator[SharedPrefixRow]:
     """Yield rows for the responses of each group.
 
-    A response joins the previous row if that costs less than a row of its own.
+    A response joins the previous row if that costs less than a row of its own. With token types, those of a
+    prefix are common too.
     """
     first = 0  # index of the first response of the current row
     for group in groups:
         prefix = _common_prefix([response.ids for response in group]) if len(group) > 1 else []
+        if use_token_types and len({response.response_start for response in group}) > 1:
+            prefix = prefix[: min(response.response_start for response in group)]
         suffixes: list[list[int]] = []
         width = len(prefix)
         for response in group:
@@ -253,10 +179,13 @@ def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def _forward_prefix_rows(model: Any, rows: Sequence[SharedPrefixRow], pad_token_id: int) -> Tensor:
+def _forward_prefix_rows(
+    model: Any, rows: Sequence[SharedPrefixRow], pad_token_id: int, response_starts: list[int] | None
+) -> Tensor:
+    """Return the logits of the responses in `rows`; `response_starts` of all of them are for token types."""
     width = max(row.width for row in rows)
     ids = torch.full((len(rows), width), pad_token_id)
-    positions = torch.zeros_like(ids)
+    positions, types = torch.zeros_like(ids), torch.zeros_like(ids)
     segments = torch.full_like(
         ids, -1
     )  # of each token: 0 in the prefix, 1 to K in the suffixes, -1 in the padding
@@ -268,6 +197,9 @@ def _forward_prefix_rows(model: Any, rows: Sequence[SharedPrefixRow], pad_token_
             ids[i, place] = torch.tensor(part)
             positions[i, place] = torch.arange(len(part)) + (len(row.prefix) if segment else 0)
             segments[i, place] = segment
+            if response_starts is not None:
+                response_start = response_starts[row.responses[max(segment - 1, 0)]]
+                types[i, place] = (positions[i, place] >= response_start).long()
             start += len(part)
             if segment:
                 end_rows.append(i)
@@ -277,6 +209,8 @@ def _forward_prefix_rows(model: Any, rows: Sequence[SharedPrefixRow], pad_token_
         "attention_mask": _segment_mask(_unwrap(model), segments),
         "position_ids": positions,
     }
+    if response_starts is not None:
+        inputs["token_type_ids"] = types
     return _gather_logits(model, inputs, torch.tensor(end_rows), torch.tensor(ends))
 
 

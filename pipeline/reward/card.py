@@ -21,7 +21,8 @@ from pipeline.formatting.markdown import format_place, markdown_environment
 from pipeline.formatting.numbers import format_metric
 from pipeline.formatting.tables import Table, metric_tables
 from pipeline.models.chat import conversation_ids, read_markup
-from pipeline.models.loading import UNQUANTIZED
+from pipeline.models.heads import unquantized_patterns
+from pipeline.models.probing import unwrap
 from pipeline.models.templates import is_plain
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.settings import RewardSettings
@@ -59,7 +60,7 @@ def write_card(
         "front_matter": front_matter(config),
         "base": None if config.model == "scratch" else format_place(config.model),
         "reward_lines": reward_lines(settings),
-        "unquantized": UNQUANTIZED,
+        "unquantized": unquantized_patterns(unwrap(trainer.model)),
         "records": records,
         "sources": source_table(records.manifest.get("rows") or {}),
         "splits": split_table(rows),

@@ -27,10 +27,10 @@ from pipeline.models.loading import (
     is_adapter,
     load_classifier,
     load_tokenizer,
-    max_positions,
 )
+from pipeline.models.positions import max_positions
 from pipeline.models.templates import fixed_date, is_plain
-from pipeline.reward import batching
+from pipeline.reward import batching, probes
 from pipeline.reward.encoding import Encoded, Encoding, check_encoding, encode_response
 from pipeline.reward.settings import SETTINGS, RewardSettings
 
@@ -60,10 +60,13 @@ class RewardModel:
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
-        batching.check_padding(model, tokenizer.pad_token_id, str(model.name_or_path))
-        self._supports_prefix_sharing = batching.supports_prefix_sharing(
-            model, tokenizer.pad_token_id, settings.encoding.max_length
+        max_length = settings.encoding.max_length
+        self._padding = probes.supports_padding(model, max_length)
+        self._supports_prefix_sharing = self._padding and probes.supports_prefix_sharing(
+            model, tokenizer.pad_token_id, max_length
         )
+        names_types = "token_type_ids" in tokenizer.model_input_names
+        self._use_token_types = names_types and probes.accepts_token_types(model)
 
     @classmethod
     def load(
@@ -177,7 +180,8 @@ class RewardModel:
             self.tokenizer.pad_token_id,
             share_prefixes=self._supports_prefix_sharing,
             batch_size=batch_size,
-            use_token_types="token_type_ids" in self.tokenizer.model_input_names,
+            use_token_types=self._use_token_types,
+            padding=self._padding,
         )
         return logits[torch.tensor(order).argsort().to(logits.device)].float().cpu()
 

@@ -31,7 +31,9 @@ from pipeline.data.schema import KINDS, LEARNABLE
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
-from pipeline.models.loading import head_module_names, load_classifier, load_tokenizer, max_positions
+from pipeline.models.heads import head_module_names
+from pipeline.models.loading import load_classifier, load_tokenizer
+from pipeline.models.positions import max_positions
 from pipeline.models.scratch import new_classifier
 from pipeline.models.templates import fixed_date
 from pipeline.reward import batching
@@ -40,6 +42,7 @@ from pipeline.reward.dataset import tokenize_records
 from pipeline.reward.encoding import Encoding, check_encoding, prompt_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split, reference_statistics
 from pipeline.reward.model import DistributedRewardModel
+from pipeline.reward.probes import accepts_token_types, supports_padding
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
 from pipeline.training.arguments import (
@@ -117,6 +120,7 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
     set_seed(config.seed)  # the head is initialised randomly
     settings = build_settings(config, data)
     model, tokenizer = load_base(config, settings, data)
+    supports_padding(model, config.max_length, config.model)  # refuses bases that cannot be batched
     settings.encoding = choose_encoding(config, model, tokenizer)
     splits = tokenize_splits(config, data, tokenizer, settings.encoding)
     if not len(splits["train"][0]):
@@ -124,7 +128,6 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
             f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; "
             "raise it"
         )
-    batching.check_padding(model, tokenizer.pad_token_id, config.model)
 
     trainer = build_trainer(config, model, tokenizer, settings, splits, args)
     train_with_resume(trainer, work)
@@ -300,8 +303,10 @@ def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokeni
         "truncation_side": side,
         "padding_side": "right",
     }
-    if not config.encoding.token_types:
-        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    # Decoders have none of their own: GPT-2 would add embeddings of the tokens 0 and 1.
+    reads_types = config.encoding.token_types and not is_decoder and accepts_token_types(model)
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids" or reads_types]
+    if not config.encoding.token_types or names != tokenizer.model_input_names:
         options["model_input_names"] = names
     for name, value in options.items():
         setattr(tokenizer, name, value)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from pipeline.config import OBJECTIVES
-from pipeline.reward import batching, metrics, objectives
+from pipeline.errors import UserError
+from pipeline.reward import batching, metrics, objectives, probes
 from pipeline.reward.encoding import Encoded
 from pipeline.reward.objectives import bradley_terry, centring, classification, regression
 
@@ -77,10 +78,19 @@ class RewardTrainer(trl.RewardTrainer):
         self.label_names = ["labels"]
         self._tokens = 0  # seen in training, if every rank sees as many as this one
         self.pad_token_id = self.processing_class.pad_token_id
-        self.use_token_types = "token_type_ids" in self.processing_class.model_input_names
+        names_types = "token_type_ids" in self.processing_class.model_input_names
+        self.use_token_types = names_types and probes.accepts_token_types(trained)
         longest = max(len(ids) for row in self.train_dataset["ids"] for ids in row)
+        self.padding = probes.supports_padding(trained, longest)
+        self.single_batch = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.single_batch and not self.padding:
+            raise UserError(
+                "reward: padding changes the scores of this base, but a sharded launch pads; "
+                "use another base, or a launch that does not shard"
+            )
         with self.accelerator.autocast():
-            self.share_prefixes = OBJECTIVES[objective].compares and batching.supports_prefix_sharing(
+            compares = OBJECTIVES[objective].compares and self.padding
+            self.share_prefixes = compares and probes.supports_prefix_sharing(
                 trained, self.pad_token_id, longest
             )
 
@@ -122,7 +132,8 @@ class RewardTrainer(trl.RewardTrainer):
             self.pad_token_id,
             share_prefixes=self.share_prefixes,
             use_token_types=self.use_token_types,
-            single_batch=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            padding=self.padding,
+            single_batch=self.single_batch,
         ).float()
         if self.objective == "classification":
             weights = None if self.class_weights is None else self.class_weights.to(logits.device)

@@ -27,6 +27,7 @@ from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import encode_pair
 from pipeline.models.generation import declare_ends, end_token_ids, truncation_side
 from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
+from pipeline.models.positions import max_positions
 from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
     build_arguments,
@@ -117,7 +118,19 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    return load_policy(config.model, tokenizer, **load_options(config, config.revision)), tokenizer
+    model = load_policy(config.model, tokenizer, **load_options(config, config.revision))
+    check_length(config, model)
+    return model, tokenizer
+
+
+def check_length(config: SFTStage, model: Any) -> None:
+    """Raise `UserError` if `max_length` is more than the model can read."""
+    positions = max_positions(model)
+    if positions is not None and config.max_length > positions:
+        raise UserError(
+            f"{config.model}: reads at most {positions} tokens, but max_length is {config.max_length}; "
+            "lower it"
+        )
 
 
 def tokenize_demonstrations(

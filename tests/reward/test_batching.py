@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipeline.models.loading import head_config
-from pipeline.reward import batching
+from pipeline.reward import batching, probes
 from pipeline.reward.encoding import Encoded
 
 DECODERS = {
@@ -65,7 +65,7 @@ def alone(model, found):
 @torch.no_grad()
 def test_a_shared_prompt_changes_no_score(architecture, batch_size):
     model = make(architecture, labels=2, **DECODERS[architecture])
-    assert batching.supports_prefix_sharing(model, 0, 64)
+    assert probes.supports_prefix_sharing(model, 0, 64)
     expected = alone(model, groups())
     for shared in (True, False):
         torch.testing.assert_close(
@@ -109,12 +109,12 @@ def test_the_pad_token_is_not_what_says_where_an_answer_ends():
 
 def test_models_that_cannot_share_are_found_out():
     window = {"num_key_value_heads": 2, "sliding_window": 16}
-    assert not batching.supports_prefix_sharing(make("mistral", **window), 0, 64)
-    assert batching.supports_prefix_sharing(make("mistral", **window), 0, 16)
-    assert not batching.supports_prefix_sharing(
+    assert not probes.supports_prefix_sharing(make("mistral", **window), 0, 64)
+    assert probes.supports_prefix_sharing(make("mistral", **window), 0, 16)
+    assert not probes.supports_prefix_sharing(
         make("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4), 0, 64
     )
-    assert not batching.supports_prefix_sharing(make("bert"), 0, 64)
+    assert not probes.supports_prefix_sharing(make("bert"), 0, 64)
 
 
 def test_an_attention_that_takes_no_mask_of_its_own_is_said(caplog):
@@ -127,7 +127,7 @@ def test_an_attention_that_takes_no_mask_of_its_own_is_said(caplog):
         "num_labels": 1,
     }
     bloom = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bloom", **size)).eval()
-    assert not batching.supports_prefix_sharing(bloom, 0, 64)
+    assert not probes.supports_prefix_sharing(bloom, 0, 64)
     assert (
         "BloomForSequenceClassification does not support a 4-D attention mask, so prefixes are not shared"
         in caplog.text
@@ -173,7 +173,7 @@ def test_a_shared_row_is_no_wider_than_it_pays():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_eager_attention_adds_its_mask(precision):
     model = make("gpt2", attn_implementation="eager", initializer_range=0.2).to(precision)
-    assert batching.supports_prefix_sharing(model, 0, 64)
+    assert probes.supports_prefix_sharing(model, 0, 64)
     if precision == torch.float32:
         with torch.no_grad():
             torch.testing.assert_close(
@@ -182,27 +182,6 @@ def test_eager_attention_adds_its_mask(precision):
                 atol=1e-4,
                 rtol=0,
             )
-
-
-def test_a_model_that_reads_padding_is_refused():
-    from pipeline.errors import UserError
-
-    size = {
-        "d_model": 32,
-        "n_layer": 1,
-        "n_head": 2,
-        "d_inner": 64,
-        "vocab_size": 100,
-        "pad_token_id": 0,
-        "num_labels": 1,
-    }
-    xlnet = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model("xlnet", **size, initializer_range=0.5)
-    ).eval()
-    with pytest.raises(UserError, match="the scores of XLNetForSequenceClassification depend on padding"):
-        batching.check_padding(xlnet, 0, "xl")
-    batching.check_padding(make("bert", initializer_range=0.2), 0, "b")
-    batching.check_padding(make("gpt2"), 0, "g")
 
 
 def test_batches_keep_to_their_limits():

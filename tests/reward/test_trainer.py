@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline import RewardModel, config
 from pipeline.errors import UserError
-from pipeline.models.loading import head_config, head_module_names, load_classifier, load_tokenizer
+from pipeline.models.heads import head_module_names
+from pipeline.models.loading import head_config, load_classifier, load_tokenizer
 from pipeline.reward import metrics
 from pipeline.reward import stage as reward
 from pipeline.reward.dataset import tokenize_records

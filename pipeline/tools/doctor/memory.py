@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.models.loading import DTYPES, UNQUANTIZED
+from pipeline.models.heads import unquantized_patterns
+from pipeline.models.loading import DTYPES
 from pipeline.models.logprobs import CPU_ROWS
+from pipeline.models.probing import unwrap
 from pipeline.tools.doctor.meta_models import build_meta_model, saved_for_backward
 
 # Bytes of a quantized weight with its scales: a float for each row (8bit), or for each 64 weights (4bit).
@@ -126,11 +128,13 @@ def optimizer_bytes(optim: str) -> int:
 def weight_bytes(model: nn.Module, base: set[int], quantization: str) -> float:
     """Return the bytes of the parameters whose ids are in `base`; tied weights count once."""
     total, counted = 0.0, set[int]()
+    model = unwrap(model)
+    whole = unquantized_patterns(model)
     for name, module in model.named_modules():
         is_whole = (
             quantization == "none"
             or not isinstance(module, nn.Linear | Conv1D)
-            or any(re.fullmatch(pattern, name) for pattern in UNQUANTIZED)
+            or any(re.fullmatch(pattern, name) for pattern in whole)
         )
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in base - counted:

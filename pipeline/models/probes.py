@@ -1,0 +1,177 @@
+"""How a causal language model may be sampled and read, asked of the model itself.
+
+Neither padding nor a cache nor a later token should change the logits of a row, but in some architectures
+they do. `generate` and `response_logprobs` then batch rows of equal length, or single rows, or leave the
+cache out. What cannot be made right is refused.
+
+The answers are computed at the first call. Ask before training starts: inside DDP or FSDP, a forward of one
+process alone would wait for the others.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from pipeline.errors import UserError
+from pipeline.models.chat import pad_rows
+from pipeline.models.patches import without_router_logits
+from pipeline.models.positions import max_positions
+from pipeline.models.probing import ask_once, differs, explain, made_up_ids, unwrap
+
+logger = logging.getLogger(__name__)
+
+SHORT, LONG, STEPS = 4, 14, 3  # tokens of two prompts, and of the responses to them
+
+
+class Sampling(NamedTuple):
+    """Whether prompts of different lengths may form a batch, padded on the left, and whether with a cache."""
+
+    padding: bool = True
+    cache: bool = True
+
+
+def model_name(model: Any) -> str:
+    """Return where a model was loaded from."""
+    return str(getattr(model, "name_or_path", "")) or "model"
+
+
+def require_positions(model: Any, tokens: int) -> None:
+    """Raise `UserError` if a row of so many tokens is longer than the model can read."""
+    positions = max_positions(model)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{model_name(model)}: reads at most {positions} tokens, but a prompt with its response has "
+            f"{tokens}; lower response_tokens or max_prompt_tokens"
+        )
+
+
+def require_decoder(model: Any, source: str | None = None) -> None:
+    """Raise `UserError` if the model cannot read a plain row, or sees the tokens that it is to predict."""
+    if defect := _find_defect(model):
+        raise UserError(f"{source or model_name(model)}: {type(unwrap(model)).__name__} {defect}")
+
+
+@ask_once(default=None)
+def _find_defect(model: Any) -> str | None:
+    length = min(LONG, max_positions(model) or LONG)
+    (row,) = made_up_ids(model, length)
+    others = [*row[:-1], row[-1] + 1]
+    try:
+        logits = _read(model, torch.tensor([row, others]))
+    except Exception as error:
+        return f"cannot read a row of {length} tokens: {explain(error)}; expected a causal language model"
+    if differs(logits[0, :-1], logits[1, :-1], model):
+        return "sees the tokens that it is to predict (it is an encoder); expected a decoder"
+    return None
+
+
+@ask_once(default=True)
+def reads_padding(model: Any) -> bool:
+    """Return whether rows of different lengths may be read together, padded on the right.
+
+    A warning is logged if not. Raises `UserError` as `require_decoder` does.
+    """
+    require_decoder(model)
+    rows = made_up_ids(model, *_lengths(model))
+    padded = _read(model, *pad_rows(rows, _pad_token_id(model)))
+    changed = any(
+        differs(_read_alone(model, row), logits[: len(row)], model)
+        for row, logits in zip(rows, padded, strict=True)
+    )
+    if changed:
+        _warn(model, "padding changes the logits of %s, so its rows are read one by one")
+    return not changed
+
+
+@ask_once(default=Sampling())
+def describe_sampling(model: Any) -> Sampling:
+    """Return how the model is sampled from the distribution that reading plain rows computes.
+
+    A warning is logged if prompts cannot share a batch, or without a cache. Raises `UserError` if no way is
+    right, and as `require_decoder` does.
+    """
+    require_decoder(model)
+    short, long = _lengths(model)
+    ways = [Sampling(padding, cache) for cache in (True, False) for padding in (True, False)]
+    for way in ways:
+        rows = made_up_ids(model, short if way.padding else long, long)
+        if _samples_right(model, rows, way.cache):
+            break
+    else:
+        raise UserError(
+            f"{model_name(model)}: what {type(model).__name__} generates does not follow the logits of plain "
+            "rows, with or without a cache; use another policy"
+        )
+
+    if not way.padding:
+        _warn(model, "padding changes the samples of %s, so prompts of one length form a batch")
+    if not way.cache:
+        _warn(model, "its cache changes the samples of %s, so it generates without one, slowly")
+    return way
+
+
+def _warn(model: Any, text: str) -> None:
+    logger.warning(f"%s: {text}", model_name(model), type(model).__name__)
+
+
+def _lengths(model: Any) -> tuple[int, int]:
+    """Return the lengths of a short and a long prompt that fit the model with their responses."""
+    long = min(LONG, (max_positions(model) or LONG + STEPS) - STEPS)
+    return min(SHORT, max(1, long - 1)), max(1, long)
+
+
+def _pad_token_id(model: Any) -> int:
+    return model.config.get_text_config().pad_token_id or 0
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the logits (B, L, V) of rows, padded on the right if there is a mask."""
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with without_router_logits(model):
+        return model(**inputs, use_cache=False).logits
+
+
+def _read_alone(model: Any, row: list[int]) -> Tensor:
+    return _read(model, torch.tensor([row]))[0]
+
+
+class _Forced(LogitsProcessor):
+    """Record the logits (B, V) of each step, and let the given tokens (B, T) be generated."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.logits = tokens, list[Tensor]()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = len(self.logits)
+        self.logits.append(scores.clone())
+        forced = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step : step + 1], 0.0)
+        return forced  # type: ignore[return-value]
+
+
+def _samples_right(model: Any, prompts: list[list[int]], cache: bool) -> bool:
+    """Return whether `generate` computes the logits of plain rows for each token of forced responses."""
+    responses = torch.tensor(made_up_ids(model, *[STEPS] * len(prompts)), device=model.device)
+    forced = _Forced(responses)
+    ids, mask = (tensor.to(model.device) for tensor in pad_rows(prompts, _pad_token_id(model), side="left"))
+    config = GenerationConfig(
+        max_new_tokens=STEPS, do_sample=False, use_cache=cache, pad_token_id=_pad_token_id(model)
+    )
+    published, model.generation_config = model.generation_config, config
+    try:
+        with without_router_logits(model):
+            model.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([forced]))
+    except Exception as error:
+        logger.debug("%s", explain(error))
+        return False
+    finally:
+        model.generation_config = published
+
+    sampled = torch.stack(forced.logits, 1)  # (B, T, V)
+    return not any(
+        differs(_read_alone(model, prompt + response)[len(prompt) - 1 : -1], logits, model)
+        for prompt, response, logits in zip(prompts, responses.tolist(), sampled, strict=True)
+    )

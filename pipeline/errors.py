@@ -1,4 +1,6 @@
-"""User errors, printed as one line without a traceback."""
+"""User errors, printed as one line without a traceback; and where an error comes from."""
+
+import traceback
 
 
 class UserError(Exception):
@@ -6,4 +8,19 @@ class UserError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Return the line that IPython prints instead of a traceback, in notebooks too."""
-        return [f"error: {' '.join(str(self).split())}"]
+        return [f"error: {one_line(self)}"]
+
+
+def one_line(error: BaseException) -> str:
+    """Return the whole message of an error on one line; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """Return the modules that an error passed through, from the outermost to the one that raised it."""
+    return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def passed_through(error: BaseException, function: str) -> bool:
+    """Return whether an error was raised during a call of a function of this name."""
+    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 
 from pipeline.data.schema import Text
+from pipeline.data.texts import check_count, check_texts
 from pipeline.errors import UserError
 from pipeline.models.chat import pad_rows, prompt_ids
 
@@ -118,8 +119,14 @@ def sample_responses(
     """Sample one response to each prompt, in batches.
 
     The random numbers of a prompt depend on `seed` and its global row in `rows`. A prompt longer than
-    `max_prompt_tokens` is truncated on the left.
+    `max_prompt_tokens` is truncated on the left. Raises `UserError` if an argument is of another kind.
     """
+    check_texts("prompts", prompts)
+    check_count("batch_size", batch_size)
+    check_count("response_tokens", response_tokens)
+    check_count("max_prompt_tokens", max_prompt_tokens)
+    if len(rows) != len(prompts):
+        raise UserError(f"rows: {len(rows)} numbers for {len(prompts)} prompts; expected equal numbers")
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens)
@@ -144,7 +151,10 @@ def generate(
 
     A response has at most T tokens, with the EOS or `stop_token` that ends it. Prompts of similar length form
     batches of `batch_size`; a batch runs until its last response has ended. The policy's mode is restored.
+    Raises `UserError` if there are no prompts, they are no token ids, or the uniforms have another shape.
     """
+    _check_ids(prompts, uniforms)
+    check_count("batch_size", batch_size)
     ends = [tokenizer.eos_token_id, *([stop_token_id(tokenizer, stop_token)] if stop_token else [])]
     config = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
@@ -173,6 +183,17 @@ def generate(
 
     policy.train(training)
     return _to_responses(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
+
+
+def _check_ids(prompts: Any, uniforms: Any) -> None:
+    valid = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts)
+    if not valid or not all(isinstance(ids, list | tuple) and ids for ids in prompts):
+        raise UserError("prompts: expected a list of prompts, each a list of token ids, none of them empty")
+    if not isinstance(uniforms, Tensor) or uniforms.ndim != 2 or len(uniforms) != len(prompts):
+        raise UserError(
+            f"uniforms: expected a tensor of ({len(prompts)}, response tokens) for {len(prompts)} prompts; "
+            "see pipeline.models.generation.uniforms"
+        )
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:

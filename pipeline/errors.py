@@ -1,5 +1,6 @@
-"""User errors, printed as one line without a traceback."""
+"""User errors, printed as one line without a traceback; and where an error comes from."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ class UserError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Return the line that IPython prints instead of a traceback, in notebooks too."""
-        return [f"error: {' '.join(str(self).split())}"]
+        return [f"error: {one_line(self)}"]
 
 
 @contextmanager
@@ -19,3 +20,18 @@ def explain_row(row: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{row}: {error}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the whole message of an error on one line; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """Return the modules that an error passed through, from the outermost to the one that raised it."""
+    return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def passed_through(error: BaseException, function: str) -> bool:
+    """Return whether an error was raised during a call of a function of this name."""
+    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import hub
-from pipeline.artifacts.files import hash_files, hash_value
+from pipeline.artifacts.files import hash_files, hash_value, read_json
 from pipeline.artifacts.manifest import (
     CHECKPOINT_KINDS,
     SCHEMA,
@@ -151,10 +151,12 @@ def _find_base_problem(path: Path, manifest: dict[str, Any]) -> str | None:
     """Return a message if the base of an adapter is missing or has changed, else None.
 
     An adapter is only valid with the base that it was trained on. A hub id cannot change, because it stands
-    for one commit.
+    for one commit. The model that training started from is another one if it is an adapter itself.
     """
     base = manifest["inputs"].get("model", {})
     if not (path / "adapter_config.json").is_file() or "path" not in base or "hub" in base:
+        return None
+    if not is_own_base(path, base["path"]):
         return None
     folder = Path(base["path"])
     if not folder.exists():
@@ -162,6 +164,12 @@ def _find_base_problem(path: Path, manifest: dict[str, Any]) -> str | None:
     if not _matches(base, folder):
         return f"is an adapter of {folder}, which has changed since: restore the version it was trained on"
     return None
+
+
+def is_own_base(adapter: Path, base: str) -> bool:
+    """Return whether the adapter in a folder is one of `base`, by its adapter_config.json."""
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    return named is None or Path(named) == Path(base)
 
 
 def _matches(described: dict[str, Any], path: Path) -> bool:

@@ -1,17 +1,21 @@
 """The command line: argv in, an exit code out. Arguments and configs are checked before torch is imported.
 
-Exit codes: 0 done; 1 the machine failed (full disk, unreadable file); 2 a user's mistake; 130 interrupted.
+Exit codes: 0 done; 1 the machine failed (full disk, unreadable file) or a library; 2 a user's mistake; 130
+interrupted.
 """
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
 from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
-from pipeline.errors import UserError
+from pipeline.errors import UserError, modules_of, one_line
+
+STAGE_MODULE = re.compile(r"pipeline\.\w+\.stage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, Exception) as error:
-        known = isinstance(error, UserError | KeyboardInterrupt | OSError) or _is_disk_full(error)
-        if args.debug or not known:
+        if args.debug or _is_bug(error):
             raise
-        message, code = _explain(error)
+        message, code = _explain(error, args.command)
         if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
             print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
         return code
@@ -42,7 +45,17 @@ def entry() -> None:
     sys.exit(code)
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _is_bug(error: BaseException) -> bool:
+    """Return whether this package itself failed. Errors of libraries come from data, settings or the machine.
+
+    Running out of memory is no bug, whoever asked for it.
+    """
+    if isinstance(error, UserError | KeyboardInterrupt | OSError | MemoryError) or _is_disk_full(error):
+        return False
+    return type(error).__name__ != "OutOfMemoryError" and modules_of(error)[-1].split(".")[0] == "pipeline"
+
+
+def _explain(error: BaseException, command: str) -> tuple[str, int]:
     """Return the error in one line, and its exit code."""
     if isinstance(error, KeyboardInterrupt):
         message = "interrupted; published artifacts are unchanged, and the same command goes on"
@@ -52,8 +65,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         place = f" for {filename}" if filename else ""
         return f"no space left on the disk{place}; free some and run the same command again", 1
     if isinstance(error, OSError):
-        return f"{error.filename or 'the system'}: {error.strerror or error}", 1
-    return " ".join(str(error).split()), 2
+        return f"{error.filename or 'the system'}: {error.strerror or one_line(error)}", 1
+    if isinstance(error, UserError):
+        return one_line(error), 2
+    stages = [module.split(".")[1] for module in modules_of(error) if STAGE_MODULE.fullmatch(module)]
+    where = stages[0] if stages else command
+    return f"{where}: {type(error).__name__}: {one_line(error)}; add --debug for the traceback", 1
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from pipeline import __version__, config
 EPILOG = """examples:
   rlhf run --recipe demo --seed 1
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml
-exit codes: 0 done, 1 the machine failed, 2 a mistake of the user, 130 interrupted"""
+exit codes: 0 done, 1 the machine or a library failed, 2 a mistake of the user, 130 interrupted"""
 EXAMPLES = {
     "run": "rlhf run --recipe demo --until reward --seed 1 reward.training.max_steps=100",
     "prepare": "rlhf prepare --config configs/smollm2/prepare.yaml source.path=pairs.jsonl",

@@ -5,7 +5,7 @@ A wrong input raises one `UserError` with the file, the key, the value and what 
 offered the nearest name. Imports no torch, so a typo fails at once.
 """
 
-from pipeline.config.base import Scratch, StageConfig, TrainedStage
+from pipeline.config.base import BASE_FREE_INITS, PolicyStage, Scratch, StageConfig, TrainedStage
 from pipeline.config.evaluate import EvaluateStage
 from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, nearest, recipes, validate
 from pipeline.config.ppo import PPOStage
@@ -14,12 +14,14 @@ from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
 from pipeline.config.sft import SFTStage
 
 __all__ = [
+    "BASE_FREE_INITS",
     "OBJECTIVES",
     "PACKAGE",
     "RECIPES",
     "STAGES",
     "EvaluateStage",
     "PPOStage",
+    "PolicyStage",
     "PrepareStage",
     "Reward",
     "RewardStage",

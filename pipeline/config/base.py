@@ -18,6 +18,9 @@ NOT_FINGERPRINTED = (
     "disable_tqdm",
 )  # keys of `training:` that change where figures go, not the result
 
+# Values of lora.init_lora_weights with which PEFT leaves the base as it is; the others change its weights.
+BASE_FREE_INITS = (True, False, "gaussian")
+
 
 class StageInput(NamedTuple):
     """An input of a stage: its kind of artifact, and the stage that makes it ("" if no stage does)."""
@@ -144,6 +147,24 @@ class PolicyStage(TrainedStage):
 
     merge: bool = False
     """Under LoRA, publish the merged model with the adapter in `adapter/`, instead of the adapter alone."""
+
+    adapter: Literal["continue", "merge"] = "continue"
+    """If the starting model is a LoRA adapter, train it further, or merge it into its base first."""
+
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        if self.adapter == "continue":  # as artifacts have it that are older than the key
+            del resolved["adapter"]
+        return resolved
+
+    @model_validator(mode="after")
+    def check_adapter(self) -> "PolicyStage":
+        if self.adapter == "merge" and self.lora is not None and not self.merge:
+            raise ValueError(
+                "adapter: merge with a 'lora:' section trains an adapter whose base exists in memory only; "
+                "set merge: true, or remove the 'lora:' section to train all weights"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_merge(self) -> "PolicyStage":

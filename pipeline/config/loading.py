@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.base import StageConfig
+from pipeline.config.base import BASE_FREE_INITS, StageConfig
 from pipeline.config.evaluate import EvaluateStage
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage
@@ -73,10 +73,19 @@ def check_run(configs: list[Any]) -> None:
     sft, ppo = by_stage.get("sft"), by_stage.get("ppo")
     if not sft or not ppo or ppo.policy != str(sft.folder):
         return
-    if sft.lora is not None and not sft.merge and ppo.lora is None:
+    if sft.lora is None or sft.merge:
+        return
+    init = sft.lora.get("init_lora_weights", True)
+    if init not in BASE_FREE_INITS and ppo.adapter == "continue":
+        raise UserError(
+            f"ppo: sft publishes a LoRA adapter with init_lora_weights={init}, which changes its base, "
+            "so PPO cannot hold a reference beside it; set sft.merge=true, or another "
+            "sft.lora.init_lora_weights"
+        )
+    if ppo.lora is None and ppo.adapter == "continue":
         raise UserError(
             "ppo: sft publishes a LoRA adapter, which PPO trains further, but ppo has no 'lora:' section; "
-            "set ppo.lora={}"
+            "set ppo.lora={}, or ppo.adapter=merge to train all weights of the merged model"
         )
 
 

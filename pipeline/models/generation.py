@@ -27,6 +27,7 @@ from transformers.generation import (
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.data.schema import Text
+from pipeline.data.texts import check_count, check_texts
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import cut_prompt, pad_rows, prompt_ids, read_markup
@@ -188,8 +189,15 @@ def sample_responses(
     """Sample one response to each prompt, in batches.
 
     The random numbers of a prompt depend on `seed` and its global row in `rows`. A prompt longer than
-    `max_prompt_tokens` is truncated on `side`. `ends` are more ids that end a response.
+    `max_prompt_tokens` is truncated on `side`. `ends` are more ids that end a response. Raises `UserError` if
+    an argument is of another kind.
     """
+    check_texts("prompts", prompts)
+    check_count("batch_size", batch_size)
+    check_count("response_tokens", response_tokens)
+    check_count("max_prompt_tokens", max_prompt_tokens)
+    if len(rows) != len(prompts):
+        raise UserError(f"rows: {len(rows)} numbers for {len(prompts)} prompts; expected equal numbers")
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens, side)
@@ -219,9 +227,12 @@ def generate(
     mode is restored.
 
     If padding or a cache changes the policy's logits, they are not used (`pipeline.models.probes`). Raises
-    `UserError` if the policy is no decoder, or if a prompt and T tokens are more than its positions.
+    `UserError` if there are no prompts, they are no token ids, the uniforms have another shape, the policy is
+    no decoder, or a prompt and T tokens are more than its positions.
     """
-    require_positions(policy, max(map(len, prompts), default=0) + uniforms.shape[1])
+    _check_ids(prompts, uniforms)
+    check_count("batch_size", batch_size)
+    require_positions(policy, max(map(len, prompts)) + uniforms.shape[1])
     way = describe_sampling(policy)
     ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
     config = GenerationConfig(
@@ -273,6 +284,17 @@ def unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _mask_unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[LogitsProcessor]:
     ids = unknown_ids(policy, tokenizer)
     return [SuppressTokensLogitsProcessor(ids, device=policy.device)] if ids else []
+
+
+def _check_ids(prompts: Any, uniforms: Any) -> None:
+    valid = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts)
+    if not valid or not all(isinstance(ids, list | tuple) and ids for ids in prompts):
+        raise UserError("prompts: expected a list of prompts, each a list of token ids, none of them empty")
+    if not isinstance(uniforms, Tensor) or uniforms.ndim != 2 or len(uniforms) != len(prompts):
+        raise UserError(
+            f"uniforms: expected a tensor of ({len(prompts)}, response tokens) for {len(prompts)} prompts; "
+            "see pipeline.models.generation.uniforms"
+        )
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:

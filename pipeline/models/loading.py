@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,12 +20,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file, logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from pipeline.artifacts import hub
 from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter, load_and_merge, read_adapter
 from pipeline.models.chat import PAD
+from pipeline.models.generation_config import make_savable
 from pipeline.models.heads import UNQUANTIZED, find_unquantized
+from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.patches import choose_attention_by_length, fuse_gelu, keep_4bit_layout
 from pipeline.models.probes import require_decoder
 from pipeline.models.templates import settle_template
@@ -80,11 +82,6 @@ def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, **options)
 
 
-def is_adapter(source: str | Path, revision: str | None = None) -> bool:
-    """Return whether a folder or hub repository contains an adapter instead of a whole model."""
-    return find_adapter_config_file(str(source), revision=revision) is not None
-
-
 def load_policy(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,15 +99,9 @@ def load_policy(
     """
     revision = options.get("revision")
     if is_adapter(source, revision):
-        with explain_load_errors(source, "LoRA adapter"):
-            adapter = PeftConfig.from_pretrained(source, revision=revision)
-        if adapter.task_type not in (None, TaskType.CAUSAL_LM):
-            raise UserError(
-                f"{source}: is an adapter of task {adapter.task_type}; "
-                f"a policy needs one of {TaskType.CAUSAL_LM.value}"
-            )
-        options |= {"quantization": quantization, "precision": precision, "revision": adapter.revision}
-        base: Any = load_policy(str(adapter.base_model_name_or_path), tokenizer, **options)
+        adapter = read_adapter(source, revision, TaskType.CAUSAL_LM, "policy", trained=trainable)
+        options |= {"quantization": quantization, "precision": precision}
+        base: Any = _load_base_of(adapter, tokenizer, **options)
         with explain_load_errors(source, "LoRA adapter"):
             if hub.fetch_file(source, GENERATION_CONFIG_NAME, revision):  # names the ends of its responses
                 base.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
@@ -122,6 +113,41 @@ def load_policy(
     policy = _finalize(model, tokenizer)
     require_decoder(policy, source)
     return policy
+
+
+def load_merged_policy(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    quantization: str = "none",
+    precision: str = "fp32",
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a policy's adapter and merge it into its base, in fp32; the result is in `precision`.
+
+    Raises `UserError` with a quantization, or if PEFT cannot merge the adapter.
+    """
+    _refuse_quantized_merge(source, quantization)
+    revision = options.get("revision")
+    adapter = read_adapter(source, revision, TaskType.CAUSAL_LM, "policy", trained=True)
+    base: Any = _load_base_of(adapter, tokenizer, **options)
+    # In bf16 most of what was learned would be rounded away, so only the sum is cast.
+    return load_and_merge(base, source, adapter, revision).to(DTYPES[precision])  # type: ignore[arg-type]
+
+
+def _load_base_of(adapter: LoraConfig, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """Load the base of an adapter, at the commit that it names; a base that is an adapter is merged."""
+    source = str(adapter.base_model_name_or_path)
+    load = load_merged_policy if is_adapter(source, adapter.revision) else load_policy
+    return load(source, tokenizer, **options | {"revision": adapter.revision})
+
+
+def _refuse_quantized_merge(source: str, quantization: str) -> None:
+    if quantization != "none":
+        raise UserError(
+            f"{source}: is a LoRA adapter, and merging it into a quantized base loses precision; "
+            "set quantization: none"
+        )
 
 
 def load_sampler(
@@ -137,17 +163,7 @@ def load_sampler(
 
 def merge_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
     """Replace the adapter in `folder` by the merged model in fp32; the adapter moves to `folder/adapter`."""
-    model: Any = load_policy(str(folder), tokenizer, **options)
-    base = model.get_base_model()
-    config = base.config.get_text_config()
-    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in embeddings):
-        # An adapter on one of two tied embeddings changes that one alone, so they are untied first.
-        output = getattr(embeddings[1], "base_layer", embeddings[1])
-        output.weight = torch.nn.Parameter(output.weight.detach().clone())
-        config.tie_word_embeddings = False
-
-    merged = model.merge_and_unload()
+    merged: Any = load_merged_policy(str(folder), tokenizer, **options)
     (folder / "adapter").mkdir()
     # The README is PEFT's model card, which describes the adapter.
     for file in [*folder.glob("adapter_*"), *folder.glob("README.md")]:
@@ -170,11 +186,7 @@ def load_classifier(
     initialized. Without, it is used as trained. Raises `UserError` if the checkpoint then has no head.
     """
     if is_adapter(source, options.get("revision")):
-        if quantization != "none":
-            raise UserError(
-                f"{source}: is a LoRA adapter, and merging it into a quantized base loses precision; "
-                "set quantization: none"
-            )
+        _refuse_quantized_merge(source, quantization)
         return _load_merged_classifier(source, tokenizer, precision=precision, head=head, **options)
 
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
@@ -195,19 +207,20 @@ def load_classifier(
 
 
 def _load_merged_classifier(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, revision: str | None = None, **options: Any
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
+    precision: str = "fp32",
+    **options: Any,
 ) -> PreTrainedModel:
-    """Load the base of a policy's adapter as a classifier, and merge the adapter into it."""
-    with explain_load_errors(source, "LoRA adapter"):
-        adapter = PeftConfig.from_pretrained(source, revision=revision)
+    """Load the base of a policy's adapter as a classifier, and merge the adapter into it, in fp32."""
+    adapter = read_adapter(source, revision, None, "model to start from", trained=True)
     adapter.task_type = None  # that of the policy requires a model that generates
-
-    base: Any = load_classifier(
+    base = load_classifier(
         str(adapter.base_model_name_or_path), tokenizer, revision=adapter.revision, **options
     )
-    with explain_load_errors(source, "LoRA adapter"):
-        model = PeftModel.from_pretrained(base, source, config=adapter, revision=revision)
-        return model.merge_and_unload()
+    return load_and_merge(base, source, adapter, revision).to(DTYPES[precision])  # type: ignore[arg-type]
 
 
 def head_config(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:
@@ -260,6 +273,7 @@ def _finalize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pre
 
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
+    make_savable(model)
     return model
 
 
@@ -272,21 +286,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def explain_load_errors(source: str, what: str) -> Iterator[None]:
-    """Turn errors of loading `source` as a `what` into a `UserError` with the first line of the reason.
-
-    Running out of memory is passed on.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = (line.strip() for line in str(error).splitlines() if line.strip())
-        reason = next(lines, type(error).__name__)
-        raise UserError(
-            f"{source}: cannot be loaded as a {what}: {reason}; expected a Hugging Face folder or a hub id"
-        ) from error

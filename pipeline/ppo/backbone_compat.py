@@ -10,10 +10,12 @@ from peft import LoraConfig, PeftConfig, TaskType
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipeline.artifacts.inputs import is_own_base
 from pipeline.artifacts.manifest import Artifact, read_manifest
-from pipeline.config import PPOStage
+from pipeline.config import BASE_FREE_INITS, PPOStage
+from pipeline.models.adapters import is_adapter
 from pipeline.models.heads import HEAD_NAMES, head_module_names
-from pipeline.models.loading import is_adapter, load_tokenizer
+from pipeline.models.loading import load_tokenizer
 from pipeline.reward.settings import RewardSettings
 from pipeline.training.arguments import build_lora_config, weight_precision
 
@@ -41,7 +43,6 @@ SHAREABLE_FIELDS = {
     "use_dora",
     "use_rslora",
 }
-BASE_FREE_INITS = (True, False, "gaussian")  # the others subtract the initial adapter from the base
 
 
 def incompatibility(config: PPOStage, policy: Artifact, reward: Artifact) -> str | None:
@@ -50,6 +51,8 @@ def incompatibility(config: PPOStage, policy: Artifact, reward: Artifact) -> str
         return f"algorithm: {config.algorithm} is TRL's own trainer, which keeps the policy to itself"
     if config.lora is None:
         return "the policy is trained in full: only adapters share a base"
+    if config.adapter == "merge" and is_adapter(policy.path, policy.revision):
+        return "adapter: merge merges the policy's adapter into its base"
     if "served" in reward.manifest:
         return f"{reward.manifest['served']['url']} serves it"
 
@@ -141,6 +144,10 @@ def _base_identity(source: Artifact, adapter: str | None) -> Any:
         path = Path(inputs["policy"]["path"])
         start = Artifact(path, read_manifest(path) or inputs["policy"])
         return _base_identity(start, str(path) if (path / "adapter_config.json").is_file() else None)
+    # So has that of an SFT stage which trained an adapter further.
+    if adapter is not None and "model" in inputs and not is_own_base(Path(adapter), inputs["model"]["path"]):
+        path = Path(inputs["model"]["path"])
+        return _base_identity(Artifact(path, read_manifest(path) or inputs["model"]), str(path))
 
     base = source.manifest if adapter is None else inputs.get("model")
     if base is None:  # no stage wrote this adapter

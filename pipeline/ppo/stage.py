@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from peft import TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pipeline.artifacts.build import build_artifact
@@ -27,7 +27,9 @@ from pipeline.config import PPOStage, Reward
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
-from pipeline.models.loading import is_adapter, load_policy, load_tokenizer, merge_adapter
+from pipeline.models.adapters import add_adapter, modified_base
+from pipeline.models.load_errors import explain_load_errors
+from pipeline.models.loading import load_tokenizer, merge_adapter
 from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.backbone import attach_reward_adapter
 from pipeline.ppo.backbone_compat import incompatibility
@@ -44,9 +46,10 @@ from pipeline.reward.functions import (
     require_reward,
     reward_from_model,
 )
-from pipeline.training.arguments import build_arguments, build_lora_config, check_training, load_options
+from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
+from pipeline.training.policies import continued_adapter, load_start
 
 FALLBACK_EVAL_PROMPTS = 64  # training prompts to evaluate on if the records have no validation split
 
@@ -56,6 +59,7 @@ def check(config: PPOStage) -> None:
     check_training(config, arguments_class(config))
     if config.algorithm != "ppo":
         _trl_trainers().check_algorithm(config.algorithm, config.training)
+    _check_lora_start(config)
 
     functions = [reward.source for reward in named_rewards(config).values() if reward.is_function]
     for function in [config.gold, *functions]:
@@ -80,6 +84,7 @@ def run(config: PPOStage) -> Path:
     """Run the stage and return the folder of its artifact. Raises `UserError`."""
     check(config)
     inputs = open_inputs(config)
+    starting_adapter(config, inputs["policy"].revision)
     for name, reward in named_rewards(config).items():
         if not reward.is_function:
             inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
@@ -178,25 +183,35 @@ def load_trained_policy(
     """Load the SFT policy, ready to train.
 
     Without `lora:` all of it is trained; with it, a new adapter. If SFT published an adapter, a copy of it is
-    trained, and the adapter itself is the frozen reference. Raises `UserError` for an adapter without
-    `lora:`.
+    trained, and the adapter itself is the frozen reference; with `adapter: merge` it is merged first. Raises
+    `UserError` if the policy cannot be trained.
     """
     source = config.policy or ""
-    options = load_options(config, revision)
-    if not is_adapter(source, revision):
-        policy: Any = load_policy(source, tokenizer, **options)
-        lora = build_lora_config(config, TaskType.CAUSAL_LM, revision)
-        return policy if lora is None else get_peft_model(policy, lora)
-
-    if config.lora is None:
-        raise UserError(
-            f"{source}: is a LoRA adapter, but ppo has no 'lora:' section; PPO would continue to train it: "
-            "set lora: {}"
-        )
-    policy = load_policy(source, tokenizer, trainable=True, **options)
-    policy.load_adapter(source, adapter_name=REFERENCE, revision=revision)
-    policy.set_adapter("default")
+    starting_adapter(config, revision)
+    policy, lora = load_start(config, source, tokenizer, revision)
+    if lora is not None:
+        return add_adapter(policy, lora, f"{config.stage}: lora")
+    if isinstance(policy, PeftModel):
+        with explain_load_errors(source, "LoRA adapter"):
+            policy.load_adapter(source, adapter_name=REFERENCE, revision=revision)
+        policy.set_adapter("default")
     return policy
+
+
+def starting_adapter(config: PPOStage, revision: str | None = None) -> LoraConfig | None:
+    """Return the config of the adapter that PPO trains further, or None if it starts from weights.
+
+    Raises `UserError` if PPO would not start from the policy that SFT published: a second adapter, the
+    reference, would change the base again.
+    """
+    source = config.policy or ""
+    adapter = continued_adapter(config, source, revision)
+    if adapter is not None and (setting := modified_base(adapter)):
+        raise UserError(
+            f"{source}: its adapter has {setting}, which changes its base, so PPO cannot hold a reference "
+            "beside it; run sft with merge: true or another lora.init_lora_weights, or set adapter: merge"
+        )
+    return adapter
 
 
 def _trl_trainers() -> ModuleType:
@@ -204,6 +219,21 @@ def _trl_trainers() -> ModuleType:
     from pipeline.ppo import trl_trainers
 
     return trl_trainers
+
+
+def _check_lora_start(config: PPOStage) -> None:
+    """Raise `UserError` if PPO would start from another policy than SFT's, because of its new adapter."""
+    lora = build_lora_config(config, TaskType.CAUSAL_LM)
+    if lora is None:
+        return
+    setting = modified_base(lora)
+    if lora.init_lora_weights is False:  # a random adapter
+        setting = "init_lora_weights=False"
+    if setting:
+        raise UserError(
+            f"ppo: lora.{setting} changes the policy before the first step, so PPO would not start from "
+            "SFT's; use init_lora_weights: true or gaussian, and no kasa_config"
+        )
 
 
 def _check_backbone(config: PPOStage, name: str, inputs: dict[str, Artifact]) -> None:

@@ -32,8 +32,10 @@ from pipeline.models.generation import (
     generate,
     permuted_index,
 )
+from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
+from pipeline.ppo.arguments import check_arguments, check_rows
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.demonstrations import demonstration_batches
@@ -65,8 +67,8 @@ class PPOTrainer(PolicyTrainer):
       "truncate_right" or "drop".
     - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
 
-    Raises `UserError` if a dataset is empty, if demonstrations are missing, if no prompt fits the policy, or
-    if the policy is an encoder.
+    Raises `UserError` if an argument is of another kind, a dataset is empty, demonstrations are missing, no
+    prompt fits the policy, or the policy is an encoder.
 
     >>> from datasets import load_from_disk
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,14 +108,17 @@ class PPOTrainer(PolicyTrainer):
         generate: Callable[..., Responses] = generate,
         **kwargs: Any,
     ) -> None:
+        check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
+        check_rows("train_dataset", train_dataset, "prompt")
+        if eval_dataset is not None:
+            check_rows("eval_dataset", eval_dataset, "prompt")
         if args.ptx_coef and not demonstrations:
             raise UserError(
                 f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"
             )
-        if not len(train_dataset) or (eval_dataset is not None and not len(eval_dataset)):
-            raise UserError(
-                "ppo: train_dataset and eval_dataset need at least one prompt, and one of them has none"
-            )
+        if demonstrations is not None and args.ptx_coef:
+            check_rows("demonstrations", demonstrations, "prompt", "completion")
+        make_savable(getattr(policy, "get_base_model", lambda: policy)())
 
         if generate is PolicyTrainer.generate:
             describe_sampling(policy)  # asked before training, and refused before anything is computed

@@ -16,7 +16,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, T
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from pipeline.distributed.processes import broadcast, is_main_process
-from pipeline.errors import UserError, explain_row
+from pipeline.errors import UserError, explain_row, one_line
+from pipeline.models.adapters import is_adapter
 from pipeline.models.chat import as_messages, prompt_ids
 from pipeline.models.generation import declare_ends, end_token_ids, unknown_ids
 from pipeline.models.probes import Sampling, describe_sampling, model_name
@@ -146,15 +147,17 @@ def _suppress_unknown_ids(args: Any, ids: list[int]) -> None:
 def ensure_reference_checkpoint(
     policy: Any, folder: Path, revision: str | None, trust_remote_code: bool
 ) -> None:
-    """Let TRL load the reference from `folder` if the policy's own checkpoint has another vocabulary size.
+    """Let TRL load the reference from `folder` if the policy's own checkpoint is not that reference.
 
     TRL loads the reference from the policy's checkpoint. If the tokenizer has more tokens than that, the
-    policy was resized after loading, and is saved to `folder`.
+    policy was resized after loading, and is saved to `folder`; so is an adapter merged into its base.
     """
-    config = AutoConfig.from_pretrained(
-        policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code
-    )
-    if config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
+    is_merged = is_adapter(policy.name_or_path, revision)
+    if not is_merged:
+        config = AutoConfig.from_pretrained(
+            policy.name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if is_merged or config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
         if is_main_process():
             policy.save_pretrained(folder)
         broadcast("written")
@@ -243,7 +246,7 @@ def _construct(algorithm: str, **kwargs: Any) -> Any:
     try:
         return TRAINERS[algorithm](**kwargs)
     except (ValueError, ImportError, NotImplementedError) as error:
-        raise UserError(f"ppo: algorithm: {algorithm}: {' '.join(str(error).split())}") from error
+        raise UserError(f"ppo: algorithm: {algorithm}: {one_line(error)}") from error
 
 
 def _share_reference(actor: ActorCritic, trainer: Any) -> None:

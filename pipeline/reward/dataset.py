@@ -13,6 +13,8 @@ Rows that do not fit are cut or dropped, and counted.
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +46,44 @@ def tokenize_records(
         if outcome in ("whole", "cut"):
             rows.append(row)
     return Dataset.from_list(rows), {name: counts[name] for name in COUNTED if counts[name]}
+
+
+def check_records(kind: str, records: Dataset) -> None:
+    """Raise `UserError` if there are no records to train on, or if nothing can be learned from them."""
+    if not len(records):
+        raise UserError(f"reward: there are no {kind} to train on; give prepare a source that has them")
+    schema = KINDS[kind]
+    assert schema.responses, f"{kind} train no reward model"
+    assert schema.target, f"{kind} train no reward model"
+    require_contrast(kind, ((schema.target(record), schema.responses(record)) for record in records))
+
+
+def require_contrast(kind: str, examples: Iterable[tuple[Any, Sequence[Any]]]) -> None:
+    """Raise `UserError` if nothing can be learned from the examples, each a target and its responses.
+
+    So it is if all labels or ratings are equal, or if no record has different responses of different rank.
+    """
+    first, count = None, 0
+    for target, responses in examples:
+        count += 1
+        if isinstance(target, list):
+            if len(set(target)) > 1 and any(response != responses[0] for response in responses):
+                return
+        elif count == 1:
+            first = target
+        elif target != first:
+            return
+    problems = {
+        "labels": "have one class",
+        "ratings": "are equal",
+        "comparisons": "compare a response with itself",
+        "rankings": "rank no response above another one",
+    }
+    if count:
+        raise UserError(
+            f"reward: all {count:,} {kind} to train on {problems[kind]}, which teaches nothing; "
+            "give prepare other records"
+        )
 
 
 def _tokenize_record(

@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftModel, TaskType
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import hub
 from pipeline.data.schema import Text
+from pipeline.data.texts import check_count, check_text, check_texts
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import completion_text, text_ids
-from pipeline.models.loading import (
-    explain_load_errors,
-    is_adapter,
-    load_classifier,
-    load_tokenizer,
-)
+from pipeline.models.load_errors import explain_load_errors
+from pipeline.models.loading import load_classifier, load_tokenizer
 from pipeline.models.positions import max_positions
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching, probes
@@ -129,8 +127,8 @@ class RewardModel:
         """Return `alpha` × raw reward of each (prompt, response), as many as there are prompts.
 
         `normalize` first centres and scales the raw reward on the reference sample. `alpha` defaults to the
-        artifact's own. Neither the order nor `batch_size` changes a score. Raises `UserError` if the numbers
-        of prompts and responses differ, or if there is no reference sample to normalize by.
+        artifact's own. Neither the order nor `batch_size` changes a score. Raises `UserError` if the two are
+        no lists of texts, if their numbers differ, or if there is no reference sample to normalize by.
         """
         raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
         if normalize:
@@ -143,20 +141,19 @@ class RewardModel:
         return [(self.settings.alpha if alpha is None else alpha) * value for value in raw]
 
     def score_response(self, prompt: Text, response: Text) -> float:
-        """Return the score of one response."""
+        """Return the score of one response. Raises `UserError` if one of the two is no text."""
+        check_text("prompt", prompt)
+        check_text("response", response)
         return self.score([prompt], [response])[0]
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
         """Return the head's outputs (N, C) in fp32 on the CPU; C is 1 for a scalar model.
 
-        Raises `UserError` if the numbers of prompts and responses differ.
+        Raises `UserError` if the two are no lists of texts, or their numbers differ.
         """
-        if len(prompts) != len(responses):
-            raise UserError(
-                f"score: {len(prompts)} prompts but {len(responses)} responses; expected equal numbers"
-            )
-        if not prompts:
+        _check_pairs(prompts, responses, batch_size)
+        if not len(prompts):
             return torch.zeros(0, self.model.config.num_labels)
         return self._logits(prompts, responses, batch_size)
 
@@ -202,28 +199,39 @@ class RewardModel:
 
     def lengths(self, responses: Sequence[Text]) -> list[int]:
         """Return the length of each response in tokens."""
+        check_texts("responses", responses)
         return [len(text_ids(self.tokenizer, completion_text(text))) for text in responses]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
-        """Return {class: softmax probability} for each response.
+        """Return {class: probability} for each response: the softmax, or of a multi-label model the sigmoids.
 
         Raises `UserError` if the model has one output.
         """
         if self.model.config.num_labels == 1:
             raise UserError("probabilities: this reward model has one scalar output, no classes; use score")
-        rows = self.logits(prompts, responses).softmax(1).tolist()
+        rows = self.settings.probabilities(self.logits(prompts, responses)).tolist()
         return [dict(zip(_labels(self.model), row, strict=True)) for row in rows]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
-        """Return the indices of `responses`, best first; ties keep their order."""
-        scores = self.score([prompt] * len(responses), responses)
+        """Return the indices of `responses`, best first; ties keep their order.
+
+        Raises `UserError` if there are none.
+        """
+        scores = self._scores(prompt, responses)
         return sorted(range(len(scores)), key=lambda i: -scores[i])
 
     def best_of_n(self, prompt: Text, responses: Sequence[Text]) -> tuple[int, float]:
-        """Return (index, score) of the best response."""
-        scores = self.score([prompt] * len(responses), responses)
+        """Return (index, score) of the best response. Raises `UserError` if there are none."""
+        scores = self._scores(prompt, responses)
         best = max(range(len(scores)), key=scores.__getitem__)
         return best, scores[best]
+
+    def _scores(self, prompt: Text, responses: Sequence[Text]) -> list[float]:
+        check_text("prompt", prompt)
+        check_texts("responses", responses)
+        if not len(responses):
+            raise UserError("responses: is an empty list; expected at least one response")
+        return self.score([prompt] * len(responses), responses)
 
 
 class DistributedRewardModel(RewardModel):
@@ -234,6 +242,7 @@ class DistributedRewardModel(RewardModel):
 
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
         """Return the head's outputs (N, C) of all rows on every process; see `RewardModel.logits`."""
+        _check_pairs(prompts, responses, batch_size)
         local_logits = super().logits
 
         def compute(rows: Sequence[int]) -> list[list[float]]:
@@ -248,6 +257,16 @@ class DistributedRewardModel(RewardModel):
 
         rows = map_across_processes(compute, range(len(prompts)))
         return torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
+
+
+def _check_pairs(prompts: Any, responses: Any, batch_size: Any) -> None:
+    check_texts("prompts", prompts)
+    check_texts("responses", responses)
+    check_count("batch_size", batch_size)
+    if len(prompts) != len(responses):
+        raise UserError(
+            f"score: {len(prompts)} prompts but {len(responses)} responses; expected equal numbers"
+        )
 
 
 def _load(
@@ -266,13 +285,7 @@ def _load(
         return load_classifier(source, tokenizer, **weights, **options)
 
     # Trained on a quantized base: the artifact is the adapter with the head.
-    with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
-        adapter = PeftConfig.from_pretrained(source, revision=revision)
-    if adapter.task_type not in (None, TaskType.SEQ_CLS):
-        raise UserError(
-            f"{source}: is an adapter of task {adapter.task_type}; "
-            f"a reward needs one of {TaskType.SEQ_CLS.value}"
-        )
+    adapter = read_adapter(source, revision, TaskType.SEQ_CLS, "reward")
     options = options | {"revision": adapter.revision, "head": (settings or RewardSettings()).head}
     base: Any = load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
     with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
@@ -306,6 +319,7 @@ def _external_settings(
     return RewardSettings(
         objective="classification" if model.config.num_labels > 1 else "regression",
         outputs=_labels(model),
+        multi_label=model.config.problem_type == "multi_label_classification",
         encoding=encoding,
         logit=0 if model.config.num_labels == 1 else -1,
     )

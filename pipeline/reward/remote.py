@@ -30,8 +30,9 @@ from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.data.schema import Text
 from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter
 from pipeline.models.chat import completion_text, read_markup
-from pipeline.models.loading import explain_load_errors, is_adapter
+from pipeline.models.load_errors import explain_load_errors
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel

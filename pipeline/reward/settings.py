@@ -22,6 +22,8 @@ class RewardSettings:
     - `output` is computed from output number `logit`: `logit`, `log_odds` against the other outputs, or the
       softmax `probability`. `ensemble` is the mean over all outputs less `uncertainty_penalty` standard
       deviations (Coste et al. 2023).
+    - With `multi_label` each output is a question of its own: its probability is the sigmoid, and its
+      log-odds are its logit.
     - `reward_mean` and `reward_std` are the mean and standard deviation of the rewards on a reference sample.
     - `length_mean` is the mean length in tokens of the responses in that sample. `length_slope` is the slope
       of the reward on the length.
@@ -34,6 +36,7 @@ class RewardSettings:
     precision: str | None = None
     output: str = "logit"
     logit: int = 0
+    multi_label: bool = False
     sign: int = 1
     uncertainty_penalty: float = 0.0
     alpha: float = 1.0
@@ -48,10 +51,10 @@ class RewardSettings:
 
         Scalars have the problem type regression: transformers' `pipeline()` would apply a sigmoid otherwise.
         """
-        return head_config(
-            self.outputs,
-            "single_label_classification" if self.objective == "classification" else "regression",
-        )
+        if self.multi_label:
+            return head_config(self.outputs, "multi_label_classification")
+        is_classifier = self.objective == "classification"
+        return head_config(self.outputs, "single_label_classification" if is_classifier else "regression")
 
     @classmethod
     def load(cls, folder: Path) -> "RewardSettings | None":
@@ -73,16 +76,23 @@ class RewardSettings:
 
     def save(self, folder: Path) -> None:
         """Write `reward.json` into `folder`."""
-        (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        values = asdict(self)
+        if not self.multi_label:  # no stage trains one, and an older version does not know the field
+            del values["multi_label"]
+        (folder / SETTINGS).write_text(json.dumps(values, indent=2) + "\n")
 
     def reward(self, logits: Tensor) -> Tensor:
         """Return the raw rewards (N,) of logits (N, C), before `alpha`."""
         if self.output == "ensemble":
             return self.sign * logits.mean(1) - self.uncertainty_penalty * logits.std(1, correction=0)
         if self.output == "probability":
-            return self.sign * logits.softmax(1)[:, self.logit]
+            return self.sign * self.probabilities(logits)[:, self.logit]
         chosen = logits[:, self.logit]
-        if self.output == "log_odds":
+        if self.output == "log_odds" and not self.multi_label:
             others = [i for i in range(logits.shape[1]) if i != self.logit]
             chosen = chosen - logits[:, others].logsumexp(1)
         return self.sign * chosen
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (N, C) of logits (N, C), as transformers' `pipeline()` does."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)

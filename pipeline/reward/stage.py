@@ -31,14 +31,16 @@ from pipeline.data.schema import KINDS, LEARNABLE
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
+from pipeline.models.adapters import check_modules
 from pipeline.models.heads import head_module_names
+from pipeline.models.load_errors import explain_adapter_errors
 from pipeline.models.loading import load_classifier, load_tokenizer
 from pipeline.models.positions import max_positions
 from pipeline.models.scratch import new_classifier
 from pipeline.models.templates import fixed_date
 from pipeline.reward import batching
 from pipeline.reward.card import describe_architecture, write_card
-from pipeline.reward.dataset import tokenize_records
+from pipeline.reward.dataset import check_records, require_contrast, tokenize_records
 from pipeline.reward.encoding import Encoding, check_encoding, prompt_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split, reference_statistics
 from pipeline.reward.model import DistributedRewardModel
@@ -116,6 +118,7 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
     args = build_arguments(config, trl.RewardConfig, work, **fixed)
     kind = OBJECTIVES[config.objective].kind
     data = open_records(records, kind)
+    check_records(kind, data["train"])
 
     set_seed(config.seed)  # the head is initialised randomly
     settings = build_settings(config, data)
@@ -128,6 +131,7 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
             f"{records.path}: of {len(data['train'])} {kind} none fits max_length={config.max_length}; "
             "raise it"
         )
+    require_contrast(kind, ((row["target"], row["ids"]) for row in splits["train"][0]))
 
     trainer = build_trainer(config, model, tokenizer, settings, splits, args)
     train_with_resume(trainer, work)
@@ -173,9 +177,12 @@ def build_trainer(
     splits: Mapping[str, Split],
     args: trl.RewardConfig,
 ) -> RewardTrainer:
-    """Build the trainer. Raises `UserError` if LoRA's target modules are not in the model."""
+    """Build the trainer. Raises `UserError` if PEFT refuses the adapter of the `lora:` section."""
     validation = splits["validation"][0] if "validation" in splits else None
-    try:
+    lora = build_lora_config(config, TaskType.SEQ_CLS, config.revision, head_module_names(model))
+    where = f"{config.stage}: lora"
+    check_modules(model, lora, where)
+    with explain_adapter_errors(where, lora):
         return RewardTrainer(
             model,
             config.objective,
@@ -185,17 +192,9 @@ def build_trainer(
             train_dataset=assign_bootstrap_rows(config, splits["train"][0]),
             eval_dataset=require_eval_rows(args, validation),
             processing_class=tokenizer,
-            peft_config=build_lora_config(
-                config, TaskType.SEQ_CLS, config.revision, head_module_names(model)
-            ),
+            peft_config=lora,
             callbacks=[PrintEvaluations()],
         )
-    except ValueError as error:
-        if config.lora is None:
-            raise
-        # PEFT raises it if the model has no modules of these names.
-        reason = " ".join(str(error).split())
-        raise UserError(f"reward: lora: {reason}; try lora.target_modules=all-linear") from None
 
 
 def build_settings(config: RewardStage, data: DatasetDict) -> RewardSettings:

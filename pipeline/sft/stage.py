@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from peft import TaskType
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -24,20 +24,21 @@ from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
+from pipeline.models.adapters import check_modules
 from pipeline.models.chat import encode_pair
 from pipeline.models.generation import declare_ends, end_token_ids, truncation_side
-from pipeline.models.loading import load_policy, load_tokenizer, merge_adapter
+from pipeline.models.load_errors import explain_adapter_errors
+from pipeline.models.loading import load_tokenizer, merge_adapter
 from pipeline.models.positions import max_positions
 from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
     build_arguments,
-    build_lora_config,
     check_training,
-    load_options,
     require_eval_rows,
 )
 from pipeline.training.callbacks import PrintEvaluations
 from pipeline.training.checkpoints import train_with_resume, write_log
+from pipeline.training.policies import load_start
 
 HEADLINE_METRICS = ("eval_loss", "eval_mean_token_accuracy")
 
@@ -72,21 +73,24 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
     data = open_records(records, "demonstrations")
 
     set_seed(config.seed)
-    model, tokenizer = load_base(config, data)
+    model, tokenizer, lora = load_base(config, data)
     declare_ends(model, end_token_ids(model, tokenizer))
     train_rows, validation_rows = (
         tokenize_demonstrations(config, data[split], tokenizer, f"{records.path}: demonstrations: {split}")
         for split in ("train", "validation")
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=require_eval_rows(args, validation_rows),
-        processing_class=tokenizer,
-        peft_config=build_lora_config(config, TaskType.CAUSAL_LM, config.revision),
-        callbacks=[PrintEvaluations()],
-    )
+    where = f"{config.stage}: lora"
+    check_modules(model, lora, where)
+    with explain_adapter_errors(where, lora):
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=require_eval_rows(args, validation_rows),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[PrintEvaluations()],
+        )
     train_with_resume(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
 
@@ -106,11 +110,11 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
     return {"metrics": {name: value for name, value in metrics.items() if name in HEADLINE_METRICS}}
 
 
-def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the base model and its tokenizer, or build both from scratch."""
+def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedTokenizerBase, LoraConfig | None]:
+    """Load the base model and its tokenizer, or build both from scratch; return also the adapter to add."""
     if config.scratch is not None:
         texts = collect_texts(data["train"], "prompt", "completion")
-        return new_policy(texts, config.scratch, config.separator)
+        return *new_policy(texts, config.scratch, config.separator), None
 
     tokenizer = load_tokenizer(
         config.model,
@@ -118,9 +122,9 @@ def load_base(config: SFTStage, data: DatasetDict) -> tuple[Any, PreTrainedToken
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    model = load_policy(config.model, tokenizer, **load_options(config, config.revision))
+    model, lora = load_start(config, config.model, tokenizer, config.revision)
     check_length(config, model)
-    return model, tokenizer
+    return model, tokenizer, lora
 
 
 def check_length(config: SFTStage, model: Any) -> None:

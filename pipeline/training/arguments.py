@@ -24,7 +24,8 @@ from pipeline.config import EvaluateStage, TrainedStage, nearest
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
 from pipeline.distributed.sharding import disable_zero3_init
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.models.adapters import unsupported_setting
 from pipeline.training import trackers
 from pipeline.training.checkpoints import LAUNCH_FILE
 
@@ -74,7 +75,18 @@ def check_training(config: TrainedStage, arguments_class: type[TrainingArguments
         for key in {"task_type", "revision"} & config.lora.keys():
             raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
+        _check_lora(config)
     build_arguments(config, arguments_class, Path("unused"))
+
+
+def _check_lora(config: TrainedStage) -> None:
+    """Raise `UserError` for values that PEFT refuses, and for settings with which no stage trains."""
+    try:
+        lora = build_lora_config(config, TaskType.CAUSAL_LM)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{config.stage}: lora: {one_line(error)}") from None
+    if lora is not None and (problem := unsupported_setting(lora)):
+        raise UserError(f"{config.stage}: lora.{problem}; remove it")
 
 
 def _instructions(instead: str) -> str:
@@ -132,7 +144,7 @@ def build_arguments(
     try:
         args = arguments_class(**kwargs)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{config.stage}: training: {' '.join(str(error).split())}") from None
+        raise UserError(f"{config.stage}: training: {one_line(error)}") from None
     disable_zero3_init(args)
     _check_launch(config, args, precision)
     return args

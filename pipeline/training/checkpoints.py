@@ -33,6 +33,7 @@ def train_with_resume(trainer: Trainer, work: Path) -> None:
     use_metrics_bar(trainer)
     if checkpoint:
         trainer.args.eval_on_start = False  # it was done before the interruption
+        trainer.add_callback(StopAtLastStep(trainer))
     trackers.start_trackers(trainer, work, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
 
     try:
@@ -48,19 +49,18 @@ def train_with_resume(trainer: Trainer, work: Path) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that is complete and precedes the last step; delete newer ones.
+    """Return the newest checkpoint that is complete; delete newer ones.
 
-    A checkpoint is complete if its last-written file parses. From a checkpoint of the last step, the Trainer
-    would take another step, in the middle of an epoch.
+    A checkpoint is complete if its last-written file parses. One of the last step has all that was learned:
+    it is there if the run failed later, while it evaluated or saved.
     """
     checkpoints = sorted(
         work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True
     )
     for folder in checkpoints:
         with suppress(OSError, ValueError):
-            state = json.loads((folder / "trainer_state.json").read_text())
-            if state["global_step"] < state["max_steps"]:
-                return folder
+            json.loads((folder / "trainer_state.json").read_text())
+            return folder
         shutil.rmtree(folder)
     return None
 
@@ -72,6 +72,34 @@ def write_log(trainer: Trainer, output: Path) -> None:
         for entry in trainer.state.log_history
     ]
     (output / "log.jsonl").write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))
+
+
+class StopAtLastStep(TrainerCallback):
+    """Take no further step if training resumes from a checkpoint of the last step.
+
+    In the middle of an epoch the Trainer would take one before it looks at the number of steps.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer: Any = trainer
+        self.is_done = False
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Let the Trainer find no more batches if all steps have been taken."""
+        self.is_done = state.global_step >= state.max_steps
+        if self.is_done:
+            control.should_training_stop = True
+            self.trainer.get_batch_samples = lambda *_: ([], None)
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Skip what was done before the interruption."""
+        if self.is_done:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Remove the mean loss over no steps."""
+        if self.is_done:
+            state.log_history[-1].pop("train_loss", None)
 
 
 class RecordLaunch(TrainerCallback):

@@ -1,6 +1,7 @@
 """Exit codes, and one line instead of a traceback."""
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from pipeline import cli, config
@@ -151,9 +153,42 @@ def test_what_a_stage_fails_with_decides_the_exit_code(
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_run", lambda loaded: {}["missing"])
-    with pytest.raises(KeyError):
+    monkeypatch.setattr(commands, "_run", None)  # the caller, which is ours, fails
+    with pytest.raises(TypeError):
         cli.main(stage("sft"))
+
+
+def test_an_error_of_a_library_is_one_line_with_its_stage(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.sft import stage as sft
+
+    monkeypatch.setattr(sft, "open_inputs", lambda config: json.loads("{\n'a'}"))
+    assert fail(capsys, *stage("sft"), code=1) == (
+        "error: sft: JSONDecodeError: Expecting property name enclosed in double quotes: line 2 column 1 "
+        "(char 2); add --debug for the traceback\n"
+    )
+    with pytest.raises(json.JSONDecodeError):
+        cli.main(stage("sft", "--debug"))
+
+
+def test_the_stage_of_a_run_is_named(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.prepare import stage as prepare
+
+    monkeypatch.setattr(prepare, "build_artifact", lambda *_, **__: json.loads(""))
+    assert fail(capsys, "run", code=1).startswith("error: prepare: JSONDecodeError: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB")])
+def test_running_out_of_memory_is_no_bug(
+    error: Exception, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(loaded: config.StageConfig) -> None:
+        raise error
+
+    monkeypatch.setitem(explode.__globals__, "__name__", "pipeline.ppo.trainer")
+    monkeypatch.setattr(commands, "_run", explode)
+    assert type(error).__name__ in fail(capsys, *stage("sft"), code=1)
 
 
 @pytest.mark.parametrize(

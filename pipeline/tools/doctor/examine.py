@@ -19,10 +19,11 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.config import OBJECTIVES, Reward, StageConfig
 from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS
-from pipeline.errors import UserError, explain_row
+from pipeline.errors import UserError, explain_row, one_line
 from pipeline.models.chat import encode_turn, prompt_ids
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
+from pipeline.reward.dataset import check_records
 from pipeline.reward.functions import require_reward
 from pipeline.tools.doctor import memory
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
@@ -62,7 +63,7 @@ def _catch(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     except UserError as error:
         return [(name, f"{ERROR}{error}")]
     except Exception as error:
-        return [(name, f"{ERROR}{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+        return [(name, f"{ERROR}{type(error).__name__}: {one_line(error)}")]
 
 
 def _try(name: str, check: Callable[..., str], *args: Any) -> Finding:
@@ -147,6 +148,8 @@ def _check_batch(config: Any) -> Iterator[Finding]:
     rows = _open_records(config, kind)["train"]
     if not len(rows):
         raise UserError(f"{config.records}: contains no {kind} to train on")
+    if config.stage == "reward":
+        check_records(kind, rows)
     first = rows.select(range(min(BATCH_ROWS, len(rows))))
     limit = getattr(config, "max_prompt_tokens", None) or config.max_length
     lengths, longer = [], 0

@@ -6,12 +6,13 @@
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from pipeline.models.adapters import add_adapter
 from pipeline.models.patches import disable_dropout, fuse_gelu
 
 
@@ -20,7 +21,8 @@ def build_meta_model(
 ) -> Any:
     """Build a model of an architecture on the meta device.
 
-    `auto` is the class of transformers that builds it, and `options` go to its `from_config`.
+    `auto` is the class of transformers that builds it, and `options` go to its `from_config`. Raises
+    `UserError` if PEFT refuses the adapter.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # warns of special ids beyond a vocabulary; they are not used here
@@ -30,7 +32,7 @@ def build_meta_model(
     finally:
         logging.set_verbosity(verbosity)
     fuse_gelu(model)
-    return model if lora is None else get_peft_model(model, lora)
+    return model if lora is None else add_adapter(model, lora)
 
 
 def saved_for_backward(model: Any, rows: int, width: int, dropout: bool) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import LoraConfig, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,12 +19,12 @@ from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.config import OBJECTIVES, EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
-from pipeline.errors import UserError
-from pipeline.models.loading import is_adapter
+from pipeline.errors import UserError, one_line
+from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.scratch import decoder_config, encoder_config
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.policy_trainer import prompt_budget
-from pipeline.ppo.stage import arguments_class, named_rewards
+from pipeline.ppo.stage import arguments_class, named_rewards, starting_adapter
 from pipeline.reward.settings import RewardSettings
 from pipeline.tools.doctor.memory import GenerationFootprint, ModelFootprint, StepFootprint, rows_per_forward
 from pipeline.tools.doctor.meta_models import build_meta_model
@@ -34,6 +34,7 @@ from pipeline.training.arguments import (
     resolve_precision,
     weight_precision,
 )
+from pipeline.training.policies import continued_adapter
 
 # Responses of a record. Records of rankings differ, and may not exist yet: 4 is the number in the demo's.
 RESPONSES_PER_RECORD = {"comparisons": 2, "rankings": 4}
@@ -62,7 +63,7 @@ def plan_stage(config: StageConfig, recipe: Recipe, args: Any, longest: int | No
 
 def _plan_sft(config: SFTStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
     architecture = find_architecture(config, config.model, recipe)
-    lora = build_lora_config(config, TaskType.CAUSAL_LM)
+    lora = _policy_lora(config, config.model, recipe)
     model = ModelFootprint(architecture, lora=lora, trained=True, **_weight_options(config))
     # TRL computes the logits in parts, so that they do not count.
     rows = args.per_device_train_batch_size
@@ -104,12 +105,15 @@ def _plan_ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) 
 
 def _ppo_models(config: PPOStage, recipe: Recipe, policy: PreTrainedConfig) -> list[ModelFootprint]:
     """Return the policy, the reference if it is no adapter, and the rewards on other backbones."""
-    lora = _policy_lora(config, recipe)
+    if Path(config.policy or "").exists():
+        starting_adapter(config)  # raises if PPO cannot start from it
+    lora = _policy_lora(config, config.policy or "", recipe)
     loaded = {name: reward.source for name, reward in named_rewards(config).items() if reward.is_loaded}
     separate = [source for name, source in loaded.items() if not _shares_backbone(config, name, recipe)]
     # The reference has an adapter of its own if the policy starts from one; TRL keeps one more.
     adapters = 1 + len(loaded) - len(separate)
-    adapters += (lora is not None and _continues_adapter(config, recipe)) + (config.algorithm != "ppo")
+    continues = lora is not None and _continues_adapter(config, config.policy or "", recipe)
+    adapters += continues + (config.algorithm != "ppo")
 
     models = [ModelFootprint(policy, lora=lora, adapters=adapters, trained=True, **_weight_options(config))]
     if lora is None:
@@ -169,13 +173,11 @@ def find_architecture(config: Any, source: str, recipe: Recipe) -> PreTrainedCon
         return _architecture_in_recipe(config, source)
     try:
         if is_adapter(source):
-            adapter = PeftConfig.from_pretrained(source)
+            adapter = read_adapter(source, None, None, "model")
             return find_architecture(config, str(adapter.base_model_name_or_path), recipe)
         return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source}: its config.json cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise UserError(f"{source}: its config.json cannot be read: {one_line(error)}") from None
 
 
 def _architecture_in_recipe(config: Any, hub_id: str) -> PreTrainedConfig:
@@ -208,21 +210,20 @@ def _scorer_footprint(config: Any, source: str, recipe: Recipe) -> ModelFootprin
     return ModelFootprint(architecture, AutoModelForSequenceClassification, quantization=quantization)
 
 
-def _policy_lora(config: PPOStage, recipe: Recipe) -> LoraConfig | None:
-    """Return the adapter that PPO trains: SFT's if SFT published one or will, else a new one, or None."""
-    source = config.policy or ""
-    if config.lora is None or not _continues_adapter(config, recipe):
+def _policy_lora(config: SFTStage | PPOStage, source: str, recipe: Recipe) -> LoraConfig | None:
+    """Return the adapter that is trained: `source` if it is one or will be, else a new one, or None."""
+    if Path(source).exists() and (adapter := continued_adapter(config, source)):
+        return adapter
+    if config.lora is None or not _continues_adapter(config, source, recipe):
         return build_lora_config(config, TaskType.CAUSAL_LM)
-    if Path(source).exists():
-        lora = cast(LoraConfig, PeftConfig.from_pretrained(source))
-        lora.inference_mode = False
-        return lora
     return build_lora_config(cast(SFTStage, recipe.get("sft")), TaskType.CAUSAL_LM)
 
 
-def _continues_adapter(config: PPOStage, recipe: Recipe) -> bool:
-    """Return whether the policy is an adapter that SFT published, or will publish."""
-    source, sft = config.policy or "", recipe.get("sft")
+def _continues_adapter(config: SFTStage | PPOStage, source: str, recipe: Recipe) -> bool:
+    """Return whether `source` is an adapter that is trained further, or will be one that SFT publishes."""
+    sft = recipe.get("sft")
+    if config.adapter == "merge":
+        return False
     if Path(source).exists():
         return is_adapter(source)
     return isinstance(sft, SFTStage) and source == str(sft.folder) and sft.lora is not None and not sft.merge

@@ -1,0 +1,62 @@
+"""Check what a program passes to `PPOTrainer`, before anything is computed."""
+
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.models.adapters import modified_base, unsupported_setting
+from pipeline.ppo.config import PPOConfig
+from pipeline.reward.functions import RewardSource
+from pipeline.reward.model import RewardModel
+
+
+def check_arguments(
+    policy: Any, reward: Any, args: Any, processing_class: Any, functions: dict[str, Any]
+) -> None:
+    """Raise `UserError` if an argument is of another kind than `PPOTrainer` takes.
+
+    `functions` are the optional rewards by name.
+    """
+    _expect("policy", policy, isinstance(policy, nn.Module), "a causal language model")
+    source = reward.score if isinstance(reward, RewardSource) else reward
+    is_reward = callable(source) or isinstance(reward, RewardModel)
+    _expect("reward", reward, is_reward, "a RewardModel, a function or a RewardSource")
+    _expect("args", args, isinstance(args, PPOConfig), "a PPOConfig")
+    for name in ("eos_token_id", "pad_token_id"):
+        has_token = getattr(processing_class, name, None) is not None
+        _expect("processing_class", processing_class, has_token, f"the policy's tokenizer, with its {name}")
+    for name, function in functions.items():
+        _expect(name, function, function is None or callable(function), "a reward function, or None")
+    if isinstance(policy, PeftModel):
+        _check_adapters(policy)
+
+
+def check_rows(name: str, rows: Any, *columns: str) -> None:
+    """Raise `UserError` unless the argument `name` is a dataset with at least one row and these columns."""
+    _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset")
+    if not len(rows):
+        raise UserError(f"ppo: {name}: has no rows; expected at least one")
+    for column in columns:
+        if column not in rows.column_names:
+            raise UserError(f"ppo: {name}: has no column {column!r}; found {', '.join(rows.column_names)}")
+
+
+def _check_adapters(policy: PeftModel) -> None:
+    for name, adapter in policy.peft_config.items():
+        if not isinstance(adapter, LoraConfig):
+            kind = type(adapter).__name__
+            raise UserError(f"ppo: policy: its adapter {name!r} has a {kind}; expected a LoraConfig")
+        if setting := unsupported_setting(adapter) or modified_base(adapter):
+            raise UserError(
+                f"ppo: policy: its adapter {name!r} has {setting}; PPO needs one that leaves its base as it "
+                "is: merge it first, or initialize another one"
+            )
+
+
+def _expect(name: str, value: Any, valid: bool, expected: str) -> None:
+    if not valid:
+        found = "None" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"ppo: {name}: expected {expected}, found {found}")

@@ -95,7 +95,7 @@ def build_trl_trainer(
     commit, from which TRL loads the reference. Raises `UserError` if TRL refuses the arguments, or with too
     few prompts.
     """
-    _require_plain_batches(algorithm, policy)
+    require_plain_batches(algorithm, policy)
     _suppress_unknown_ids(args, unknown_ids(policy, processing_class))
     budget = prompt_budget(policy, args.max_completion_length, max_prompt_tokens)
     prompts = filter_prompts(train_dataset, processing_class, budget)
@@ -128,7 +128,7 @@ def build_trl_trainer(
     return trainer
 
 
-def _require_plain_batches(algorithm: str, policy: Any) -> None:
+def require_plain_batches(algorithm: str, policy: Any) -> None:
     """Raise `UserError` if the policy needs batches of its own, which TRL does not form."""
     if describe_sampling(policy) != Sampling():
         raise UserError(

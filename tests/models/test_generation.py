@@ -24,6 +24,7 @@ from pipeline.models.generation import (
     prepare_prompts,
     truncation_side,
     uniforms,
+    unknown_ids,
 )
 from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.models.scratch import new_policy
@@ -299,3 +300,22 @@ def test_small_batches_sample_what_large_ones_do(
     apart = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE, batch_size=2)
     assert apart.token_lists() == whole.token_lists()
     assert torch.equal(apart.query_mask, whole.query_mask)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(prompts: Any, uniform_rows: Tensor) -> None:
+    """The rows of some published models are padded to a multiple of 64."""
+    model, tokenizer = make("gpt2")
+    expected = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists()
+    model.resize_token_embeddings(len(tokenizer) + 30)
+    assert unknown_ids(model, tokenizer) == list(range(len(tokenizer), len(tokenizer) + 30))
+    padded = generate(model, tokenizer, prompts, uniform_rows, TEMPERATURE).token_lists()
+    assert max(map(max, padded)) < len(tokenizer)
+    assert padded == expected
+
+
+def test_a_prompt_and_its_response_must_fit_the_positions(prompts: Any, uniform_rows: Tensor) -> None:
+    model, tokenizer = make("gpt2")
+    long = [list(range(2, 25))]  # 23 tokens; the model has 32 positions
+    generate(model, tokenizer, long, uniform_rows[:1, :9])
+    with pytest.raises(UserError, match="reads at most 32 tokens, but a prompt with its response has 33"):
+        generate(model, tokenizer, long, uniform_rows[:1, :10])

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import config
+from pipeline.artifacts.inputs import open_inputs
 from pipeline.errors import UserError
 from pipeline.models.chat import prompt_ids
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.ppo.backbone_compat import incompatibility
-from pipeline.ppo.trl_trainers import RECORD, as_reward_func, filter_prompts
+from pipeline.ppo.trl_trainers import RECORD, as_reward_func, filter_prompts, require_plain_batches
 from pipeline.reward.functions import RewardSource
 from pipeline.sft import stage as sft
+from pipeline.training.arguments import build_arguments
 
 TRAINING = {
     "max_steps": 4,
@@ -96,6 +98,29 @@ def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_to
     assert "1 of 2 prompts are left out: they are empty, over 20 tokens, or spell" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 prompts has 1 to 2 tokens"):
         filter_prompts(rows.select([1]), tiny_tokenizer, 2)
+
+
+def test_a_policy_that_needs_its_own_batches_is_for_ppo_alone(tiny_tokenizer):
+    size = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    bart = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bart", vocab_size=len(tiny_tokenizer), init_std=0.2, **size)
+    )
+    with pytest.raises(UserError, match=r"algorithm: rloo pads prompts and uses a cache.*use algorithm: ppo"):
+        require_plain_batches("rloo", bart)
+
+
+def test_trl_samples_no_ids_that_the_tokenizer_does_not_have(tiny_records, tiny_gpt2, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    policy.resize_token_embeddings(2 * len(tokenizer))
+    policy.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    config_of = stage(tiny_records, tmp_path, policy=str(tmp_path / "wide"))
+    args = build_arguments(config_of, ppo.arguments_class(config_of), tmp_path / "work")
+    inputs = open_inputs(config_of)
+    trainer = ppo.build_trainer(config_of, inputs, args)
+    unknown = list(range(len(tokenizer), 2 * len(tokenizer)))
+    assert trainer.generation_config.suppress_tokens == unknown
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])

@@ -258,6 +258,36 @@ def test_lora_that_finds_no_modules_is_one_line(tiny_feedback, tiny_encoders, tm
         reward.run(stage(tiny_feedback, tmp_path, tiny_encoders["distilbert"], "ranking", "lora={}"))
 
 
+def test_a_base_that_reads_padding_trains_in_batches_of_one_length(tiny_tokenizer, tmp_path, monkeypatch):
+    """FNet mixes all tokens, padding too. A sharded launch needs one batch, and refuses it."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    ids = {"vocab_size": len(tiny_tokenizer), "pad_token_id": tiny_tokenizer.pad_token_id}
+    rows, _ = tokenize_records(PAIRS, "comparisons", tiny_tokenizer, CHAT, False)
+
+    def make(batch):
+        torch.manual_seed(0)
+        config_of = AutoConfig.for_model("fnet", num_labels=1, **size, **ids)
+        model = AutoModelForSequenceClassification.from_config(config_of)
+        args = arguments(tmp_path, per_device_eval_batch_size=batch, max_length=None)
+        data = {"train_dataset": rows, "eval_dataset": rows}
+        return RewardTrainer(model, "pairwise", args=args, processing_class=tiny_tokenizer, **data)
+
+    together, alone = make(17), make(1)
+    assert not together.padding
+    scores = [trainer.predict(rows).predictions for trainer in (together, alone)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+    build = trl.RewardTrainer.__init__
+
+    def build_sharded(self, *arguments, **options):
+        build(self, *arguments, **options)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(trl.RewardTrainer, "__init__", build_sharded)
+    with pytest.raises(UserError, match="padding changes the scores of this base, but a sharded launch pads"):
+        make(1)
+
+
 def test_what_trl_would_change_behind_the_encoding_is_refused():
     with pytest.raises(UserError, match=r"reward: training.pad_token is not read"):
         reward.check(config.RewardStage(run="t", model="m", training={"pad_token": "<pad>"}))

@@ -84,6 +84,19 @@ def test_a_policy_declares_how_its_template_ends_a_turn(tiny_records, tmp_path, 
     assert end_token_ids(load_policy(str(folder), tokenizer), tokenizer) == expected
 
 
+def test_a_base_that_cannot_read_the_rows_is_refused(
+    tiny_records, tiny_gpt2, tiny_encoders, tiny_tokenizer, tmp_path
+):
+    """An encoder sees the tokens that it is to predict: its loss would fall, and its samples be noise."""
+    encoder = shutil.copytree(tiny_encoders["roberta"], tmp_path / "encoder")
+    tiny_tokenizer.save_pretrained(encoder)
+    with pytest.raises(UserError, match="RobertaForCausalLM sees the tokens that it is to predict"):
+        sft.run(stage(tiny_records, tmp_path, encoder))
+    long = stage(tiny_records, tmp_path, tiny_gpt2).model_copy(update={"max_length": 129})
+    with pytest.raises(UserError, match="reads at most 128 tokens, but max_length is 129; lower it"):
+        sft.run(long)
+
+
 def test_full_training_publishes_a_plain_checkpoint_that_learned(tiny_records, tiny_gpt2, tmp_path):
     folder = sft.run(stage(tiny_records, tmp_path, tiny_gpt2))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

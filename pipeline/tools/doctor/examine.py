@@ -1,11 +1,12 @@
-"""`rlhf doctor`: check a stage before anything is loaded.
+"""`rlhf doctor`: check a stage before it runs.
 
 In: stage configs.
-Out: findings on the keys, the inputs, the tokenizer and its chat template, a batch of data, and the memory;
-and the number of errors.
+Out: findings on the keys, the inputs, the tokenizer and its chat template, a batch of data, the memory, and
+how the model may be batched; and the number of errors. Only a small model is loaded.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.reward.dataset import check_records
 from pipeline.reward.functions import require_reward
 from pipeline.tools.doctor import memory
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
+from pipeline.tools.doctor.small_models import check_model
 
 RECORD_KINDS = {"sft": "demonstrations", "ppo": "prompts", "evaluate": "prompts"}  # what a stage reads
 BATCH_ROWS = 64
@@ -45,6 +47,7 @@ def examine(
     `device_memory` is the memory of each device in bytes, None for this machine's. The trained model is
     split into `shards`.
     """
+    _library_bytes()  # before a model is loaded
     findings = [_try("config", _check_config, config)]
     is_loadable = not findings[0][1].startswith(ERROR)
     if config.inputs:
@@ -53,6 +56,7 @@ def examine(
         findings += _catch("batch", lambda: list(_check_batch(config)))
         if is_loadable:
             findings += _catch("memory", lambda: list(_check_memory(config, recipe, device_memory, shards)))
+        findings += _catch("model", lambda: list(check_model(config)))
     return findings, sum(text.startswith(ERROR) for _, text in findings)
 
 
@@ -176,6 +180,12 @@ def _row_lengths(config: Any, tokenizer: Any, row: Any) -> list[int]:
     return []
 
 
+@cache
+def _library_bytes() -> float:
+    """Return the memory of this process when it is first asked."""
+    return float(psutil.Process().memory_info().rss)
+
+
 def _open_records(config: Any, kind: str) -> Any:
     return open_records(require_artifact(config.records, "records", config.make_command("prepare")), kind)
 
@@ -200,7 +210,7 @@ def _check_memory(
     peak = parts.pop("peak")
 
     on_gpu = torch.cuda.is_available()
-    libraries = CUDA_CONTEXT if on_gpu or device_memory else float(psutil.Process().memory_info().rss)
+    libraries = CUDA_CONTEXT if on_gpu or device_memory else _library_bytes()
     available = device_memory or (
         torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -113,6 +114,30 @@ def test_what_it_trips_over_is_one_line_and_the_rest_is_looked_at(tiny_records, 
         config.PPOStage(policy=str(tiny_gpt2), training={"response_tokens": 400}, **common), {}, None
     )
     assert "response_tokens=400 leaves no room for a prompt" in dict(found)["memory"]
+
+
+def test_a_small_model_is_asked_how_it_may_be_batched(
+    tiny_records, tiny_gpt2, tiny_encoders, tiny_tokenizer, tmp_path
+):
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records)}
+
+    def model(stage):
+        return dict(examine(stage, {}, None)[0])["model"]
+
+    assert model(config.SFTStage(model=str(tiny_gpt2), max_length=96, **common)) == (
+        "GPT2LMHeadModel reads 128 tokens; generates for prompts of any lengths, with a cache; "
+        "reads rows together"
+    )
+    assert model(config.RewardStage(model=str(tiny_encoders["bert"]), max_length=96, **common)) == (
+        "BertForSequenceClassification reads 130 tokens; a batch has rows of any lengths"
+    )
+    encoder = shutil.copytree(tiny_encoders["bert"], tmp_path / "encoder")
+    tiny_tokenizer.save_pretrained(encoder)
+    policy = config.PPOStage(policy=str(encoder), reward="math:sqrt", **common)
+    assert "BertLMHeadModel sees the tokens that it is to predict" in model(policy)
+    long = config.SFTStage(model=str(tiny_gpt2), max_length=200, **common)
+    assert "error: " in model(long)
+    assert "reads at most 128 tokens, but max_length is 200" in model(long)
 
 
 def test_an_adapter_that_is_there_counts_as_one_to_come(tiny_records, tiny_llama, tmp_path):

@@ -1,0 +1,201 @@
+"""Whatever the architecture: samples and logits are those of plain rows, or one line says why not."""
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.models import generation
+from pipeline.models.chat import pad_rows
+from pipeline.models.generation import generate, uniforms
+from pipeline.models.logprobs import response_logprobs
+from pipeline.models.probes import Sampling, describe_sampling, reads_padding, require_decoder
+
+PLAIN = Sampling(padding=True, cache=True)
+OWN_LENGTH = Sampling(padding=False, cache=True)
+OWN_LENGTH_NO_CACHE = Sampling(padding=False, cache=False)
+
+HEADS = {"n_layer": 2, "n_head": 4, "n_embd": 32}
+EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4}
+DECODERS: dict[str, tuple[dict[str, Any], Sampling]] = {
+    "gpt2": ({}, PLAIN),
+    "gemma2": ({"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}, PLAIN),
+    "gptj": ({**HEADS, "rotary_dim": 4, "n_positions": 64}, PLAIN),
+    "mixtral": ({**EXPERTS, "output_router_logits": True}, PLAIN),
+    "mamba": ({"state_size": 8}, PLAIN),
+    "bart": ({"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, OWN_LENGTH),
+    "roformer": ({"is_decoder": True}, OWN_LENGTH),
+    "minimax": (
+        {**EXPERTS, "head_dim": 8, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]},
+        OWN_LENGTH,
+    ),
+    "recurrent_gemma": (
+        {
+            "lru_width": 32,
+            "attention_window_size": 8,
+            "head_dim": 8,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+        },
+        OWN_LENGTH,
+    ),
+    "rwkv": ({"attention_hidden_size": 32, "context_length": 64}, OWN_LENGTH_NO_CACHE),
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"max_position_embeddings": 66},
+    "big_bird": {},
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+}
+PROMPTS = [[40, 50, 60, 70, 80], [90], [45, 55, 65, 75, 85, 95, 105, 115, 125], [46, 56]]
+STEPS = 6
+
+
+def make(architecture: str, **options: Any) -> Any:
+    """A random policy whose next token depends on all that it has read; its EOS is token 0."""
+    sizes = {
+        "vocab_size": 160,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | ids | options))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.25)
+    return model.eval()
+
+
+class Words:
+    """As much of a tokenizer as `generate` needs: 160 words."""
+
+    pad_token_id, eos_token_id = 1, 0
+
+    def __len__(self) -> int:
+        return 160
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+@torch.no_grad()
+def naive_response(model: Any, prompt: list[int], uniform: list[float]) -> list[int]:
+    """One row, no padding, no cache: the token at which the sum of probabilities passes the number."""
+    response: list[int] = []
+    for number in uniform:
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, -1]
+        sums = itertools.accumulate(logits.double().softmax(-1).tolist())
+        response.append(next(i for i, total in enumerate(sums) if total > number))
+        if response[-1] == 0:
+            break
+    return response
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_a_policy_is_sampled_and_read_as_plain_rows_are(architecture: str) -> None:
+    options, way = DECODERS[architecture]
+    model, numbers = make(architecture, **options), uniforms(0, 0, range(4), STEPS).clamp(0.03, 0.97)
+    assert describe_sampling(model) == way
+    assert reads_padding(model)
+
+    tokens = generate(model, Words(), PROMPTS, numbers).token_lists()
+    expected = [
+        naive_response(model, prompt, row) for prompt, row in zip(PROMPTS, numbers.tolist(), strict=True)
+    ]
+    assert tokens == expected
+    rows = (*pad_rows(PROMPTS, 1, side="left"), *pad_rows(tokens, 1))
+    with torch.no_grad():
+        logprobs = response_logprobs(model, *rows).logprobs
+        for prompt, response, row in zip(PROMPTS, tokens, logprobs, strict=True):
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+            plain = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response]
+            torch.testing.assert_close(row[: len(response)], plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_an_encoder_is_no_policy(architecture: str) -> None:
+    model = make(architecture, **ENCODERS[architecture])
+    line = f"base: {type(model).__name__} sees the tokens that it is to predict.*; expected a decoder"
+    with pytest.raises(UserError, match=line):
+        require_decoder(model, "base")
+    with pytest.raises(UserError, match="expected a decoder"):
+        generate(model, Words(), PROMPTS, torch.zeros(4, 2))
+    with pytest.raises(UserError, match="expected a decoder"):
+        response_logprobs(model, *pad_rows([[5]], 1), *pad_rows([[6]], 1))
+
+
+def test_what_is_slow_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("rwkv", **DECODERS["rwkv"][0])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            describe_sampling(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        "model: padding changes the samples of RwkvForCausalLM, so prompts of one length form a batch",
+        "model: its cache changes the samples of RwkvForCausalLM, so it generates without one, slowly",
+    ]
+
+
+def test_to_ask_changes_nothing() -> None:
+    model = make("gpt2")
+    model.train()
+    model.transformer.h[0].eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    published = model.generation_config
+    with torch.autocast("cpu", torch.bfloat16):
+        describe_sampling(model)
+        assert reads_padding(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.generation_config is published
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_copy_knows_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+
+    model = make("bart", **DECODERS["bart"][0])
+    describe_sampling(model)
+    copied = copy.deepcopy(model)
+    monkeypatch.setattr(copied, "generate", lambda **_: pytest.fail("asked again"))
+    assert describe_sampling(copied) == OWN_LENGTH
+
+
+def test_a_model_on_the_meta_device_is_not_asked() -> None:
+    with torch.device("meta"):
+        model = make("bert")
+    require_decoder(model)
+    assert describe_sampling(model) == PLAIN
+
+
+def test_weights_that_are_not_finite_say_nothing() -> None:
+    model = make("gpt2")
+    nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
+    require_decoder(model)
+    assert describe_sampling(model) == PLAIN
+
+
+def test_in_half_precision_rounding_is_no_difference() -> None:
+    assert describe_sampling(make("gpt2").to(torch.bfloat16)) == PLAIN
+    assert describe_sampling(make("bart", **DECODERS["bart"][0]).to(torch.bfloat16)) == OWN_LENGTH
+
+
+def test_a_mixture_keeps_its_router_logits_for_training() -> None:
+    model = make("mixtral", **DECODERS["mixtral"][0])
+    generate(model, Words(), PROMPTS, torch.full((4, 2), 0.5))
+    assert model.config.output_router_logits
+    assert model(input_ids=torch.tensor(PROMPTS[:1]), labels=torch.tensor(PROMPTS[:1])).aux_loss > 0
+
+
+def test_prompts_of_one_length_form_batches() -> None:
+    lengths = [3, 1, 3, 2, 3]
+    assert list(generation._batches(lengths, 2, padding=False)) == [[1], [3], [0, 2], [4]]
+    assert list(generation._batches(lengths, 2, padding=True)) == [[1, 3], [0, 2], [4]]

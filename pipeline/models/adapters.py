@@ -21,6 +21,9 @@ UNSUPPORTED = {
     "arrow_config": "a router has no adapter to train",
 }
 
+# Names that PEFT itself adds to the modules_to_save of a classifier, which has one of them.
+PEFT_HEADS = ("classifier", "score")
+
 
 def is_adapter(source: str | Path, revision: str | None = None) -> bool:
     """Return whether a folder or hub repository contains an adapter instead of a whole model."""
@@ -94,10 +97,11 @@ def check_modules(model: torch.nn.Module, lora: LoraConfig | None, where: str = 
         return
     paths = [name for name, _ in model.named_modules()]
     known = {name.rsplit(".", 1)[-1] for name in paths}
+    added = PEFT_HEADS if lora.task_type == TaskType.SEQ_CLS else ()
     for key in ("target_modules", "modules_to_save"):
         names = getattr(lora, key)
         for name in sorted(names) if isinstance(names, list | set | tuple) else []:
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
+            if name not in added and not any(path == name or path.endswith(f".{name}") for path in paths):
                 raise UserError(
                     f"{where}.{key}: the model has no module {name!r}{nearest(name, known)}; name others"
                     + (", or try lora.target_modules=all-linear" if key == "target_modules" else "")

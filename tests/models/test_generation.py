@@ -22,6 +22,7 @@ from pipeline.models.generation import (
     generate,
     permutation,
     prepare_prompts,
+    sample_responses,
     truncation_side,
     uniforms,
     unknown_ids,
@@ -319,3 +320,31 @@ def test_a_prompt_and_its_response_must_fit_the_positions(prompts: Any, uniform_
     generate(model, tokenizer, long, uniform_rows[:1, :9])
     with pytest.raises(UserError, match="reads at most 32 tokens, but a prompt with its response has 33"):
         generate(model, tokenizer, long, uniform_rows[:1, :10])
+
+
+@pytest.mark.parametrize(
+    ("ids", "numbers", "message"),
+    [
+        (None, torch.rand(1, 4), "prompts: expected a list of prompts, each a list of token ids"),
+        ([], torch.rand(0, 4), "prompts: expected a list of prompts"),
+        ("ab", torch.rand(2, 4), "prompts: expected a list of prompts"),
+        ([[5], []], torch.rand(2, 4), "prompts: .* none of them empty"),
+        ([[5]], torch.rand(2, 4), r"uniforms: expected a tensor of \(1, response tokens\)"),
+        ([[5]], None, "uniforms: expected a tensor"),
+    ],
+)
+def test_what_cannot_be_generated_from_is_named(ids, numbers, message, pair):
+    with pytest.raises(UserError, match=message):
+        generate(*pair, ids, numbers)
+
+
+def test_no_prompts_have_no_responses_and_a_text_is_no_list(pair):
+    options = {"seed": 0, "temperature": 1.0, "response_tokens": 4, "max_prompt_tokens": 8, "batch_size": 2}
+    assert list(sample_responses(*pair, [], [], **options)) == []
+    for prompts, rows, message in (
+        ("ab", [0, 1], "prompts: expected a list of texts"),
+        ([None], [0], r"prompts\[0\]: expected a string"),
+        (["a"], [], "rows: 0 numbers for 1 prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(sample_responses(*pair, prompts, rows, **options))

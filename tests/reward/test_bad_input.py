@@ -9,6 +9,7 @@ from pipeline import RewardModel, config
 from pipeline.errors import UserError
 from pipeline.prepare import stage as prepare
 from pipeline.reward import stage as reward
+from pipeline.reward.dataset import require_contrast
 
 GOOD = [
     {"prompt": f"Name {n} fruits.", "responses": ["An apple.", "No.", f"{n}"], "ranks": [1, 3, 2]}
@@ -156,3 +157,35 @@ def test_what_an_objective_does_not_read_is_refused(more, problem):
 def test_configs_that_make_no_sense(more, problem):
     with pytest.raises(UserError, match=problem):
         config.validate(config.RewardStage, {"run": "t", "model": "m", **more}, "reward.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "objective", "problem"),
+    [
+        ([{"label": 1}] * 6, "labels", "classification", "all 5 labels to train on have one class"),
+        ([{"rating": 0.5}] * 6, "ratings", "regression", "all 5 ratings to train on are equal"),
+    ],
+)
+def test_records_that_teach_nothing_are_refused(rows, form, objective, problem, tmp_path, tiny_gpt2):
+    rows = [{"prompt": f"Name {n}.", "completion": f"It is {n}."} | row for n, row in enumerate(rows)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"format": form, "path": str(tmp_path / "r.jsonl")}
+    _, train = trained(tmp_path, tiny_gpt2, source, objective=objective)
+    with pytest.raises(UserError, match=f"reward: {problem}, which teaches nothing; give prepare"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "alike", "other"),
+    [
+        ("rankings", ([1, 1], ["a", "b"]), ([1, 2], ["a", "b"])),
+        ("rankings", ([1, 2], ["a", "a"]), ([2, 1], ["a", "b"])),
+        ("comparisons", ([1, 2], ["a", "a"]), ([1, 2], ["a", "b"])),
+        ("labels", (1, ["a"]), (0, ["a"])),
+        ("ratings", (0.5, ["a"]), (0.25, ["a"])),
+    ],
+)
+def test_one_record_that_differs_is_enough(kind, alike, other):
+    with pytest.raises(UserError, match=f"all 3 {kind} to train on"):
+        require_contrast(kind, [alike] * 3)
+    require_contrast(kind, [alike, alike, other])

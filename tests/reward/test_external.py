@@ -165,3 +165,17 @@ def test_one_without_a_head_or_with_another_number_of_outputs_is_refused(
         reward.run(wanted)
     with pytest.raises(UserError, match="positive_label='good' is none of them"):
         reward.run(wanted.model_copy(update={"positive_label": "good"}))
+
+
+def test_a_multi_label_classifier_gives_sigmoids(tiny_encoders, tmp_path):
+    labels = ["toxic", "obscene", "threat"]
+    more = {"problem_type": "multi_label_classification"}
+    folder = foreign(tiny_encoders["bert"], tmp_path / "toxic", labels, **more)
+    rm = RewardModel.load(folder, positive_label="obscene")
+    logits = rm.logits(["Hello."], ["You fool."])
+    (found,) = rm.probabilities(["Hello."], ["You fool."])
+    assert found == pytest.approx(dict(zip(labels, logits.sigmoid()[0].tolist(), strict=True)))
+    expected = {"logit": logits[0, 1], "log_odds": logits[0, 1], "probability": logits.sigmoid()[0, 1]}
+    for output, value in expected.items():
+        rm.settings.output = output
+        assert rm.score(["Hello."], ["You fool."]) == pytest.approx([float(value)])

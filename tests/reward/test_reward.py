@@ -191,3 +191,25 @@ def test_wrong_inputs_are_named(full, tiny_gpt2, tmp_path):
     RewardModel.load(full).tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"two: has the labels \['LABEL_0', 'LABEL_1'\] and no reward.json"):
         RewardModel.load(tmp_path / "two")
+
+
+def test_arguments_of_another_kind_are_named(full):
+    rm = RewardModel.load(full)
+    calls = {
+        "prompts: expected a list of texts, found 'ab'": lambda: rm.score("ab", ["No.", "No."]),
+        "prompts: expected a list of texts, found None": lambda: rm.logits(None, ["No."]),
+        r"responses\[0\]: expected a string .*, found None": lambda: rm.score(["x"], [None]),
+        r"prompts\[0\]: expected a string .*, found an empty list": lambda: rm.score([[]], ["No."]),
+        r"responses\[1\]: expected a string .*, found 3": lambda: rm.probabilities(["x", "y"], ["No.", 3]),
+        "responses: expected a list of texts, found 'No.'": lambda: rm.lengths("No."),
+        "response: expected a string .*, found None": lambda: rm.score_response("x", None),
+        "prompt: expected a string .*, found None": lambda: rm.best_of_n(None, ["No."]),
+        "responses: expected a list of texts, found 'ab'; put": lambda: rm.rank("x", "ab"),
+        "responses: is an empty list; expected at least one": lambda: rm.best_of_n("x", []),
+        "responses: is an empty list": lambda: rm.rank("x", []),
+        "batch_size=0: expected a whole number above 0": lambda: rm.score(["x"], ["No."], batch_size=0),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            call()
+    assert (rm.score([], []), rm.lengths([])) == ([], [])

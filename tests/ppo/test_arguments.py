@@ -1,0 +1,75 @@
+"""What `PPOTrainer` is given is checked by name, before anything is computed."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from pipeline import PPOConfig, PPOTrainer
+from pipeline.errors import UserError
+from pipeline.models.loading import load_policy
+
+PROMPTS = Dataset.from_list([{"prompt": "Hello."}])
+
+
+@pytest.fixture
+def make(tiny_gpt2, tiny_tokenizer, tmp_path):
+    def trainer(**arguments):
+        default = {
+            "policy": load_policy(str(tiny_gpt2), tiny_tokenizer),
+            "reward": lambda prompts, **_: [0.0] * len(prompts),
+            "args": PPOConfig(str(tmp_path), report_to="none", use_cpu=True),
+            "train_dataset": PROMPTS,
+            "processing_class": tiny_tokenizer,
+        }
+        return PPOTrainer(**default | arguments)
+
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"policy": None}, "policy: expected a causal language model, found None"),
+        ({"policy": "gpt2"}, "policy: expected a causal language model, found a str"),
+        ({"reward": None}, "reward: expected a RewardModel, a function or a RewardSource, found None"),
+        ({"args": {}}, "args: expected a PPOConfig, found a dict"),
+        ({"processing_class": None}, "processing_class: expected the policy's tokenizer, .* found None"),
+        ({"train_dataset": None}, "train_dataset: expected a datasets.Dataset, found None"),
+        ({"train_dataset": ["Hello."]}, "train_dataset: expected a datasets.Dataset, found a list"),
+        ({"train_dataset": PROMPTS.select([])}, "train_dataset: has no rows"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'; found text"),
+        ({"eval_dataset": PROMPTS.select([])}, "eval_dataset: has no rows"),
+        ({"gold": 3}, "gold: expected a reward function, or None, found a int"),
+        ({"scorer": "x:y"}, "scorer: expected a reward function, or None, found a str"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(argument, message, make):
+    with pytest.raises(UserError, match=f"^ppo: .*{message}"):
+        make(**argument)
+
+
+def test_demonstrations_need_their_columns(make, tmp_path):
+    args = PPOConfig(str(tmp_path), report_to="none", use_cpu=True, ptx_coef=1.0)
+    with pytest.raises(UserError, match="demonstrations: has no column 'completion'; found prompt"):
+        make(args=args, demonstrations=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "has a PromptTuningConfig"),
+        (LoraConfig(init_lora_weights="pissa", task_type="CAUSAL_LM"), "has init_lora_weights=pissa"),
+        (LoraConfig(bias="all", task_type="CAUSAL_LM"), "has bias=all"),
+    ],
+)
+def test_a_policy_with_another_adapter_is_refused(adapter, message, make, tiny_gpt2, tiny_tokenizer):
+    policy = get_peft_model(load_policy(str(tiny_gpt2), tiny_tokenizer), adapter)
+    with pytest.raises(UserError, match=f"ppo: policy: its adapter 'default' {message}"):
+        make(policy=policy)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_repaired(make, tiny_gpt2, tiny_tokenizer, tmp_path):
+    policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
+    policy.generation_config.temperature = 0.7
+    make(policy=policy).publish(tmp_path / "policy")
+    assert policy.generation_config.temperature is None

@@ -16,6 +16,7 @@ after the generation prompt: the text, what may stand before it (an empty `<thin
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -191,11 +192,11 @@ def _read_markup(tokenizer: PreTrainedTokenizerBase, template: str, size: int) -
     special = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=lambda token: (-len(token), token))
     pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
     escaped = re.compile(f"([{chr(PRIVATE)}-{chr(PRIVATE + max(0, len(special) - 1))}])")
-    try:
+    closing = ""
+    with suppress(TemplateError, TypeError, ValueError):  # a template may refuse these turns
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(PROBE)[2]
-    except (TemplateError, TypeError, ValueError):  # refuses these turns
-        closing = ""
+        if template:
+            closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(PROBE)[2]
     ids = tokenizer(closing, add_special_tokens=False, verbose=False)["input_ids"] if closing else []
     special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
     end = next((token for token in ids if token in special_ids), None)

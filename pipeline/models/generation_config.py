@@ -37,7 +37,7 @@ def make_savable(model: Any) -> None:
         removed += names
     if removed:
         logger.warning(
-            "%s: its generation config could not be saved after training; removed from it: %s",
+            "%s: its generation config cannot be saved; removed from it: %s",
             model.name_or_path,
             ", ".join(removed),
         )

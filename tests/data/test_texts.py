@@ -19,7 +19,6 @@ MESSAGE = {"role": "user", "content": "Hi."}
         ([MESSAGE], "prompts: expected a list of texts, found the messages of one; put them into a list"),
         (["a", None], r"prompts\[1\]: expected a string or a list of messages, found None"),
         (["a", 2.5], r"prompts\[1\]: expected a string or a list of messages, found 2.5"),
-        ([[]], r"prompts\[0\]: expected a string or a list of messages, found an empty list"),
         ([["Hi."]], r"prompts\[0\]\[0\]: expected a message, .* found 'Hi.'"),
         ([[{"content": "Hi."}]], r"prompts\[0\]\[0\]: expected a message, .* found None as its role"),
         ([[MESSAGE, {"role": "user", "content": [{"type": "text"}]}]], ".*found a list as its content"),
@@ -30,7 +29,7 @@ def test_what_is_no_list_of_texts_is_named(values, message):
         check_texts("prompts", values)
 
 
-@pytest.mark.parametrize("values", [[], ["", "a"], ("a",), [[MESSAGE]], np.array(["a", "b"])])
+@pytest.mark.parametrize("values", [[], ["", "a"], ("a",), [[]], [[MESSAGE]], np.array(["a", "b"])])
 def test_lists_of_texts_pass(values):
     check_texts("prompts", values)
 

@@ -78,7 +78,8 @@ def make(architecture: str, **options: Any) -> Any:
 class Words:
     """As much of a tokenizer as `generate` needs: 160 words."""
 
-    pad_token_id, eos_token_id = 1, 0
+    pad_token_id, eos_token_id, chat_template = 1, 0, None
+    all_special_tokens, added_tokens_decoder = list[str](), dict[int, Any]()
 
     def __len__(self) -> int:
         return 160

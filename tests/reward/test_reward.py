@@ -199,8 +199,7 @@ def test_arguments_of_another_kind_are_named(full):
         "prompts: expected a list of texts, found 'ab'": lambda: rm.score("ab", ["No.", "No."]),
         "prompts: expected a list of texts, found None": lambda: rm.logits(None, ["No."]),
         r"responses\[0\]: expected a string .*, found None": lambda: rm.score(["x"], [None]),
-        r"prompts\[0\]: expected a string .*, found an empty list": lambda: rm.score([[]], ["No."]),
-        r"responses\[1\]: expected a string .*, found 3": lambda: rm.probabilities(["x", "y"], ["No.", 3]),
+        r"responses\[1\]: expected a string .*, found 3": lambda: rm.score(["x", "y"], ["No.", 3]),
         "responses: expected a list of texts, found 'No.'": lambda: rm.lengths("No."),
         "response: expected a string .*, found None": lambda: rm.score_response("x", None),
         "prompt: expected a string .*, found None": lambda: rm.best_of_n(None, ["No."]),
@@ -212,4 +211,5 @@ def test_arguments_of_another_kind_are_named(full):
     for message, call in calls.items():
         with pytest.raises(UserError, match=f"^{message}"):
             call()
+    assert rm.score([[]], ["No."]) == rm.score([""], ["No."])
     assert (rm.score([], []), rm.lengths([])) == ([], [])

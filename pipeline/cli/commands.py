@@ -61,7 +61,7 @@ def show_config(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Check a recipe's stages, or one of them, before anything is loaded."""
+    """Check a recipe's stages, or one of them, before they run."""
     path = Path(args.config)
     folder = path if path.is_dir() else path.parent
     files = {stage: folder / f"{stage}.yaml" for stage in config.STAGES}

@@ -23,7 +23,7 @@ from pipeline.models.probing import ask_once, differs, explain, made_up_ids, unw
 
 logger = logging.getLogger(__name__)
 
-SHORT, LONG, STEPS = 4, 14, 3  # tokens of two prompts, and of the responses to them
+SHORT, LONG, STEPS = 3, 10, 2  # tokens of two prompts, and of the responses to them
 
 
 class Sampling(NamedTuple):

@@ -5,7 +5,7 @@ Neither padding nor a shared prefix should change a score, but in some architect
 
 import inspect
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # scores, in fp32. In other precisions it is 100 times as large.
 TOLERANCE = 1e-3
 
+SHORT, LONG = 6, 19  # tokens of the rows that are scored; some models pad to a multiple of 4
+
 
 def supports_padding(model: Any, max_length: int, source: str | None = None) -> bool:
     """Return whether rows of different lengths, up to `max_length` tokens, may share a batch.
@@ -31,10 +33,11 @@ def supports_padding(model: Any, max_length: int, source: str | None = None) -> 
     A warning is logged if not. Raises `UserError` that names `source` if the model cannot score a plain row,
     or if a score depends on another row of the same length, or on chance.
     """
-    if defect := _find_defect(model):
-        raise UserError(f"{source or model_name(model)}: {type(unwrap(model)).__name__} {defect}")
+    batching = _describe(model)
+    if batching.defect:
+        raise UserError(f"{source or model_name(model)}: {type(unwrap(model)).__name__} {batching.defect}")
     limit = full_attention_limit(unwrap(model))
-    if not _ignores_padding(model) or (limit is not None and limit < max_length):
+    if not batching.padding or (limit is not None and limit < max_length):
         _warn(model)
         return False
     return True
@@ -48,35 +51,37 @@ def _warn(model: Any) -> None:
     )
 
 
-@ask_once(default=None)
-def _find_defect(model: Any) -> str | None:
+class _Batching(NamedTuple):
+    """Why the model cannot be batched, if so, and whether its scores do not depend on padding."""
+
+    defect: str | None = None
+    padding: bool = True
+
+
+@ask_once(default=_Batching())
+def _describe(model: Any) -> _Batching:
     choose_attention_by_length(model)
     rows = _rows(model)
     try:
         alone = _scores_alone(model, rows)
-        together = _scores_together(model, rows[1:])
+        of_one_length = _scores_together(model, rows[1:])
     except Exception as error:
         lengths = " and ".join(str(len(row)) for row in rows[:2])
-        return f"cannot score rows of {lengths} tokens: {explain(error)}; use another base"
-    if differs(alone[1:], together, model):
-        return "has scores that depend on the rows beside them, or on chance; use another base"
-    return None
+        return _Batching(f"cannot score rows of {lengths} tokens: {explain(error)}; use another base")
+    if differs(alone[1:], of_one_length, model):
+        return _Batching("has scores that depend on the rows beside them, or on chance; use another base")
 
-
-@ask_once(default=True)
-def _ignores_padding(model: Any) -> bool:
-    rows = _rows(model)
     try:
-        return not differs(_scores_alone(model, rows), _scores_together(model, rows), model)
+        return _Batching(padding=not differs(alone[:2], _scores_together(model, rows[:2]), model))
     except Exception as error:
         explain(error)
-        return False
+        return _Batching(padding=False)
 
 
 def _rows(model: Any) -> list[list[int]]:
     """Return a short row and two long ones; they end with EOS, where BART and T5 take the score."""
-    longest = min(20, max_positions(model) or 20)
-    rows = made_up_ids(model, max(1, longest // 3), longest, longest)
+    longest = min(LONG, max_positions(model) or LONG)
+    rows = made_up_ids(model, min(SHORT, longest), longest, longest)
     eos = model.config.get_text_config().eos_token_id
     return [[*row[:-1], eos] for row in rows] if isinstance(eos, int) else rows
 

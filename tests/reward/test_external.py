@@ -1,5 +1,6 @@
 """Classifiers that this project did not make: opened with defaults that are said, or refused."""
 
+import json
 import logging
 import shutil
 
@@ -114,6 +115,20 @@ def test_a_chat_reward_model_scores_as_its_card_does(family, tmp_path):
         with torch.no_grad():
             expected.append(plain(ids).logits[0, 0].item())
     assert rm.score(["Name a fruit."] * 3, texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_of_before_keeps_its_encoding_and_its_scores(tmp_path):
+    """Its reward.json has no `turn`: the prompt by the template, the text of the response, and EOS."""
+    folder = save_llama(tmp_path, "gemma", labels=1)
+    encoding = {"form": "chat", "separator": "\n", "eos": True, "truncation": "left", "max_length": 64}
+    (folder / "reward.json").write_text(json.dumps({"objective": "pairwise", "encoding": encoding}))
+    rm, tokenizer = RewardModel.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert rm.settings.encoding.turn == "text"
+    for text in ("An apple. ", "<end_of_turn>"):
+        turn = [{"role": "user", "content": "Name a fruit."}]
+        before = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        after = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert rm.encode("Name a fruit.", text).ids == [*before, *after, tokenizer.eos_token_id]
 
 
 def test_inputs_that_are_cut_are_logged_once(tmp_path, caplog):

@@ -23,6 +23,7 @@ from pipeline.models.generation import (
 from pipeline.models.loading import load_sampler
 from pipeline.models.logprobs import response_logprobs
 from pipeline.ppo.functional import sequence_kl
+from pipeline.ppo.policy_trainer import prompt_budget
 from pipeline.reward.evaluation import held_out_split
 from pipeline.reward.functions import RewardFunction, call_reward_function
 from pipeline.training.arguments import load_options
@@ -97,6 +98,10 @@ def sample_policy(
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     options = {key: getattr(config, key) for key in SAMPLING_KEYS}
     options |= {"side": truncation_side(config.overlong), "ends": ends}
+    room = prompt_budget(policy, config.response_tokens, config.max_prompt_tokens)
+    if room < config.max_prompt_tokens:  # the policy has few positions
+        fit_prompts(tokenizer, Dataset.from_dict({"prompt": prompts}), room, "truncate_left", name)
+        options["max_prompt_tokens"] = room
 
     def sample_rows(rows: Sequence[int]) -> list[dict[str, Any]]:
         table: list[dict[str, Any]] = []

@@ -73,6 +73,7 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
         trust_remote_code=config.trust_remote_code,
     )
     prompts = load_test_prompts(config, inputs["records"], tokenizer)
+    reward.check_prompts(prompts["prompt"], f"{config.records}: test prompts")
     scorers = load_scorers(config, inputs.get("scorer"))
 
     samples = sample_policies(config, inputs, prompts)

@@ -169,7 +169,7 @@ def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> 
     budget = max_prompt_tokens if positions is None else min(max_prompt_tokens, positions - response_tokens)
     if budget < 1:
         raise UserError(
-            f"ppo: response_tokens={response_tokens} leaves no room for a prompt in the policy's "
+            f"response_tokens={response_tokens} leaves no room for a prompt in the policy's "
             f"{positions} positions; lower it"
         )
     return budget

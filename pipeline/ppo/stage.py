@@ -128,6 +128,10 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
     )
     policy = load_trained_policy(config, tokenizer, revision)
     rewards = {name: open_reward(config, name, inputs, policy) for name in named_rewards(config)}
+    for reward in rewards.values():
+        if reward.model is not None:
+            for split in ("train", "validation"):
+                reward.model.check_prompts(prompts[split]["prompt"], f"{config.records}: {split} prompts")
     scorer = rewards.pop("scorer", None)
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
     patience = config.evaluation.patience if scorer else None

@@ -21,7 +21,7 @@ from pipeline.data.schema import Text
 from pipeline.data.texts import check_count, check_text, check_texts
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
-from pipeline.errors import UserError
+from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import completion_text, text_ids
 from pipeline.models.load_errors import explain_load_errors
@@ -163,6 +163,12 @@ class RewardModel:
         Raises `UserError` if the chat template refuses the conversation.
         """
         return encode_response(self.tokenizer, self.settings.encoding, prompt, response)
+
+    def check_prompts(self, prompts: Sequence[Text], name: str) -> None:
+        """Raise `UserError` if the chat template refuses a prompt; `name` says whose prompts they are."""
+        for number, prompt in enumerate(prompts):
+            with explain_row(f"{name}: row {number}: {self.model.name_or_path}"):
+                self.encode(prompt, "")
 
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
         encoded = list(map(self.encode, prompts, responses))

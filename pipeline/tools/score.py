@@ -129,9 +129,11 @@ def best_of_n_file(
     from pipeline.models.chat import prompt_ids
     from pipeline.models.generation import sample_responses, truncation_side
     from pipeline.models.loading import load_sampler
+    from pipeline.models.positions import max_positions
 
     model, tokenizer = load_sampler(str(opened.path), revision=opened.revision)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = max_positions(model) or context
     prompt_tokens = min(max_prompt_tokens, positions - sampling["response_tokens"])
     if prompt_tokens < 1:
         raise UserError(

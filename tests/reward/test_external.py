@@ -131,6 +131,14 @@ def test_a_model_of_before_keeps_its_encoding_and_its_scores(tmp_path):
         assert rm.encode("Name a fruit.", text).ids == [*before, *after, tokenizer.eos_token_id]
 
 
+def test_a_prompt_that_the_template_refuses_is_named(tmp_path):
+    rm = RewardModel.load(save_llama(tmp_path, "gemma", labels=1))
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    rm.check_prompts(["Q"], "prompts")
+    with pytest.raises(UserError, match=r"^prompts: row 1: .* refuses the conversation \(system, user, ass"):
+        rm.check_prompts(["Q", system], "prompts")
+
+
 def test_inputs_that_are_cut_are_logged_once(tmp_path, caplog):
     rm = RewardModel.load(save_llama(tmp_path, "qwen", labels=1), encoding={"max_length": 40})
     caplog.clear()

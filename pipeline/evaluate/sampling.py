@@ -13,15 +13,11 @@ from pipeline.data.records import open_records
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
-from pipeline.models.generation import (
-    Responses,
-    declared_ends,
-    fit_prompts,
-    sample_responses,
-    truncation_side,
-)
+from pipeline.models.ends import declared_ends
+from pipeline.models.generation import Responses, sample_responses
 from pipeline.models.loading import load_sampler
 from pipeline.models.logprobs import response_logprobs
+from pipeline.models.prompts import fit_prompts, truncation_side
 from pipeline.ppo.functional import sequence_kl
 from pipeline.ppo.policy_trainer import prompt_budget
 from pipeline.reward.evaluation import held_out_split

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import (
@@ -24,15 +23,14 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from pipeline.artifacts import hub
-from pipeline.artifacts.files import read_json
 from pipeline.data.schema import Text
 from pipeline.data.texts import check_count, check_texts
-from pipeline.distributed.processes import is_main_process
-from pipeline.errors import UserError, explain_row
-from pipeline.models.chat import cut_prompt, pad_rows, prompt_ids, read_markup
+from pipeline.errors import UserError
+from pipeline.models.chat import pad_rows
+from pipeline.models.ends import end_token_ids
 from pipeline.models.patches import without_router_logits
 from pipeline.models.probes import describe_sampling, require_positions
+from pipeline.models.prompts import prepare_prompts
 
 
 @dataclass
@@ -100,76 +98,6 @@ def seeded_generator(*key: Any) -> torch.Generator:
     """Return a CPU generator seeded by the hash of `key`."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-
-
-def prepare_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int, side: str = "left"
-) -> list[list[int]]:
-    """Return the token ids of each prompt; a longer one loses its beginning, or by `side` its end.
-
-    A template may render an empty prompt to nothing. The response then follows EOS, as it does in training.
-    """
-    return [
-        cut_prompt(tokenizer, prompt_ids(tokenizer, prompt), max_tokens, side) or [tokenizer.eos_token_id]
-        for prompt in prompts
-    ]
-
-
-def fit_prompts(
-    tokenizer: PreTrainedTokenizerBase, data: Dataset, max_tokens: int, overlong: str, name: str
-) -> Dataset:
-    """Return the rows whose prompt fits, or without `overlong: drop` all, and print how many do not fit.
-
-    `name` says whose prompts they are. Raises `UserError` if no row is left, or names the row that the chat
-    template refuses.
-    """
-    fitting = []
-    for number, prompt in enumerate(data["prompt"]):
-        with explain_row(f"{name}: row {number}"):
-            if len(prompt_ids(tokenizer, prompt)) <= max_tokens:
-                fitting.append(number)
-    over = len(data) - len(fitting)
-    if over and is_main_process():
-        print(f"  {name}: over {max_tokens} tokens (overlong: {overlong}): {over:,} of {len(data):,}")
-    if not over or overlong != "drop":
-        return data
-    if not fitting:
-        raise UserError(f"{name}: none has at most {max_tokens} tokens; raise max_prompt_tokens")
-    return data.select(fitting)
-
-
-def truncation_side(overlong: str) -> str:
-    """Return the side that a value of `overlong` cuts."""
-    return "right" if overlong == "truncate_right" else "left"
-
-
-def declared_ends(source: str, revision: str | None = None) -> list[int]:
-    """Return the ids that end a response by the generation config of a folder or hub id, if it has one."""
-    file = hub.fetch_file(source, "generation_config.json", revision)
-    declared = read_json(file).get("eos_token_id") if file else None
-    return declared if isinstance(declared, list) else [] if declared is None else [declared]
-
-
-def end_token_ids(
-    policy: Any, tokenizer: PreTrainedTokenizerBase, stop_token: str | None = None
-) -> list[int]:
-    """Return the ids that end a response, each once.
-
-    They are the tokenizer's EOS, the token with which the chat template closes a turn, those of the policy's
-    generation config, and `stop_token`.
-    """
-    declared = policy.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, read_markup(tokenizer).end]
-    ids += declared if isinstance(declared, list) else [declared]
-    ids += [stop_token_id(tokenizer, stop_token)] if stop_token else []
-    return list(dict.fromkeys(int(token) for token in ids if token is not None))
-
-
-def declare_ends(policy: Any, ends: Sequence[int]) -> None:
-    """Write the ids that end a response into the policy's generation config, which is saved with it."""
-    declared = policy.generation_config.eos_token_id
-    if set(ends) != set(declared if isinstance(declared, list) else [declared]):
-        policy.generation_config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
 def sample_responses(
@@ -306,23 +234,6 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcess
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     return warpers
-
-
-def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
-    """Return the id of a token that ends a response.
-
-    Raises `UserError` if the tokenizer does not encode it as exactly one token.
-    """
-    vocabulary = tokenizer.get_vocab()
-    # The vocabulary comes first: some tokenizers encode the beginning of a text differently from the rest.
-    ids = (
-        [vocabulary[stop_token]]
-        if stop_token in vocabulary
-        else tokenizer(stop_token, add_special_tokens=False)["input_ids"]
-    )
-    if len(ids) != 1:
-        raise UserError(f"stop_token={stop_token!r} is {len(ids)} tokens of this tokenizer; expected one")
-    return int(ids[0])
 
 
 @contextmanager

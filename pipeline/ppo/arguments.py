@@ -34,7 +34,20 @@ def check_arguments(
         _check_adapters(policy)
 
 
-def check_rows(name: str, rows: Any, *columns: str) -> None:
+def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demonstrations: Any) -> None:
+    """Raise `UserError` if a dataset of `PPOTrainer` has no rows or lacks a column."""
+    _check_rows("train_dataset", train_dataset, "prompt")
+    if eval_dataset is not None:
+        _check_rows("eval_dataset", eval_dataset, "prompt")
+    if args.ptx_coef and not demonstrations:
+        raise UserError(
+            f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"
+        )
+    if args.ptx_coef:
+        _check_rows("demonstrations", demonstrations, "prompt", "completion")
+
+
+def _check_rows(name: str, rows: Any, *columns: str) -> None:
     """Raise `UserError` unless the argument `name` is a dataset with at least one row and these columns."""
     _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset")
     if not len(rows):

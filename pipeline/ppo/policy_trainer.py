@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from pipeline.distributed.sharding import full_state_dict, with_full_params
 from pipeline.errors import UserError
-from pipeline.models.generation import Responses, generate, prepare_prompts, truncation_side, uniforms
+from pipeline.models.generation import Responses, generate, uniforms
 from pipeline.models.positions import max_positions
+from pipeline.models.prompts import prepare_prompts, truncation_side
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
 from pipeline.ppo.samples import write_samples

@@ -24,18 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.distributed.sharding import full_state_dict, keep_output_dtype, with_full_params
 from pipeline.errors import UserError
-from pipeline.models.generation import (
-    Responses,
-    declare_ends,
-    end_token_ids,
-    fit_prompts,
-    generate,
-    permuted_index,
-)
+from pipeline.models.ends import declare_ends, end_token_ids
+from pipeline.models.generation import Responses, generate, permuted_index
 from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
+from pipeline.models.prompts import fit_prompts
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
-from pipeline.ppo.arguments import check_arguments, check_rows
+from pipeline.ppo.arguments import check_arguments, check_datasets
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.demonstrations import demonstration_batches
@@ -109,15 +104,7 @@ class PPOTrainer(PolicyTrainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
-        check_rows("train_dataset", train_dataset, "prompt")
-        if eval_dataset is not None:
-            check_rows("eval_dataset", eval_dataset, "prompt")
-        if args.ptx_coef and not demonstrations:
-            raise UserError(
-                f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"
-            )
-        if demonstrations is not None and args.ptx_coef:
-            check_rows("demonstrations", demonstrations, "prompt", "completion")
+        check_datasets(args, train_dataset, eval_dataset, demonstrations)
         make_savable(getattr(policy, "get_base_model", lambda: policy)())
 
         if generate is PolicyTrainer.generate:

@@ -19,7 +19,8 @@ from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError, explain_row, one_line
 from pipeline.models.adapters import is_adapter
 from pipeline.models.chat import as_messages, prompt_ids
-from pipeline.models.generation import declare_ends, end_token_ids, unknown_ids
+from pipeline.models.ends import declare_ends, end_token_ids
+from pipeline.models.generation import unknown_ids
 from pipeline.models.probes import Sampling, describe_sampling, model_name
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.callbacks import DropStaleCheckpoints

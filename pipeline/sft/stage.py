@@ -26,10 +26,11 @@ from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import check_modules
 from pipeline.models.chat import encode_pair
-from pipeline.models.generation import declare_ends, end_token_ids, truncation_side
+from pipeline.models.ends import declare_ends, end_token_ids
 from pipeline.models.load_errors import explain_adapter_errors
 from pipeline.models.loading import load_tokenizer, merge_adapter
 from pipeline.models.positions import max_positions
+from pipeline.models.prompts import truncation_side
 from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
     build_arguments,

@@ -127,9 +127,10 @@ def best_of_n_file(
     opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
     identity, scorer = _load_scorer(reward)
     from pipeline.models.chat import prompt_ids
-    from pipeline.models.generation import sample_responses, truncation_side
+    from pipeline.models.generation import sample_responses
     from pipeline.models.loading import load_sampler
     from pipeline.models.positions import max_positions
+    from pipeline.models.prompts import truncation_side
 
     model, tokenizer = load_sampler(str(opened.path), revision=opened.revision)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)

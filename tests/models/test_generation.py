@@ -13,21 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import Scratch
 from pipeline.errors import UserError
 from pipeline.models.chat import EOS, PAD
+from pipeline.models.ends import declare_ends, declared_ends, end_token_ids
 from pipeline.models.generation import (
     InverseCDF,
-    declare_ends,
-    declared_ends,
-    end_token_ids,
-    fit_prompts,
     generate,
     permutation,
-    prepare_prompts,
     sample_responses,
-    truncation_side,
     uniforms,
     unknown_ids,
 )
 from pipeline.models.loading import load_policy, load_tokenizer
+from pipeline.models.prompts import fit_prompts, prepare_prompts, truncation_side
 from pipeline.models.scratch import new_policy
 from tests.models.manners import make_tokenizer, save_llama
 

@@ -15,7 +15,7 @@ from pipeline.artifacts.files import hash_files
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.errors import UserError
 from pipeline.models.chat import encode_turn
-from pipeline.models.generation import declared_ends, end_token_ids
+from pipeline.models.ends import declared_ends, end_token_ids
 from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.prepare import stage as prepare
 from pipeline.sft import stage as sft

@@ -1,11 +1,15 @@
 """evaluate where there are no comparisons: what the reward model learned from is told instead."""
 
 import json
+import shutil
 
 import pytest
+from datasets import Dataset
 
 from pipeline import config
+from pipeline.artifacts.manifest import Artifact
 from pipeline.errors import UserError
+from pipeline.evaluate import sampling
 from pipeline.evaluate import stage as evaluate
 from pipeline.evaluate.summary import summary_table
 from pipeline.ppo import stage as ppo
@@ -42,6 +46,22 @@ def test_records_without_comparisons(tmp_path, tiny_gpt2):
     assert '<section id="calibration">' not in page
     assert '<th scope="row">ratings</th><td class="number">' in page
     assert '<li id="stage-evaluate">' in page
+
+
+def test_both_policies_stop_where_ppo_did(tiny_gpt2, tmp_path, monkeypatch):
+    """PPO's stop token is in the generation config of its policy alone."""
+    tuned = shutil.copytree(tiny_gpt2, tmp_path / "ppo")
+    (tuned / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    found = {}
+
+    def sample_policy(config, name, policy, tokenizer, prompts, per_prompt, ends, reference=None):
+        found[name] = ends
+        return {}
+
+    monkeypatch.setattr(sampling, "sample_policy", sample_policy)
+    inputs = {"sft": Artifact(tiny_gpt2, {}), "ppo": Artifact(tuned, {})}
+    sampling.sample_policies(config.EvaluateStage(run="t"), inputs, Dataset.from_dict({"prompt": ["a"]}))
+    assert found == {"sft": [1, 1, 7], "ppo": [1, 1, 7]}
 
 
 def length(prompts, completions, completion_ids, ended, **_):

@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 
 from pipeline.errors import UserError
+from pipeline.models.chat import prompt_ids
+from pipeline.models.ends import declared_ends
 from pipeline.models.loading import head_config, load_classifier, load_policy
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
@@ -33,7 +35,7 @@ def make(tiny_gpt2, tiny_tokenizer, tmp_path):
     def trainer(reward=evenness, policy=None, data=PROMPTS, **more):
         parts = {
             name: more.pop(name)
-            for name in ("demonstrations", "generate", "max_prompt_tokens")
+            for name in ("demonstrations", "generate", "max_prompt_tokens", "overlong")
             if name in more
         }
         settings = {
@@ -256,6 +258,25 @@ def test_the_live_policy_is_asked_by_one_small_interface(make):
         "batch_size": 64,
     }
     assert asked == [(4, (4, 6), drawing)] * 2
+
+
+def test_a_published_policy_declares_its_stop_token(make, tiny_tokenizer, tmp_path):
+    trainer = make(stop_token=".")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "policy"))
+    ends = [tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids(".")]
+    assert declared_ends(str(tmp_path / "policy")) == ends
+
+
+def test_prompts_that_are_too_long_are_dropped_or_cut_at_their_end(make, capsys):
+    data = Dataset.from_list([{"prompt": "Hello."}, {"prompt": "Hello. " * 30}])
+    trainer = make(data=data, max_prompt_tokens=8, overlong="drop")
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (1, 1)
+    assert "ppo: prompts of train_dataset: over 8 tokens (overlong: drop): 1 of 2" in capsys.readouterr().out
+    trainer = make(data=data, max_prompt_tokens=8, overlong="truncate_right")
+    ids = prompt_ids(trainer.processing_class, data[1]["prompt"])[:8]
+    responses = trainer.sample(data, [1], 0, [0])
+    assert responses.query_ids[0].tolist() == ids
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def completion(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Score the responses of a file."""
-    from pipeline.tools.score import read_job, score_file
+    from pipeline.tools.score.commands import score_file
+    from pipeline.tools.score.job import read_job
 
     reward = _reward(args)
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
@@ -114,7 +115,8 @@ def score(args: argparse.Namespace) -> None:
 
 def best_of_n(args: argparse.Namespace) -> None:
     """Generate n responses to each prompt of a file, and keep the best."""
-    from pipeline.tools.score import best_of_n_file, read_job
+    from pipeline.tools.score.commands import best_of_n_file
+    from pipeline.tools.score.job import read_job
 
     reward = _reward(args)
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
@@ -126,7 +128,7 @@ def best_of_n(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Rank responses to one prompt."""
-    from pipeline.tools.score import compare_responses
+    from pipeline.tools.score.commands import compare_responses
 
     reward = _reward(args)
     silence_libraries()

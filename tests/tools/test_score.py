@@ -18,8 +18,7 @@ from pyarrow import types as arrow
 from pipeline import RewardModel, cli, config
 from pipeline.data.readers import READERS
 from pipeline.reward import stage as reward
-from pipeline.tools import score
-from pipeline.tools.score import _publish
+from pipeline.tools.score import chunks
 from tests.models.manners import save_llama
 
 ROWS: list[dict[str, Any]] = [
@@ -47,7 +46,7 @@ def model(tiny_records: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(score, "CHUNK", 2)
+    monkeypatch.setattr(chunks, "CHUNK", 2)
     monkeypatch.chdir(tmp_path)
 
 
@@ -291,10 +290,10 @@ def run(request: pytest.FixtureRequest, model: Path, tiny_gpt2: Path) -> Callabl
 def partial(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The whole of a run's partial file; the output is there too."""
     states: list[bytes] = []
-    publish = _publish
+    publish = chunks.publish
     with monkeypatch.context() as patched:
         patched.setattr(
-            score, "_publish", lambda *given: (states.append(PARTIAL.read_bytes()), publish(*given))
+            chunks, "publish", lambda *given: (states.append(PARTIAL.read_bytes()), publish(*given))
         )
         assert run() == 0
     return states[0]
@@ -356,7 +355,7 @@ def test_what_was_made_from_something_else_is_not_gone_on_from(
 ) -> None:
     source = Path("in.jsonl")
     with monkeypatch.context() as patched:
-        patched.setattr(score, "_publish", interrupted)
+        patched.setattr(chunks, "publish", interrupted)
         assert main("score", model, jsonl(source, ROWS[:6]), "out.csv") == 130
     capsys.readouterr()
     jsonl(source, ROWS[:rows])

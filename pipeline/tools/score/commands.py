@@ -1,0 +1,207 @@
+"""`rlhf score`, `best-of-n` and `compare`: score the rows of a file, or rank responses on the terminal.
+
+In: a CSV, TSV, JSON, JSONL or Parquet file.
+Out: a CSV, JSONL or Parquet file of the same rows in the same order, with new columns. If rows are wrong,
+they are beside it in OUTPUT.quarantine.jsonl, as prepare writes it.
+
+torch is imported only after the files have been checked.
+"""
+
+import math
+import shutil
+import statistics
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from pipeline.artifacts.inputs import require_artifact
+from pipeline.config import Reward
+from pipeline.data.readers import ParsedRecord
+from pipeline.data.schema import RowError
+from pipeline.data.validation import clean_record
+from pipeline.errors import UserError
+from pipeline.tools.score import chunks
+from pipeline.tools.score.encoders import Columns
+from pipeline.tools.score.job import KINDS, ScoringJob, check_rows
+
+MAKE_COMMAND = "rlhf run --until"
+
+
+def score_file(
+    job: ScoringJob,
+    reward: Reward,
+    *,
+    batch_size: int,
+    alpha: float | None,
+    normalize: bool,
+    overlong: str | None,
+) -> None:
+    """Write the rows of the job with the reward of each response.
+
+    `overlong` is what happens to rows that the model cannot read whole; None cuts them as in its training.
+    Raises `UserError`.
+    """
+    identity, model = _load_scorer(reward, overlong)
+    how = model.settings.encoding
+    model.overlong = check_rows(
+        job,
+        lambda record: model.encode(record["prompt"], record["response"]).overlong,
+        f"max_length={how.max_length}",
+        overlong or f"truncate_{how.truncation}",
+    )
+    score = partial(_finite_scores, model, batch_size=batch_size, alpha=alpha, normalize=normalize)
+
+    def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
+        prompts = [item.record["prompt"] for item in items]
+        responses = [item.record["response"] for item in items]
+        return [{"reward": value} for value in score(prompts, responses)]
+
+    settings = {
+        "reward": identity,
+        "positive_label": reward.positive_label,
+        "alpha": alpha,
+        "normalize": normalize,
+        "overlong": overlong,
+    }
+    chunks.score_rows(job, settings, compute, chunks.CHUNK)
+
+
+def best_of_n_file(
+    job: ScoringJob,
+    reward: Reward,
+    policy: str,
+    *,
+    n: int,
+    max_prompt_tokens: int,
+    batch_size: int,
+    overlong: str,
+    **sampling: Any,
+) -> None:
+    """Write the rows of the job with the best of `n` responses, its reward, and the mean reward of all n.
+
+    `sampling` is seed, temperature and response_tokens. The random numbers of a response derive from its row
+    and its number among the n. A policy with few positions reads a shorter prompt, so that the response fits.
+    `overlong` is what happens to longer prompts. Raises `UserError`.
+    """
+    opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
+    identity, scorer = _load_scorer(reward)
+    from pipeline.models.chat import prompt_ids
+    from pipeline.models.generation import sample_responses
+    from pipeline.models.loading import load_sampler
+    from pipeline.models.positions import max_positions
+    from pipeline.models.prompts import truncation_side
+
+    model, tokenizer = load_sampler(str(opened.path), revision=opened.revision)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = max_positions(model) or context
+    prompt_tokens = min(max_prompt_tokens, positions - sampling["response_tokens"])
+    if prompt_tokens < 1:
+        raise UserError(
+            f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens"
+        )
+    options = {"max_prompt_tokens": prompt_tokens, "batch_size": batch_size, **sampling}
+    options |= {"side": truncation_side(overlong)}
+
+    def is_overlong(record: Columns) -> bool:
+        scorer.encode(record["prompt"], "")  # raises if its template refuses the prompt
+        return len(prompt_ids(tokenizer, record["prompt"])) > prompt_tokens
+
+    check_rows(job, is_overlong, f"{prompt_tokens} prompt tokens", overlong)
+
+    def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
+        prompts = [item.record["prompt"] for item in items for _ in range(n)]
+        rows = [item.record["number"] * n + k for item in items for k in range(n)]
+        batches = sample_responses(model, tokenizer, prompts, rows, **options)
+        texts = [text for responses in batches for text in responses.texts]
+        return _best_of_n(texts, _finite_scores(scorer, prompts, texts), n)
+
+    settings = {
+        "reward": identity,
+        "positive_label": reward.positive_label,
+        "policy": opened.identity,
+        "n": n,
+        "room": prompt_tokens,
+        "overlong": overlong,
+    }
+    chunks.score_rows(job, settings | sampling, compute, max(1, chunks.CHUNK // n))
+
+
+def _best_of_n(texts: Sequence[str], rewards: Sequence[float], n: int) -> list[Columns]:
+    """Return the columns of each group of `n` consecutive responses; of equal rewards the first wins."""
+    rows = []
+    for start in range(0, len(texts), n):
+        group = range(start, start + n)
+        best = max(group, key=rewards.__getitem__)
+        mean = statistics.fmean(rewards[i] for i in group)
+        rows.append({"response": texts[best], "reward": rewards[best], "reward_mean": mean})
+    return rows
+
+
+def compare_responses(
+    reward: Reward, prompt: str, responses: Sequence[str], overlong: str | None = None
+) -> str:
+    """Return a table of the responses, best first, no wider than the terminal.
+
+    `overlong: drop` leaves out responses that the model cannot read whole; others are cut. Raises `UserError`
+    if the prompt or a response is not a text.
+    """
+    for number, response in enumerate(responses, 1):
+        try:
+            record = clean_record(KINDS["score"], {"prompt": prompt, "response": response}, [])
+        except RowError as fault:
+            detail = fault.detail.removeprefix("response: ")
+            raise UserError(f"response {number} of {len(responses)}: {detail}") from None
+
+    model = _load_scorer(reward, overlong)[1]
+    prompt, most, total = record["prompt"], model.settings.encoding.max_length, len(responses)
+    cut = [response for response in responses if model.encode(prompt, response).overlong]
+    if cut and overlong == "drop":
+        responses = [response for response in responses if response not in cut]
+        if not responses:
+            raise UserError(f"compare: every response is over max_length={most}; use another --overlong")
+    model.overlong = len(cut)  # told below
+    rewards = _finite_scores(model, [prompt] * len(responses), responses)
+    ranked = sorted(zip(rewards, responses, strict=True), key=lambda pair: -pair[0])
+    rows = [
+        ("rank", "score", "response"),
+        *((str(rank), f"{value:.4f}", response) for rank, (value, response) in enumerate(ranked, 1)),
+    ]
+    width = max(len(value) for _, value, _ in rows)
+    text_width = shutil.get_terminal_size().columns - width - 8
+    lines = [f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows]
+    if cut:
+        outcome = "left out" if overlong == "drop" else "cut"
+        lines.append(f"  over max_length={most}, {outcome}: {len(cut)} of {total}")
+    return "\n".join(lines)
+
+
+def _load_scorer(reward: Reward, overlong: str | None = None) -> tuple[str, Any]:
+    """Return the reward model's identity and the model, which truncates as `overlong` says."""
+    from pipeline.reward.functions import load_reward, require_reward
+
+    opened = require_reward(reward, f"{MAKE_COMMAND} reward")
+    side = {"truncate_left": "left", "truncate_right": "right"}.get(overlong or "")
+    options = {"encoding": {"truncation": side}} if side else {}
+    return opened.identity, load_reward(reward, opened, **options)
+
+
+def _finite_scores(
+    model: Any, prompts: Sequence[Any], responses: Sequence[Any], **options: Any
+) -> list[float]:
+    rewards: list[float] = model.score(prompts, responses, **options)
+    if wrong := [value for value in rewards if not math.isfinite(value)]:
+        raise UserError(
+            f"{model.model.name_or_path}: gives the reward {wrong[0]}, expected a finite number; "
+            "its weights are broken: train it again"
+        )
+    return rewards
+
+
+def _fit_to_width(text: str, width: int) -> str:
+    """Return the text on one line of `width` terminal columns; a wide character takes two."""
+    text = " ".join(text.split())
+    ends = list(accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text))
+    return text if not ends or ends[-1] <= width else text[: bisect_right(ends, width - 1)] + "…"

@@ -1,0 +1,117 @@
+"""The rows of a file to score: read, checked, and quarantined if they are wrong. Imports no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config import nearest
+from pipeline.data.readers import READERS, ParsedRecord
+from pipeline.data.schema import RowError
+from pipeline.data.validation import clean_record
+from pipeline.distributed.processes import is_main_process
+from pipeline.errors import UserError
+from pipeline.tools.score.encoders import ENCODERS, Columns, encode_output
+
+KINDS = {"score": "answers", "best-of-n": "prompts"}  # kind of record, as pipeline.data.schema names it
+OUTPUT_COLUMNS = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
+RESPONSE_COLUMNS = ("response", "completion", "text")  # the first that a file has contains the response
+
+
+class ScoringJob(NamedTuple):
+    """A file to score: an item for each row, whose `record` is what the models read."""
+
+    command: str
+    source: Path
+    output: Path
+    items: list[ParsedRecord]
+
+    @property
+    def valid(self) -> list[ParsedRecord]:
+        """The rows without a fault."""
+        return [item for item in self.items if not item.fault]
+
+
+def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJob:
+    """Read the rows to score; a wrong row is an item with a fault.
+
+    Raises `UserError` if a path or a column is wrong, if no row is valid, or if the output cannot be written.
+    """
+    _check_paths(source, output, force)
+    rows = list(READERS[source.suffix.lower()](source))
+    names = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    column = _find_column(command, source, names)
+
+    items = [ParsedRecord(KINDS[command], {}, [row], row.fault) for row in rows]
+    for number, item in enumerate(items):
+        if not item.fault:
+            data = item.rows[0].data
+            fields = {"prompt": data.get("prompt"), "response": data.get(column)}
+            try:
+                item.record = clean_record(item.kind, fields, []) | {"number": number}
+            except RowError as fault:
+                item.fault = fault
+
+    job = ScoringJob(command, source, output, items)
+    if not job.valid:
+        first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
+        raise UserError(f"{source}: none of its {len(items)} rows can be scored{first}")
+    valid = [item.rows[0].data for item in job.valid]
+    encode_output(output, valid, OUTPUT_COLUMNS[command], source)  # raises before any model is loaded
+    return job
+
+
+def _find_column(command: str, source: Path, names: list[str]) -> str:
+    """Return the column that the command reads.
+
+    Raises `UserError` if there is none, or if the file has a column that the command would write.
+    """
+    needed = RESPONSE_COLUMNS if command == "score" else ("prompt",)
+    column = next((name for name in needed if name in names), needed[0])
+    if names and column not in names:
+        hint = nearest(column, names) or "; rename the column that contains it"
+        raise UserError(
+            f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, "
+            f"found {', '.join(names)}{hint}"
+        )
+    if taken := [name for name in OUTPUT_COLUMNS[command] if name in names]:
+        raise UserError(
+            f"{source}: already has a column {taken[0]!r}, which {command} would write; rename or remove it"
+        )
+    return column
+
+
+def _check_paths(source: Path, output: Path, force: bool) -> None:
+    if output.suffix.lower() not in ENCODERS:
+        raise UserError(f"--output {output}: expected a name that ends in {', '.join(ENCODERS)}")
+    if not source.is_file():
+        problem = "is not a file" if source.exists() else "does not exist"
+        raise UserError(f"--input {source}: {problem}; expected {', '.join(READERS)}")
+    if source.suffix.lower() not in READERS:
+        raise UserError(f"--input {source}: expected a name that ends in {', '.join(READERS)}")
+    if output.exists() and (output.is_dir() or output.samefile(source)):
+        problem = "is a folder" if output.is_dir() else "is the input"
+        raise UserError(f"--output {output}: {problem}; name another file")
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: exists already; name another file, or add --force to replace it")
+
+
+def check_rows(job: ScoringJob, is_overlong: Callable[[Columns], bool], limit: str, overlong: str) -> int:
+    """Set the fault of rows that the model refuses, and of overlong ones with `overlong: drop`.
+
+    Prints and returns how many rows are over the `limit`. Raises `UserError` if no row is left.
+    """
+    count, rows = 0, job.valid
+    for item in rows:
+        try:
+            if is_overlong(item.record):
+                count += 1
+                if overlong == "drop":
+                    item.fault = RowError("overlong", f"over {limit}")
+        except UserError as error:
+            item.fault = RowError("refused", str(error))
+    if count and is_main_process():
+        print(f"{job.command}: over {limit} (overlong: {overlong}): {count:,} of {len(rows):,}", flush=True)
+    if not job.valid and rows[0].fault:
+        line, detail = rows[0].rows[0].line, rows[0].fault.detail
+        raise UserError(f"{job.source}: no row is left to {job.command}; line {line}: {detail}")
+    return count

@@ -160,8 +160,9 @@ def generate(
     """
     _check_ids(prompts, uniforms)
     check_count("batch_size", batch_size)
-    require_positions(policy, max(map(len, prompts)) + uniforms.shape[1])
-    way = describe_sampling(policy)
+    longest = max(map(len, prompts)) + uniforms.shape[1]
+    require_positions(policy, longest)
+    way = describe_sampling(policy, longest)
     ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
     config = GenerationConfig(
         max_new_tokens=uniforms.shape[1],

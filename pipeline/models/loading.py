@@ -29,7 +29,7 @@ from pipeline.models.chat import PAD
 from pipeline.models.generation_config import make_savable
 from pipeline.models.heads import UNQUANTIZED, find_unquantized
 from pipeline.models.load_errors import explain_load_errors
-from pipeline.models.patches import choose_attention_by_length, fuse_gelu, keep_4bit_layout
+from pipeline.models.patches import forget_earlier_rows, fuse_gelu, keep_4bit_layout
 from pipeline.models.probes import require_decoder
 from pipeline.models.templates import settle_template
 
@@ -262,7 +262,7 @@ def _finalize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pre
     """Patch the model, grow its vocabulary to the tokenizer's, and set the pad and EOS ids."""
     fuse_gelu(model)
     keep_4bit_layout(model)
-    choose_attention_by_length(model)
+    forget_earlier_rows(model)
     config = model.config.get_text_config()
     rows = int(config.vocab_size)
     if len(tokenizer) > rows:

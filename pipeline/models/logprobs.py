@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.patches import without_router_logits
-from pipeline.models.probes import reads_padding, require_positions
+from pipeline.models.probes import can_mix, reads_padding, require_positions
 
 # Elements of an (N, V) tensor processed at a time.
 CHUNK = 2**22
@@ -50,7 +50,8 @@ def response_logprobs(
     """
     _require_output_layer(model)
     size = CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids)
-    if not reads_padding(model):
+    longest = int((query_mask.sum(1) + response_mask.sum(1)).max())
+    if not reads_padding(model) or not can_mix(model, longest):
         size = 1
     tensors = (query_ids, query_mask, response_ids, response_mask)
     parts = [

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+FORGETS = "_forgets_earlier_rows"  # the attribute of a model that `forget_earlier_rows` has changed
+
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout probability of the model and its adapters to 0.
@@ -47,16 +49,32 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def choose_attention_by_length(model: torch.nn.Module) -> None:
-    """Let BigBird choose between sparse and full attention in every forward.
+def forget_earlier_rows(model: torch.nn.Module) -> None:
+    """Let a forward depend on its own rows alone, not on those of earlier forwards.
 
-    After a row that is too short for sparse attention, it would keep full attention for all later rows. To
-    call this twice changes nothing.
+    After a row that is too short for sparse attention, BigBird would keep full attention for all later rows.
+    After a long row, dynamic rotary positions would keep its scale for all later rows that are nearly as
+    long. To call this twice changes nothing.
     """
+    if getattr(model, FORGETS, False):
+        return
+    setattr(model, FORGETS, True)
     for module in model.modules():
         is_sparse = getattr(module, "attention_type", None) == "block_sparse"
         if is_sparse and isinstance(module, PreTrainedModel):
             module.register_forward_pre_hook(_choose_attention, with_kwargs=True)
+        if "dynamic" in str(getattr(module, "rope_type", "")) and hasattr(module, "max_seq_len_cached"):
+            module.register_forward_pre_hook(_reset_scale)
+
+
+def _reset_scale(module: Any, _: Any) -> None:
+    """Give rotary positions the scale that they had before any long row; a long row changes it again."""
+    for name, frequencies in list(module.named_buffers(recurse=False)):
+        prefix, is_scaled, _ = name.partition("inv_freq")
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if is_scaled and original is not None:
+            setattr(module, name, original.clone().to(frequencies.device))
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def full_attention_limit(model: Any) -> int | None:

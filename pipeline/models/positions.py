@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.models.patches import full_attention_limit
 from pipeline.models.probing import ask_once, explain, made_up_ids, remember
 
 # Embeddings and buffers that have a row for each position.
@@ -13,7 +14,7 @@ POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_e
 # Fields of configs that name a limit. It is one only if the model has tables, or fails beyond it.
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
-# By these, the position of a token depends on the longest row that the model has just read.
+# Scalings by which the position of a token depends on the longest row of its batch.
 CHANGING_ROPE = ("dynamic", "longrope")
 
 # A forward over one position too many is made if it needs at most so many products, and so many positions.
@@ -23,15 +24,19 @@ MAX_PRODUCTS, MAX_ROW = 2e9, 2048
 def max_positions(model: Any) -> int | None:
     """Return how many tokens a row may have, or None if the model has no limit.
 
-    Rotary positions that are rescaled beyond the original context end there: beyond it, a row would depend
-    on the rows beside it. A model on the meta device is only looked at.
+    A model on the meta device is only looked at.
     """
-    return _limit_of_structure(model) or _limit_of_forward(model)
+    return _table_limit(model) or _limit_of_forward(model)
 
 
 @remember
-def _limit_of_structure(model: Any) -> int | None:
-    limits = (_rope_limit(model.config.get_text_config()), _table_limit(model))
+def mixing_limit(model: Any) -> int | None:
+    """Return the length up to which rows of different lengths compute what they compute alone, or None.
+
+    Beyond it, the longest row of a batch decides the attention of all (BigBird), or the scale of their rotary
+    positions (dynamic and longrope scaling).
+    """
+    limits = (full_attention_limit(model), _rope_limit(model.config.get_text_config()))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -48,6 +53,7 @@ def _rope_limit(config: Any) -> int | None:
     return None
 
 
+@remember
 def _table_limit(model: Any) -> int | None:
     if model.config.model_type == "mpt":
         return int(model.config.max_seq_len)  # its ALiBi biases are a table of this size, built in a forward

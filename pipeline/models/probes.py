@@ -17,9 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline.errors import UserError
 from pipeline.models.chat import pad_rows
-from pipeline.models.patches import without_router_logits
-from pipeline.models.positions import max_positions
-from pipeline.models.probing import ask_once, differs, explain, made_up_ids, unwrap
+from pipeline.models.patches import forget_earlier_rows, without_router_logits
+from pipeline.models.positions import max_positions, mixing_limit
+from pipeline.models.probing import ask_once, differs, explain, made_up_ids, remember, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def require_decoder(model: Any, source: str | None = None) -> None:
 
 @ask_once(default=None)
 def _find_defect(model: Any) -> str | None:
+    forget_earlier_rows(model)
     length = min(LONG, max_positions(model) or LONG)
     (row,) = made_up_ids(model, length)
     others = [*row[:-1], row[-1] + 1]
@@ -86,13 +87,33 @@ def reads_padding(model: Any) -> bool:
     return not changed
 
 
-@ask_once(default=Sampling())
-def describe_sampling(model: Any) -> Sampling:
+def describe_sampling(model: Any, tokens: int = 0) -> Sampling:
     """Return how the model is sampled from the distribution that reading plain rows computes.
 
-    A warning is logged if prompts cannot share a batch, or without a cache. Raises `UserError` if no way is
-    right, and as `require_decoder` does.
+    `tokens` is the length of the longest prompt with its response. A warning is logged if prompts cannot
+    share a batch, or without a cache. Raises `UserError` if no way is right, and as `require_decoder` does.
     """
+    way = _describe_sampling(model)
+    if not can_mix(model, tokens):
+        # A cache has the keys of earlier steps, at another scale.
+        way = Sampling(padding=False, cache=False)
+        _warn_of_length(model)
+    return way
+
+
+def can_mix(model: Any, tokens: int) -> bool:
+    """Return whether rows of different lengths, up to so many tokens, compute what they compute alone."""
+    limit = mixing_limit(model)
+    return limit is None or tokens <= limit
+
+
+@remember
+def _warn_of_length(model: Any) -> None:
+    _warn(model, "the positions of %s depend on the longest row, so long rows are sampled and read apart")
+
+
+@ask_once(default=Sampling())
+def _describe_sampling(model: Any) -> Sampling:
     require_decoder(model)
     short, long = _lengths(model)
     ways = [Sampling(padding, cache) for cache in (True, False) for padding in (True, False)]
@@ -118,8 +139,9 @@ def _warn(model: Any, text: str) -> None:
 
 
 def _lengths(model: Any) -> tuple[int, int]:
-    """Return the lengths of a short and a long prompt that fit the model with their responses."""
-    long = min(LONG, (max_positions(model) or LONG + STEPS) - STEPS)
+    """Return the lengths of a short and a long prompt that fit the model with their responses, and mix."""
+    limits = (LONG + STEPS, max_positions(model), mixing_limit(model))
+    long = min(limit for limit in limits if limit is not None) - STEPS
     return min(SHORT, max(1, long - 1)), max(1, long)
 
 

@@ -96,9 +96,9 @@ def build_trl_trainer(
     commit, from which TRL loads the reference. Raises `UserError` if TRL refuses the arguments, or with too
     few prompts.
     """
-    require_plain_batches(algorithm, policy)
-    _suppress_unknown_ids(args, unknown_ids(policy, processing_class))
     budget = prompt_budget(policy, args.max_completion_length, max_prompt_tokens)
+    require_plain_batches(algorithm, policy, budget + args.max_completion_length)
+    _suppress_unknown_ids(args, unknown_ids(policy, processing_class))
     prompts = filter_prompts(train_dataset, processing_class, budget)
     _require_full_batch(algorithm, prompts, args)
     ends = end_token_ids(policy, processing_class)
@@ -129,9 +129,12 @@ def build_trl_trainer(
     return trainer
 
 
-def require_plain_batches(algorithm: str, policy: Any) -> None:
-    """Raise `UserError` if the policy needs batches of its own, which TRL does not form."""
-    if describe_sampling(policy) != Sampling():
+def require_plain_batches(algorithm: str, policy: Any, tokens: int = 0) -> None:
+    """Raise `UserError` if the policy needs batches of its own, which TRL does not form.
+
+    `tokens` is the length of the longest prompt with its response.
+    """
+    if describe_sampling(policy, tokens) != Sampling():
         raise UserError(
             f"{model_name(policy)}: algorithm: {algorithm} pads prompts and uses a cache, which changes what "
             "this policy samples; use algorithm: ppo"

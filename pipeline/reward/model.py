@@ -26,7 +26,7 @@ from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import completion_text, text_ids
 from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_classifier, load_tokenizer
-from pipeline.models.positions import max_positions
+from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching, probes
 from pipeline.reward.encoding import Encoded, Encoding, check_encoding, encode_response
@@ -340,6 +340,8 @@ def _external_max_length(model: Any, tokenizer: PreTrainedTokenizerBase, is_deco
     """Return the most tokens that a classifier reads; an encoder of unknown length reads 512."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) if is_decoder else None
+    if context is not None and context == mixing_limit(model):  # its scale grows with the row
+        context = max(context, 512)
     return min(tokenizer.model_max_length, max_positions(model) or context or 512)
 
 

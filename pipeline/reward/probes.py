@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.patches import choose_attention_by_length, full_attention_limit
-from pipeline.models.positions import max_positions
+from pipeline.models.patches import forget_earlier_rows
+from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.probes import model_name
 from pipeline.models.probing import ask_once, differs, eval_mode, explain, made_up_ids, remember, unwrap
 from pipeline.reward.batching import compute_logits, score_head
@@ -36,7 +36,7 @@ def supports_padding(model: Any, max_length: int, source: str | None = None) -> 
     batching = _describe(model)
     if batching.defect:
         raise UserError(f"{source or model_name(model)}: {type(unwrap(model)).__name__} {batching.defect}")
-    limit = full_attention_limit(unwrap(model))
+    limit = mixing_limit(model)
     if not batching.padding or (limit is not None and limit < max_length):
         _warn(model)
         return False
@@ -60,7 +60,7 @@ class _Batching(NamedTuple):
 
 @ask_once(default=_Batching())
 def _describe(model: Any) -> _Batching:
-    choose_attention_by_length(model)
+    forget_earlier_rows(model)
     rows = _rows(model)
     try:
         alone = _scores_alone(model, rows)
@@ -80,7 +80,7 @@ def _describe(model: Any) -> _Batching:
 
 def _rows(model: Any) -> list[list[int]]:
     """Return a short row and two long ones; they end with EOS, where BART and T5 take the score."""
-    longest = min(LONG, max_positions(model) or LONG)
+    longest = min(limit or LONG for limit in (LONG, max_positions(model), mixing_limit(model)))
     rows = made_up_ids(model, min(SHORT, longest), longest, longest)
     eos = model.config.get_text_config().eos_token_id
     return [[*row[:-1], eos] for row in rows] if isinstance(eos, int) else rows

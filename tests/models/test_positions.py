@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from pipeline.models.positions import max_positions
+from pipeline.models.positions import max_positions, mixing_limit
 
 SIZES = {
     "vocab_size": 100,
@@ -62,10 +62,10 @@ def test_computed_positions_go_on(architecture: str) -> None:
         model(input_ids=torch.full((1, 49), 7))
 
 
-def test_rotary_positions_that_are_rescaled_end_at_the_original_context() -> None:
+def test_rotary_positions_that_are_rescaled_mix_up_to_the_original_context() -> None:
     """Beyond it, the longest row of a batch decides the positions of all."""
     dynamic = make("llama", max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
-    assert max_positions(dynamic) == 16
+    assert (mixing_limit(dynamic), max_positions(dynamic)) == (16, None)
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     longrope = make(
         "phi3",
@@ -73,7 +73,7 @@ def test_rotary_positions_that_are_rescaled_end_at_the_original_context() -> Non
         original_max_position_embeddings=16,
         rope_scaling={"type": "longrope", **factors},
     )
-    assert max_positions(longrope) == 16
+    assert (mixing_limit(longrope), max_positions(longrope)) == (16, None)
 
 
 def test_a_limit_that_no_table_shows_is_found_by_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

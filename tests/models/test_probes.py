@@ -46,6 +46,13 @@ DECODERS: dict[str, tuple[dict[str, Any], Sampling]] = {
     ),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 64}, OWN_LENGTH_NO_CACHE),
 }
+SCALED: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "phi3": {
+        "original_max_position_embeddings": 8,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+    },
+}
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"max_position_embeddings": 66},
@@ -104,22 +111,37 @@ def naive_response(model: Any, prompt: list[int], uniform: list[float]) -> list[
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_a_policy_is_sampled_and_read_as_plain_rows_are(architecture: str) -> None:
     options, way = DECODERS[architecture]
-    model, numbers = make(architecture, **options), uniforms(0, 0, range(4), STEPS).clamp(0.03, 0.97)
+    model = make(architecture, **options)
     assert describe_sampling(model) == way
     assert reads_padding(model)
+    check_against_plain_rows(model, model)
 
+
+@pytest.mark.parametrize("architecture", SCALED)
+def test_rows_beyond_the_original_context_are_sampled_and_read_apart(architecture: str) -> None:
+    """The longest row of a batch decides the scale of their positions, and so did an earlier one."""
+    options = SCALED[architecture]
+    model = make(architecture, **options)
+    assert describe_sampling(model, 8) == PLAIN
+    assert describe_sampling(model, 9) == OWN_LENGTH_NO_CACHE
+    check_against_plain_rows(model, lambda **inputs: make(architecture, **options)(**inputs))
+
+
+def check_against_plain_rows(model: Any, plain: Any) -> None:
+    """Compare what is sampled and read with the rows alone, without padding and cache."""
+    numbers = uniforms(0, 0, range(4), STEPS).clamp(0.03, 0.97)
     tokens = generate(model, Words(), PROMPTS, numbers).token_lists()
     expected = [
-        naive_response(model, prompt, row) for prompt, row in zip(PROMPTS, numbers.tolist(), strict=True)
+        naive_response(plain, prompt, row) for prompt, row in zip(PROMPTS, numbers.tolist(), strict=True)
     ]
     assert tokens == expected
     rows = (*pad_rows(PROMPTS, 1, side="left"), *pad_rows(tokens, 1))
     with torch.no_grad():
         logprobs = response_logprobs(model, *rows).logprobs
         for prompt, response, row in zip(PROMPTS, tokens, logprobs, strict=True):
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
-            plain = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response]
-            torch.testing.assert_close(row[: len(response)], plain, rtol=0, atol=1e-5)
+            logits = plain(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+            alone = logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response]
+            torch.testing.assert_close(row[: len(response)], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.errors import UserError
+from pipeline.models.loading import load_tokenizer
 from pipeline.models.scratch import train_tokenizer
 from pipeline.reward.encoding import Encoding, check_encoding, encode_response
+from tests.models.manners import make_tokenizer
 
 SIZE = config.Scratch(vocabulary=260, positions=128)
 DECODER = train_tokenizer([], SIZE, "\n")
@@ -98,6 +100,42 @@ def test_odd_text_is_read_like_any_other(odd):
         found = encode_response(tokenizer, how, "q", odd)
         assert 3 <= len(found.ids) <= how.max_length
         assert found.overlong == (len(odd) > 512)
+
+
+def test_a_text_ends_once():
+    """The tokenizer itself ends a text with EOS."""
+    tokenizer = make_tokenizer("both-ends")
+    assert tokenizer("ab")["input_ids"][-1] == tokenizer.eos_token_id
+    for max_length in (64, 5):
+        how = Encoding("concatenation", eos=True, max_length=max_length)
+        ids = encode_response(tokenizer, how, "ab", "cd").ids
+        assert len(ids) <= max_length
+        assert [ids.count(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)] == [1, 1]
+    before = Encoding("concatenation", eos=True, turn="text")
+    assert encode_response(tokenizer, before, "ab", "cd").ids[-2:] == [tokenizer.eos_token_id] * 2
+
+
+@pytest.mark.parametrize("how", [PAIR, TEXT])
+def test_special_tokens_in_a_text_are_text(how):
+    """BART and T5 take the score at the one EOS of a row, so a second one would end the file."""
+    special = set(ENCODER.all_special_ids)
+    plain, spelled = (encode_response(ENCODER, how, "ab", text).ids for text in ("cd", "c[SEP]d[CLS]"))
+    assert [token for token in spelled if token in special] == [token for token in plain if token in special]
+    assert "c[SEP]d[CLS]" in text(ENCODER, spelled)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cut_conversation_keeps_its_bos_and_its_end(tmp_path, side):
+    make_tokenizer("gemma").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    whole = encode_response(tokenizer, Encoding(max_length=512), "Q", "A")
+    how = Encoding(max_length=len(whole.ids) - 2, truncation=side)
+    found = encode_response(tokenizer, how, "Q", "A" if side == "left" else "A" * 9)
+    assert (len(found.ids), found.overlong) == (how.max_length, True)
+    assert found.ids[0] == tokenizer.bos_token_id
+    assert text(tokenizer, found.ids).endswith("<end_of_turn>\n")
+    if side == "right":
+        assert text(tokenizer, found.ids).startswith("<bos><start_of_turn>user\nQ<end_of_turn>")
 
 
 def test_eos_must_be_there_where_it_is_wanted():

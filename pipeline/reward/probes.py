@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 
 SHORT, LONG = 6, 19  # tokens of the rows that are scored; some models pad to a multiple of 4
+SHORT_ROWS = 4  # padding may leave one score as it is, such as where an activation is 0
 
 
 def supports_padding(model: Any, max_length: int, source: str | None = None) -> bool:
@@ -64,24 +65,24 @@ def _describe(model: Any) -> _Batching:
     rows = _rows(model)
     try:
         alone = _scores_alone(model, rows)
-        of_one_length = _scores_together(model, rows[1:])
+        of_one_length = _scores_together(model, rows[-2:])
     except Exception as error:
-        lengths = " and ".join(str(len(row)) for row in rows[:2])
+        lengths = f"{len(rows[0])} and {len(rows[-1])}"
         return _Batching(f"cannot score rows of {lengths} tokens: {explain(error)}; use another base")
-    if differs(alone[1:], of_one_length, model):
+    if differs(alone[-2:], of_one_length, model):
         return _Batching("has scores that depend on the rows beside them, or on chance; use another base")
 
     try:
-        return _Batching(padding=not differs(alone[:2], _scores_together(model, rows[:2]), model))
+        return _Batching(padding=not differs(alone[:-1], _scores_together(model, rows[:-1]), model))
     except Exception as error:
         explain(error)
         return _Batching(padding=False)
 
 
 def _rows(model: Any) -> list[list[int]]:
-    """Return a short row and two long ones; they end with EOS, where BART and T5 take the score."""
+    """Return short rows and two long ones; they end with EOS, where BART and T5 take the score."""
     longest = min(limit or LONG for limit in (LONG, max_positions(model), mixing_limit(model)))
-    rows = made_up_ids(model, min(SHORT, longest), longest, longest)
+    rows = made_up_ids(model, *[min(SHORT, longest)] * SHORT_ROWS, longest, longest)
     eos = model.config.get_text_config().eos_token_id
     return [[*row[:-1], eos] for row in rows] if isinstance(eos, int) else rows
 
@@ -93,7 +94,7 @@ def _scores_alone(model: Any, rows: list[list[int]]) -> Tensor:
 def _scores_together(model: Any, rows: list[list[int]]) -> Tensor:
     groups = [[Encoded(row, len(row), False)] for row in rows]
     pad_token_id = model.config.get_text_config().pad_token_id or 0
-    return compute_logits(model, groups, pad_token_id, share_prefixes=False)
+    return compute_logits(model, groups, pad_token_id, share_prefixes=False, single_batch=True)
 
 
 def accepts_token_types(model: Any) -> bool:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.models import generation
@@ -15,6 +14,7 @@ from pipeline.models.chat import pad_rows
 from pipeline.models.generation import generate, uniforms
 from pipeline.models.logprobs import response_logprobs
 from pipeline.models.probes import Sampling, describe_sampling, reads_padding, require_decoder
+from tests.models.architectures import make_model
 
 PLAIN = Sampling(padding=True, cache=True)
 OWN_LENGTH = Sampling(padding=False, cache=True)
@@ -64,22 +64,9 @@ STEPS = 6
 
 
 def make(architecture: str, **options: Any) -> Any:
-    """A random policy whose next token depends on all that it has read; its EOS is token 0."""
-    sizes = {
-        "vocab_size": 160,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
+    """Return a random policy; its EOS is token 0."""
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | ids | options))
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.25)
-    return model.eval()
+    return make_model(AutoModelForCausalLM, architecture, **ids | options)
 
 
 class Words:
@@ -201,7 +188,7 @@ def test_a_model_on_the_meta_device_is_not_asked() -> None:
 
 def test_weights_that_are_not_finite_say_nothing() -> None:
     model = make("gpt2")
-    nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
+    torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
     require_decoder(model)
     assert describe_sampling(model) == PLAIN
 

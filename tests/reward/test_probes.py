@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.reward.batching import compute_logits
 from pipeline.reward.encoding import Encoded
 from pipeline.reward.probes import accepts_token_types, supports_padding, supports_prefix_sharing
+from tests.models.architectures import make_model
 
 TINY_XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
 BOTTLENECK = {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
@@ -40,24 +41,8 @@ LENGTHS = (4, 40, 9, 9, 40, 5)
 
 
 def make(architecture: str, **options: Any) -> Any:
-    sizes = {
-        "vocab_size": 160,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 66,
-    }
-    if architecture == "xlnet":  # refuses a limit
-        del sizes["max_position_embeddings"]
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 1}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **sizes | ids | options)
-    model = AutoModelForSequenceClassification.from_config(config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.2)
-    return model.eval()
+    return make_model(AutoModelForSequenceClassification, architecture, **ids | options)
 
 
 def rows() -> list[Encoded]:
@@ -91,6 +76,17 @@ def test_a_score_is_that_of_the_plain_row(architecture: str) -> None:
             use_token_types=bool(types),
         )
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_padding_that_leaves_one_row_as_it_is_is_found_by_others(seed: int) -> None:
+    """Of these random weights, some give one short row the same score with padding and without."""
+    model = make("mobilebert", **BOTTLENECK)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.4)
+    assert not supports_padding(model, 64)
 
 
 def test_a_base_that_cannot_score_a_row_is_refused() -> None:

@@ -34,7 +34,7 @@ from pipeline.models.adapters import is_adapter
 from pipeline.models.chat import completion_text, read_markup
 from pipeline.models.load_errors import explain_load_errors
 from pipeline.reward import inference_servers
-from pipeline.reward.encoding import concatenated_text, prompt_text
+from pipeline.reward.encoding import Encoded, concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,13 @@ class RemoteRewardModel(RewardModel):
 
     def check_server(self) -> None:
         """Request the score of one row. Raises `UserError` if the server does not send it."""
-        self._request([self._row("Hello.", "Hello.")], retries=inference_servers.FAIL_FAST)
+        row = self._row("Hello.", "Hello.", self.encode("Hello.", "Hello."))
+        self._request([row], retries=inference_servers.FAIL_FAST)
 
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> torch.Tensor:
-        rows = [self._row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        encoded = list(map(self.encode, prompts, responses))
+        self._count_overlong(encoded)
+        rows = list(map(self._row, prompts, responses, encoded))
         size = min(batch_size, self.server.rows or batch_size)
         batches = [self._request(rows[start : start + size]) for start in range(0, len(rows), size)]
         return torch.tensor([row for batch in batches for row in batch])
@@ -64,16 +67,12 @@ class RemoteRewardModel(RewardModel):
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         return inference_servers.request_logits(self.server, rows, labels, self.timeout, **options)
 
-    def _row(self, prompt: Text, response: Text) -> list[int] | list[str]:
-        return self._ids(prompt, response) if self.server.engine == "vllm" else self._texts(prompt, response)
+    def _row(self, prompt: Text, response: Text, encoded: Encoded) -> list[int] | list[str]:
+        return encoded.ids if self.server.engine == "vllm" else self._texts(prompt, response, encoded)
 
-    def _ids(self, prompt: Text, response: Text) -> list[int]:
-        return self.encode(prompt, response).ids
-
-    def _texts(self, prompt: Text, response: Text) -> list[str]:
+    def _texts(self, prompt: Text, response: Text, encoded: Encoded) -> list[str]:
         """Return the texts that TEI's own tokenizer turns into the ids."""
         encoding, tokenizer = self.settings.encoding, self.tokenizer
-        encoded = self.encode(prompt, response)
         texts = (
             [prompt_text(prompt, encoding.separator), completion_text(response)]
             if encoding.form == "pair"

@@ -220,7 +220,9 @@ def by_hand(folder):
 def test_vllm_is_given_the_ids_and_no_score_differs(serve, decoder):
     server = serve("vllm", decoder)
     rm = opened(server, reads=str(decoder))
-    assert server.asked == [{"model": "rm", "input": [rm._ids("Hello.", "Hello.")], "use_activation": False}]
+    assert server.asked == [
+        {"model": "rm", "input": [rm.encode("Hello.", "Hello.").ids], "use_activation": False}
+    ]
     assert rm.score(PROMPTS, ANSWERS) == by_hand(decoder)
     assert server.asked[1]["input"][3][-1] == rm.tokenizer.eos_token_id
     assert len(server.asked[1]["input"][3]) == 60

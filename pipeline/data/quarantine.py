@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers import RawRow
-from pipeline.data.schema import RowError
+from pipeline.data.schema import RawRow, RowError
 
 # Each row, and the reason why it is not kept, if any.
 RowOutcomes = list[tuple[RawRow, RowError | None]]

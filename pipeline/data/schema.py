@@ -69,3 +69,16 @@ class RowError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+
+
+class RawRow(NamedTuple):
+    """A row as read.
+
+    `source` is a file, a hub id or `demo`.
+    `line` is 1-based; it is the number of the row if the source has no lines.
+    """
+
+    source: str
+    line: int
+    data: Any
+    fault: RowError | None = None

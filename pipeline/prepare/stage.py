@@ -24,9 +24,11 @@ from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import open_external, open_hub
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
+from pipeline.data.files import READERS
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import READERS, ParsedRecord, RawRow, read_source, skipped_files, source_files
-from pipeline.data.schema import ROLES, SPLITS, Record
+from pipeline.data.readers import ParsedRecord, read_source
+from pipeline.data.schema import ROLES, SPLITS, RawRow, Record
+from pipeline.data.sources import skipped_files, source_files
 from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError

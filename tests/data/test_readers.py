@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import Source
 from pipeline.data.dialogues import TURN, parse_dialogue, parse_turns
-from pipeline.data.readers import ParsedRecord, read_source, source_files
+from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.data.schema import RowError
+from pipeline.data.sources import source_files
 from pipeline.errors import UserError
 from pipeline.prepare import stage
 

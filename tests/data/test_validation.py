@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Source
-from pipeline.data.readers import ParsedRecord, RawRow
+from pipeline.data.readers import ParsedRecord
+from pipeline.data.schema import RawRow
 from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
 from pipeline.errors import UserError
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import PrepareStage, Source
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import _iter_rows, read_source
+from pipeline.data.readers import read_source
+from pipeline.data.sources import iter_rows
 from pipeline.data.validation import class_names, validate_records
 from pipeline.errors import UserError
 from pipeline.prepare.stage import _require_valid_rows, run
@@ -355,7 +356,7 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(
         errors="surrogatepass",
     )
     source = Source(format=format, path=str(path))
-    read = len(list(_iter_rows(source)))
+    read = len(list(iter_rows(source)))
     items = read_source(source)
     validate_records(items, class_names([source], items))
     kept = sum(len(item.rows) for item in items if not item.fault)

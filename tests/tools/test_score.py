@@ -16,7 +16,7 @@ from pyarrow import parquet, schema, table
 from pyarrow import types as arrow
 
 from pipeline import RewardModel, cli, config
-from pipeline.data.readers import READERS
+from pipeline.data.files import READERS
 from pipeline.reward import stage as reward
 from pipeline.tools.score import chunks
 from tests.models.manners import save_llama

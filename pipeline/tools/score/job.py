@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import nearest
-from pipeline.data.readers import READERS, ParsedRecord
+from pipeline.data.files import READERS
+from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RowError
 from pipeline.data.validation import clean_record
 from pipeline.distributed.processes import is_main_process

@@ -116,7 +116,7 @@ def new_decoder(vocabulary: int) -> Any:
         eos_token_id=1,
         num_labels=1,
     )
-    return AutoModelForSequenceClassification.from_config(config)
+    return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 def count_tokens(model: Any) -> list[int]:
@@ -365,8 +365,8 @@ def load_encoder(folder: str | None, words: list[str]) -> tuple[Any, Any]:
 
     head = head_config(["reward"], "regression")
     if folder:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, **head)
-        return model, AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False, **head)
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     size = Scratch(architecture="bert", layers=6, width=384, heads=12, vocabulary=2300, positions=512)
     return new_classifier(words, size, "\n", head)
 

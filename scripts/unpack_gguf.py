@@ -17,8 +17,10 @@ def main(folder: str, file: str, output: str) -> None:
     One rename publishes it, so `output` is never partial.
     """
     partial = Path(f"{output}.partial")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+    )
 
     # The weights are dequantized, but `save_pretrained` refuses as long as the model is marked as quantized.
     model.hf_quantizer = None

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig
@@ -23,6 +24,11 @@ LOAD_ERRORS = (
     SafetensorError,
 )
 
+CODE_IS_NOT_RUN = (
+    "needs Python code that comes with it, which is not run; "
+    "read that code, and if you trust it set trust_remote_code: true (in Python: trust_remote_code=True)"
+)
+
 
 @contextmanager
 def explain_load_errors(source: str, what: str) -> Iterator[None]:
@@ -34,7 +40,14 @@ def explain_load_errors(source: str, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{source}: its weights are a pickle of more than tensors, which could run code and is not read; "
+            "save them as safetensors"
+        ) from error
     except LOAD_ERRORS as error:
+        if passed_through(error, "resolve_trust_remote_code"):
+            raise UserError(f"{source}: {CODE_IS_NOT_RUN}") from error
         raise UserError(
             f"{source}: cannot be loaded as a {what}: {one_line(error)}; "
             "expected a Hugging Face folder or a hub id"

@@ -36,6 +36,14 @@ from pipeline.models.templates import settle_template
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def settle_trust(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of `from_pretrained` in which `trust_remote_code` is True only if it was.
+
+    Without a value, transformers asks on the terminal whether to run the code that comes with a model.
+    """
+    return options | {"trust_remote_code": options.get("trust_remote_code") is True}
+
+
 def load_tokenizer(
     source: str,
     *,
@@ -53,7 +61,7 @@ def load_tokenizer(
     `distinct_pad` makes the pad token differ from EOS, for ids that end with EOS. Raises `UserError` if it
     cannot be loaded, lacks the EOS, or has several templates.
     """
-    tokenizer = _read_tokenizer(source, **options)
+    tokenizer = _read_tokenizer(source, **settle_trust(options))
     if tokenizer.eos_token is None and generates:
         raise UserError(
             f"{source}: its tokenizer has no EOS token, which marks the end of a response; "
@@ -97,7 +105,7 @@ def load_policy(
     The adapter is frozen unless `trainable`. Raises `UserError` if it cannot be loaded, is an encoder, or is
     an adapter for another task.
     """
-    revision = options.get("revision")
+    options, revision = settle_trust(options), options.get("revision")
     if is_adapter(source, revision):
         adapter = read_adapter(source, revision, TaskType.CAUSAL_LM, "policy", trained=trainable)
         options |= {"quantization": quantization, "precision": precision}
@@ -185,6 +193,7 @@ def load_classifier(
     With `head` (see `head_config`) it is one to train, and a head that the checkpoint lacks is randomly
     initialized. Without, it is used as trained. Raises `UserError` if the checkpoint then has no head.
     """
+    options = settle_trust(options)
     if is_adapter(source, options.get("revision")):
         _refuse_quantized_merge(source, quantization)
         return _load_merged_classifier(source, tokenizer, precision=precision, head=head, **options)

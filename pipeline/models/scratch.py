@@ -71,7 +71,7 @@ def new_classifier(
             raise ValueError(
                 "it is no encoder; a reward model on a decoder starts from a policy: model: runs/demo/sft"
             )
-        return AutoModelForSequenceClassification.from_config(config), tokenizer
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False), tokenizer
 
 
 def encoder_config(size: Scratch, vocabulary: int, **options: Any) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import completion_text, text_ids
 from pipeline.models.load_errors import explain_load_errors
-from pipeline.models.loading import load_classifier, load_tokenizer
+from pipeline.models.loading import load_classifier, load_tokenizer, settle_trust
 from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching, probes
@@ -93,6 +93,7 @@ class RewardModel:
 
         Raises `UserError` if `source` is no such checkpoint, or if a label or an encoding field is unknown.
         """
+        options = settle_trust(options)
         path = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
         settings = RewardSettings.load(path.parent) if path else None
         tokenizer = load_tokenizer(

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from pipeline.models.adapters import add_adapter
+from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.patches import disable_dropout, fuse_gelu
 
 
@@ -24,11 +25,12 @@ def build_meta_model(
     `auto` is the class of transformers that builds it, and `options` go to its `from_config`. Raises
     `UserError` if PEFT refuses the adapter.
     """
+    is_trusted = type(config).__module__.startswith("transformers_modules")  # its code has run already
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # warns of special ids beyond a vocabulary; they are not used here
     try:
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, **options)
+        with explain_load_errors(config._name_or_path, "model"), torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=is_trusted, **options)
     finally:
         logging.set_verbosity(verbosity)
     fuse_gelu(model)

@@ -19,8 +19,9 @@ from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.config import OBJECTIVES, EvaluateStage, PPOStage, RewardStage, SFTStage, StageConfig
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, one_line, passed_through
 from pipeline.models.adapters import is_adapter, read_adapter
+from pipeline.models.load_errors import CODE_IS_NOT_RUN
 from pipeline.models.scratch import decoder_config, encoder_config
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.policy_trainer import prompt_budget
@@ -177,6 +178,8 @@ def find_architecture(config: Any, source: str, recipe: Recipe) -> PreTrainedCon
             return find_architecture(config, str(adapter.base_model_name_or_path), recipe)
         return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
+        if passed_through(error, "resolve_trust_remote_code"):
+            raise UserError(f"{source}: {CODE_IS_NOT_RUN}") from None
         raise UserError(f"{source}: its config.json cannot be read: {one_line(error)}") from None
 
 
@@ -184,7 +187,7 @@ def _architecture_in_recipe(config: Any, hub_id: str) -> PreTrainedConfig:
     """Return the architecture in the config.json beside the recipe's files. Raises `UserError`."""
     file = Path(config._recipe_folder or ".") / "config.json"
     if read_json(file).get("_name_or_path") == hub_id:
-        return AutoConfig.from_pretrained(file)
+        return AutoConfig.from_pretrained(file, trust_remote_code=config.trust_remote_code)
     raise UserError(
         f"{hub_id}: is not on this machine, and the hub cannot be reached; "
         "put its config.json beside the recipe's files, "

@@ -20,8 +20,8 @@ from pipeline.models.logprobs import response_logprobs
 from pipeline.models.prompts import fit_prompts, truncation_side
 from pipeline.ppo.functional import sequence_kl
 from pipeline.ppo.policy_trainer import prompt_budget
+from pipeline.reward.calls import RewardFunction, call_reward_function
 from pipeline.reward.evaluation import held_out_split
-from pipeline.reward.functions import RewardFunction, call_reward_function
 from pipeline.training.arguments import load_options
 
 # The keys of the config that decide a response.

@@ -18,7 +18,8 @@ from pipeline.models.prompts import prepare_prompts, truncation_side
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
 from pipeline.ppo.samples import write_samples
-from pipeline.reward.functions import RewardFunction, RewardSource, call_reward_function
+from pipeline.reward.calls import RewardFunction, call_reward_function
+from pipeline.reward.functions import RewardSource
 
 EVALUATION = "evaluation"  # replaces the rollout's number in the key of random numbers
 POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept

@@ -26,7 +26,8 @@ from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.callbacks import DropStaleCheckpoints
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
-from pipeline.reward.functions import RewardFunction, RewardSource, call_reward_function
+from pipeline.reward.calls import RewardFunction, call_reward_function
+from pipeline.reward.functions import RewardSource
 
 MISSING_EOS_PENALTY = PPOConfig.missing_eos_penalty
 RECORD = (

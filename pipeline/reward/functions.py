@@ -8,10 +8,9 @@
 - `columns`: the other columns of the prompt's record.
 """
 
-import math
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
+from pipeline.reward.calls import RewardFunction, call_reward_function, describe_failure
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
-
-RewardFunction = Callable[..., Sequence[float]]
 
 
 class RewardSource(NamedTuple):
@@ -104,10 +102,11 @@ def combine_rewards(
         return sources[0]
     weights = weights or [1 / len(sources)] * len(sources)
 
-    def score(**batch: Any) -> list[float]:
-        columns = [list(map(float, source.score(**batch))) for source in sources]
+    def score(prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any) -> list[float]:
+        batch = (prompts, completions, completion_ids, ended, columns)
+        scores = [call_reward_function(source.score, *batch) for source in sources]
         combined = []
-        for row in zip(*columns, strict=True):
+        for row in zip(*scores, strict=True):
             disagreement = statistics.pstdev(
                 value - source.mean for value, source in zip(row, sources, strict=True)
             )
@@ -120,50 +119,15 @@ def combine_rewards(
     return RewardSource(score, mean, std)
 
 
-def call_reward_function(
-    function: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    ended: Sequence[bool],
-    columns: dict[str, Any],
-) -> list[float]:
-    """Return the scores of a function, one for each response.
-
-    Raises `UserError` if it cannot be called, or does not return one finite number for each response.
-    """
-    kwargs = columns | {
-        "prompts": prompts,
-        "completions": completions,
-        "completion_ids": completion_ids,
-        "ended": ended,
-    }
-    try:
-        scores = [float(score) for score in function(**kwargs)]
-    except TypeError as error:
-        signature = "(prompts, completions, completion_ids, ended, **columns) -> list of float"
-        raise UserError(
-            f"the reward cannot be called, or returns no numbers: {error}; expected {signature}"
-        ) from error
-    if len(scores) != len(prompts):
-        raise UserError(
-            f"the reward returned {len(scores)} scores for {len(prompts)} responses; expected as many"
-        )
-    for score, prompt, text in zip(scores, prompts, completions, strict=True):
-        if not math.isfinite(score):
-            raise UserError(
-                f"the reward of the response {text!r} to {prompt!r} is {score}; expected a finite number"
-            )
-    return scores
-
-
 def import_function(spec: str) -> RewardFunction:
     """Import the function named `module:function`. Raises `UserError` if there is no such function."""
     module, _, name = spec.partition(":")
     try:
         function = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{spec}: {error}; expected module:function on the Python path") from None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{spec}: {error}; expected module:function on the Python path") from error
+    except Exception as error:  # the module is the user's code
+        raise UserError(f"{spec}: cannot be imported: {describe_failure(error)}") from error
     if not callable(function):
         raise UserError(
             f"{spec}: is a {type(function).__name__}, "

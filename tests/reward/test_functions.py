@@ -58,7 +58,7 @@ def test_what_all_answers_of_a_member_share_is_no_disagreement():
 
 
 def test_a_member_that_scores_too_few_answers_is_found():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(UserError, match="the reward returned 1 scores for 2 responses"):
         combine_rewards([source(1.0, 2.0), source(1.0)]).score(**ANSWERS)
 
 

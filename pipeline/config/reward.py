@@ -134,8 +134,8 @@ class Reward(StrictModel):
     reads: str | None = None
     """Folder or hub id of the model that a URL serves; null asks the server."""
 
-    timeout: float = Field(60.0, gt=0, exclude=True)  # does not change a score
-    """Seconds that one request to a server may take."""
+    timeout: float = Field(180.0, gt=0, le=86_400, exclude=True)  # does not change a score
+    """Seconds that a request to a server may take, with all its tries."""
 
     @model_validator(mode="after")
     def check_length_penalty(self) -> "Reward":
@@ -165,7 +165,7 @@ class Reward(StrictModel):
         if not parts.hostname or parts.username or parts.query or parts.fragment:
             raise ValueError(
                 f"source: {parts.scheme}://{parts.hostname or ''}…: expected http://host:port alone; "
-                "a key goes into the environment as REWARD_API_KEY"
+                "a key goes into the environment as REWARD_API_KEY, and this URL as REWARD_API_URL"
             )
         return value.rstrip("/")
 

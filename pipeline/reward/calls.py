@@ -110,7 +110,7 @@ def _as_score(name: str, value: Any, prompt: Any, completion: str) -> float:
     """Return one score as a float; True counts 1. Raises `UserError` if it is no number, or not finite."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
-    if isinstance(value, Real) and -LARGEST <= value <= LARGEST:
+    if isinstance(value, Real) and -LARGEST <= value <= LARGEST:  # type: ignore[operator]
         return float(value)
     texts = [_quote(text) for text in (completion, prompt)]
     found = str(value) if isinstance(value, float) else f"{_quote(value)}, a {type(value).__name__}"

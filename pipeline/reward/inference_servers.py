@@ -6,41 +6,24 @@
   text or a pair and `raw_scores: true`. The response has each row's labels, the highest score first.
 
 Errors: a server that does not respond, or sends something else, raises one `UserError` with the URL, what was
-found and what was expected. Lost connections, timeouts, 429 and 5xx are retried for about three minutes. The
-wait doubles each time, or follows `Retry-After`. A request that is too large is halved.
-
-A server that requires a key gets REWARD_API_KEY of the environment as a bearer token. The environment's
-proxies are not used.
+found and what was expected. A request that is too large is halved. What bounds a reply, and who gets the key,
+is in `pipeline.reward.server_requests`.
 """
 
-import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import urllib3
+import torch
 
 from pipeline.errors import UserError
-
-RETRIES = urllib3.Retry(
-    8,
-    backoff_factor=1,
-    backoff_max=60,
-    retry_after_max=300,
-    status_forcelist=[429, *range(500, 600)],
-    allowed_methods=None,
-    raise_on_status=False,
-)
-FAIL_FAST = RETRIES.new(total=1)  # for checks before a run, while the user waits
+from pipeline.reward.server_requests import FAIL_FAST, START_COMMANDS, TRIES, send_request
 
 TOO_LARGE = (413, 422)  # TEI's versions differ
-
-START_COMMANDS = (
-    "start one with: vllm serve MODEL --runner pooling; or text-embeddings-router --model-id MODEL"
-)
-
-POOL = urllib3.PoolManager()
+MAX_INFO = 1_000_000  # bytes of what a server reports of itself
+MAX_NAME = 1_000  # characters of a model's name
+LARGEST = torch.finfo(torch.float32).max
+WRONG_SHAPE = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # of a parser, for another JSON
 
 
 class Server(NamedTuple):
@@ -65,30 +48,30 @@ def probe(url: str, timeout: float) -> Server:
     """
     previews = []
     for path, parse in (("/info", _parse_tei_info), ("/v1/models", _parse_vllm_models)):
-        response = _request(url + path, timeout, FAIL_FAST)
-        with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return parse(url, response.json())
-        previews.append(f"{path} {_preview(response)}")
+        reply = send_request(url + path, timeout, MAX_INFO, tries=FAIL_FAST)
+        with suppress(*WRONG_SHAPE):
+            return parse(url, reply.json())
+        previews.append(f"{path} {reply.preview()}")
     raise UserError(
         f"{url}: neither text-embeddings-inference nor vLLM: {', '.join(previews)}; {START_COMMANDS}"
     )
 
 
 def _parse_tei_info(url: str, info: Any) -> Server:
-    if not {"classifier", "reranker"} & set(info["model_type"]):
+    name, types = _as_name(info["model_id"]), set(map(_as_name, info["model_type"]))
+    if not {"classifier", "reranker"} & types:
         raise UserError(
-            f"{url}: {info['model_id']} is of type {', '.join(info['model_type'])}; "
-            "expected a sequence classifier"
+            f"{url}: {name} is of type {', '.join(sorted(types))}; expected a sequence classifier"
         )
-    name = info["model_id"]
+    revision = info.get("model_sha")
     return Server(
         url,
         engine="tei",
         model=name,
         path=name,
-        revision=info.get("model_sha"),
-        tokens=int(info["max_input_length"]),
-        rows=int(info["max_client_batch_size"]),
+        revision=None if revision is None else _as_name(revision),
+        tokens=_as_count(info["max_input_length"]),
+        rows=_as_count(info["max_client_batch_size"]),
     )
 
 
@@ -97,84 +80,71 @@ def _parse_vllm_models(url: str, models: Any) -> Server:
     return Server(
         url,
         engine="vllm",
-        model=first["id"],
-        path=first.get("root") or first["id"],
-        tokens=int(first.get("max_model_len") or 0),
+        model=_as_name(first["id"]),
+        path=_as_name(first.get("root") or first["id"]),
+        tokens=_as_count(first.get("max_model_len") or 0),
     )
 
 
+def _as_name(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+        raise ValueError("is no name")
+    return value
+
+
+def _as_count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("is no count")
+    return value
+
+
 def request_logits(
-    server: Server,
-    rows: Sequence[Any],
-    labels: Sequence[str],
-    timeout: float,
-    retries: urllib3.Retry = RETRIES,
+    server: Server, rows: Sequence[Any], labels: Sequence[str], timeout: float, tries: int = TRIES
 ) -> list[list[float]]:
     """Return a logit for each label of each row.
 
-    Rows are token ids for vLLM, one or two texts for TEI. Raises `UserError` if the server does not send
-    finite logits.
+    Rows are token ids for vLLM, one or two texts for TEI. Raises `UserError` if the server does not send one
+    finite logit for each.
     """
     path, build_body, parse = FORMATS[server.engine]
-    response = _request(server.url + path, timeout, retries, build_body(server, rows))
-    if response.status in TOO_LARGE and len(rows) > 1:
+    max_bytes = MAX_INFO + len(rows) * sum(200 + 6 * len(label) for label in labels)
+    reply = send_request(server.url + path, timeout, max_bytes, build_body(server, rows), tries)
+    if reply.status in TOO_LARGE and len(rows) > 1:
         half = len(rows) // 2
         return [
             row
             for part in (rows[:half], rows[half:])
-            for row in request_logits(server, part, labels, timeout, retries)
+            for row in request_logits(server, part, labels, timeout, tries)
         ]
 
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # a response of another shape
-        logits = []
-        if response.status == 200:
-            logits = [[float(value) for value in row] for row in parse(response.json(), labels)]
-        has_shape = [len(row) for row in logits] == [len(labels)] * len(rows)
-        if has_shape and all(math.isfinite(value) for row in logits for value in row):
-            return logits
+    with suppress(*WRONG_SHAPE):
+        logits = parse(reply.json(), labels) if reply.status == 200 else []
+        if [len(row) for row in logits] == [len(labels)] * len(rows):
+            return [[_as_logit(value) for value in row] for row in logits]
     expected = f"{len(rows)} × {len(labels)} finite logits ({', '.join(labels)})"
-    raise UserError(f"{server.url}{path}: {_preview(response)}; expected {expected}; {START_COMMANDS}")
+    raise UserError(f"{server.url}{path}: {reply.preview()}; expected {expected}; {START_COMMANDS}")
 
 
-def _request(url: str, timeout: float, retries: urllib3.Retry, body: Any = None) -> urllib3.BaseHTTPResponse:
-    """Return the last response, whatever its status.
-
-    Raises `UserError` if there is none, or if the server requires a key.
-    """
-    key = os.environ.get("REWARD_API_KEY")
-    options: dict[str, Any] = {
-        "headers": {"Authorization": f"Bearer {key}"} if key else None,
-        "timeout": timeout,
-        "retries": retries,
-        "redirect": False,
-    }
-    try:
-        response = POOL.request("GET" if body is None else "POST", url, json=body, **options)
-    except urllib3.exceptions.HTTPError as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{url}: no response: {reason}; {START_COMMANDS}, or raise 'timeout' (now {timeout:g} s)"
-        ) from None
-    if response.status in (401, 403):
-        raise UserError(
-            f"{url}: {_preview(response)}; expected access; "
-            "put its key into the environment as REWARD_API_KEY"
-        )
-    return response
-
-
-def _preview(response: urllib3.BaseHTTPResponse) -> str:
-    text = " ".join(response.data.decode(errors="replace").split())
-    return f"returned {response.status}, {text[:200]!r}"
+def _as_logit(value: Any) -> float:
+    if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
+        raise ValueError("is no finite number")
+    return float(value)
 
 
 def _parse_vllm_logits(response: Any, _: Sequence[str]) -> list[list[Any]]:
-    return [row["probs"] for row in sorted(response["data"], key=lambda row: row["index"])]
+    """Return the logits in the order of the rows. Raises an error if an index is missing or given twice."""
+    rows = {_as_count(row["index"]): row["probs"] for row in response["data"]}
+    if len(rows) != len(response["data"]) or not all(isinstance(row, list) for row in rows.values()):
+        raise ValueError("has an index twice, or a row that is no list")
+    return [rows[index] for index in range(len(rows))]
 
 
 def _parse_tei_logits(response: Any, labels: Sequence[str]) -> list[list[Any]]:
+    """Return the logits in the order of the labels. Raises an error if a row has a label twice."""
     scores = [{entry["label"]: entry["score"] for entry in row} for row in response]
-    return [[row[label] for label in labels] for row in scores]
+    if list(map(len, scores)) != list(map(len, response)):
+        raise ValueError("has a label twice")
+    return [[row[label] for label in labels] for row in scores if len(row) == len(labels)]
 
 
 # By engine: the path, the body of a request, and the logits of a response.

@@ -36,6 +36,7 @@ from pipeline.models.load_errors import explain_load_errors
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import Encoded, concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel
+from pipeline.reward.server_requests import FAIL_FAST
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class RemoteRewardModel(RewardModel):
     def check_server(self) -> None:
         """Request the score of one row. Raises `UserError` if the server does not send it."""
         row = self._row("Hello.", "Hello.", self.encode("Hello.", "Hello."))
-        self._request([row], retries=inference_servers.FAIL_FAST)
+        self._request([row], tries=FAIL_FAST)
 
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> torch.Tensor:
         encoded = list(map(self.encode, prompts, responses))

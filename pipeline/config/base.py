@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from pipeline.config.values import check_values
+
 Quantization = Literal["none", "8bit", "4bit"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Overlong = Literal["truncate_left", "truncate_right", "drop"]
@@ -30,9 +32,20 @@ class StageInput(NamedTuple):
 
 
 class StrictModel(BaseModel):
-    """A section that refuses unknown keys."""
+    """A section that refuses unknown keys, numbers that are not finite, and credentials."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # it may contain a password
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_plain(cls, values: Any) -> Any:
+        check_values(values)
+        return values
 
 
 class Scratch(StrictModel):

@@ -2,22 +2,21 @@
 
 import difflib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import BASE_FREE_INITS, StageConfig
 from pipeline.config.evaluate import EvaluateStage
+from pipeline.config.overrides import apply_overrides
+from pipeline.config.parsing import parse_text, resolve
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage
 from pipeline.config.reward import RewardStage
 from pipeline.config.sft import SFTStage
-from pipeline.errors import UserError
+from pipeline.config.values import map_text, shorten
+from pipeline.errors import UserError, one_line
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareStage,
@@ -26,6 +25,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "ppo": PPOStage,
     "evaluate": EvaluateStage,
 }
+MAX_CHARACTERS = 2**20  # of a config file
 PACKAGE = Path(__file__).resolve().parent.parent
 IN_WHEEL, IN_CHECKOUT = PACKAGE / "configs", PACKAGE.parent / "configs"
 RECIPES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
@@ -40,18 +40,16 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     path = Path(file)
     if not path.exists() and str(file) in recipes():
         raise UserError(f"{path}: no such config file; did you mean --config configs/{file}/{stage}.yaml?")
-    base = _read(path)
+    values = _read(path)
     folder = path.resolve().parent
-    defaults = {"run": f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name, "runs": "runs"}
-
+    values.setdefault("run", f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name)
+    values.setdefault("runs", "runs")
+    apply_overrides(values, overrides or [])
+    values |= {key: value for key, value in common.items() if value is not None}
     try:
-        merged = OmegaConf.merge(defaults, base)
-        for key, value in _parse_overrides(overrides or []):
-            OmegaConf.update(merged, key, value, merge=False, force_add=True)
-        merged = OmegaConf.merge(merged, {key: value for key, value in common.items() if value is not None})
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path}: {_join_lines(error)}") from None
+        values = resolve(values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
     config = validate(STAGES[stage], values, str(path))
     config._recipe_folder = path.parent
@@ -112,40 +110,40 @@ def recipes() -> list[str]:
     return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists())
 
 
-def _read(path: Path, extending: tuple[Path, ...] = ()) -> DictConfig:
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, merged over the file that its key `extends` names; `${recipe}` is its folder."""
     if path.resolve() in extending:
         raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, extending))}")
     try:
-        text = path.read_text(encoding="utf-8").replace("${recipe}", os.path.relpath(path.parent))
-        base = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        values = parse_text(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_join_lines(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
 
-    if not isinstance(base, DictConfig):
-        raise UserError(f"{path}: expected a mapping of keys, found a list")
-    extended = base.pop("extends", None)
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{path}: has more than {MAX_CHARACTERS:,} characters; expected a config file")
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found a {type(values).__name__}")
+    folder = os.path.relpath(path.parent)
+    values = map_text(lambda value: value.replace("${recipe}", folder), values)
+    extended = values.pop("extends", None)
     if extended is None:
-        return base
-    merged = OmegaConf.merge(_read(path.parent / str(extended), (*extending, path.resolve())), base)
-    assert isinstance(merged, DictConfig)
+        return values
+    if not isinstance(extended, str) or not extended.isprintable():
+        raise UserError(f"{path}: extends={shorten(extended)}: expected the path of a config file")
+    return _merge(_read(path.parent / extended, (*extending, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `values` over it; a section merges with a section."""
+    merged = dict(base)
+    for key, value in values.items():
+        is_section = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if is_section else value
     return merged
-
-
-def _parse_overrides(overrides: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value as YAML reads it) for each override."""
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {item!r}: expected key=value, such as training.learning_rate=1e-4")
-        try:
-            yield key, OmegaConf.from_dotlist([f"value{item[len(key) :]}"])["value"]
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(
-                f"override {item!r}: its value is not readable as YAML: {_join_lines(error)}; quote it"
-            ) from None
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
@@ -159,7 +157,7 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
         return f"{key!r} is missing"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{key}={shorten(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _known_keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
@@ -172,7 +170,3 @@ def _known_keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].rsplit("/", 1)[1]]
     return list(node.get("properties", {}))
-
-
-def _join_lines(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -162,7 +162,7 @@ class Reward(StrictModel):
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https"):
             return value
-        if not parts.hostname or parts.username or parts.query or parts.fragment:
+        if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 f"source: {parts.scheme}://{parts.hostname or ''}…: expected http://host:port alone; "
                 "a key goes into the environment as REWARD_API_KEY, and this URL as REWARD_API_URL"

@@ -20,8 +20,11 @@ A recipe has one YAML file per stage, and these are its keys. `rlhf config STAGE
 An unknown key is an error.
 
 - `extends: ../demo/ppo.yaml` merges the file over another one.
-- `${key}` is the value of another key, and `${recipe}` is the folder of the file.
-- A dot separates a section from its key. The keys of a list's items are named without a position.
+- `${key}` is the value of another key, and `${recipe}` is the folder of the file. `${oc.env:NAME}` is
+  refused, and so is a password or a token: a config is published with its artifact. Libraries read `HF_TOKEN`
+  and `WANDB_API_KEY` from the environment, and a served reward model's key is `REWARD_API_KEY`.
+- A dot separates a section from its key. The keys of a list's items are named without a position; an override
+  needs it if the list has several: `source.0.path=answers.csv`.
 
 The first line of each shipped file names its JSON Schema, with which editors complete and check keys.
 `rlhf config STAGE --schema` prints it. `python scripts/write_reference.py` writes this page and the schemas.

@@ -1,0 +1,72 @@
+"""YAML to plain data with `${key}` interpolation: the only module that calls OmegaConf.
+
+Its readers raise many types of exceptions for a wrong text, Python's own among them; here each is a
+`ValueError` with one line. Resolvers, such as `${oc.env:HF_TOKEN}`, are refused: what they return would be
+written into config.yaml, the manifest and the model card.
+"""
+
+import re
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from pipeline.config.values import MAX_DEPTH, map_text, shorten
+from pipeline.errors import one_line
+
+INNERMOST = re.compile(r"\$\{[^${}:]*\}")  # an interpolation without a resolver, and with no other inside
+
+
+def parse_text(text: str) -> Any:
+    """Return the mapping or list that a YAML text spells; an empty text is an empty mapping."""
+    try:
+        _check_depth(text)
+        return OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
+    except Exception as error:
+        raise ValueError(_explain(error)) from None
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that a YAML text spells, such as `1e-4` or `[a, b]`."""
+    try:
+        _check_depth(text)
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return values["value"]
+    except Exception as error:
+        raise ValueError(_explain(error)) from None
+
+
+def resolve(values: dict[str, Any]) -> Any:
+    """Replace each `${key}` by the value of that key. Raises `ValueError`."""
+    map_text(_check_interpolation, values)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except Exception as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _check_depth(text: str) -> None:
+    """Raise `ValueError` or `YAMLError` for a text at whose depth libyaml would end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} sections or lists inside each other")
+
+
+def _check_interpolation(text: str) -> str:
+    rest, found = text, 1
+    while found:
+        rest, found = INNERMOST.subn("", rest)
+    if "${" in rest:
+        raise ValueError(
+            f"{shorten(text)}: only ${{key}}, the value of another key, is read; the environment is not, "
+            'because a config is published: for a value that is no secret, set key="$VALUE" on the command '
+            "line; the libraries read HF_TOKEN themselves"
+        )
+    return text
+
+
+def _explain(error: Exception) -> str:
+    """Return the message without OmegaConf's types."""
+    return re.sub(r" full_key: (\S*) object_type=.*", r", key \1", one_line(error))

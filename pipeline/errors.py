@@ -1,5 +1,6 @@
-"""User errors, printed as one line without a traceback; and where an error comes from."""
+"""User errors, printed as one line without a traceback; signals; and where an error comes from."""
 
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,14 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Return the line that IPython prints instead of a traceback, in notebooks too."""
         return [f"error: {one_line(self)}"]
+
+
+class Stopped(KeyboardInterrupt):
+    """Stopped by a signal, such as SIGTERM; the message says how to go on, if that is known."""
+
+    def __init__(self, number: int = signal.SIGINT, message: str = ""):
+        super().__init__(message)
+        self.number = number
 
 
 @contextmanager

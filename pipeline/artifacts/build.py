@@ -171,7 +171,7 @@ def _prepare_partial(
     has_work = bool(previous) and work.is_dir() and any(work.iterdir())
     if config.force or not has_work:
         shutil.rmtree(partial, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir(mode=0o700, parents=True)  # resuming reads pickles, so nobody else may write them
         write_json(partial / "fingerprint.json", fingerprint)
     elif previous == fingerprint:
         log(f"{config.stage}: resuming {partial}")

@@ -94,8 +94,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object to a JSON file, indented and in UTF-8."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write an object to a JSON file, indented and in UTF-8.
+
+    Raises `UserError` for a number that is not finite, which JSON does not have.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path}: a number to write is not finite (NaN or infinite)") from None
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

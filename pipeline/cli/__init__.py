@@ -1,19 +1,22 @@
 """The command line: argv in, an exit code out. Arguments and configs are checked before torch is imported.
 
 Exit codes: 0 done; 1 the machine failed (full disk, unreadable file) or a library; 2 a user's mistake; 130
-interrupted.
+stopped by Ctrl-C; 143 stopped by SIGTERM, which clusters send.
 """
 
 import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
 from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
-from pipeline.errors import UserError, modules_of, one_line
+from pipeline.errors import Stopped, UserError, modules_of, one_line
 
 STAGE_MODULE = re.compile(r"pipeline\.\w+\.stage")
 
@@ -22,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = parse(argv)
     try:
-        COMMANDS.get(args.command, run_stage)(args)
+        with _raise_on_sigterm():
+            COMMANDS.get(args.command, run_stage)(args)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -33,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = _explain(error, args.command)
         if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
-            print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+            is_stopped = isinstance(error, KeyboardInterrupt)
+            print(f"{'' if is_stopped else 'error: '}{message}", file=sys.stderr)
         return code
 
 
@@ -43,6 +48,23 @@ def entry() -> None:
     if code == 0:  # after a failure, other ranks may no longer be there to leave the group with
         destroy_process_group()
     sys.exit(code)
+
+
+@contextmanager
+def _raise_on_sigterm() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM in this block, as Python raises `KeyboardInterrupt` on Ctrl-C."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_bug(error: BaseException) -> bool:
@@ -58,8 +80,10 @@ def _is_bug(error: BaseException) -> bool:
 def _explain(error: BaseException, command: str) -> tuple[str, int]:
     """Return the error in one line, and its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted; published artifacts are unchanged, and the same command goes on"
-        return f"{message} from the last checkpoint", 130
+        number = getattr(error, "number", signal.SIGINT)
+        return "; ".join(
+            filter(None, [f"stopped by {signal.Signals(number).name}", str(error)])
+        ), 128 + number
     if _is_disk_full(error):
         filename = getattr(error, "filename", None)
         place = f" for {filename}" if filename else ""

@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import shtab
 
 from pipeline import config
+from pipeline.artifacts.manifest import work_folder
+from pipeline.artifacts.seals import sealed_steps
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
 from pipeline.distributed.processes import init_process_group, is_main_process
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
 
 
 def run_recipe(args: argparse.Namespace) -> None:
@@ -28,8 +32,6 @@ def run_recipe(args: argparse.Namespace) -> None:
         import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     for loaded in configs:
         run_loaded(loaded, args.dry_run)
-    if args.until == "evaluate" and not args.dry_run and is_main_process():
-        print(import_module("pipeline.evaluate.summary").summary_table(configs[-1].folder))
 
 
 def run_stage(args: argparse.Namespace) -> None:
@@ -42,11 +44,18 @@ def run_stage(args: argparse.Namespace) -> None:
 
 
 def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
-    """Run the stage of a checked config, or print the folder that it would write."""
+    """Run the stage of a checked config, or print the folder that it would write.
+
+    After `evaluate` its table is printed. Raises `Stopped` after a signal, with what the same command does.
+    """
     if is_main_process():
         print(f"{loaded.stage}: {'would write ' if dry_run else ''}{loaded.folder}", flush=True)
-    if not dry_run:
+    if dry_run:
+        return
+    with _explain_stop(lambda: _describe_resume(loaded)):
         _run(loaded)
+    if loaded.stage == "evaluate" and is_main_process():
+        print(import_module("pipeline.evaluate.summary").summary_table(loaded.folder))
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -110,7 +119,8 @@ def score(args: argparse.Namespace) -> None:
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
     init_process_group()
-    score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize", "overlong"))
+    with _explain_stop(lambda: _describe_partial(job)):
+        score_file(job, reward, **_select(args, "batch_size", "alpha", "normalize", "overlong"))
 
 
 def best_of_n(args: argparse.Namespace) -> None:
@@ -123,7 +133,8 @@ def best_of_n(args: argparse.Namespace) -> None:
     silence_libraries()
     init_process_group()
     names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "overlong", "seed", "batch_size")
-    best_of_n_file(job, reward, args.policy, **_select(args, *names))
+    with _explain_stop(lambda: _describe_partial(job)):
+        best_of_n_file(job, reward, args.policy, **_select(args, *names))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -183,6 +194,32 @@ def _find_tiny(folder: Path, stage: str) -> Path:
 
 def _run(loaded: config.StageConfig) -> None:
     import_module(f"pipeline.{loaded.stage}.stage").run(loaded)
+
+
+def _describe_resume(loaded: config.StageConfig) -> str:
+    """Return what the same command will do with a stage that was stopped."""
+    unchanged = "published artifacts are unchanged"
+    command = "the same command without --force" if loaded.force else "the same command"
+    if steps := sealed_steps(work_folder(loaded.folder)):
+        return f"{unchanged}; saved step {steps[-1]}; {command} resumes {loaded.stage} from step {steps[-1]}"
+    return f"{unchanged}; {command} begins {loaded.stage} again"
+
+
+def _describe_partial(job: Any) -> str:
+    """Return what the same command will do with a file whose scoring was stopped."""
+    from pipeline.tools.score.chunks import partial_file
+
+    partial = partial_file(job)
+    return f"the same command {f'resumes from {partial}' if partial.exists() else 'begins again'}"
+
+
+@contextmanager
+def _explain_stop(describe: Callable[[], str]) -> Iterator[None]:
+    """Add to Ctrl-C and SIGTERM in this block what the same command will do."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(getattr(error, "number", signal.SIGINT), describe()) from error
 
 
 def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[str]) -> int:

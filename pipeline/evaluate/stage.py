@@ -7,11 +7,11 @@ present only if the config names one.
 Wrong input: one `UserError`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.build import build_artifact
+from pipeline.artifacts.files import write_json
 from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage, Reward
@@ -86,7 +86,7 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
     if not is_main_process():
         return {}
     metrics |= policy_metrics(config, samples) | {"rows": inputs["records"].manifest.get("rows", {})}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(output / "metrics.json", metrics)
     write_report(output / "report.html", collect_report(config, inputs, metrics, samples, reliability))
     return {"metrics": {name: value for name, value in metrics.items() if name != "rows"}}
 

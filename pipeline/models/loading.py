@@ -26,6 +26,7 @@ from pipeline.artifacts import hub
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, load_and_merge, read_adapter
 from pipeline.models.chat import PAD
+from pipeline.models.finite import require_finite
 from pipeline.models.generation_config import make_savable
 from pipeline.models.heads import UNQUANTIZED, find_unquantized
 from pipeline.models.load_errors import explain_load_errors
@@ -113,14 +114,15 @@ def load_policy(
         with explain_load_errors(source, "LoRA adapter"):
             if hub.fetch_file(source, GENERATION_CONFIG_NAME, revision):  # names the ends of its responses
                 base.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
-            return PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
+            adapted = PeftModel.from_pretrained(base, source, is_trainable=trainable, revision=revision)
+        return require_finite(adapted, source)
 
     with explain_load_errors(source, "causal language model"):
         weights = _weight_options(quantization, precision, UNQUANTIZED)
         model = AutoModelForCausalLM.from_pretrained(source, **weights, **options)
     policy = _finalize(model, tokenizer)
     require_decoder(policy, source)
-    return policy
+    return require_finite(policy, source)
 
 
 def load_merged_policy(
@@ -212,7 +214,7 @@ def load_classifier(
             f"{source}: has no reward head (it lacks {missing}); "
             "expected a sequence classifier, such as runs/demo/reward"
         )
-    return _finalize(model, tokenizer)
+    return require_finite(_finalize(model, tokenizer), source)
 
 
 def _load_merged_classifier(

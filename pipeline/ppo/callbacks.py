@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.artifacts.seals import read_seal
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
-from pipeline.ppo.policy_trainer import BEST_STEP, POLICIES
+from pipeline.ppo.policy_trainer import POLICIES
 from pipeline.ppo.rollout import TRAINED_ON, Rollout
+from pipeline.training.callbacks import REMEDY, has_finite_gradient
 
 MAX_SKIPPED_STEPS = 3
 Minibatch = tuple[Rollout, list[int]]  # a rollout, and the rows of it that are trained on
@@ -35,8 +36,7 @@ class SkipNonFinite(TrainerCallback):
     ) -> None:
         """Check the gradient. Raises `UserError` after `MAX_SKIPPED_STEPS` skipped steps in a row."""
         model: nn.Module = kwargs["model"]
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+        if has_finite_gradient(model):
             self.skipped_in_a_row = 0
             return
 
@@ -54,7 +54,7 @@ class SkipNonFinite(TrainerCallback):
         if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
             raise UserError(
                 f"ppo: the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row (see {file}); "
-                "the last checkpoint is kept; lower training.learning_rate, or set precision: fp32"
+                f"the last checkpoint is kept; {REMEDY}"
             )
 
 
@@ -103,8 +103,7 @@ class DropStaleCheckpoints(TrainerCallback):
             for path in (*work.glob(f"{POLICIES}/step-*"), *work.glob("samples/step-*")):
                 if int(path.stem.removeprefix("step-")) > state.global_step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            file = work / BEST_STEP
-            best_step = int(file.read_text()) if file.is_file() else 0
+            best_step = read_seal(work / "best").get("step", 0)
         if broadcast(best_step) > state.global_step:
             state.best_metric = state.best_global_step = None
 

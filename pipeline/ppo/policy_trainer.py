@@ -1,5 +1,7 @@
 """`PolicyTrainer`: sampling, scoring, evaluation and publishing, shared by PPO and TRL's trainers."""
 
+import math
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +12,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from pipeline.distributed.sharding import full_state_dict, with_full_params
+from pipeline.artifacts.seals import replace_folder, seal_folder
+from pipeline.distributed.sharding import with_full_params
 from pipeline.errors import UserError
 from pipeline.models.generation import Responses, generate, uniforms
 from pipeline.models.positions import max_positions
@@ -20,10 +23,11 @@ from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, s
 from pipeline.ppo.samples import write_samples
 from pipeline.reward.calls import RewardFunction, call_reward_function
 from pipeline.reward.functions import RewardSource
+from pipeline.training.callbacks import REMEDY
+from pipeline.training.weights import publishable_state
 
 EVALUATION = "evaluation"  # replaces the rollout's number in the key of random numbers
 POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept
-BEST_STEP = "best_step"  # file that names the step of best/
 TEXT_COLUMNS = ("prompt", "answer")
 SELECTION_METRICS = ("scorer_reward", "gold_reward", "reward")  # the first that exists selects best/
 
@@ -76,6 +80,12 @@ class PolicyTrainer(Trainer):
         metrics = {
             f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names
         }
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"ppo: step {self.state.global_step}: {name} is {value}, not finite; "
+                    f"nothing is published; {REMEDY}"
+                )
         self.log(dict(metrics))
 
         selection = next(name for name in SELECTION_METRICS if name in names)
@@ -112,7 +122,7 @@ class PolicyTrainer(Trainer):
 
         All ranks call it, and one writes.
         """
-        weights = full_state_dict(self)
+        weights = publishable_state(self, "ppo")
         if self.args.should_save:
             self.write(folder, weights)
 
@@ -150,11 +160,19 @@ class PolicyTrainer(Trainer):
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.state.best_metric is None or metric > self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metric, step
-            self.publish(folder / "best")
-            if self.args.should_save:
-                (folder / BEST_STEP).write_text(str(step))
+            self._publish_whole(folder / "best")
         if self.keep and step:  # at step 0 the policy is SFT's
-            self.publish(folder / POLICIES / f"step-{step:06}")
+            self._publish_whole(folder / POLICIES / f"step-{step:06}")
+
+    def _publish_whole(self, folder: Path) -> None:
+        """Publish the policy beside `folder`, seal it with its step, and then replace `folder` by it."""
+        new = folder.with_name(f".{folder.name}.new")
+        if self.args.should_save:
+            shutil.rmtree(new, ignore_errors=True)
+        self.publish(new)
+        if self.args.should_save:
+            seal_folder(new, self.state.global_step)
+            replace_folder(new, folder)
 
 
 def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:

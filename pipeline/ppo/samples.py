@@ -1,6 +1,7 @@
 """Sampled responses of a run's evaluations, as JSONL and in the trackers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def write_samples(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
     file = Path(str(trainer.args.output_dir)) / "samples" / f"step-{step:06}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows]
-    file.write_text("".join(lines), encoding="utf-8")
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, file)  # a checkpoint may rely on the file that was there
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
+from pipeline.artifacts.seals import SEAL
 from pipeline.config import PPOStage, Reward
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
@@ -47,7 +48,7 @@ from pipeline.reward.functions import (
     reward_from_model,
 )
 from pipeline.training.arguments import build_arguments, build_lora_config, check_training
-from pipeline.training.callbacks import PrintEvaluations
+from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
 from pipeline.training.checkpoints import train_with_resume, write_log
 from pipeline.training.policies import continued_adapter, load_start
 
@@ -148,9 +149,10 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
         "keep": config.evaluation.keep,
         "max_prompt_tokens": config.max_prompt_tokens,
         "overlong": config.overlong,
-        "callbacks": [PrintEvaluations(), EarlyStopping(patience)],
+        "callbacks": [PrintProgress(), EarlyStopping(patience)],
     }
-    if not isinstance(args, PPOConfig):
+    if not isinstance(args, PPOConfig):  # which skips such a step
+        common["callbacks"].append(StopAtNonFinite(config.stage))
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
         return _trl_trainers().build_trl_trainer(config.algorithm, **options, **common)
     demonstrations = open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None
@@ -273,7 +275,7 @@ def _copy_policies(config: PPOStage, trainer: PolicyTrainer, output: Path, work:
     They are copied, not moved: if the run is killed now, it needs them again.
     """
     for name in ("best", *([POLICIES] if config.evaluation.keep else [])):
-        shutil.copytree(work / name, output / name)
+        shutil.copytree(work / name, output / name, ignore=shutil.ignore_patterns(SEAL, ".*"))
     # The last policy is the artifact itself.
     shutil.rmtree(output / POLICIES / f"step-{trainer.state.global_step:06}", ignore_errors=True)
 

@@ -11,7 +11,6 @@ A wrong input raises one `UserError`.
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +22,13 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline.artifacts.build import build_artifact
+from pipeline.artifacts.files import write_json
 from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import OBJECTIVES, RewardStage
 from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS, LEARNABLE
 from pipeline.distributed.processes import broadcast, is_main_process
-from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import check_modules
 from pipeline.models.heads import head_module_names
@@ -55,8 +54,9 @@ from pipeline.training.arguments import (
     require_eval_rows,
     weight_precision,
 )
-from pipeline.training.callbacks import PrintEvaluations
+from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
 from pipeline.training.checkpoints import train_with_resume, write_log
+from pipeline.training.weights import publishable_state
 
 MEMBER_FRACTION = 0.7  # of the rows, for each member of an ensemble
 
@@ -139,7 +139,7 @@ def train(config: RewardStage, records: Artifact, output: Path, work: Path) -> d
     trainer.accelerator.free_memory()
 
     architecture = describe_architecture(trainer.model)
-    weights = full_state_dict(trainer)
+    weights = publishable_state(trainer, config.stage)
     if is_main_process():
         save_model(trainer, weights, config, settings, output)
         write_log(trainer, output)
@@ -193,7 +193,7 @@ def build_trainer(
             eval_dataset=require_eval_rows(args, validation),
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[PrintEvaluations()],
+            callbacks=[PrintProgress(), StopAtNonFinite(config.stage)],
         )
 
 
@@ -380,7 +380,7 @@ def publish_metrics(
 
     if is_main_process():
         reward.settings.save(output)
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(output / "metrics.json", metrics)
     headline = {
         kind: {name: value for name, value in values.items() if isinstance(value, int | float)}
         for kind, values in metrics.items()

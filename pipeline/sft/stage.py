@@ -22,7 +22,6 @@ from pipeline.artifacts.manifest import Artifact
 from pipeline.config import SFTStage
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
-from pipeline.distributed.sharding import full_state_dict
 from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import check_modules
 from pipeline.models.chat import encode_pair
@@ -37,9 +36,10 @@ from pipeline.training.arguments import (
     check_training,
     require_eval_rows,
 )
-from pipeline.training.callbacks import PrintEvaluations
+from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
 from pipeline.training.checkpoints import train_with_resume, write_log
 from pipeline.training.policies import load_start
+from pipeline.training.weights import publishable_state
 
 HEADLINE_METRICS = ("eval_loss", "eval_mean_token_accuracy")
 
@@ -90,13 +90,13 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
             eval_dataset=require_eval_rows(args, validation_rows),
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[PrintEvaluations()],
+            callbacks=[PrintProgress(), StopAtNonFinite(config.stage)],
         )
     train_with_resume(trainer, work)
     metrics = trainer.evaluate() if len(data["validation"]) else {}
 
     # Every rank takes part in gathering the weights; only the main process saves them.
-    weights = full_state_dict(trainer)
+    weights = publishable_state(trainer, config.stage)
     if not is_main_process():
         return {}
     policy: Any = trainer.model

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from pipeline.artifacts.files import read_json
 from pipeline.config import EvaluateStage, TrainedStage, nearest
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
@@ -27,7 +26,7 @@ from pipeline.distributed.sharding import disable_zero3_init
 from pipeline.errors import UserError, one_line
 from pipeline.models.adapters import unsupported_setting
 from pipeline.training import trackers
-from pipeline.training.checkpoints import LAUNCH_FILE
+from pipeline.training.checkpoints import read_launch
 
 HUB_KEYS = (
     "push_to_hub",
@@ -140,7 +139,7 @@ def build_arguments(
         "fp16": precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),
     }
-    kwargs |= _keep_step_size(config, arguments_class, kwargs, read_json(work / LAUNCH_FILE))
+    kwargs |= _keep_step_size(config, arguments_class, kwargs, read_launch(work))
     try:
         args = arguments_class(**kwargs)
     except (ValueError, TypeError) as error:
@@ -187,7 +186,7 @@ def _keep_step_size(
 ) -> dict[str, int]:
     """Return the arguments that keep the rows per step if a run resumes with another number of processes.
 
-    `launch` is how the run was started, as `RecordLaunch` wrote it, or {}. The result is {} if nothing
+    `launch` is how the run was started, as `KeepCheckpoints` wrote it, or {}. The result is {} if nothing
     changed. Raises `UserError` if these processes cannot share a step evenly, or cannot read the sharded
     checkpoint.
     """

@@ -1,10 +1,14 @@
-"""Callbacks of every trainer: print a line per evaluation, and show metrics on the progress bar."""
+"""Callbacks of every trainer: print progress, show it on the bar, and stop if a number is not finite."""
 
+import math
 import re
 import time
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from pipeline.errors import UserError
 
 # Metrics of one launch; an interrupted run has several launches.
 LAUNCH_METRICS = re.compile("runtime|per_second|^time/|num_tokens")
@@ -18,9 +22,36 @@ BAR_METRICS = {
     "kl": "kl",
 }
 
+PROGRESS_LINES = 10  # of a training without a progress bar, at most
 
-class PrintEvaluations(TrainerCallback):
-    """Print one line per evaluation if no progress bar is shown."""
+# What to do if a number is not finite.
+REMEDY = "lower training.learning_rate, or set precision: fp32, and add --force to start over"
+
+
+class PrintProgress(TrainerCallback):
+    """Print a line per evaluation and per tenth of the training if no progress bar is shown."""
+
+    def __init__(self) -> None:
+        self._evaluated: tuple[int, str] | None = None  # step and text of the last evaluation
+        self._tenths = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Count from the step that training begins or resumes at."""
+        self._tenths = PROGRESS_LINES * state.global_step // max(state.max_steps, 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Print the first entry of each tenth of the steps."""
+        tenths = PROGRESS_LINES * state.global_step // max(state.max_steps, 1)
+        if "loss" in (logs or {}) and tenths > self._tenths:
+            self._tenths = tenths
+            _print_line(args, state, bar_metrics(logs or {}))
 
     def on_evaluate(
         self,
@@ -30,15 +61,71 @@ class PrintEvaluations(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Print the metrics of an evaluation, without those of the launch."""
-        if not args.disable_tqdm or not state.is_world_process_zero:
-            return
-        columns = [
-            f"{name.removeprefix('eval_')} {value:.3f}"
+        """Print the metrics of an evaluation, without those of the launch. The last one may come twice."""
+        shown = {
+            name.removeprefix("eval_"): f"{value:.3f}"
             for name, value in (metrics or {}).items()
             if not LAUNCH_METRICS.search(name) and name != "epoch"
-        ]
-        print(f"  step {state.global_step}/{state.max_steps}  " + "  ".join(columns), flush=True)
+        }
+        evaluated = (state.global_step, str(shown))
+        if evaluated != self._evaluated:
+            self._evaluated = evaluated
+            _print_line(args, state, shown)
+
+
+def bar_metrics(logs: dict[str, Any]) -> dict[str, str]:
+    """Return by name the metrics of a log entry that stand for its progress, as text."""
+    return {name: f"{logs[key]:.3f}" for key, name in BAR_METRICS.items() if key in logs}
+
+
+def _print_line(args: TrainingArguments, state: Any, metrics: dict[str, str]) -> None:
+    if args.disable_tqdm and state.is_world_process_zero:
+        columns = "  ".join(f"{name} {value}" for name, value in metrics.items())
+        print(f"  step {state.global_step}/{state.max_steps}  {columns}", flush=True)
+
+
+class StopAtNonFinite(TrainerCallback):
+    """Stop at the first gradient, loss or loss of an evaluation that is not finite. Raises `UserError`.
+
+    The gradient is checked before the optimizer uses it. With fp16 it is not, because the loss scaler finds a
+    scale by overflows; nor with DeepSpeed, which keeps it. The loss is then checked when it is logged.
+    """
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Let the Trainer log the loss as it is: it would replace what is not finite by a mean."""
+        args.logging_nan_inf_filter = False
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the gradient. All ranks see the same one."""
+        if not args.fp16 and not has_finite_gradient(kwargs["model"]):
+            self._stop(state.global_step + 1, "the gradient is not finite")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Check the losses of a log entry."""
+        names = ["loss", "eval_loss"] if args.fp16 else ["loss", "grad_norm", "eval_loss"]
+        for name in names:
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                self._stop(state.global_step, f"{name} is {value}, not finite")
+
+    def _stop(self, step: int, problem: str) -> None:
+        raise UserError(f"{self.stage}: step {step}: {problem}; nothing is published; {REMEDY}")
+
+
+def has_finite_gradient(model: Any) -> bool:
+    """Return whether the norm of the gradient is finite; true if there is no gradient."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 class MetricsProgressBar(ProgressCallback):
@@ -55,7 +142,7 @@ class MetricsProgressBar(ProgressCallback):
         """Show the metrics of a log entry."""
         if self.training_bar is None or not logs:
             return
-        postfix = {name: f"{logs[key]:.3f}" for key, name in BAR_METRICS.items() if key in logs}
+        postfix = bar_metrics(logs)
         speed = logs.get("tokens_per_second")
         if "num_tokens" in logs:
             now, tokens = time.perf_counter(), logs["num_tokens"]

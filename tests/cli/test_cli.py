@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from pipeline import cli, config
 from pipeline.cli import commands
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
 
 DEMO = config.RECIPES / "demo"
 STAGES = list(config.STAGES)
@@ -121,7 +121,8 @@ def test_a_missing_upstream_artifact_is_told_with_the_command_that_makes_it(
 # `save_pretrained` raises this on a full disk, which is no OSError.
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 FAILURES = {
-    "interrupted": (KeyboardInterrupt(), 130, "interrupted; published artifacts are unchanged"),
+    "interrupted": (KeyboardInterrupt(), 130, "stopped by SIGINT; published artifacts are unchanged; "),
+    "ended by a cluster": (Stopped(15), 143, "stopped by SIGTERM; published artifacts are unchanged; "),
     "disk full": (
         OSError(errno.ENOSPC, "No space left on device", "runs/a/b"),
         1,

@@ -16,7 +16,7 @@ from pipeline.artifacts.manifest import read_manifest, work_folder
 from pipeline.errors import UserError
 from pipeline.sft import stage as sft
 from pipeline.training import trackers
-from pipeline.training.callbacks import PrintEvaluations
+from pipeline.training.callbacks import PrintProgress
 
 STEPS = {
     "max_steps": 4,
@@ -45,7 +45,7 @@ def test_tensorboard_holds_the_log_and_goes_on_after_an_interruption(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrintEvaluations, "on_log", kill)  # after TensorBoard wrote what will be done again
+        patch.setattr(PrintProgress, "on_log", kill)  # after TensorBoard wrote what will be done again
         with pytest.raises(KeyboardInterrupt):
             sft.run(stage)
     folder = sft.run(stage)

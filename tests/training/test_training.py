@@ -1,14 +1,9 @@
-"""What trained stages share: the checkpoint a run goes on from, the values of their sections, what this
-machine can do.
-"""
+"""What trained stages share: the values of their sections, and what this machine can do."""
 
-import errno
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
 from trl import SFTConfig
 
 from pipeline import config
@@ -16,36 +11,9 @@ from pipeline.errors import UserError
 from pipeline.evaluate import stage as evaluate
 from pipeline.models.patches import disable_dropout
 from pipeline.ppo import stage as ppo
-from pipeline.reward import stage as reward
 from pipeline.sft import stage as sft
-from pipeline.training import arguments, checkpoints
+from pipeline.training import arguments
 from pipeline.training.arguments import _convert, build_arguments, resolve_precision
-from pipeline.training.checkpoints import last_checkpoint, train_with_resume
-
-
-def checkpoint(work, step, state):
-    folder = work / f"checkpoint-{step}"
-    folder.mkdir()
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
-    return folder
-
-
-@pytest.mark.parametrize("step", [8, 20])
-def test_the_newest_whole_checkpoint_counts(step, tmp_path):
-    whole = checkpoint(tmp_path, step, json.dumps({"global_step": step, "max_steps": 20}))
-    newer = [
-        checkpoint(tmp_path, step + 1, '{"global_step": 9, "max'),
-        checkpoint(tmp_path, step + 2, None),
-    ]
-    older = checkpoint(tmp_path, 2, json.dumps({"global_step": 2, "max_steps": 20}))
-    assert last_checkpoint(tmp_path) == whole
-    assert not any(folder.exists() for folder in newer)
-    assert older.exists()
-
-
-def test_no_checkpoint_is_a_fresh_start(tmp_path):
-    assert last_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -53,32 +21,6 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
 )
 def test_yaml_values_become_what_the_field_wants(hint, value, expected):
     assert _convert(hint, value) == expected
-
-
-@pytest.mark.parametrize(("free", "expected"), [(0, OSError), (2**30, RuntimeError)])
-def test_a_checkpoint_cut_short_by_a_full_disk_is_told_from_other_failures(
-    tmp_path, monkeypatch, free, expected
-):
-    def train(**_):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2737088 vs 2736980")
-
-    monkeypatch.setattr(
-        checkpoints.shutil, "disk_usage", lambda place: {tmp_path: SimpleNamespace(free=free)}[place]
-    )
-    with pytest.raises(expected) as error:
-        train_with_resume(
-            SimpleNamespace(
-                add_callback=print,
-                train=train,
-                remove_callback=lambda _: None,
-                callback_handler=SimpleNamespace(callbacks=[]),
-            ),
-            tmp_path,
-        )
-    assert expected is RuntimeError or (error.value.errno, error.value.filename) == (
-        errno.ENOSPC,
-        str(tmp_path),
-    )
 
 
 def test_bf16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
@@ -185,59 +127,3 @@ def test_evaluate_refuses_a_precision_that_is_not_there():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="precision: fp16 needs a GPU"):
             evaluate.check(config.EvaluateStage(run="t", precision="fp16"))
-
-
-FAILED_SAVES = {
-    "sft": (sft, config.SFTStage, {"max_length": 96}, {"max_steps": 3}),
-    "reward": (reward, config.RewardStage, {"max_length": 64}, {"max_steps": 3}),
-    "ppo": (
-        ppo,
-        config.PPOStage,
-        {"reward": "pipeline.prepare.demo:gold_reward"},
-        {"num_rollouts": 2, "num_ppo_epochs": 1, "response_tokens": 4, "per_device_train_batch_size": 2},
-    ),
-    "rloo": (
-        ppo,
-        config.PPOStage,
-        {"reward": "pipeline.prepare.demo:gold_reward", "algorithm": "rloo"},
-        {"max_steps": 3, "num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 4},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FAILED_SAVES)
-def test_a_run_that_fails_to_save_goes_on_from_its_last_step(
-    name, tiny_records, tiny_gpt2, tmp_path, monkeypatch
-):
-    """With the weights of that checkpoint, and no further step."""
-    module, cls, more, training = FAILED_SAVES[name]
-    model = {"policy" if cls is config.PPOStage else "model": str(tiny_gpt2)}
-    training = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "eval_strategy": "no"} | training
-
-    def stage(run):
-        common = {"run": run, "runs": str(tmp_path), "records": str(tiny_records), "training": training}
-        return cls(**common | model | more)
-
-    expected = module.run(stage("whole"))
-    write = module.write_log
-
-    def fail(*_):
-        raise RuntimeError("saving failed")
-
-    monkeypatch.setattr(module, "write_log", fail)
-    with pytest.raises(RuntimeError, match="saving failed"):
-        module.run(stage("again"))
-    monkeypatch.setattr(module, "write_log", write)
-    steps = []
-    step = Trainer.training_step
-    monkeypatch.setattr(Trainer, "training_step", lambda *args: (steps.append(1), step(*args))[1])
-    folder = module.run(stage("again"))
-    assert steps == []
-    assert (folder / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    entries, others = (
-        [json.loads(line) for line in (path / "log.jsonl").open(encoding="utf-8")]
-        for path in (folder, expected)
-    )
-    evaluations = [[entry.get("eval_loss") for entry in log] for log in (entries, others)]
-    assert evaluations[0] == evaluations[1]
-    assert not [entry for entry in entries if "train_loss" in entry]

@@ -41,7 +41,7 @@ def score_rows(job: ScoringJob, settings: dict[str, Any], compute: Compute, chun
         "version": RESULTS_VERSION,
         "input": open_external(job.source, "source").identity,
     } | settings
-    partial = _sibling(job.output, "partial.jsonl")
+    partial = partial_file(job)
     rows, chunk = job.valid, chunk * world_size()
 
     def begin() -> list[Columns]:
@@ -64,6 +64,11 @@ def score_rows(job: ScoringJob, settings: dict[str, Any], compute: Compute, chun
         publish(job, done)
         partial.unlink()
     _print_outcome(job)
+
+
+def partial_file(job: ScoringJob) -> Path:
+    """Return the file of what is computed until the output is complete."""
+    return _sibling(job.output, "partial.jsonl")
 
 
 def _print_outcome(job: ScoringJob) -> None:

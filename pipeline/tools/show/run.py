@@ -12,6 +12,7 @@ from pipeline.artifacts.build import is_being_written
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import artifact_status
 from pipeline.artifacts.manifest import read_manifest, work_folder
+from pipeline.artifacts.seals import list_checkpoints, sealed_steps
 from pipeline.config import STAGES
 from pipeline.formatting.numbers import format_age, format_number, format_size
 from pipeline.formatting.tables import align_columns
@@ -73,7 +74,8 @@ def _state(folder: Path) -> tuple[str, str]:
 
     is_running = is_being_written(folder.parent)
     unfinished = "running" if is_running else "interrupted"
-    steps = [_resume_step(read_json(file)) for file in work.glob("checkpoint-*/trainer_state.json")]
+    folders = [list_checkpoints(work)[step] for step in sealed_steps(work)]
+    steps = [_resume_step(read_json(folder / "trainer_state.json")) for folder in folders]
     if resumable := [step for step in steps if step]:
         unfinished += f", {'past' if is_running else 'resumes from'} step {max(resumable)}"
     if status == "not made":

@@ -43,6 +43,9 @@ class Source(StrictModel):
     values: dict[str, str | float] = Field({})
     """Gives a column the same value in every row."""
 
+    ignore: list[str] = Field([])
+    """Columns, and keys of messages, that are passed over on purpose, such as `tools`."""
+
     classes: list[str] | None = None
     """Names of the label classes in the order of their ids; only read with `labels` and `demo`."""
 
@@ -68,6 +71,7 @@ class Source(StrictModel):
             "revision": self.hub,
             "columns": has_origin,
             "values": has_origin,
+            "ignore": has_origin,
             "classes": self.format in ("labels", "demo"),
         }
         for key, read in is_read.items():

@@ -8,14 +8,28 @@ A missing file, a missing column or an unknown file type raises `UserError`.
 """
 
 import difflib
-import json
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from pipeline.config import Source, nearest
-from pipeline.data.dialogues import parse_dialogue
-from pipeline.data.schema import KINDS, RawRow, RowError
+from pipeline.data.context import (
+    CONTEXT,
+    TURNS,
+    add_context,
+    check_columns,
+    context_columns,
+    drop_ignored,
+    has_values,
+    is_refused,
+    unread_message_keys,
+    used_columns,
+)
+from pipeline.data.dialogues import detach_prompt, parse_dialogue
+from pipeline.data.identity import canonical_text
+from pipeline.data.messages import KNOWN_KEYS
+from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
+from pipeline.data.serialized import read_list_cell, read_messages_cell
 from pipeline.data.sources import iter_rows
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
@@ -31,6 +45,8 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 
 # Format -> the kind of records it yields, if the two names differ.
 FORMAT_KINDS = {"dialogues": "comparisons"}
+
+LISTS = ("messages", "responses", "ranks", "history")  # columns that a CSV file has as the text of a list
 
 
 @dataclass
@@ -52,17 +68,29 @@ def read_source(source: Source) -> list[ParsedRecord]:
     return _group_rankings(items) if "rank" in columns else items
 
 
-def canonical_text(value: Any) -> str:
-    """Return the text that equal prompts or responses share.
+def reading_notes(source: Source, items: list[ParsedRecord]) -> list[str]:
+    """Return what a user must know about how a source was read, a line each.
 
-    A single user or assistant message equals its content as a string.
+    `items` are as `read_source` returned them: columns that have values and are not read, columns that became
+    turns before the prompt, and keys of messages that are not read.
     """
-    match value:
-        case str():
-            return value
-        case [{"role": "user" | "assistant", "content": str(content)}]:
-            return content
-    return json.dumps(value, sort_keys=True, default=str)
+    rows = [row for item in items for row in item.rows if isinstance(row.data, dict)]
+    columns = (*_choose_columns(source, rows), *KINDS[_kind_of_format(source.format)].optional)
+    turns = {name: column for row in rows for name, column in context_columns(source, row.data).items()}
+    notes = [
+        f"column {column} is read as {TURNS[name]}; ignore: [{column}] passes it over"
+        for name, column in turns.items()
+        if name not in source.columns and has_values(str(column), rows)
+    ]
+    read = {*columns, *map(str, turns.values()), *used_columns(source)}
+    others = dict.fromkeys(name for row in rows for name in row.data if name not in read)
+    if unread := [name for name in others if not is_refused(name) and has_values(name, rows)]:
+        notes.append(f"columns that are not read: {', '.join(unread)}")
+    keys = unread_message_keys(value for item in items for value in item.record.values())
+    if keys:
+        counted = ", ".join(f"{key} {count:,}" for key, count in sorted(keys.items()))
+        notes.append(f"keys of messages that are not read: {counted}")
+    return [f"{source.path or source.hub}: {note}" for note in notes]
 
 
 # Columns
@@ -84,8 +112,10 @@ def _choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
     """
     column_sets, optional = _column_sets(source.format), KINDS[_kind_of_format(source.format)].optional
     available = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
+    optional = (*optional, *CONTEXT)
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
     _check_mapping(source, list(known), available)
+    _check_ignored(source, available)
 
     # A mapped column must be read, so a column set without it is not the one the user means.
     mapped = source.columns | source.values
@@ -116,6 +146,16 @@ def _check_mapping(source: Source, known: list[str], available: list[str]) -> No
                 )
 
 
+def _check_ignored(source: Source, available: list[str]) -> None:
+    """Raise `UserError` if `ignore` names neither a column nor a key of messages."""
+    for name in source.ignore if available else ():
+        if name not in available and name not in KNOWN_KEYS:
+            raise UserError(
+                f"{_describe(source)}: ignore names {name!r}, found {', '.join(available)}"
+                f"{nearest(name, available)}"
+            )
+
+
 def _missing_column(source: Source, name: str, available: list[str]) -> UserError:
     """Build the error for a missing column, with the mapping that would supply it."""
     if len(available) == 1 and {";", "\t"} & set(available[0]):
@@ -140,11 +180,32 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedR
     try:
         if row.fault:
             raise row.fault
-        names = [*columns, *KINDS[kind].optional]
-        values = {name: _column_value(row.data, source.columns.get(name, name)) for name in names}
-        return ParsedRecord(kind, _to_record(columns, values | source.values), [row])
+        check_columns(source, row.data)
+        named = {name: source.columns.get(name, name) for name in (*columns, *KINDS[kind].optional)}
+        named |= context_columns(source, row.data)
+        values = {name: _column_value(row.data, column) for name, column in named.items()} | source.values
+        values = {name: drop_ignored(source, _read_cell(name, value)) for name, value in values.items()}
+        context = {name: values.pop(name, None) for name in CONTEXT}
+        record = _to_record(columns, values)
+        record = add_context(record, **context, may_be_empty=KINDS[kind].prompt_may_be_empty)
+        return ParsedRecord(kind, record, [row])
     except RowError as fault:
         return ParsedRecord(kind, {}, [row], fault)
+    except RecursionError:
+        return ParsedRecord(kind, {}, [row], RowError("not-text", "is nested too deeply"))
+
+
+def _read_cell(name: str, value: Any) -> Any:
+    """Return the list that a text is the serialization of, if the column has lists or messages."""
+    try:
+        if name == "responses":
+            responses = read_list_cell(value)
+            return list(map(read_messages_cell, responses)) if isinstance(responses, list) else responses
+        if name in LISTS:
+            return read_list_cell(value)
+        return read_messages_cell(value) if name in (*ROLES, "text") else value
+    except RowError as fault:
+        raise RowError(fault.reason, f"{name}: {fault.detail}") from None
 
 
 def _column_value(data: dict[str, Any], column: str | list[str]) -> Any:
@@ -167,7 +228,12 @@ def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, An
     Raises `RowError` if the text is no dialogue or the messages are no list.
     """
     if "prompt" in columns:
-        return values
+        names = [name for name in columns if name in ROLES and name != "prompt"]
+        ranked = values.get("responses")
+        responses = ranked if isinstance(ranked, list) else [values[name] for name in names]
+        prompt, responses = detach_prompt(values["prompt"], responses)
+        detached = {"responses": responses} if ranked else dict(zip(names, responses, strict=True))
+        return values | {"prompt": prompt} | detached
     if "text" in columns:
         return values | {"prompt": "", "completion": values["text"]}
     if "chosen" in columns:
@@ -183,17 +249,21 @@ def _group_rankings(items: list[ParsedRecord]) -> list[ParsedRecord]:
     The same response at the same rank counts once. Faulty items come last.
     """
     rankings: dict[str, ParsedRecord] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, str, str]] = set()
     for item in (item for item in items if not item.fault):
-        prompt, response, rank = item.record["prompt"], item.record["response"], item.record["rank"]
-        identity = canonical_text([prompt, response, rank])
+        prompt, response, rank = (item.record[name] for name in ("prompt", "response", "rank"))
+        try:
+            identity = canonical_text(prompt), canonical_text(response), canonical_text(rank)
+        except RowError as fault:
+            item.fault = fault
+            continue
         if identity in seen:
             item.fault = RowError("duplicate", "an earlier row of this prompt has the same response and rank")
             continue
         seen.add(identity)
 
         ranking = rankings.setdefault(
-            canonical_text(prompt),
+            identity[0],
             ParsedRecord("rankings", {"prompt": prompt, "responses": [], "ranks": []}, []),
         )
         ranking.record["responses"].append(response)

@@ -1,7 +1,8 @@
 """Validate parsed records: a record that no model should learn from gets a `RowError`. Imports no torch.
 
 Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answer`, `identical-answers`,
-`not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`.
+`not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`,
+`not-a-target`, and those of `pipeline.data.messages` and `pipeline.data.serialized`.
 Reasons between records: `contradiction` (all of them go) and `duplicate` (the first stays).
 The readers add `unreadable-line` and `not-a-dialogue`.
 """
@@ -9,19 +10,18 @@ The readers add `unreadable-line` and `not-a-dialogue`.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
-from pipeline.config import Source
-from pipeline.data.readers import ParsedRecord, canonical_text
+from pipeline.data.identity import canonical_text, is_blank, visible_identity
+from pipeline.data.labels import parse_label
+from pipeline.data.messages import is_target, preview, read_message
+from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import KINDS, Record, RowError
+from pipeline.data.serialized import read_messages_cell
 from pipeline.distributed.progress import progress_bar
-from pipeline.errors import UserError
 
-MESSAGE_ROLES = ("system", "user", "assistant", "tool")
-BOOLEANS = {"false": 0, "true": 1}
-INTEGER = re.compile(r"-?[0-9]+")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # the readers put one for each byte that is not UTF-8
 
 
@@ -41,30 +41,10 @@ def validate_records(items: list[ParsedRecord], classes: list[str]) -> None:
     _mark_duplicates([item for item in items if not item.fault])
 
 
-def class_names(sources: list[Source], items: list[ParsedRecord]) -> list[str]:
-    """Return the classes of `labels`: those that a source names, else the distinct labels found, sorted.
-
-    Raises `UserError` if two sources name different classes.
-    """
-    configured = {tuple(source.classes) for source in sources if source.classes}
-    if len(configured) > 1:
-        raise UserError(
-            f"sources name different classes: {' and '.join(map(str, sorted(configured)))}; "
-            "all labels share one list"
-        )
-    if configured:
-        return list(configured.pop())
-
-    labels = {_label_name(item.record.get("label")) for item in items if item.kind == "labels"} - {""}
-    if labels <= BOOLEANS.keys():
-        return list(BOOLEANS)
-    return sorted(labels, key=lambda name: (int(name) if INTEGER.fullmatch(name) else math.inf, name))
-
-
-def ordered_pairs(record: Record) -> list[tuple[Any, Any]]:
-    """Return (better, worse) for every strictly ordered pair of responses in a ranking."""
+def ordered_pairs(record: Record) -> Iterator[tuple[Any, Any]]:
+    """Yield (better, worse) for every strictly ordered pair of responses in a ranking."""
     ranked = list(zip(record["ranks"], record["responses"], strict=True))
-    return [(better, worse) for rank, better in ranked for other, worse in ranked if rank < other]
+    return ((better, worse) for rank, better in ranked for other, worse in ranked if rank < other)
 
 
 def record_identity(kind: str, record: Record) -> Hashable:
@@ -90,14 +70,16 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
         if field == "prompt" and schema.prompt_may_be_empty:
             parse = _parse_optional_text
         elif field == "label":
-            parse = partial(_parse_label, classes=classes)
+            parse = partial(parse_label, classes=classes)
         try:
             cleaned[field] = parse(record.get(field))
         except RowError as fault:
             raise RowError(fault.reason, f"{field}: {fault.detail}") from None
+        except RecursionError:
+            raise RowError("not-text", f"{field}: is nested too deeply") from None
 
     cleaned = {field: value for field, value in cleaned.items() if value is not None}
-    if kind == "comparisons" and canonical_text(cleaned["chosen"]) == canonical_text(cleaned["rejected"]):
+    if kind == "comparisons" and visible_identity(cleaned["chosen"]) == visible_identity(cleaned["rejected"]):
         raise RowError("identical-answers", "chosen and rejected are the same")
     if kind == "rankings":
         _check_ranking(cleaned)
@@ -112,48 +94,54 @@ def _check_ranking(record: Record) -> None:
         raise RowError("too-few-answers", f"expected two or more responses, found {len(responses)}")
     if len(set(ranks)) == 1:
         raise RowError("all-tied", f"every response has rank {ranks[0]}")
-    if any(canonical_text(better) == canonical_text(worse) for better, worse in ordered_pairs(record)):
-        raise RowError("identical-answers", "the same response has two ranks")
+    rank_of: dict[str, int] = {}
+    for rank, response in zip(ranks, responses, strict=True):
+        if rank_of.setdefault(visible_identity(response), rank) != rank:
+            raise RowError("identical-answers", "the same response has two ranks")
 
 
 def _parse_text(value: Any) -> str | list[Record]:
     """Return a string, or a list of messages reduced to role and content."""
+    value = read_messages_cell(value)
     if isinstance(value, list) and value:
-        return [_parse_message(message) for message in value]
+        return [_check_content(read_message(message)) for message in value]
     if not isinstance(value, str) and value != []:
         raise RowError("not-text", f"expected text or messages, found {type(value).__name__}")
-    if not value or not value.strip():
+    return _check_string(value or "")
+
+
+def _check_string(text: str) -> str:
+    if is_blank(text):
         raise RowError("empty-text", "is empty or blank")
-    if LONE_SURROGATE.search(value):
+    if LONE_SURROGATE.search(text):
         raise RowError("not-unicode", "contains bytes that are not UTF-8")
-    return value
+    return text
 
 
-def _parse_message(value: Any) -> Record:
-    is_message = (
-        isinstance(value, dict)
-        and value.get("role") in MESSAGE_ROLES
-        and isinstance(value.get("content"), str)
-    )
-    if not is_message:
-        raise RowError("not-text", f"a message needs a role ({', '.join(MESSAGE_ROLES)}) and text as content")
-    return {"role": value["role"], "content": _parse_text(value["content"])}
+def _check_content(message: Record) -> Record:
+    _check_string(message["content"])
+    return message
 
 
-def _parse_response(value: Any) -> str | list[Record]:
-    """Return a string or a list of one assistant message."""
+def _parse_response(value: Any, is_scored: bool = False) -> str | list[Record]:
+    """Return a string or a list of one assistant message. One that is only scored may have weight 0."""
+    value = read_messages_cell(value)
     response = _parse_text(value)
-    if isinstance(response, list) and [message["role"] for message in response] != ["assistant"]:
+    if isinstance(response, str):
+        return response
+    if [message["role"] for message in response] != ["assistant"]:
         roles = ", ".join(message["role"] for message in response)
         raise RowError(
             "not-one-answer",
             f"expected one assistant message, found {roles}; whole conversations are format: dialogues",
         )
+    if not is_scored and not is_target(value[-1]):
+        raise RowError("not-a-target", "the answer has weight 0: it is context, and not to be learned")
     return response
 
 
 def _parse_optional_text(value: Any) -> str | list[Record]:
-    is_empty = value is None or value == [] or (isinstance(value, str) and not value.strip())
+    is_empty = value is None or value == [] or (isinstance(value, str) and is_blank(value))
     return "" if is_empty else _parse_text(value)
 
 
@@ -168,9 +156,9 @@ def _parse_number(value: Any) -> float:
     try:
         number = float("a bool" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
-        raise RowError("not-a-number", f"found {_preview(value)}") from None
+        raise RowError("not-a-number", f"found {preview(value)}") from None
     if not math.isfinite(number):
-        raise RowError("not-finite", f"found {_preview(value)}")
+        raise RowError("not-finite", f"found {preview(value)}")
     return number
 
 
@@ -181,7 +169,7 @@ def _parse_rank(value: Any) -> int:
         rank = 0
     if not 1 <= rank < 2**31 or rank != int(rank):
         raise RowError(
-            "not-a-rank", f"expected whole numbers from 1 (the best) upwards; found {_preview(value)}"
+            "not-a-rank", f"expected whole numbers from 1 (the best) upwards; found {preview(value)}"
         )
     return int(rank)
 
@@ -190,35 +178,12 @@ def _parse_margin(value: Any) -> float | None:
     return None if value in (None, "") else _parse_number(value)
 
 
-def _parse_origin(value: Any) -> Any:
-    return None if value is None or not str(value).strip() else _parse_text(str(value))
-
-
-def _label_name(value: Any) -> str:
-    """Return a label as the name of a class, or "" if it cannot be one.
-
-    True, "True" and "true" are the same name, and so are 1, 1.0 and "1".
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip() if isinstance(value, str | int) else ""
-    return name.lower() if name.lower() in BOOLEANS else name
-
-
-def _parse_label(value: Any, classes: list[str]) -> int:
-    """Return the index of the class that a name, an index or a boolean refers to."""
-    name = _label_name(value)
-    if name in classes:
-        return classes.index(name)
-
-    index = BOOLEANS.get(name, int(name) if name.isdecimal() else len(classes))
-    if index >= len(classes):
-        raise RowError("unknown-label", f"expected one of {', '.join(classes)}; found {_preview(value)}")
-    return index
-
-
-def _preview(value: Any) -> str:
-    return repr(value)[:80]
+def _parse_origin(value: Any) -> str | None:
+    try:
+        text = "" if value is None else str(value)
+    except ValueError:  # an integer of too many digits
+        raise RowError("not-text", f"expected text, found {preview(value)}") from None
+    return None if is_blank(text) else _check_string(text)
 
 
 _PARSERS: dict[str, Callable[..., Any]] = {
@@ -226,10 +191,10 @@ _PARSERS: dict[str, Callable[..., Any]] = {
     "completion": _parse_response,
     "chosen": _parse_response,
     "rejected": _parse_response,
-    "response": _parse_response,
+    "response": partial(_parse_response, is_scored=True),
     "responses": partial(_parse_each, _parse_response, "not-text"),
     "ranks": partial(_parse_each, _parse_rank, "not-a-rank"),
-    "label": _parse_label,
+    "label": parse_label,
     "rating": _parse_number,
     "margin": _parse_margin,
     "source": _parse_origin,
@@ -240,38 +205,56 @@ _PARSERS: dict[str, Callable[..., Any]] = {
 
 
 def _mark_contradictions(items: list[ParsedRecord]) -> None:
-    by_subject: dict[Hashable, dict[Hashable, ParsedRecord]] = defaultdict(dict)
+    """Set the fault of records on one prompt that disagree. One alone on its prompt disagrees with none."""
+    by_prompt: dict[Hashable, list[ParsedRecord]] = defaultdict(list)
     for item in items:
-        for subject, verdict in _judgements(item):
-            by_subject[subject].setdefault(verdict, item)
+        by_prompt[item.kind, canonical_text(item.record["prompt"])].append(item)
+    for group in by_prompt.values():
+        if len(group) > 1:
+            _mark_disagreement(group)
 
-    for item in items:
+
+def _mark_disagreement(group: list[ParsedRecord]) -> None:
+    """Set the fault of the records on one prompt that judge something as another one does not.
+
+    Texts are numbered, so that the half a million pairs of a thousand responses fit in memory.
+    """
+    numbers: dict[str, int] = {}
+    first: dict[Hashable, tuple[Hashable, ParsedRecord]] = {}  # subject -> a verdict and who gives it
+    other: dict[Hashable, ParsedRecord] = {}  # subject -> who first gives another verdict
+    for item in group:
+        for subject, verdict in _judgements(item, numbers):
+            earlier = first.setdefault(subject, (verdict, item))
+            if earlier[0] != verdict:
+                other.setdefault(subject, item)
+
+    for item in group if other else ():
         opposing = (
-            other
-            for subject, verdict in _judgements(item)
-            for other_verdict, other in by_subject[subject].items()
-            if other_verdict != verdict
+            other[subject] if first[subject][0] == verdict else first[subject][1]
+            for subject, verdict in _judgements(item, numbers)
+            if subject in other
         )
-        if other := next(opposing, None):
-            item.fault = RowError("contradiction", f"{_location(other)} disagrees")
+        if opponent := next(opposing, None):
+            item.fault = RowError("contradiction", f"{_location(opponent)} disagrees")
 
 
-def _judgements(item: ParsedRecord) -> list[tuple[Hashable, Hashable]]:
-    """Return (subject, verdict) pairs; two verdicts on one subject contradict each other."""
-    record, prompt = item.record, canonical_text(item.record["prompt"])
+def _judgements(item: ParsedRecord, numbers: dict[str, int]) -> Iterator[tuple[Hashable, Hashable]]:
+    """Yield (subject, verdict) pairs; two verdicts on one subject contradict each other."""
+
+    def number(text: Any) -> int:
+        return numbers.setdefault(canonical_text(text), len(numbers))
+
+    record = item.record
     match item.kind:
         case "labels" | "ratings":
-            subject = (item.kind, prompt, canonical_text(record["completion"]))
-            return [(subject, record[item.kind[:-1]])]
+            yield number(record["completion"]), record[item.kind[:-1]]
         case "comparisons":
-            pairs = [(record["chosen"], record["rejected"])]
+            pair = number(record["chosen"]), number(record["rejected"])
+            yield (min(pair), max(pair)), pair[0]
         case "rankings":
-            pairs = ordered_pairs(record)
-        case _:
-            return []
-
-    texts = [(canonical_text(better), canonical_text(worse)) for better, worse in pairs]
-    return [((item.kind, prompt, *sorted(pair)), pair[0]) for pair in texts]
+            ranked = {"ranks": record["ranks"], "responses": list(map(number, record["responses"]))}
+            for better, worse in ordered_pairs(ranked):
+                yield (min(better, worse), max(better, worse)), better
 
 
 def _mark_duplicates(items: list[ParsedRecord]) -> None:

@@ -4,13 +4,31 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.data.readers import canonical_text
+from pipeline.data.identity import canonical_text, question
 from pipeline.data.schema import SPLITS
 
 
 def split_key(record: Mapping[str, Any]) -> str:
-    """Return what must stay in one split: the prompt or, if that is empty, the completion."""
-    return canonical_text(record["prompt"] or record["completion"])
+    """Return what must stay in one split: the prompt or, if that is empty, the completion.
+
+    Prompts that a reader cannot tell apart, or that differ in their system turns only, have one key.
+    """
+    return question(record["prompt"] or record["completion"])
+
+
+def assign_records(
+    records: Iterable[Mapping[str, Any]], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """Return {split key: split}, as `assign_splits` does.
+
+    The name of a group is the first of its prompts in alphabetical order.
+    """
+    names: dict[str, str] = {}
+    for record in records:
+        key, name = split_key(record), canonical_text(record["prompt"] or record["completion"])
+        names[key] = min(name, names.get(key, name))
+    split_of = assign_splits(names.values(), fractions, seed)
+    return {key: split_of[name] for key, name in names.items()}
 
 
 def assign_splits(groups: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:

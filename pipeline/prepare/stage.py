@@ -25,15 +25,16 @@ from pipeline.artifacts.inputs import open_external, open_hub
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.data.files import READERS
+from pipeline.data.labels import class_names, merged_spellings
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import ParsedRecord, read_source
+from pipeline.data.readers import ParsedRecord, read_source, reading_notes
 from pipeline.data.schema import ROLES, SPLITS, RawRow, Record
 from pipeline.data.sources import skipped_files, source_files
-from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
+from pipeline.data.validation import ordered_pairs, record_identity, validate_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
 from pipeline.prepare import demo
-from pipeline.prepare.splits import assign_splits, split_key
+from pipeline.prepare.splits import assign_records, split_key
 
 DEFAULTS = {
     "margin": 0.0
@@ -119,7 +120,9 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
     """Write the records and the quarantine to `output`; return the row counts and the metrics."""
     items_by_source = [read(source, config.seed) for source in config.source]
     items = [item for source_items in items_by_source for item in source_items]
-    classes = class_names(config.source, items)
+    labels = [item.record.get("label") for item in items if item.kind == "labels"]
+    classes = class_names(config.source, labels)
+    _print_notes(config, items_by_source, labels)
     validate_records(items, classes)
 
     nothing_kept = all(item.fault for item in items)
@@ -134,7 +137,7 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
         if not item.fault:
             records[item.kind].append(item.record)
     derived = _derive_kinds(records)
-    split_of = assign_splits(map(split_key, _flatten(records)), config.splits.model_dump(), config.seed)
+    split_of = assign_records(_flatten(records), config.splits.model_dump(), config.seed)
 
     metrics: dict[str, int] = {}
     for kind, records_of_kind in sorted({**records, **derived}.items()):
@@ -145,6 +148,16 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
         "rows": rows | {"derived": {kind: len(derived_records) for kind, derived_records in derived.items()}},
         "metrics": metrics,
     }
+
+
+def _print_notes(config: PrepareStage, items_by_source: list[list[ParsedRecord]], labels: list[Any]) -> None:
+    """Print what was not read, what became a turn, and which labels are one class in several spellings."""
+    for source, items in zip(config.source, items_by_source, strict=True):
+        for note in reading_notes(source, items) if source.format != "demo" else ():
+            print(f"  {note}")
+    if not any(source.classes for source in config.source):
+        for merged in merged_spellings(labels):
+            print(f"  labels: one class in several spellings: {merged}")
 
 
 def _require_valid_rows(

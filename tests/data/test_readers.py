@@ -402,7 +402,7 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
             "a.csv",
             "prompt\nQ\n",
             {"promt": "prompt"},
-            r"columns maps 'promt', expected one of prompt; did you mean 'prompt'\?",
+            r"columns maps 'promt', expected one of prompt, system, history; did you mean 'prompt'\?",
         ),
         (
             "a.csv",

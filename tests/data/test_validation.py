@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Source
+from pipeline.data.labels import class_names
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RawRow
-from pipeline.data.validation import class_names, ordered_pairs, record_identity, validate_records
-from pipeline.errors import UserError
+from pipeline.data.validation import ordered_pairs, record_identity, validate_records
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}
 
@@ -46,7 +45,7 @@ def pair(**changes: Any) -> dict[str, Any]:
         ("prompts", {}, "not-text"),
         ("prompts", {"prompt": 3}, "not-text"),
         ("prompts", {"prompt": ["Q"]}, "not-text"),
-        ("prompts", {"prompt": [{"role": "human", "content": "Q"}]}, "not-text"),
+        ("prompts", {"prompt": [{"role": "narrator", "content": "Q"}]}, "not-text"),
         ("prompts", {"prompt": [{"role": "user", "content": None}]}, "not-text"),
         ("prompts", {"prompt": [{"role": [], "content": "Q"}]}, "not-text"),
         ("prompts", {"prompt": ""}, "empty-text"),
@@ -113,49 +112,6 @@ def test_records_come_out_in_their_columns_and_types() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("label", "classes", "index"),
-    [
-        ("yes", ("no", "yes"), 1),
-        (" yes ", ("no", "yes"), 1),
-        (0, ("no", "yes"), 0),
-        ("1", ("no", "yes"), 1),
-        (1.0, ("no", "yes"), 1),
-        (True, ("no", "yes"), 1),
-        ("False", ("no", "yes"), 0),
-        (True, ("true", "false"), 0),
-        (5, ("1", "5"), 1),
-    ],
-)
-def test_labels_by_name_index_and_bool(label: Any, classes: tuple[str, ...], index: int) -> None:
-    assert cleaned("labels", {"prompt": "Q", "completion": "a", "label": label}, classes)["label"] == index
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        ([True, False], ["false", "true"]),
-        (["True"], ["false", "true"]),
-        (["toxic", "clean", "toxic", "", None], ["clean", "toxic"]),
-        ([10, 9, 1], ["1", "9", "10"]),
-        ([1, -1], ["-1", "1"]),
-        (["b", 2, "a"], ["2", "a", "b"]),
-    ],
-)
-def test_classes_found(labels: list[Any], classes: list[str]) -> None:
-    found = items("labels", *({"prompt": "", "completion": "a", "label": label} for label in labels))
-    assert class_names([Source(format="labels", path="x")], found) == classes
-
-
-def test_classes_given() -> None:
-    first, second = (
-        Source(format="labels", path="x", classes=classes) for classes in (["b", "a"], ["a", "b"])
-    )
-    assert class_names([first, first], []) == ["b", "a"]
-    with pytest.raises(UserError, match="sources name different classes"):
-        class_names([first, second], [])
-
-
 def test_contradictions_all_go_and_of_duplicates_the_first_stays() -> None:
     other = pair(prompt="other")
     rows = [pair(), pair(chosen="b", rejected="a"), pair(), other, other | {"margin": 2.0}]
@@ -199,7 +155,7 @@ def test_kinds_do_not_contradict_each_other() -> None:
 
 
 def test_ordered_pairs() -> None:
-    assert ordered_pairs({"responses": ["a", "b", "c"], "ranks": [2, 1, 2]}) == [("b", "a"), ("b", "c")]
+    assert list(ordered_pairs({"responses": ["a", "b", "c"], "ranks": [2, 1, 2]})) == [("b", "a"), ("b", "c")]
 
 
 JUNK = st.recursive(
@@ -234,7 +190,7 @@ def test_junk_is_kept_or_faulty_never_an_error(rows: list[tuple[str, dict[str, A
         ParsedRecord(kind, record, [RawRow("file", line, record)])
         for line, (kind, record) in enumerate(rows, 1)
     ]
-    validate_records(found, class_names([], found))
+    validate_records(found, class_names([], [item.record.get("label") for item in found]))
     kept = [(item.kind, item.record) for item in found if not item.fault]
     assert len({record_identity(kind, record) for kind, record in kept}) == len(kept)
     for kind, record in kept:

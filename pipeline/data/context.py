@@ -3,25 +3,21 @@
 Imports no torch.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from pipeline.config import Source
 from pipeline.data.identity import is_blank
 from pipeline.data.messages import (
-    KNOWN_KEYS,
     UNREAD_KEYS,
     carries_nothing,
     preview,
     read_message,
     unread_error,
 )
-from pipeline.data.schema import RawRow, RowError
+from pipeline.data.schema import RowError
 
 # Columns that are read as turns before the prompt, and their other names.
 CONTEXT = {"system": ("system", "system_prompt", "system_message"), "history": ("history",)}
-TURNS = {"system": "the system turn", "history": "earlier turns"}
 
 
 def context_columns(source: Source, data: dict[str, Any]) -> dict[str, str | list[str]]:
@@ -115,22 +111,3 @@ def _read_history(value: Any) -> list[Any]:
         f"history: expected [question, answer] pairs or messages, found {preview(value)}; "
         "map it with columns, or pass it over with ignore: [history]",
     )
-
-
-def has_values(column: str, rows: Iterable[RawRow]) -> bool:
-    """Return whether any row has something in a column."""
-    return any(not carries_nothing(row.data.get(column)) for row in rows)
-
-
-def unread_message_keys(values: Iterable[Any]) -> Counter[str]:
-    """Return the keys of messages that are neither read nor known to change nothing, and their counts."""
-    counts: Counter[str] = Counter()
-    for value in values:
-        for message in value if isinstance(value, list) else ():
-            if isinstance(message, list):  # a response of a ranking
-                counts += unread_message_keys([message])
-            elif isinstance(message, dict):
-                counts.update(
-                    key for key in message if key not in KNOWN_KEYS and not carries_nothing(message[key])
-                )
-    return counts

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from pipeline.data.identity import question
+from pipeline.data.identity import question, visible_text
 from pipeline.data.messages import read_message
 from pipeline.data.schema import Record, RowError
 
@@ -40,16 +40,14 @@ def parse_dialogue(chosen: Any, rejected: Any) -> Record:
 def split_shared(conversations: Sequence[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
     """Return the messages that all conversations begin with, and the rest of each, from a response on.
 
-    Messages are compared by role and content. Raises `RowError` if a message cannot be read, or if the
-    conversations share no turn before a response of each.
+    Messages are compared by role and by what a reader sees of their content. Raises `RowError` if a message
+    cannot be read, or if the conversations share no turn before a response of each.
     """
-    readable = [list(map(read_message, conversation)) for conversation in conversations]
-    turns = list(enumerate(zip(*readable, strict=False)))
-    parted = next((index for index, (first, *others) in turns if any(o != first for o in others)), len(turns))
+    seen = [list(map(_seen, conversation)) for conversation in conversations]
+    turns = list(enumerate(map(set, zip(*seen, strict=False))))  # what they have in each place
+    parted = next((index for index, messages in turns if len(messages) > 1), len(turns))
     answers = [
-        index
-        for index, messages in turns[: parted + 1]
-        if all(message["role"] == "assistant" for message in messages)
+        index for index, messages in turns[: parted + 1] if {role for role, _ in messages} == {"assistant"}
     ]
     if not answers:
         raise RowError("not-a-dialogue", "the two share no turn that a response of each follows")
@@ -100,6 +98,11 @@ def _split_turns(text: str) -> list[dict[str, str]]:
         {"role": TURN_ROLES[speaker], "content": said.strip()}
         for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
+
+
+def _seen(message: Any) -> tuple[str, str]:
+    read = read_message(message)
+    return read["role"], visible_text(read["content"])
 
 
 def _is_conversation(messages: list[Any]) -> bool:

@@ -81,14 +81,19 @@ def is_target(value: Record) -> bool:
     Raises `RowError` if its weight is neither 0 nor 1.
     """
     weights = {key: value[key] for key in WEIGHT_KEYS if not carries_nothing(value.get(key))}
-    numbers = [_WEIGHTS.get(str(weight).strip().lower()) for weight in weights.values()]
+    numbers = list(map(_read_weight, weights.values()))
     if None in numbers:
         key, weight = list(weights.items())[numbers.index(None)]
         raise RowError("unread-weight", f"an answer has {key} {preview(weight)}; expected 0 or 1")
     return 0 not in numbers
 
 
-_WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+def _read_weight(value: Any) -> int | None:
+    """Return 0 or 1, or None if the weight is neither."""
+    if isinstance(value, int | float):
+        return int(value) if value in (0, 1) else None
+    spellings = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    return spellings.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def check_unread(values: Record) -> None:

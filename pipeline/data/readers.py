@@ -15,15 +15,10 @@ from typing import Any
 from pipeline.config import Source, nearest
 from pipeline.data.context import (
     CONTEXT,
-    TURNS,
     add_context,
     check_columns,
     context_columns,
     drop_ignored,
-    has_values,
-    is_refused,
-    unread_message_keys,
-    used_columns,
 )
 from pipeline.data.dialogues import detach_prompt, parse_dialogue
 from pipeline.data.identity import canonical_text
@@ -62,41 +57,17 @@ class ParsedRecord:
 def read_source(source: Source) -> list[ParsedRecord]:
     """Read all rows of `source`, or its first `limit`. Raises `UserError` if the source cannot be read."""
     rows = list(islice(progress_bar("reading", "rows", iter_rows(source)), source.limit))
-    columns = _choose_columns(source, rows)
+    columns = choose_columns(source, rows)
 
     items = [_parse_row(source, columns, row) for row in rows]
     return _group_rankings(items) if "rank" in columns else items
 
 
-def reading_notes(source: Source, items: list[ParsedRecord]) -> list[str]:
-    """Return what a user must know about how a source was read, a line each.
-
-    `items` are as `read_source` returned them: columns that have values and are not read, columns that became
-    turns before the prompt, and keys of messages that are not read.
-    """
-    rows = [row for item in items for row in item.rows if isinstance(row.data, dict)]
-    columns = (*_choose_columns(source, rows), *KINDS[_kind_of_format(source.format)].optional)
-    turns = {name: column for row in rows for name, column in context_columns(source, row.data).items()}
-    notes = [
-        f"column {column} is read as {TURNS[name]}; ignore: [{column}] passes it over"
-        for name, column in turns.items()
-        if name not in source.columns and has_values(str(column), rows)
-    ]
-    read = {*columns, *map(str, turns.values()), *used_columns(source)}
-    others = dict.fromkeys(name for row in rows for name in row.data if name not in read)
-    if unread := [name for name in others if not is_refused(name) and has_values(name, rows)]:
-        notes.append(f"columns that are not read: {', '.join(unread)}")
-    keys = unread_message_keys(value for item in items for value in item.record.values())
-    if keys:
-        counted = ", ".join(f"{key} {count:,}" for key, count in sorted(keys.items()))
-        notes.append(f"keys of messages that are not read: {counted}")
-    return [f"{source.path or source.hub}: {note}" for note in notes]
-
-
 # Columns
 
 
-def _kind_of_format(format: str) -> str:
+def kind_of_format(format: str) -> str:
+    """Return the kind of records that a format yields."""
     return FORMAT_KINDS.get(format, format)
 
 
@@ -105,12 +76,12 @@ def _column_sets(format: str) -> list[tuple[str, ...]]:
     return [*standard, *ALTERNATIVES.get(format, [])]
 
 
-def _choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
+def choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
     """Return the column set of the format that the available and the mapped columns fill best.
 
     Raises `UserError` if a mapping is wrong or a column is missing.
     """
-    column_sets, optional = _column_sets(source.format), KINDS[_kind_of_format(source.format)].optional
+    column_sets, optional = _column_sets(source.format), KINDS[kind_of_format(source.format)].optional
     available = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     optional = (*optional, *CONTEXT)
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
@@ -176,7 +147,7 @@ def _describe(source: Source) -> str:
 
 def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedRecord:
     """Map the columns of a row to ours; the fault of a wrong row goes into its record."""
-    kind = _kind_of_format(source.format)
+    kind = kind_of_format(source.format)
     try:
         if row.fault:
             raise row.fault

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from pipeline.data.identity import canonical_text, is_blank, visible_identity
@@ -123,21 +124,33 @@ def _check_content(message: Record) -> Record:
     return message
 
 
-def _parse_response(value: Any, is_scored: bool = False) -> str | list[Record]:
-    """Return a string or a list of one assistant message. One that is only scored may have weight 0."""
+def _parse_response(value: Any, is_compared: bool = False, is_scored: bool = False) -> str | list[Record]:
+    """Return a string or a list of one assistant message.
+
+    One that is compared may be the rest of a conversation, from an assistant message to another one. One that
+    is only scored may have weight 0.
+    """
     value = read_messages_cell(value)
     response = _parse_text(value)
     if isinstance(response, str):
         return response
-    if [message["role"] for message in response] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in response)
+    roles = [message["role"] for message in response]
+    if roles != ["assistant"] and not (is_compared and _is_rest_of_conversation(roles)):
         raise RowError(
             "not-one-answer",
-            f"expected one assistant message, found {roles}; whole conversations are format: dialogues",
+            f"expected one assistant message, found {', '.join(roles)[:80]}"
+            + ("" if is_compared else "; pairs of whole conversations are format: dialogues"),
         )
     if not is_scored and not is_target(value[-1]):
         raise RowError("not-a-target", "the answer has weight 0: it is context, and not to be learned")
     return response
+
+
+def _is_rest_of_conversation(roles: list[str]) -> bool:
+    """Return whether the turns go from the assistant to the assistant, with another one after each."""
+    return roles[0] == roles[-1] == "assistant" and not any(
+        one == other == "assistant" for one, other in pairwise(roles)
+    )
 
 
 def _parse_optional_text(value: Any) -> str | list[Record]:
@@ -189,10 +202,10 @@ def _parse_origin(value: Any) -> str | None:
 _PARSERS: dict[str, Callable[..., Any]] = {
     "prompt": _parse_text,
     "completion": _parse_response,
-    "chosen": _parse_response,
-    "rejected": _parse_response,
+    "chosen": partial(_parse_response, is_compared=True),
+    "rejected": partial(_parse_response, is_compared=True),
     "response": partial(_parse_response, is_scored=True),
-    "responses": partial(_parse_each, _parse_response, "not-text"),
+    "responses": partial(_parse_each, partial(_parse_response, is_compared=True), "not-text"),
     "ranks": partial(_parse_each, _parse_rank, "not-a-rank"),
     "label": parse_label,
     "rating": _parse_number,

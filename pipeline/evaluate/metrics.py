@@ -16,7 +16,7 @@ from pipeline.evaluate.statistics import (
     length_correlation,
     win_rate,
 )
-from pipeline.models.chat import completion_text
+from pipeline.models.chat import response_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split
 from pipeline.reward.functions import RewardFunction
 from pipeline.reward.metrics import pair_accuracy
@@ -57,7 +57,7 @@ def reward_metrics(
 
 def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> float:
     records = pairs.remove_columns(["chosen", "rejected"])
-    texts = [list(map(completion_text, pairs[side])) for side in ("chosen", "rejected")]
+    texts = [list(map(response_text, pairs[side])) for side in ("chosen", "rejected")]
     sides = [
         {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
         for side in texts

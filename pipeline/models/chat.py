@@ -176,6 +176,28 @@ def completion_text(completion: Text) -> str:
     return completion[0]["content"]
 
 
+def split_response(prompt: Text, response: Text) -> tuple[Text, Text]:
+    """Return the conversation before the last message of a response, and that message.
+
+    A response of several messages is the rest of a conversation, which begins and ends with the assistant.
+    Raises `UserError` if it does not.
+    """
+    if isinstance(response, str) or len(response) < 2:
+        return prompt, response
+    if any(message["role"] != "assistant" for message in (response[0], response[-1])):
+        roles = ", ".join(str(message["role"]) for message in response)
+        raise UserError(
+            f"a response of {len(response)} messages ({roles}): expected the first and the last one from the "
+            "assistant; the prompt is no part of it"
+        )
+    return [*(as_messages(prompt) if prompt else []), *response[:-1]], response[-1:]
+
+
+def response_text(response: Text) -> str:
+    """Return the texts of a response's messages, a line each."""
+    return response if isinstance(response, str) else "\n".join(message["content"] for message in response)
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a text alone; a special token that it spells is text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -26,8 +26,9 @@ from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.data.files import READERS
 from pipeline.data.labels import class_names, merged_spellings
+from pipeline.data.notes import reading_notes
 from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import ParsedRecord, read_source, reading_notes
+from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.data.schema import ROLES, SPLITS, RawRow, Record
 from pipeline.data.sources import skipped_files, source_files
 from pipeline.data.validation import ordered_pairs, record_identity, validate_records
@@ -187,8 +188,12 @@ def _require_valid_rows(
 def _derive_kinds(records: RecordsByKind) -> RecordsByKind:
     """Return the kinds that no source has, derived from the others; each record once."""
     comparisons, rankings = records.get("comparisons", []), records.get("rankings", [])
-    chosen = [(record["prompt"], record["chosen"]) for record in comparisons]
-    best = [(ranking["prompt"], response) for ranking in rankings for response in _best_responses(ranking)]
+    chosen = [(record["prompt"], _first_message(record["chosen"])) for record in comparisons]
+    best = [
+        (ranking["prompt"], _first_message(response))
+        for ranking in rankings
+        for response in _best_responses(ranking)
+    ]
     pairs = [(ranking["prompt"], *pair) for ranking in rankings for pair in ordered_pairs(ranking)]
 
     derived: RecordsByKind = {
@@ -203,6 +208,11 @@ def _derive_kinds(records: RecordsByKind) -> RecordsByKind:
         for kind, candidates in derived.items()
         if candidates and kind not in records
     }
+
+
+def _first_message(response: Any) -> Any:
+    """Return what responds to the prompt: of the rest of a conversation, its first message."""
+    return response[:1] if isinstance(response, list) else response
 
 
 def _best_responses(ranking: Record) -> list[Any]:

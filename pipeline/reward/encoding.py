@@ -26,6 +26,7 @@ from pipeline.models.chat import (
     encode_turn,
     prompt_ids,
     read_markup,
+    split_response,
     truncated_lengths,
 )
 from pipeline.models.templates import is_plain
@@ -89,8 +90,10 @@ def encode_response(
     """Encode one prompt and one response.
 
     The prompt is a string or messages, and "" if there is none. The response is a string or one assistant
-    message. Raises `UserError` if the template refuses the conversation.
+    message. If it is the rest of a conversation, its last message is the response to all before it. Raises
+    `UserError` if the template refuses the conversation.
     """
+    prompt, response = split_response(prompt, response)
     return FORMS[encoding.form](tokenizer, encoding, prompt, response)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from pipeline.models.chat import completion_text
+from pipeline.models.chat import response_text
 from pipeline.reward import metrics
 from pipeline.reward.model import RewardModel
 
@@ -44,7 +44,7 @@ def evaluate_reward_model(reward: RewardModel, records: dict[str, Dataset]) -> d
 def _evaluate_pairs(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
     scores = reward.score(pairs["prompt"][:] * 2, pairs["chosen"][:] + pairs["rejected"][:])
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
-    lengths = [[len(completion_text(text)) for text in pairs[side]] for side in ("chosen", "rejected")]
+    lengths = [[len(response_text(text)) for text in pairs[side]] for side in ("chosen", "rejected")]
     sources = pairs["source"][:] if "source" in pairs.column_names else None
     return metrics.pair_metrics(chosen, rejected, lengths, sources) | {
         "calibration": metrics.calibration(chosen, rejected)

@@ -23,7 +23,7 @@ from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import is_adapter, read_adapter
-from pipeline.models.chat import completion_text, text_ids
+from pipeline.models.chat import response_text, text_ids
 from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_classifier, load_tokenizer, settle_trust
 from pipeline.models.positions import max_positions, mixing_limit
@@ -207,7 +207,7 @@ class RewardModel:
     def lengths(self, responses: Sequence[Text]) -> list[int]:
         """Return the length of each response in tokens."""
         check_texts("responses", responses)
-        return [len(text_ids(self.tokenizer, completion_text(text))) for text in responses]
+        return [len(text_ids(self.tokenizer, response_text(text))) for text in responses]
 
     def probabilities(self, prompts: Sequence[Text], responses: Sequence[Text]) -> list[dict[str, float]]:
         """Return {class: probability} for each response: the softmax, or of a multi-label model the sigmoids.

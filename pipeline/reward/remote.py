@@ -31,7 +31,7 @@ from pipeline.config import Reward
 from pipeline.data.schema import Text
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter
-from pipeline.models.chat import completion_text, read_markup
+from pipeline.models.chat import completion_text, read_markup, split_response
 from pipeline.models.load_errors import explain_load_errors
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import Encoded, concatenated_text, prompt_text
@@ -74,6 +74,7 @@ class RemoteRewardModel(RewardModel):
     def _texts(self, prompt: Text, response: Text, encoded: Encoded) -> list[str]:
         """Return the texts that TEI's own tokenizer turns into the ids."""
         encoding, tokenizer = self.settings.encoding, self.tokenizer
+        prompt, response = split_response(prompt, response)
         texts = (
             [prompt_text(prompt, encoding.separator), completion_text(response)]
             if encoding.form == "pair"

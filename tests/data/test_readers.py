@@ -180,12 +180,106 @@ def test_message_lists_share_their_prompt() -> None:
         ("Title\n\nHuman: Q\n\nAssistant: a", "Title\n\nHuman: Q\n\nAssistant: b", "not-a-dialogue"),
         (None, "\n\nHuman: Q\n\nAssistant: a", "not-text"),
         ([user("Q")], "\n\nHuman: Q\n\nAssistant: a", "not-text"),
+        ([user("Q")], [user("Q")], "not-a-dialogue"),
+        ([], [user("Q"), assistant("a")], "not-a-dialogue"),
+        ([user("Q"), assistant("a")], [user("R"), assistant("a")], "not-a-dialogue"),
+        ([user("Q"), {"role": "narrator", "content": "a"}], [user("Q"), assistant("a")], "not-text"),
+        ([user("Q"), assistant("a") | {"tool_calls": [1]}], [user("Q"), assistant("b")], "tool-calls"),
     ],
 )
 def test_what_is_no_dialogue(chosen: Any, rejected: Any, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         parse_dialogue(chosen, rejected)
     assert caught.value.reason == reason
+
+
+def test_line_ends_of_windows_part_turns() -> None:
+    crlf = "\r\n\r\nHuman: Q\r\nmore\r\n\r\nAssistant: "
+    assert parse_dialogue(crlf + "a", crlf + "b") == {
+        "prompt": [user("Q\r\nmore")],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+    }
+    mixed = parse_dialogue("\n\nHuman: Q\n\nAssistant: a", "\r\n\r\nHuman: Q\r\n\r\nAssistant: b")
+    assert (mixed["prompt"], mixed["chosen"]) == ([user("Q")], [assistant("a")])
+
+
+def test_messages_are_compared_by_role_and_content() -> None:
+    chosen = [user("Q") | {"id": "c"}, assistant("a") | {"weight": 1}, user("R"), assistant("b") | {"id": 1}]
+    rejected = [{"from": "human", "value": "Q"}, assistant("a") | {"name": None}, user("R"), assistant("c")]
+    found = parse_dialogue(chosen, rejected)
+    assert (found["prompt"], found["chosen"], found["rejected"]) == (chosen[:3], chosen[3:], rejected[3:])
+    swapped = parse_dialogue([user("Q"), assistant("Q")], [user("Q"), assistant("a")])
+    assert (swapped["prompt"], swapped["chosen"]) == ([user("Q")], [assistant("Q")])
+
+
+def test_dialogues_that_part_early_share_what_is_before_the_first_other_answer() -> None:
+    head, tails = [user("Q")], [[assistant(text), user("R"), assistant("b")] for text in "ac"]
+    found = parse_dialogue(head + tails[0], head + tails[1])
+    assert (found["prompt"], found["chosen"], found["rejected"]) == (head, *tails)
+    shorter = parse_dialogue(head + tails[0], head + tails[0][:1])
+    assert (shorter["chosen"], shorter["rejected"]) == (tails[0], tails[0][:1])
+    by_user = parse_dialogue([*head, *tails[0]], [*head, assistant("a"), user("S"), assistant("b")])
+    assert by_user["rejected"] == [assistant("a"), user("S"), assistant("b")]  # both begin with an answer
+
+
+def test_responses_that_repeat_their_prompt_lose_it(tmp_path: Path) -> None:
+    whole = [user("Q"), assistant("a")]
+    rows = [
+        {"prompt": "Q", "chosen": whole, "rejected": [user("Q "), assistant("b")]},
+        {"prompt": "Q", "chosen": [{"role": "system", "content": "S"}, *whole], "rejected": whole},
+        {"prompt": "P", "chosen": whole, "rejected": whole},
+    ]
+    items = read("comparisons", jsonl(tmp_path / "a.jsonl", rows))
+    assert faults(items) == [(2, "not-a-dialogue"), (3, "not-one-answer")]
+    assert (items[0].record["prompt"], items[0].record["rejected"]) == ([user("Q")], [assistant("b")])
+    ranked = {"prompt": "Q", "responses": [whole, [user("Q"), assistant("b")]], "ranks": [1, 2]}
+    (record,) = records("rankings", jsonl(tmp_path / "b.jsonl", [ranked]))
+    assert (record["prompt"], record["responses"]) == ([user("Q")], [[assistant("a")], [assistant("b")]])
+    (record,) = records(
+        "ratings", jsonl(tmp_path / "c.jsonl", [{"prompt": "Q", "completion": whole, "rating": 1}])
+    )
+    assert (record["prompt"], record["completion"]) == ([user("Q")], [assistant("a")])
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps], ids=["python", "json"])
+def test_serialized_cells_are_what_they_serialize(tmp_path: Path, write: Any) -> None:
+    whole = [[user("Q"), assistant(text)] for text in "ab"]
+    rows = {
+        "comparisons": {"prompt": "Q", "chosen": write(whole[0]), "rejected": write(whole[1])},
+        "dialogues": {"chosen": write(whole[0]), "rejected": write(whole[1])},
+        "rankings": {"prompt": "Q", "responses": write(["a", "b"]), "ranks": write([1, 2])},
+        "demonstrations": {"messages": write(whole[0])},
+        "prompts": {"prompt": write([user("Q")])},
+    }
+    found = {}
+    for format, row in rows.items():
+        datasets.Dataset.from_list([row]).to_csv(tmp_path / f"{format}.csv")
+        (found[format],) = records(format, tmp_path / f"{format}.csv")
+    assert found["comparisons"]["chosen"] == found["dialogues"]["chosen"] == [assistant("a")]
+    assert found["comparisons"]["prompt"] == found["dialogues"]["prompt"] == [user("Q")]
+    assert (found["rankings"]["responses"], found["rankings"]["ranks"]) == (["a", "b"], [1, 2])
+    assert found["demonstrations"]["completion"] == [assistant("a")]
+    assert found["prompts"]["prompt"] == [user("Q")]
+
+
+def test_rankings_by_answer_are_grouped_by_what_their_prompts_say(tmp_path: Path) -> None:
+    prompts = ["Q", [user("Q")], [{"from": "human", "value": "Q", "id": 1}]]
+    rows = [{"prompt": prompt, "response": f"a{n}", "rank": n} for n, prompt in enumerate(prompts, 1)]
+    (record,) = records("rankings", jsonl(tmp_path / "a.jsonl", rows))
+    assert (record["responses"], record["ranks"]) == (["a1", "a2", "a3"], [1, 2, 3])
+
+
+def test_a_row_that_is_nested_too_deeply_has_a_reason(tmp_path: Path) -> None:
+    path, deep = tmp_path / "a.jsonl", "[" * 900 + "]" * 900
+    rows = (
+        f'{{"prompt": {deep}, "response": "a", "rank": {deep}}}',
+        '{"prompt": "Q", "response": "a", "rank": 1}',
+    )
+    path.write_text("\n".join(rows), encoding="utf-8")
+    items = read("rankings", path)
+    assert [item.fault.reason if item.fault else None for item in items if item.rows[0].line == 2] == [None]
+    assert sum(len(item.rows) for item in items) == 2
 
 
 SAID = (

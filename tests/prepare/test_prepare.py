@@ -87,6 +87,21 @@ def test_rankings_give_comparisons_and_demonstrations(tmp_path: Path) -> None:
     assert manifest(published)["rows"]["derived"] == {"comparisons": 2, "demonstrations": 1, "prompts": 1}
 
 
+def test_conversations_that_part_early_are_pairs_of_conversations(tmp_path: Path) -> None:
+    def conversation(first: str, last: str) -> list[dict[str, str]]:
+        texts = zip(("user", "assistant") * 2, ("Q", first, "So?", last), strict=True)
+        return [{"role": role, "content": text} for role, text in texts]
+
+    chosen, rejected = conversation("Hm.", "good"), conversation("Eh.", "bad")
+    path = write(tmp_path / "a.jsonl", [{"chosen": chosen, "rejected": rejected}])
+    published = prepare(tmp_path, {"format": "dialogues", "path": path})
+    assert rows_of(published, "comparisons") == [
+        {"prompt": Q, "chosen": chosen[1:], "rejected": rejected[1:]}
+    ]
+    assert rows_of(published, "demonstrations") == [{"prompt": Q, "completion": chosen[1:2]}]
+    assert rows_of(published, "prompts") == [{"prompt": Q}]
+
+
 def test_what_a_source_gives_is_not_derived(tmp_path: Path) -> None:
     pairs = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
     other = write(tmp_path / "b.jsonl", [{"prompt": "P", "completion": "c"}])
@@ -283,6 +298,23 @@ def test_it_says_what_was_kept_and_what_was_skipped(
         ]
     prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1})
     assert capsys.readouterr().out == "  1 of 1 rows kept\n"
+
+
+def test_it_says_what_was_not_read_and_which_labels_are_one_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"Q{n}", "completion": "a", "label": label, "id": n}
+        for n, label in enumerate([True, 1, 0])
+    ]
+    published = prepare(tmp_path, {"format": "labels", "path": write(tmp_path / "a.jsonl", rows)})
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"  {tmp_path}/a.jsonl: columns that are not read: id",
+        "  labels: one class in several spellings: true is '1' 1, 'true' 1",
+        "  3 of 3 rows kept",
+    ]
+    found = {row["prompt"]: row["label"] for row in rows_of(published, "labels")}
+    assert found == {"Q0": 1, "Q1": 1, "Q2": 0}
 
 
 def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:

@@ -66,3 +66,27 @@ def test_the_group_is_the_prompt_or_else_the_completion() -> None:
     )
     assert splits.split_key({"prompt": "", "completion": "a"}) == "a"
     assert splits.split_key({"prompt": [message, message]}) != splits.split_key({"prompt": "Q"})
+
+
+LOOKS = st.sampled_from(["{}", " {}", "{}\r\n", "{}\u200b", "\ufeff{}"])
+TEXTS = st.builds(str.format, LOOKS, st.sampled_from(["caf\u00e9", "cafe\u0301", "tea", "milk", "water"]))
+SYSTEM = st.sampled_from(
+    [[], [{"role": "system", "content": "Be kind."}], [{"role": "system", "content": "No."}]]
+)
+PROMPTS = TEXTS | st.tuples(SYSTEM, TEXTS).map(lambda pair: [*pair[0], {"role": "user", "content": pair[1]}])
+
+
+@given(st.lists(PROMPTS, min_size=1, max_size=30), st.integers(0, 9))
+def test_a_question_is_in_one_split_however_it_is_asked(prompts, seed: int) -> None:
+    records = [{"prompt": prompt} for prompt in prompts]
+    split_of = splits.assign_records(records, {"validation": 0.3, "test": 0.3}, seed)
+    questions = {splits.split_key(record) for record in records}
+    assert split_of.keys() == questions <= {"caf\u00e9", "tea", "milk", "water"}
+
+
+def test_prompts_that_are_alone_are_where_their_text_puts_them() -> None:
+    texts = [f"Q{n}{' ' * (n % 3)}" for n in range(50)]
+    fractions = {"validation": 0.2, "test": 0.2}
+    by_text = splits.assign_splits(texts, fractions, 1)
+    by_key = splits.assign_records([{"prompt": text} for text in texts], fractions, 1)
+    assert by_key == {text.strip(): split for text, split in by_text.items()}

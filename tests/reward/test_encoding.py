@@ -72,7 +72,7 @@ def test_what_is_cut(tokenizer, how, expected):
 )
 def test_a_pair_is_what_the_tokenizer_itself_makes_of_it(prompt, answer):
     found = encode_response(ENCODER, PAIR, prompt, answer)
-    own = ENCODER(prompt, answer, return_token_type_ids=True)
+    own = ENCODER(prompt, answer, return_token_type_ids=True, split_special_tokens=True)
     assert found.ids == own["input_ids"]
     assert [int(i >= found.response_start) for i in range(len(found.ids))] == own["token_type_ids"]
 
@@ -88,6 +88,30 @@ def test_messages_are_their_text():
         text(ENCODER, encode_response(ENCODER, PAIR, turns, "cd").ids)
         == "[CLS]system: s\nuser: u[SEP]cd[SEP]"
     )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "how", "expected"),
+    [
+        (DECODER, CHAT, "Q\na<|eos|>R\nb<|eos|>"),
+        (DECODER, cut(CHAT, 5), "<|eos|>R\nb<|eos|>"),
+        (ENCODER, PAIR, "[CLS]user: Q\nassistant: a\nuser: R[SEP]b[SEP]"),
+        (DECODER, TEXT, "user: Q\nassistant: a\nuser: R\nb"),
+    ],
+)
+def test_the_rest_of_a_conversation_is_read_as_the_conversation(tokenizer, how, expected):
+    user, answer, asked, last = (
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "QaRb", strict=True)
+    )
+    found = encode_response(tokenizer, how, "Q", [answer, asked, last])
+    assert found == encode_response(tokenizer, how, [user, answer, asked], "b")
+    assert text(tokenizer, found.ids) == expected
+
+
+def test_a_response_that_repeats_its_prompt_is_refused():
+    conversation = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match=r"a response of 2 messages \(user, assistant\): expected the first"):
+        encode_response(DECODER, CHAT, "Q", conversation)
 
 
 def test_no_prompt_is_the_answer_alone():

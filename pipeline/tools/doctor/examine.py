@@ -21,7 +21,7 @@ from pipeline.config import OBJECTIVES, Reward, StageConfig
 from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS
 from pipeline.errors import UserError, explain_row, one_line
-from pipeline.models.chat import encode_turn, prompt_ids
+from pipeline.models.chat import encode_turn, prompt_ids, split_response
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.reward.dataset import check_records
@@ -176,7 +176,8 @@ def _row_lengths(config: Any, tokenizer: Any, row: Any) -> list[int]:
     if config.stage == "reward":
         responses = KINDS[OBJECTIVES[config.objective].kind].responses
         assert responses, f"{config.objective} learns from responses"
-        return [sum(map(len, encode_turn(tokenizer, row["prompt"], text))) for text in responses(row)]
+        turns = (split_response(row["prompt"], response) for response in responses(row))
+        return [sum(map(len, encode_turn(tokenizer, *turn))) for turn in turns]
     return []
 
 

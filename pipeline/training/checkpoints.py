@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +59,30 @@ def train_with_resume(trainer: Trainer, work: Path) -> None:
         trainer.add_callback(StopAtLastStep(trainer))
     trackers.start_trackers(trainer, work, int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
 
-    try:
-        with stopper.handlers():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        # If the disk is full, `torch.save` only reports that its file is shorter than expected.
-        if "inline_container" in str(error) and shutil.disk_usage(work).free < 2**20:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
-        raise
+    with stopper.handlers(), _explain_failures(trainer, work):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     trackers.end_trackers(trainer)
     disable_zero3_init(trainer.args)  # again, because initializing DeepSpeed enables it
     stopper.agree()
     if stopper.signal:
         raise Stopped(stopper.signal)
+
+
+@contextmanager
+def _explain_failures(trainer: Trainer, work: Path) -> Iterator[None]:
+    """Raise what a `RuntimeError` of torch in this block is about, if its message tells."""
+    try:
+        yield
+    except RuntimeError as error:
+        # If the disk is full, `torch.save` only reports that its file is shorter than expected.
+        if "inline_container" in str(error) and shutil.disk_usage(work).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work)) from error
+        if "probability tensor contains" in str(error):  # from TRL's trainers, which sample with `generate`
+            stage, step = artifact_folder(work).name, trainer.state.global_step
+            problem = "the probabilities of tokens are not finite; nothing is published"
+            raise UserError(f"{stage}: step {step}: {problem}; {REMEDY}") from error
+        raise
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -12,6 +12,7 @@ from pipeline import config
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import read_manifest, work_folder
+from pipeline.artifacts.seals import seal_folder
 from pipeline.cli import main
 from pipeline.formatting.numbers import format_age, format_size
 
@@ -147,13 +148,15 @@ def test_an_interrupted_stage_shows_the_step_it_resumes_from(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for stage in ("reward", "ppo"):  # one that was published before, and one that was not
-        for step in (9, 20, 40):  # nothing resumes from the last step
+        for step in (20, 30, 40):  # nothing resumes from the last step
             checkpoint = work_folder(run / stage) / f"checkpoint-{step}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 40}))
+            if step != 30:  # it was being saved when the run was killed
+                seal_folder(checkpoint, step)
     assert main(["show", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert table_of(shown)["ppo"][::2] == ["interrupted, resumes from step 20", "107 B"]
+    assert table_of(shown)["ppo"][::2] == ["interrupted, resumes from step 20", "444 B"]
     assert table_of(shown)["reward"][0] == "done"
     assert shown.rstrip().splitlines()[-1] == "reward: made again: interrupted, resumes from step 20"
     with FileLock(run / ".lock"):

@@ -66,5 +66,5 @@ def _draw(case: Case, reference: Any) -> Signal | AtChange:
 
 
 SECTION = Section(
-    "kills", plan, run, "{kills} kills, results identical in {identical} of {runs} runs", full=90, short=16
+    "kills", plan, run, "{kills} kills, results identical in {identical} of {runs} runs", full=90, short=12
 )

@@ -143,5 +143,5 @@ def _mend(folder: Path, fault: Any) -> None:
 
 
 SECTION = Section(
-    "machine", plan, run, "{failed} commands failed by the machine, {recovered} recovered", full=150, short=18
+    "machine", plan, run, "{failed} commands failed by the machine, {recovered} recovered", full=150, short=14
 )

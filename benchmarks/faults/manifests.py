@@ -135,5 +135,5 @@ SECTION = Section(
     run,
     "mutated manifests {manifest}, reward.json {reward}, fingerprints {fingerprint}, caches {cache}",
     full=400,
-    short=50,
+    short=40,
 )

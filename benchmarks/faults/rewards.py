@@ -110,5 +110,5 @@ SECTION = Section(
     run,
     "{functions} functions: {refused} refused in one line, {accepted} with the result of right rewards",
     full=len(REFUSED) + len(ACCEPTED),
-    short=10,
+    short=8,
 )

@@ -245,4 +245,6 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-SECTION = Section("rows", plan, run, "{read} rows accounted for in {files} files, {refused} refused", 640, 40)
+SECTION = Section(
+    "rows", plan, run, "{read} rows accounted for in {files} files, {refused} refused", full=640, short=60
+)

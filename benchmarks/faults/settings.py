@@ -110,7 +110,7 @@ TRAINING_VALUES = (
     -0.5,
     10**30,
 )
-TRAINING_SECONDS = 45.0
+TRAINING_SECONDS = 120.0
 # Fields that may change where files go, ask for hardware, or keep a run from ending by their meaning.
 NOT_TRIED = ("output_dir", "logging_dir", "num_train_epochs", "max_steps", "num_rollouts", "total_episodes")
 
@@ -221,5 +221,5 @@ SECTION = Section(
     run,
     "{dry runs} configs and overrides, {accepted} accepted; {trained} settings trained with",
     full=500,
-    short=80,
+    short=60,
 )

@@ -155,4 +155,4 @@ def _figures() -> str:
     return f"files {refused}; broken checkpoints {{checkpoints}}, same result {{resumed}}"
 
 
-SECTION = Section("bytes", plan, run, _figures(), full=300, short=48)
+SECTION = Section("bytes", plan, run, _figures(), full=300, short=40)

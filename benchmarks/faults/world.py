@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +73,41 @@ class Reference:
 
 @dataclass
 class World:
-    """The published run in `folder`, and beside it a partial folder of each stage that trains."""
+    """The published run in `folder`; beside it a partial folder of each stage that trains, and references."""
 
     folder: Path
-    partials: Path
-    references: dict[tuple[str, int], Reference] = field(default_factory=dict)
+
+    @property
+    def partials(self) -> Path:
+        return self.folder.with_name("partials")
 
     def needs(self, command: str) -> list[str]:
         """Return what a command starts from, as paths in `folder`."""
         return [*FILES, *(f"{RUN}/{stage}" for stage in INPUTS[command])]
 
     def reference(self, command: str, processes: int = 1) -> Reference:
-        """Return the undisturbed command in so many processes; run it if it has not been run yet."""
-        key = (command, processes)
-        if key not in self.references:
+        """Return the undisturbed command in so many processes; run it if no lane has run it yet."""
+        file = self.folder.with_name(f"reference-{command}-{processes}.json")
+        if not file.exists():
             scratch = self.folder.with_name(f"reference-{command}-{processes}-{os.getpid()}")
             with scratch_copy(scratch, self.folder, self.needs(command)):
-                self.references[key] = _run(command, scratch, processes)
-        return self.references[key]
+                self.keep(command, processes, _run(command, scratch, processes))
+        return Reference(**json.loads(file.read_text()))
+
+    def keep(self, command: str, processes: int, reference: Reference) -> None:
+        """Keep a reference for all lanes."""
+        file = self.folder.with_name(f"reference-{command}-{processes}.json")
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(vars(reference)))
+        temporary.replace(file)
 
 
 def build_world(folder: Path) -> World:
     """Make the world below `folder`. Raises `RuntimeError` if a command fails undisturbed."""
-    world = World(folder / "world", folder / "partials")
+    world = World(folder / "world")
     write_inputs(world.folder)
     for command in COMMANDS:
-        world.references[command, 1] = _run(command, world.folder)
+        world.keep(command, 1, _run(command, world.folder))
     for stage in TRAINED_STAGES:
         _interrupt(world, stage)
     return world

@@ -14,7 +14,7 @@ RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY
 STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu oracle notebooks lint docs bench-reward bench-ppo study clean
+.PHONY: help setup run $(STAGES) test test-gpu faults oracle notebooks lint docs bench-reward bench-ppo study clean
 
 help:  ## list the targets and variables
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -46,6 +46,9 @@ test: setup  ## run the tests, WORKERS=2 at a time (REAL_DATA=folder adds those 
 test-gpu: setup  ## run the tests that train and score; needs an NVIDIA GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'error: make test-gpu: torch sees no NVIDIA GPU')"
 	$(BIN)/python -m pytest tests/sft tests/reward tests/ppo tests/test_pipeline.py $(ARGS)
+
+faults: setup  ## kill, corrupt and starve every part of the pipeline, and count what held (ARGS=--short)
+	$(BIN)/python -m benchmarks.faults.run $(ARGS)
 
 oracle: setup build/trl-1.12  ## compare PPO with TRL 1.12, its last release with PPO
 	PYTHONPATH=build/trl-1.12 $(BIN)/python -m pytest -m oracle tests/ppo/test_trl112.py $(ARGS)

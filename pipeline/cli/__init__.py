@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
 from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
-from pipeline.errors import UserError, modules_of, one_line
+from pipeline.errors import UserError, as_line, modules_of, one_line
 
 STAGE_MODULE = re.compile(r"pipeline\.\w+\.stage")
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message, code = _explain(error, args.command)
         if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
-            print(f"{'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+            print(f"{'error: ' if code != 130 else ''}{as_line(message)}", file=sys.stderr)
         return code
 
 

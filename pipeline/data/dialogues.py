@@ -19,11 +19,8 @@ def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
     (`\\n\\nHuman: … \\n\\nAssistant: …`) or message lists. Raises `RowError` if they are neither.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        cuts = [
-            match.start()
-            for match in re.finditer(ASSISTANT_TURN, chosen)
-            if rejected.startswith(chosen[: match.end()])
-        ]
+        shared = _count_shared(chosen, rejected)
+        cuts = [m.start() for m in re.finditer(ASSISTANT_TURN, chosen) if m.end() <= shared]
         if not cuts:
             raise RowError("not-a-dialogue", f"the two share no {ASSISTANT_TURN!r}")
         return {
@@ -41,6 +38,12 @@ def parse_dialogue(chosen: Any, rejected: Any) -> dict[str, Any]:
     raise RowError(
         "not-text", f"expected two dialogues, found {type(chosen).__name__} and {type(rejected).__name__}"
     )
+
+
+def _count_shared(one: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def parse_turns(text: str) -> list[dict[str, str]]:

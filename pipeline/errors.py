@@ -1,9 +1,20 @@
-"""User errors, printed as one line without a traceback; signals; and where an error comes from."""
+"""User errors, printed as one line without a traceback; signals; where an error comes from; safe text."""
 
+import re
 import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Escape sequences of a terminal: with an end of their own (OSC, DCS, …), with parameters (CSI), and others.
+ESCAPES = re.compile(
+    r"\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[ -/]*[0-~]?"
+)
+# Other controls but tab and line feed, and marks that reorder text. Half a surrogate pair cannot be printed.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(0x7F, 0xA0)])
+REORDERING = dict.fromkeys([0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)])
+SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
+UNPRINTABLE = CONTROLS | REORDERING | SURROGATES
 
 
 class UserError(Exception):
@@ -31,9 +42,23 @@ def explain_row(row: str) -> Iterator[None]:
         raise UserError(f"{row}: {error}") from error
 
 
+def printable(text: str) -> str:
+    """Return text without what could move the cursor, colour, hide or reorder what a terminal shows.
+
+    Messages contain text from data, servers and models. Line feeds and tabs remain.
+    """
+    return ESCAPES.sub("", text).translate(UNPRINTABLE)
+
+
+def as_line(text: str) -> str:
+    """Return text that is safe to print, on one line."""
+    words = " ".join(ESCAPES.sub("", text).split())  # some controls are white space
+    return " ".join(words.translate(UNPRINTABLE).split())
+
+
 def one_line(error: BaseException) -> str:
     """Return the whole message of an error on one line; its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return as_line(str(error)) or type(error).__name__
 
 
 def modules_of(error: BaseException) -> list[str]:

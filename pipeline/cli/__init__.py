@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
 from pipeline.distributed.processes import destroy_process_group, is_initialized, is_main_process
-from pipeline.errors import Stopped, UserError, modules_of, one_line
+from pipeline.errors import Stopped, UserError, as_line, modules_of, one_line
 
 STAGE_MODULE = re.compile(r"pipeline\.\w+\.stage")
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = _explain(error, args.command)
         if is_main_process() or is_initialized():  # earlier, all ranks meet the same error
             is_stopped = isinstance(error, KeyboardInterrupt)
-            print(f"{'' if is_stopped else 'error: '}{message}", file=sys.stderr)
+            print(f"{'' if is_stopped else 'error: '}{as_line(message)}", file=sys.stderr)
         return code
 
 

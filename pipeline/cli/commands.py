@@ -17,7 +17,7 @@ from pipeline.artifacts.seals import sealed_steps
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
 from pipeline.distributed.processes import init_process_group, is_main_process
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import Stopped, UserError, as_line, printable
 
 
 def run_recipe(args: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
     with _explain_stop(lambda: _describe_resume(loaded)):
         _run(loaded)
     if loaded.stage == "evaluate" and is_main_process():
-        print(import_module("pipeline.evaluate.summary").summary_table(loaded.folder))
+        print(printable(import_module("pipeline.evaluate.summary").summary_table(loaded.folder)))
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -95,7 +95,8 @@ def show(args: argparse.Namespace) -> None:
     """Print the state of a run, an artifact and its inputs, or the difference between two."""
     from pipeline.tools.show.show import show_folders
 
-    print(show_folders([Path(folder) for folder in (args.folder, args.other) if folder], args.verify))
+    folders = [Path(folder) for folder in (args.folder, args.other) if folder]
+    print(printable(show_folders(folders, args.verify)))
 
 
 def push(args: argparse.Namespace) -> None:
@@ -143,7 +144,7 @@ def compare(args: argparse.Namespace) -> None:
 
     reward = _reward(args)
     silence_libraries()
-    print(compare_responses(reward, args.prompt, args.answers, args.overlong))
+    print(printable(compare_responses(reward, args.prompt, args.answers, args.overlong)))
 
 
 # Commands but the stages, which share `run_stage`.
@@ -237,7 +238,7 @@ def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[
         if problem := unsupported_sharding(launched, getattr(recipe[stage], "algorithm", "ppo")):
             findings, errors = [*findings, ("launch", f"error: {problem}")], errors + 1
         total += errors
-        lines = [f"  {what:<10} {text}" for what, text in findings]
+        lines = [f"  {what:<10} {as_line(text)}" for what, text in findings]
         print("\n".join([f"{stage}: {recipe[stage].folder}", *lines]), flush=True)
     return total
 

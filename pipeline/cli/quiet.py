@@ -5,6 +5,16 @@ import os
 import sys
 import warnings
 
+from pipeline.errors import as_line
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log messages without what a terminal would not show as text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message of a record, on one line."""
+        return as_line(super().format(record))
+
 
 def silence_libraries() -> None:
     """Hide such warnings, and show progress bars only on a terminal. Imports transformers and datasets."""
@@ -20,6 +30,9 @@ def silence_libraries() -> None:
     _drop("transformers.trainer_utils", "mtime may not be reliable on this filesystem")
     # Weights that are tied to the embeddings are saved once.
     _drop("transformers.trainer", "missing keys in the checkpoint model loaded: ['lm_head.weight'].")
+
+    if logging.lastResort is not None:  # prints this package's warnings, which contain text of models
+        logging.lastResort.setFormatter(PrintableFormatter())
 
     import datasets
     from transformers.utils import logging as transformers_logging

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
 
 MAX_SAMPLES = 40  # prompts whose responses the report shows
+MAX_DIFF_WORDS = 1_000  # of texts that are compared word by word
+MAX_DIFF_PAIRS = 20_000  # of equal words in two such texts, by which the time of the comparison grows
 
 Words = list[tuple[str, bool]]  # parts of a text, each with whether the other text has other words there
 
@@ -140,7 +145,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_format_value, sort_key=as_finite)
+    environment.filters.update(number=_format_value, sort_key=as_finite, sha256=_hash_source)
     page = environment.get_template("report.html.j2").render(_template_values(data))
     # A model's bytes can decode to half of a surrogate pair, which UTF-8 cannot encode.
     path.write_bytes(page.encode("utf-8", "replace"))
@@ -180,6 +185,11 @@ def _has_number(rows: list[dict[str, Any]], *keys: str) -> bool:
     return any(as_finite(row.get(key)) is not None for row in rows for key in keys)
 
 
+def _hash_source(text: str) -> str:
+    """Return the name by which a Content-Security-Policy allows this script or style, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
 def _format_value(value: object, spec: str = "z.4g") -> str:
     """Format a value for the template; a missing one is undefined there."""
     return format_number(None if isinstance(value, jinja2.Undefined) else value, spec)
@@ -198,16 +208,46 @@ def with_word_diff(sample: dict[str, Any]) -> dict[str, Any]:
 def word_diff(a: str, b: str) -> tuple[Words, Words]:
     """Split both texts into parts, each with whether the other text has other words there.
 
-    The parts of a text, joined, are the text. Blanks are never marked at the start of a part.
+    The parts of a text, joined, are the text. Blanks are never marked at the start of a part. What differs in
+    long texts may be one part, see `_compare_words`.
     """
     tokens = [re.findall(r"\s*\S+|\s+$", text) for text in (a, b)]
     words_a, words_b = ([token.strip() for token in of_text] for of_text in tokens)
     parts_a: Words = []
     parts_b: Words = []
-    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, words_a, words_b, autojunk=False).get_opcodes():
-        parts_a += _split_blank("".join(tokens[0][a0:a1]), tag != "equal")
-        parts_b += _split_blank("".join(tokens[1][b0:b1]), tag != "equal")
+    for is_changed, a0, a1, b0, b1 in _compare_words(words_a, words_b):
+        parts_a += _split_blank("".join(tokens[0][a0:a1]), is_changed)
+        parts_b += _split_blank("".join(tokens[1][b0:b1]), is_changed)
     return parts_a, parts_b
+
+
+def _compare_words(a: list[str], b: list[str]) -> Iterator[tuple[bool, int, int, int, int]]:
+    """Yield whether words differ, and their range in `a` and in `b`, in the order of the texts.
+
+    The time of a comparison grows with the square of the words. So of texts that are too long for it, those
+    that they begin and end with are matched first; if what is left is still too long, all of it differs.
+    """
+    start, end = 0, 0
+    if _is_long(a, b):
+        shortest = min(len(a), len(b))
+        start = next((i for i in range(shortest) if a[i] != b[i]), shortest)
+        end = next((i for i in range(shortest - start) if a[-1 - i] != b[-1 - i]), shortest - start)
+        yield False, 0, start, 0, start
+    stop_a, stop_b = len(a) - end, len(b) - end
+    middle_a, middle_b = a[start:stop_a], b[start:stop_b]
+    if _is_long(middle_a, middle_b):
+        yield True, start, stop_a, start, stop_b
+    else:
+        matcher = difflib.SequenceMatcher(None, middle_a, middle_b, autojunk=False)
+        for tag, *bounds in matcher.get_opcodes():
+            a0, a1, b0, b1 = (start + bound for bound in bounds)
+            yield tag != "equal", a0, a1, b0, b1
+    yield False, stop_a, len(a), stop_b, len(b)
+
+
+def _is_long(a: list[str], b: list[str]) -> bool:
+    counts = Counter(b)
+    return max(len(a), len(b)) > MAX_DIFF_WORDS or sum(counts[word] for word in a) > MAX_DIFF_PAIRS
 
 
 def _split_blank(text: str, changed: bool) -> Words:

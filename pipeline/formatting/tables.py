@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.errors import as_line
 from pipeline.formatting.numbers import format_metric
 
 METRIC_NAMES = {
@@ -71,7 +72,11 @@ def format_interval(metrics: dict[str, Any], name: str) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows of cells as aligned text; the columns with the numbers in `right` are right-aligned."""
+    """Return rows of cells as aligned text; the columns with the numbers in `right` are right-aligned.
+
+    What a terminal would not show as text is left out.
+    """
+    rows = [[as_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows

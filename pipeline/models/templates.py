@@ -23,7 +23,7 @@ PLAIN_BEGINNING = PLAIN_TEMPLATE.format(separator="").partition("''")[0]
 
 WRITE_BOS = "{{ bos_token }}"
 CLOCK = "strftime_now"  # the function by which a template reads the clock
-DATE_FORMAT = re.compile(CLOCK + r"\(\s*(['\"])(.*?)\1")
+DATE_FORMAT = re.compile(CLOCK + r"\(\s*(['\"])(.{0,100}?)\1")
 TEMPLATE_DATE = datetime(2026, 1, 1)  # what templates that print the date print
 DATE_KEY = "template_date"  # in tokenizer_config.json
 

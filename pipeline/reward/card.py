@@ -1,8 +1,10 @@
 """The model card: README.md in a reward artifact; its second part is also summary.md.
 
-It contains what the artifact was made from and what was measured on it, but no times and no absolute paths.
+It contains what was measured on the model and what it was made from. `rlhf push` publishes it, so of the
+sources it names only those on the hub; it contains no times and no absolute paths.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +19,7 @@ from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import OBJECTIVES, RewardStage
-from pipeline.formatting.markdown import format_place, markdown_environment
+from pipeline.formatting.markdown import format_span, markdown_environment
 from pipeline.formatting.numbers import format_metric
 from pipeline.formatting.tables import Table, metric_tables
 from pipeline.models.chat import conversation_ids, read_markup
@@ -29,6 +31,8 @@ from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
 from pipeline.training.arguments import resolve_precision
 
+LORA_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+COMMIT = re.compile("[0-9a-f]{7,40}")
 MAX_LOSS_ROWS = 20  # of the table of losses
 TEMPLATES = {"README.md": "card.md.j2", "summary.md": "summary.md.j2"}
 
@@ -58,11 +62,11 @@ def write_card(
         "turn": describe_turn(cast(PreTrainedTokenizerBase, trainer.processing_class), settings.encoding),
         "kind": objective.kind,
         "front_matter": front_matter(config),
-        "base": None if config.model == "scratch" else format_place(config.model),
+        "base": describe_base(config),
+        "lora": {name: value for name, value in (config.lora or {}).items() if name in LORA_SHOWN},
         "reward_lines": reward_lines(settings),
         "unquantized": unquantized_patterns(unwrap(trainer.model)),
-        "records": records,
-        "sources": source_table(records.manifest.get("rows") or {}),
+        "sources": source_table(records.manifest),
         "splits": split_table(rows),
         "architecture": architecture,
         "args": trainer.args,
@@ -104,6 +108,16 @@ def describe_architecture(model: Any) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "trained": model.num_parameters(only_trainable=True),
     }
+
+
+def describe_base(config: RewardStage) -> str | None:
+    """Return the model that the training started from, in Markdown; None for one made from scratch."""
+    if config.model == "scratch":
+        return None
+    if not hub.is_hub_id(config.model):
+        return "a local model"
+    commit = config.revision if COMMIT.fullmatch(config.revision or "") else None
+    return format_span(config.model) + (f" at revision {format_span(commit)}" if commit else "")
 
 
 def front_matter(config: RewardStage) -> str:
@@ -149,17 +163,20 @@ def reward_lines(settings: RewardSettings) -> list[str]:
     return [f"reward = {sign}{logits}{output}.item()"]
 
 
-def source_table(rows: dict[str, Any]) -> Table | None:
+def source_table(manifest: dict[str, Any]) -> Table | None:
     """Return the table of the records' sources, with the rows that prepare quarantined, by reason.
 
-    `rows` is that of the records' manifest. Returns None for records that prepare did not make.
+    `manifest` is that of the records. Only sources on the hub, and the demo's, are named; local files are
+    numbered. Returns None for records that prepare did not make.
     """
-    lines = []
-    for name, counts in rows.get("by_source", {}).items():
+    inputs = manifest.get("inputs") or {}
+    public = {name for name, source in inputs.items() if "hub" in source} | {"demo"}
+    lines: list[list[str]] = []
+    for name, counts in (manifest.get("rows") or {}).get("by_source", {}).items():
         reasons = [f"{reason} {format_metric(count)}" for reason, count in counts["quarantined"].items()]
         lines.append(
             [
-                format_place(name),
+                name if name in public else f"local file {len(lines) + 1}",
                 format_metric(counts["read"]),
                 format_metric(counts["kept"]),
                 ", ".join(reasons),

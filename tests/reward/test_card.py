@@ -11,9 +11,9 @@ from bitsandbytes.functional import has_avx512bf16
 
 from pipeline import RewardModel, config
 from pipeline.artifacts.manifest import NOT_IDENTITY
-from pipeline.formatting.markdown import format_cell, format_place
+from pipeline.formatting.markdown import format_place
 from pipeline.reward import stage as reward
-from pipeline.reward.card import front_matter, reward_lines, training_table
+from pipeline.reward.card import describe_base, front_matter, reward_lines, source_table, training_table
 from pipeline.reward.encoding import Encoding, encode_response
 from pipeline.reward.settings import RewardSettings
 
@@ -245,5 +245,22 @@ def test_paths_are_told_from_here(tmp_path, monkeypatch):
     assert [format_place(path) for path in places] == list(places.values())
 
 
-def test_a_cell_stays_one_cell():
-    assert format_cell("a | b\nc") == "a \\| b c"
+def test_local_sources_are_numbered_and_those_of_the_hub_named():
+    counts = {"read": 2, "kept": 1, "quarantined": {"duplicate": 1}}
+    names = ["/data/a.csv", "org/pairs", "b.csv", "demo"]
+    inputs = {"/data/a.csv": {}, "org/pairs": {"hub": "org/pairs"}, "b.csv": {}}
+    table = source_table({"inputs": inputs, "rows": {"by_source": dict.fromkeys(names, counts)}})
+    assert [row[0] for row in table.rows] == ["local file 1", "org/pairs", "local file 3", "demo"]
+    assert table.rows[0][1:] == ["2", "1", "duplicate 1"]
+    assert source_table({}) is None
+
+
+def test_the_base_is_named_if_it_is_on_the_hub(tmp_path):
+    def base(**given):
+        return describe_base(config.RewardStage(run="t", **given))
+
+    assert base(model="scratch") is None
+    assert base(model=str(tmp_path)) == "a local model"
+    assert base(model="org/base") == "`org/base`"
+    assert base(model="org/base", revision="0123abc") == "`org/base` at revision `0123abc`"
+    assert base(model="org/base", revision="my-branch") == "`org/base`"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -11,18 +12,20 @@ import pytest
 import yaml
 from httpx2 import Request, Response
 from huggingface_hub.errors import HfHubHTTPError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import RewardModel, config
 from pipeline.artifacts.inputs import require_artifact
-from pipeline.artifacts.manifest import read_manifest
+from pipeline.artifacts.manifest import Artifact, read_manifest
 from pipeline.cli import main
 from pipeline.models.chat import prompt_ids
 from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.reward import stage as reward
 from pipeline.sft import stage as sft
-from pipeline.tools.push.policy_card import policy_card_text
-from pipeline.tools.push.push import push_artifact
+from pipeline.tools.push.policy_card import LORA, SETTINGS, TRAINING, policy_card_text
+from pipeline.tools.push.push import list_contents, push_artifact, render_card
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 SMALL = {"per_device_train_batch_size": 2, "max_steps": 2}
@@ -189,11 +192,16 @@ def test_the_card_of_a_policy_tells_its_figures_and_its_settings(run):
     assert f"| kl | {opened.manifest['metrics']['eval_kl']:z.3f} |" in last
     assert f"| kl | {at_best['eval_kl']:z.3f} |" in best
     assert f"It is the policy of step {step}, which had the best evaluation." in best
-    assert "started as `runs/t/sft` and was tuned by PPO" in last
-    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", last, re.S)[0])
     assert (
-        config.PPOStage(run="t", **settings).training == opened.manifest["fingerprint"]["config"]["training"]
+        "it started as a local model and was tuned by PPO to maximize the reward of 1 reward model." in last
     )
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", last, re.S)[0])
+    training = opened.manifest["fingerprint"]["config"]["training"]
+    assert settings["algorithm"] == "ppo"
+    assert settings["training"] == {
+        key: training[key]
+        for key in ("per_device_train_batch_size", "num_rollouts", "num_ppo_epochs", "response_tokens")
+    }
     assert yaml.safe_load(last.split("---")[1])["tags"] == ["rlhf", "ppo"]
 
 
@@ -258,3 +266,83 @@ def test_a_trainer_does_not_push_on_its_own(capsys):
     stage = ["sft", "--config", str(config.RECIPES / "demo" / "sft.yaml")]
     assert main([*stage, "training.push_to_hub=true"]) == 2
     assert "training.push_to_hub is set by the stage; remove it: rlhf push uploads" in capsys.readouterr().err
+
+
+NOT_FOR_READERS = st.sampled_from(
+    [
+        "/home/s3cr3t/model",
+        "../s3cr3t",
+        "s3cr3t/data.jsonl",
+        "http://s3cr3t.example:8000",
+        "s3cr3t.example:8000",
+        "hf_s3cr3t",
+        "s3cr3t",
+        "`s3cr3t`\n---\n<script>s3cr3t</script>",
+        "s3cr3t:score",
+    ]
+)
+TEXTS = st.recursive(
+    NOT_FOR_READERS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(NOT_FOR_READERS, values, max_size=3),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*SETTINGS, *config.PPOStage.model_fields, *config.SFTStage.model_fields])
+SECTIONS = st.dictionaries(st.sampled_from([*LORA, *TRAINING, "output_dir", "hub_token"]), TEXTS, max_size=9)
+
+
+@given(st.dictionaries(KEYS, TEXTS), SECTIONS, SECTIONS, NOT_FOR_READERS, st.sampled_from(["sft", "ppo"]))
+def test_no_text_of_a_config_is_on_the_card(keys, lora, training, source, stage):
+    told = {"run": "s3cr3t", "runs": "/s3cr3t", "trust_remote_code": "s3cr3t"} | keys
+    told |= {"reward": [{"source": source}, {"source": "s3cr3t:f"}], "lora": lora, "training": training}
+    described = {"path": source, "identity": "ab", "served": {"url": source}}
+    manifest = {
+        "stage": stage,
+        "fingerprint": {"config": told},
+        "inputs": {"model": described, "policy": described, "reward_0": described, "records": described},
+        "versions": {"python": "3.11"},
+        "metrics": {"eval_loss": 1.5, "eval_note": source, "path": source},
+    }
+    opened = Artifact(Path("runs/s3cr3t/sft"), manifest)
+    card = policy_card_text(opened, opened.path, "org/name", is_adapter=False)
+    assert "s3cr3t" not in card
+    assert "| loss | 1.500 |" in card
+    assert card.count("---\n") == 2 + card.count("|---|---:|\n") - 1
+
+
+def test_the_card_of_a_reward_names_no_place(tmp_path, tiny_records, tiny_gpt2, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_gpt2, "s3cr3t/model")
+    shutil.copytree(tiny_records, "s3cr3t/records")
+    places = {"run": "s3cr3t", "runs": "s3cr3t/runs", "model": "s3cr3t/model", "records": "s3cr3t/records"}
+    training = SMALL | {"max_steps": 1, "run_name": "s3cr3t"}
+    folder = reward.run(config.RewardStage(**places, training=training, max_length=64))
+    opened = require_artifact(folder, "reward", "")
+    for text in (
+        render_card(opened, folder, list_contents(opened, folder), "org/name"),
+        (folder / "summary.md").read_text(),
+    ):
+        assert "s3cr3t" not in text
+
+
+def test_only_what_is_on_the_hub_is_named_on_the_card():
+    inputs = {
+        "policy": {"path": "org/base", "hub": "org/base"},
+        "reward_0": {"path": "org/judge", "hub": "org/judge"},
+        "reward_1": {"path": "/data/judge"},
+    }
+    rewards = [{"source": "org/judge"}, {"source": "/data/judge"}, {"source": "rewards:score"}]
+    manifest = {
+        "stage": "ppo",
+        "fingerprint": {"config": {"reward": rewards, "algorithm": "rloo", "training": {"beta": 0.1}}},
+        "inputs": inputs,
+        "versions": {},
+        "metrics": {},
+    }
+    card = policy_card_text(Artifact(Path("x"), manifest), Path("x"), "org/name", is_adapter=False)
+    assert "it started as `org/base` and was tuned by RLOO" in card
+    assert "the reward of `org/judge`, 1 reward model, 1 Python function." in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/base"
+    assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.S)[0]) == {
+        "algorithm": "rloo",
+        "training": {"beta": 0.1},
+    }

@@ -22,7 +22,7 @@ from pipeline.config import Reward
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RowError
 from pipeline.data.validation import clean_record
-from pipeline.errors import UserError
+from pipeline.errors import UserError, as_line
 from pipeline.tools.score import chunks
 from pipeline.tools.score.encoders import Columns
 from pipeline.tools.score.job import KINDS, ScoringJob, check_rows
@@ -202,6 +202,6 @@ def _finite_scores(
 
 def _fit_to_width(text: str, width: int) -> str:
     """Return the text on one line of `width` terminal columns; a wide character takes two."""
-    text = " ".join(text.split())
+    text = as_line(text)
     ends = list(accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text))
     return text if not ends or ends[-1] <= width else text[: bisect_right(ends, width - 1)] + "…"

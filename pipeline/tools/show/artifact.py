@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import flatten_keys, read_manifest
+from pipeline.errors import printable
 
 SUMMARY_KEYS = ("kind", "stage", "seed", "created_at", "identity")
 
@@ -37,7 +38,8 @@ def artifact_text(folder: Path, verified: bool) -> str:
 
 def _table(entries: dict[str, Any]) -> str:
     width = max(map(len, entries)) + 2
-    return "\n".join(
+    lines = (
         f"  {name:{width}}{value:.4g}" if isinstance(value, float) else f"  {name:{width}}{value}"
         for name, value in entries.items()
     )
+    return "\n".join(printable(line).replace("\n", " ") for line in lines)

@@ -10,6 +10,7 @@ from typing import Any
 import shtab
 
 from pipeline import config
+from pipeline.artifacts.replacing import check_settings
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
 from pipeline.distributed.processes import init_process_group, is_main_process
@@ -26,6 +27,8 @@ def run_recipe(args: argparse.Namespace) -> None:
 
     for loaded in configs:
         import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
+    if not args.dry_run:
+        check_settings(configs)
     for loaded in configs:
         run_loaded(loaded, args.dry_run)
     if args.until == "evaluate" and not args.dry_run and is_main_process():

@@ -105,7 +105,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
     ]
     again = folder.parent / "again"
     assert [(again / name).read_bytes() == (folder / name).read_bytes() for name in weights] == [True] * 4
-    assert run("--run", "again", "--seed", "1", until="sft") == 0
+    assert (
+        run("--run", "again", "--seed", "1", until="sft") == 2
+    )  # what is finished is not replaced in silence
+    assert (again / weights[0]).read_bytes() == (folder / weights[0]).read_bytes()
+    assert run("--run", "again", "--seed", "1", "--force", until="sft") == 0
     assert (again / weights[0]).read_bytes() != (folder / weights[0]).read_bytes()
 
 

@@ -1,64 +1,126 @@
-"""Files of artifacts: hash each file once, flush files to disk, read and write JSON, hold a lock file."""
+"""Files of artifacts: list and hash them, flush them to disk, read and write JSON, hold a lock file.
+
+A file that is smaller than `SMALL` is read whenever its hash is asked for. The hash of a larger one is
+remembered with its size, times of modification and of change, inode and device: the time of change is set by
+the system alone, so other bytes under the old size and time are seen. A folder or file that cannot be read
+raises its `OSError`: it is not taken for an absent one.
+"""
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
 # The user's cache folder: nothing is written next to the user's own files.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rlhf-stage", "hashes")
+SMALL = 2**20  # bytes
+# A file that was changed within these nanoseconds may change again under the same times.
+SETTLED = 2_000_000_000
+LOCK_PATIENCE = 0.2  # seconds; `rlhf show` holds a lock for an instant
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Stamp = tuple[int, int, int, int, int]
+CACHED = TypeAdapter(dict[str, tuple[Stamp, Digest]])
 
 
 def hash_files(path: str | Path, *, cached: bool = True) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder by relative POSIX path, or of a single file by its name.
 
-    Hidden files are skipped. A file whose size and mtime are in the cache is not read again. With
-    `cached=False`, every file is read and the cache is renewed.
+    Hidden files are skipped. With `cached=False`, every file is read and the cache is renewed.
     """
     path = Path(path).absolute()
-    cache = CACHE / f"{hash_value(str(path))[:16]}.json"
-    known: dict[str, list[Any]] = read_json(cache)
+    cache = cache_file(str(path))
+    known = _read_cache(cache) if cached else {}
     files = list_files(path)
-    stamps = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in files.items()}
+    stamps = {name: _stamp(file) for name, file in files.items()}
 
     entries = {
-        name: known[name] for name, stamp in stamps.items() if cached and known.get(name, [])[:2] == stamp
+        name: known[name] for name, stamp in stamps.items() if name in known and known[name][0] == stamp
     }
     unread = [name for name in files if name not in entries]
-    size = sum(stamps[name][0] for name in unread)
-    with progress_bar(f"hashing {path.name}", "B", total=size, unit_scale=True, delay=1) as bar:
+    with progress_bar(
+        f"hashing {path.name}", "B", total=sum(stamps[name][0] for name in unread), unit_scale=True, delay=1
+    ) as bar:
         for name in unread:
-            entries[name] = [*stamps[name], hash_file(files[name])]
+            entries[name] = (stamps[name], hash_file(files[name]))
             bar.update(stamps[name][0])
 
-    if entries != known:
+    now = time.time_ns()
+    kept = {
+        name: entry for name, entry in entries.items() if entry[0][0] >= SMALL and entry[0][2] < now - SETTLED
+    }
+    if kept != known:
         with suppress(OSError):  # the cache is optional: its folder may be read-only, or the disk full
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, entries)
-    return {name: str(entries[name][2]) for name in files}
+            cache.write_bytes(CACHED.dump_json(kept))
+    return {name: entries[name][1] for name in files}
+
+
+def cache_file(key: str) -> Path:
+    """Return the file of the user's cache folder for a key."""
+    return CACHE / f"{hash_value(key)[:16]}.json"
+
+
+def _read_cache(cache: Path) -> dict[str, tuple[Stamp, str]]:
+    with suppress(OSError, ValidationError):
+        return CACHED.validate_json(cache.read_bytes(), strict=True)
+    return {}
+
+
+def _stamp(file: Path) -> Stamp:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
 
 
 def list_files(path: Path) -> dict[str, Path]:
     """Return the files in a folder by relative POSIX path, or a single file by its name.
 
-    Hidden files are skipped, because they are never content: a download's .cache, a clone's .git.
+    Hidden files are skipped, because they are never content: a download's .cache, a clone's .git. Links to
+    files and folders are followed. Raises `OSError` for a folder that cannot be read.
     """
     if path.is_file():
         return {path.name: path}
-    files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
     return {
-        name.as_posix(): file
-        for name, file in files.items()
-        if not any(part.startswith(".") for part in name.parts)
+        name: path / name
+        for name in sorted(list_names(path), key=lambda name: Path(name).parts)
+        if not is_hidden(name) and (path / name).is_file()
     }
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it is in, is hidden."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def list_names(path: Path) -> list[str]:
+    """Return everything in a folder but folders, by relative POSIX path, hidden or not.
+
+    Raises `OSError` for a folder that cannot be read; a folder that does not exist contains nothing.
+    """
+    names, seen = [], set()
+    for root, folders, files in os.walk(path, onerror=_raise_unless_missing, followlinks=True):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        names += [Path(root, name).relative_to(path).as_posix() for name in files]
+    return names
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def hash_file(file: Path) -> str:
@@ -85,10 +147,13 @@ def sync_to_disk(*paths: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or {} if the file is absent, incomplete or holds no object."""
+    """Return the object in a JSON file, or {} if the file is absent, incomplete or holds no object.
+
+    Raises `OSError` if the file is there and cannot be read.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -109,11 +174,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def hold_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path`, which the operating system releases if this process dies.
 
-    Raises `UserError` with the message `busy` if another process holds it.
+    Raises `UserError` with the message `busy` if another process holds it, and if `path` is something else:
+    a lock file is an empty regular file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_size == 0)):
+        raise UserError(f"{path}: is not the lock file that is expected there; move it away")
     try:
-        lock = FileLock(path, timeout=0).acquire()
+        lock = FileLock(path, timeout=LOCK_PATIENCE).acquire()
     except Timeout:
         raise UserError(busy) from None
     with lock:

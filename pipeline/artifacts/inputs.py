@@ -5,19 +5,17 @@ A refused input raises a `UserError` of one line with the command that makes the
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.artifacts import hub
-from pipeline.artifacts.files import hash_files, hash_value, read_json
-from pipeline.artifacts.manifest import (
-    CHECKPOINT_KINDS,
-    SCHEMA,
-    Artifact,
-    content_identity,
-    read_manifest,
-    sibling,
-)
+from pipeline.artifacts.files import hash_file, hash_files, hash_value, is_hidden, list_names, read_json
+from pipeline.artifacts.manifest import Artifact, load_manifest, read_manifest, sibling
+from pipeline.artifacts.schema import CHECKPOINT_KINDS, SCHEMA
 from pipeline.config import StageConfig
 from pipeline.distributed.processes import broadcast
 from pipeline.errors import UserError
@@ -26,6 +24,14 @@ from pipeline.errors import UserError
 EXTERNAL_FILES = {"records": ("dataset_dict.json", "dataset_info.json"), "evaluation": ()} | dict.fromkeys(
     CHECKPOINT_KINDS, ("config.json", "adapter_config.json")
 )
+HALF_WRITTEN = "half-written (no valid manifest.json): its stage was interrupted"
+PARTS = re.compile(r"best|adapter|policies|step-\d+")  # folders of an artifact that hold a model of their own
+WEIGHTS = re.compile(r"(?!value_head\.|training_args\.)[^/]+\.(safetensors|bin)")
+# `datasets` leaves them beside the records that a user maps; no stage reads them.
+DATASETS_CACHE = re.compile(r"(.*/)?cache-[0-9a-f]+\.arrow")
+LOOKS = 50  # at a folder that is being replaced, 10 ms apart
+
+Result = TypeVar("Result")
 
 
 def require_artifact(
@@ -44,16 +50,61 @@ def require_artifact(
     path = Path(source)
     if kind in CHECKPOINT_KINDS and hub.is_hub_id(str(source)):
         return open_hub(str(source), kind, broadcast(hub.resolve_commit(str(source), revision)))
-    manifest = read_manifest(path)
-    if (
-        not manifest
-        and not _is_half_written(path)
-        and any((path / name).is_file() for name in EXTERNAL_FILES[kind])
-    ):
-        return open_external(path, kind)
-    if problem := find_problem(path, manifest, kind):
+    manifest, problem = inspect_artifact(path, kind)
+    if not manifest and not is_begun(path) and any((path / name).is_file() for name in EXTERNAL_FILES[kind]):
+        problem = _find_problem_around(path)
+        if not problem:
+            return open_external(path, kind)
+    if problem:
         raise UserError(f"{path}: {problem}; run: {make_command}")
     return Artifact(path, manifest)
+
+
+def inspect_artifact(
+    path: Path, kind: str | None = None, *, cached: bool = True
+) -> tuple[dict[str, Any], str | None]:
+    """Return the manifest of a folder, and why it cannot be opened as an artifact of the kind, if it cannot.
+
+    Without `kind` it may be of any kind. With `cached=False` every file is read. A folder that a stage
+    publishes meanwhile is looked at again: the manifest and the files are of one publication.
+    """
+
+    def look() -> tuple[dict[str, Any], str | None]:
+        manifest = read_manifest(path)
+        return manifest, find_problem(path, manifest, kind or manifest.get("kind", "records"), cached=cached)
+
+    return _undisturbed(path, look)
+
+
+def published_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return what `load_manifest` does, of a folder that a stage may publish meanwhile."""
+    return _undisturbed(folder, lambda: load_manifest(folder))
+
+
+def _undisturbed(folder: Path, look: Callable[[], Result]) -> Result:
+    """Return what `look` sees of a folder that no publication replaces meanwhile."""
+    for _ in range(LOOKS):
+        before = _publication(folder)
+        seen: Result | None = None
+        with suppress(FileNotFoundError):  # a file was listed, and is gone
+            seen = look()
+        if seen is not None and before == _publication(folder) and not _is_swapped_out(folder):
+            return seen
+        time.sleep(0.01)
+    return look()
+
+
+def _publication(folder: Path) -> tuple[int, ...]:
+    """Return what differs from one publication of a folder to the next."""
+    try:
+        return tuple(stat.st_ino for stat in (folder.stat(), (folder / "manifest.json").stat()))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+
+
+def _is_swapped_out(folder: Path) -> bool:
+    """Return whether a publication is between its two renames."""
+    return not folder.exists() and (sibling(folder, "partial") / "old").exists()
 
 
 def open_inputs(config: StageConfig) -> dict[str, Artifact]:
@@ -92,11 +143,15 @@ def _external_artifact(path: Path, kind: str, **content: Any) -> Artifact:
 
 
 def verify_artifact(artifact: Artifact) -> None:
-    """Read every file of the manifest again, without the hash cache.
+    """Read the manifest and every file that it lists again, without the hash cache.
 
-    Raises `UserError` with the first file that is missing or altered.
+    Raises `UserError` with the first fault: a file that is missing, altered or not listed, or the manifest.
     """
-    if problem := _find_altered(artifact.path, artifact.manifest.get("files", {}), cached=False):
+    if artifact.is_external:
+        problem = _find_altered(artifact.path, artifact.manifest.get("files", {}), cached=False)
+    else:
+        problem = inspect_artifact(artifact.path, cached=False)[1]
+    if problem:
         raise UserError(
             f"{artifact.path}: {problem}; run its stage again, or download it again if no stage made it"
         )
@@ -106,45 +161,79 @@ def artifact_status(folder: Path) -> tuple[str, str]:
     """Return the status of a stage's folder, and the reason for it.
 
     The status is "done", "altered", "not made", or "out of date": an input has changed, or the base of an
-    adapter has changed or is missing.
+    adapter has changed or is missing. An artifact is also done if an input was made again with the same
+    content; the reason says so.
     """
-    manifest = read_manifest(folder)
+    return _undisturbed(folder, lambda: _find_status(folder))
+
+
+def _find_status(folder: Path) -> tuple[str, str]:
+    manifest, fault = load_manifest(folder)
     if not manifest:
         is_begun = (folder / "config.yaml").exists()
-        return ("altered", "no valid manifest.json") if is_begun else ("not made", "")
+        return ("altered", fault or "no valid manifest.json") if fault or is_begun else ("not made", "")
     if problem := find_problem(folder, manifest, manifest["kind"]):
         return "out of date" if problem == _find_base_problem(folder, manifest) else "altered", problem
 
     config = manifest["fingerprint"]["config"]
     run = Path(config["runs"], config["run"])
+    notes = []
     for name, described in manifest["inputs"].items():
         path = Path(described["path"])
         # The whole run may have been moved.
         current = folder.parent / path.relative_to(run) if path.is_relative_to(run) else path
-        if "hub" not in described and current.exists() and not _matches(described, current):
+        if "hub" in described or not current.exists():
+            continue
+        if not _matches(described, current):
             return "out of date", f"{name} was {described['identity'][:8]}, and {current} has changed since"
-    return "done", ""
+        if (
+            "manifest_hash" in described
+            and hash_file(current / "manifest.json") != described["manifest_hash"]
+        ):
+            notes.append(f"the manifest.json of its input {name} has changed since, and its content has not")
+    return "done", "; ".join(notes)
 
 
-def find_problem(path: Path, manifest: dict[str, Any], kind: str) -> str | None:
+def find_problem(path: Path, manifest: dict[str, Any], kind: str, *, cached: bool = True) -> str | None:
     """Return why a path cannot be opened as an artifact of the kind, or None if it can."""
-    if not manifest and _is_half_written(path):
-        return "half-written (no valid manifest.json): its stage was interrupted"
+    if not manifest and (fault := load_manifest(path)[1]):
+        return fault
+    if not manifest and is_begun(path):
+        return HALF_WRITTEN
     if not path.exists():
         return "does not exist"
     if not manifest:
         names = ", ".join(("manifest.json", *EXTERNAL_FILES[kind]))
         return f"is not an artifact of kind {kind!r}: expected one of {names} in it"
-    if manifest["schema"] > SCHEMA:
-        return (
-            f"written by a newer version (schema {manifest['schema']}, this one reads {SCHEMA}): upgrade, or "
-            "make it again"
-        )
     if manifest["kind"] != kind and not (kind == "model" and manifest["kind"] in CHECKPOINT_KINDS):
         return f"is of kind {manifest['kind']!r}, expected {kind!r}"
-    if manifest["identity"] != content_identity(manifest["kind"], manifest["files"]):
-        return "manifest.json was altered: its identity is not that of its files"
-    return _find_altered(path, manifest["files"], cached=True) or _find_base_problem(path, manifest)
+    if manifest["kind"] in CHECKPOINT_KINDS and not any(map(WEIGHTS.fullmatch, manifest["files"])):
+        return "manifest.json lists no weights (*.safetensors, *.bin): it is no model"
+    if unlisted := [name for name in find_unlisted(path, manifest) if not is_hidden(name)]:
+        return (
+            f"contains {unlisted[0]}, which its manifest.json does not list and a library could load: "
+            "move it away"
+        )
+    return _find_altered(path, manifest["files"], cached) or _find_base_problem(path, manifest)
+
+
+def find_unlisted(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the files of a folder, hidden ones too, that its manifest does not list."""
+    names = set(list_names(folder)) - {"manifest.json", *manifest.get("files", {})}
+    return sorted(name for name in names if not DATASETS_CACHE.fullmatch(name))
+
+
+def _find_problem_around(path: Path) -> str | None:
+    """Return what is wrong with the artifact that a folder such as `ppo/best` is a part of, or None."""
+    for root in path.parents[:2]:
+        manifest, fault = load_manifest(root)
+        part = path.relative_to(root).as_posix() + "/"
+        if not manifest and PARTS.fullmatch(path.name) and (fault or _is_stage_config(root / "config.yaml")):
+            return f"is a part of {root}, which is {fault or HALF_WRITTEN}"
+        if any(name.startswith(part) for name in manifest.get("files", {})):
+            problem = inspect_artifact(root)[1]
+            return problem and f"is a part of {root}: {problem}"
+    return None
 
 
 def _find_base_problem(path: Path, manifest: dict[str, Any]) -> str | None:
@@ -190,8 +279,15 @@ def _find_altered(path: Path, files: dict[str, str], cached: bool) -> str | None
     return None
 
 
-def _is_half_written(path: Path) -> bool:
+def _is_stage_config(file: Path) -> bool:
+    """Return whether a stage wrote a config.yaml; other tools write files of that name too."""
+    return file.is_file() and {b"run:", b"runs:"} <= {line.split(b" ")[0] for line in file.open("rb")}
+
+
+def is_begun(path: Path) -> bool:
     """Return whether a stage began to write a path that has no manifest."""
     return (
-        (path / "config.yaml").exists() or sibling(path, "partial").exists() or sibling(path, "old").exists()
+        (path / "config.yaml").exists()
+        or load_manifest(path)[1] is not None
+        or sibling(path, "partial").exists()
     )

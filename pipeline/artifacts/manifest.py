@@ -6,18 +6,31 @@ A stage writes one folder, `runs/<run>/<stage>/`, with `build_artifact`, and ope
     runs/demo/
       sft/             the published artifact: the stage's files, config.yaml (resolved), and manifest.json,
                        which records the hash of every other file
-      .sft.partial/    the artifact while it is built: fingerprint.json, output/ (becomes sft/) and work/
-                       (checkpoints, kept after an interruption)
-      .sft.old         the previous sft/, between the two renames of a publication
+      .sft.partial/    the artifact while it is built: fingerprint.json, output/ (becomes sft/), work/
+                       (checkpoints, kept after an interruption), and old/, the previous sft/, between the
+                       two renames of a publication
       .lock            held by the one process that writes the run
 
 Two digests must not be confused. The *identity* describes the content of an artifact: its kind and its files,
 without times and absolute paths. The *fingerprint* describes its origin: the config, the identities of the
 inputs, the version of the results. An artifact with an unchanged fingerprint is not built again.
+
+What vouches for what:
+
+- `files` of the manifest vouch for every other visible file of the folder and of its subfolders: each has
+  its SHA-256 there. A visible file that is not listed is refused, because a library could load it. Hidden
+  files are the user's; they are never read.
+- `digest` vouches for the rest of the manifest: metrics, rows, inputs, versions, settings. A manifest whose
+  digest does not fit is no manifest: none of its figures is shown. Manifests of schema 1 have no digest. They
+  open if their form is right and if what is recorded twice agrees; their figures are taken as they are.
+- `manifest_hash` of an input vouches for the manifest of that input, digest included. It is compared while
+  the input is still where it was.
+- fingerprint.json vouches for the checkpoints beside it, until they are published.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
@@ -26,41 +39,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.files import hash_file, hash_value, read_json
+from pipeline.artifacts.files import hash_file, read_json
+from pipeline.artifacts.schema import SCHEMA, Fingerprint, check_json, find_fault, manifest_digest
 
-SCHEMA = 1
 # The last version in which a stage began to compute something else from the same config and inputs. It is
 # part of the fingerprint: raise it only if results change.
 RESULTS_VERSION = "0.3.0"
 
-MANIFEST_TYPES = {
-    "schema": int,
-    "kind": str,
-    "stage": str,
-    "seed": int,
-    "created_at": str,
-    "identity": str,
-    "versions": dict,
-    "fingerprint": dict,
-    "inputs": dict,
-    "files": dict,
-    "rows": dict,
-    "metrics": dict,
-}
-
-CHECKPOINT_KINDS = ("policy", "reward", "model")
-
-# Files that describe the run rather than the result (training_args.bin pickles output paths and host names).
-NOT_IDENTITY = {
-    "README.md",
-    "config.yaml",
-    "report.html",
-    "summary.md",
-    "log.jsonl",
-    "metrics.json",
-    "quarantine.jsonl",
-    "training_args.bin",
-}
+OUR_KEYS = {"fingerprint", "identity", "config_hash"}  # manifests of other tools have none of them
 
 DISTRIBUTIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
@@ -93,20 +79,39 @@ class Artifact:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a folder, or {} if there is none or it has another form."""
-    manifest = read_json(path / "manifest.json")
-    is_valid = all(isinstance(manifest.get(key), types) for key, types in MANIFEST_TYPES.items())
-    return manifest if is_valid else {}
+    """Return the manifest of a folder, or {} if there is none that a stage wrote."""
+    return load_manifest(path)[0]
 
 
-def content_identity(kind: str, files: dict[str, str]) -> str:
-    """Return the identity of an artifact: a digest of its kind, and of the names and hashes of its content.
+def load_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the manifest of a folder and None, or {} and why its manifest.json is not as a stage wrote it.
 
-    `files` are SHA-256 by path. Files that only describe the run (`NOT_IDENTITY`) are excluded.
+    ({}, None) if the folder has no manifest.json, or that of another tool. Raises `OSError` if it cannot be
+    read.
     """
-    # An evaluation consists of its metrics.
-    excluded = NOT_IDENTITY - {"metrics.json"} if kind == "evaluation" else NOT_IDENTITY
-    return hash_value([kind, sorted(item for item in files.items() if Path(item[0]).name not in excluded)])
+    manifest = read_json(path / "manifest.json")
+    if not OUR_KEYS & manifest.keys():
+        return {}, None
+    fault = find_fault(manifest)
+    return ({}, fault) if fault else (manifest, None)
+
+
+def read_fingerprint(partial: Path) -> dict[str, Any]:
+    """Return the fingerprint of a folder in progress, or {} if there is none that a stage wrote."""
+    fingerprint = read_json(partial / "fingerprint.json")
+    with suppress(ValueError):  # a ValidationError is one
+        Fingerprint.model_validate(check_json(fingerprint))
+        return fingerprint
+    return {}
+
+
+def new_manifest(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with its schema and its digest. Raises `ValueError` if a value is out of range."""
+    manifest = json.loads(json.dumps({"schema": SCHEMA, **values}))
+    manifest |= {"digest": manifest_digest(manifest)}
+    if fault := find_fault(manifest):
+        raise ValueError(fault)
+    return manifest
 
 
 def describe_input(artifact: Artifact) -> dict[str, Any]:

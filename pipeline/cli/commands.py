@@ -13,6 +13,7 @@ import shtab
 
 from pipeline import config
 from pipeline.artifacts.manifest import work_folder
+from pipeline.artifacts.replacing import check_settings
 from pipeline.artifacts.seals import sealed_steps
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
@@ -30,6 +31,8 @@ def run_recipe(args: argparse.Namespace) -> None:
 
     for loaded in configs:
         import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
+    if not args.dry_run:
+        check_settings(configs)
     for loaded in configs:
         run_loaded(loaded, args.dry_run)
 

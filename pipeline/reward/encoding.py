@@ -10,8 +10,9 @@ forms:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from pydantic import ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.schema import Text
@@ -51,11 +52,13 @@ class Encoding:
     Raises `UserError` if `form` or `truncation` is unknown.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+
     form: str = "chat"
     separator: str = "\n"
     eos: bool = True
     truncation: str = "left"
-    max_length: int = 512
+    max_length: Annotated[int, Field(gt=0)] = 512
     turn: str = "template"
     date: str | None = None
     trim_pad: bool = False

@@ -1,17 +1,26 @@
-"""`reward.json`: how text becomes token ids, and how logits become a reward."""
+"""`reward.json`: how text becomes token ids, and how logits become a reward.
+
+The types and ranges of its values are those of the fields below, and they are checked when it is read.
+"""
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from pipeline.artifacts.schema import first_fault
+from pipeline.config.base import Quantization
+from pipeline.config.reward import OBJECTIVES
 from pipeline.errors import UserError
 from pipeline.models.loading import head_config
 from pipeline.reward.encoding import Encoding
 
 SETTINGS = "reward.json"
+Output = Literal["logit", "log_odds", "probability", "ensemble"]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass
@@ -29,20 +38,22 @@ class RewardSettings:
       of the reward on the length.
     """
 
-    objective: str = "pairwise"
-    outputs: list[str] = field(default_factory=lambda: ["reward"])
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    objective: Literal[tuple(OBJECTIVES)] = "pairwise"  # type: ignore[valid-type]
+    outputs: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["reward"])
     encoding: Encoding = field(default_factory=Encoding)
-    quantization: str = "none"
+    quantization: Quantization = "none"
     precision: str | None = None
-    output: str = "logit"
+    output: Output = "logit"
     logit: int = 0
     multi_label: bool = False
-    sign: int = 1
-    uncertainty_penalty: float = 0.0
+    sign: Literal[1, -1] = 1
+    uncertainty_penalty: NotNegative = 0.0
     alpha: float = 1.0
     reward_mean: float | None = None
-    reward_std: float | None = None
-    length_mean: float | None = None
+    reward_std: NotNegative | None = None
+    length_mean: NotNegative | None = None
     length_slope: float | None = None
 
     @property
@@ -60,19 +71,29 @@ class RewardSettings:
     def load(cls, folder: Path) -> "RewardSettings | None":
         """Load the settings of `folder`, or return None if it has none.
 
-        Raises `UserError` if they were written by another version.
+        Raises `UserError` if they were written by another version, or altered.
         """
         path = folder / SETTINGS
         if not path.is_file():
             return None
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             # Models that were trained before the encoding had a `turn` keep their scores.
-            return cls(**values | {"encoding": Encoding(**{"turn": "text"} | values["encoding"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}: not a reward.json of this version: {error}; run the reward stage again"
-            ) from None
+            encoding = {"turn": "text"} | values["encoding"]
+            settings = READER.validate_json(json.dumps(values | {"encoding": encoding}))
+            if not 0 <= settings.logit < len(settings.outputs):
+                raise ValueError(f"logit: {settings.logit} is none of the {len(settings.outputs)} outputs")
+        except ValidationError as error:
+            raise UserError(cls._refusal(path, first_fault(error))) from None
+        except KeyError as error:
+            raise UserError(cls._refusal(path, f"{error} is missing")) from None
+        except (ValueError, TypeError, RecursionError, UserError) as error:
+            raise UserError(cls._refusal(path, str(error))) from None
+        return settings
+
+    @staticmethod
+    def _refusal(path: Path, reason: str) -> str:
+        return f"{path}: not a reward.json of this version: {reason}; run the reward stage again"
 
     def save(self, folder: Path) -> None:
         """Write `reward.json` into `folder`."""
@@ -96,3 +117,6 @@ class RewardSettings:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities (N, C) of logits (N, C), as transformers' `pipeline()` does."""
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+READER = TypeAdapter(RewardSettings)

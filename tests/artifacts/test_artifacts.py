@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -18,10 +17,13 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from pipeline.artifacts import build
+from pipeline.artifacts import files as files_module
+from pipeline.artifacts import replacing
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import artifact_status, open_external, require_artifact, verify_artifact
-from pipeline.artifacts.manifest import Artifact
+from pipeline.artifacts.manifest import Artifact, read_manifest
+from pipeline.artifacts.replacing import check_settings
+from pipeline.artifacts.schema import manifest_digest
 from pipeline.errors import UserError
 
 FIX = "rlhf sft --config configs/demo/sft.yaml"
@@ -55,7 +57,7 @@ class Make:
         result: dict[str, Any] | None = None,
         error: BaseException | None = None,
     ):
-        self.files = files or {"model.bin": "weights"}
+        self.files = files or {"model.safetensors": "weights"}
         self.result = result or {}
         self.error = error
         self.checkpoint = False
@@ -132,7 +134,7 @@ def input_artifact(tmp_path: Path, rows: str) -> Artifact:
 
 def test_first_build_publishes_files_config_and_manifest(config, said):
     make = Make(
-        {"model.bin": "weights", "tokenizer/vocab.txt": "a b"},
+        {"model.safetensors": "weights", "tokenizer/vocab.txt": "a b"},
         {"metrics": {"loss": 0.25}, "rows": {"kept": 7}},
     )
     folder = publish(config, make, log=said.append)
@@ -141,7 +143,7 @@ def test_first_build_publishes_files_config_and_manifest(config, said):
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
         "config.yaml",
         "manifest.json",
-        "model.bin",
+        "model.safetensors",
         "tokenizer/vocab.txt",
     ]
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config.resolved()
@@ -175,7 +177,7 @@ def test_manifest_holds_every_field(config, tmp_path):
     }
     config_file = sha256((folder / "config.yaml").read_text())
     assert manifest == {
-        "schema": 1,
+        "schema": 2,
         "kind": "policy",
         "stage": "sft",
         "seed": 3,
@@ -201,11 +203,13 @@ def test_manifest_holds_every_field(config, tmp_path):
                 "revision": None,
             },
         },
-        "files": {"config.yaml": config_file, "model.bin": sha256("weights")},
+        "files": {"config.yaml": config_file, "model.safetensors": sha256("weights")},
         "rows": {"kept": 7, "quarantined": {"empty": 1}},
         "metrics": {"loss": 0.25},
         "identity": manifest["identity"],
+        "digest": manifest["digest"],
     }
+    assert manifest_of(folder)["digest"] == manifest_digest(manifest_of(folder))
 
 
 def test_rows_and_metrics_may_be_left_out(config):
@@ -231,78 +235,191 @@ def test_unchanged_is_reused(config, said):
     assert (folder / "manifest.json").read_bytes() == before
 
 
-def test_changed_config_is_made_again(config):
-    publish(config, Make({"old.bin": "old"}))
+def test_a_finished_artifact_is_not_replaced_in_silence_when_a_setting_changes(config):
+    folder = publish(config)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     config.training["learning_rate"] = 0.25
-    folder = publish(config, Make({"new.bin": "new"}))
-    assert sorted(os.listdir(folder)) == ["config.yaml", "manifest.json", "new.bin"]
+    make = Make()
+    with pytest.raises(UserError) as refused:
+        publish(config, make)
+    assert str(refused.value) == (
+        f"{folder}: was made with other settings: training.learning_rate was 0.5, is 0.25; add --force to "
+        "replace it, or keep it and choose another run: --run NAME"
+    )
+    with pytest.raises(UserError, match=r"training\.learning_rate was 0\.5, is 0\.25"):
+        check_settings([config])  # before any stage of a recipe is run
+    assert make.calls == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
+    config.run = "other"
+    check_settings([config])
+    publish(config, make)
+    assert make.calls == 1
+
+
+def test_the_revision_that_a_stage_resolves_is_no_change_before_it_is_resolved(config):
+    config.training["revision"] = "c0ffee"
+    publish(config)
+    config.training["revision"] = None
+    check_settings([config])
+    with pytest.raises(UserError, match=r"training\.revision was c0ffee, is None"):
+        publish(config)
+
+
+def test_a_half_written_artifact_of_other_settings_is_not_replaced_either(config, said):
+    folder = publish(config)
+    (folder / "manifest.json").unlink()
+    config.seed = 1
+    with pytest.raises(UserError, match=r"demo/sft: was made with other settings: seed was 0, is 1"):
+        publish(config)
+    assert (folder / "model.safetensors").exists()
+    config.seed = 0
+    publish(config, log=said.append)
+    assert said == [
+        f"sft: {folder}: half-written (no valid manifest.json): its stage was interrupted; making it again"
+    ]
+
+
+def test_what_was_begun_with_force_is_resumed_without_it(config, said):
+    publish(config)
+    config.seed, config.force = 1, True
+    interrupt(config)
+    config.force = False
+    check_settings([config])
+    publish(config, log=said.append)
+    assert said[-1] == f"sft: resuming {config.folder.parent / '.sft.partial'}"
+    assert manifest_of(config.folder)["seed"] == 1
+
+
+def test_changed_config_is_made_again_by_force(config):
+    publish(config, Make({"model.safetensors": "old", "old.bin": "old"}))
+    config.training["learning_rate"] = 0.25
+    config.force = True
+    folder = publish(config, Make({"model.safetensors": "new"}))
+    assert sorted(os.listdir(folder)) == ["config.yaml", "manifest.json", "model.safetensors"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["training"]["learning_rate"] == 0.25
     assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
 
 
-def test_changed_input_is_made_again_and_an_equal_one_is_not(config, tmp_path):
-    publish(config, inputs={"records": input_artifact(tmp_path, "rows")})
+def test_changed_input_is_made_again_and_an_equal_one_is_not(config, tmp_path, said):
+    old = input_artifact(tmp_path, "rows")
+    publish(config, inputs={"records": old})
     same, other = Make(), Make()
     publish(config, same, inputs={"records": input_artifact(tmp_path, "rows")})
-    publish(config, other, inputs={"records": input_artifact(tmp_path, "other rows")})
+    new = input_artifact(tmp_path, "other rows")
+    publish(config, other, inputs={"records": new}, log=said.append)
     assert (same.calls, other.calls) == (0, 1)
+    assert said == [
+        f"sft: {config.folder}: inputs.records was {old.identity}, is {new.identity}; making it again"
+    ]
 
 
 def test_a_release_that_changes_no_results_reuses_what_is_there(config, monkeypatch):
     publish(config)
-    monkeypatch.setattr(build, "package_versions", lambda: {"pipeline": "99.0"})
+    monkeypatch.setattr(replacing, "package_versions", lambda: {"pipeline": "99.0"})
     again = Make()
     assert manifest_of(publish(config, again))["fingerprint"]["version"] == "0.3.0"
     assert again.calls == 0
 
 
-def test_another_version_of_the_results_is_made_again(config, monkeypatch):
+def test_the_results_of_another_version_are_not_replaced_in_silence(config, monkeypatch):
     publish(config)
-    monkeypatch.setattr(build, "RESULTS_VERSION", "99.0")
+    monkeypatch.setattr(replacing, "RESULTS_VERSION", "99.0")
     again = Make()
+    message = r"demo/sft: has the results of version 0\.3\.0, and version 99\.0 computes others; add --force"
+    with pytest.raises(UserError, match=message):
+        publish(config, again)
+    assert again.calls == 0
+    config.force = True
     assert manifest_of(publish(config, again))["fingerprint"]["version"] == "99.0"
     assert again.calls == 1
 
 
 def test_force_makes_it_again(config, said):
-    publish(config, Make({"model.bin": "old"}))
+    publish(config, Make({"model.safetensors": "old"}))
     config.force = True
-    folder = publish(config, Make({"model.bin": "new"}), log=said.append)
-    assert (folder / "model.bin").read_text() == "new"
+    folder = publish(config, Make({"model.safetensors": "new"}), log=said.append)
+    assert (folder / "model.safetensors").read_text() == "new"
     assert said == []
 
 
 def test_altered_artifact_is_made_again(config, said):
     folder = publish(config)
-    rewrite(folder / "model.bin", "weightz")
+    rewrite(folder / "model.safetensors", "weightz")
     publish(config, Make(), log=said.append)
-    assert (folder / "model.bin").read_text() == "weights"
+    assert (folder / "model.safetensors").read_text() == "weights"
     assert said == [
-        f"sft: {folder}: model.bin was altered: its SHA-256 is {sha256('weightz')[:12]}…, "
+        f"sft: {folder}: model.safetensors was altered: its SHA-256 is {sha256('weightz')[:12]}…, "
         f"expected {sha256('weights')[:12]}…; making it again"
     ]
 
 
-def test_a_file_added_to_what_was_published_is_not_lost(config):
-    folder = publish(config)
-    (folder / "notes.txt").write_text("learned at last")
-    publish(config)  # unchanged: nothing is replaced
-    config.seed = 1
-    with pytest.raises(UserError, match=r"demo/sft: contains files that no stage wrote \(notes.txt\)"):
+@pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "best/notes.txt", "link"])
+def test_a_visible_file_added_to_what_was_published_is_refused_and_not_lost(config, name):
+    folder = publish(config, Make({"model.safetensors": "w", "best/config.json": "{}"}))
+    if name == "link":
+        (folder / name).symlink_to("nowhere")
+    else:
+        (folder / name).write_text("learned at last")
+    with pytest.raises(UserError, match=rf"demo/sft: contains files that no stage wrote \({name}\)"):
         publish(config)
-    assert (folder / "notes.txt").exists()
+    message = f"contains {name}, which its manifest.json does not list and a library could load: move it away"
+    assert refusal(folder) == f"{folder}: {message}; run: {FIX}"
+    assert refusal(folder / "best") == f"{folder / 'best'}: is a part of {folder}: {message}; run: {FIX}"
+    assert artifact_status(folder) == ("altered", message)
+    assert os.path.lexists(folder / name)
     config.force = True
     publish(config)
-    assert not (folder / "notes.txt").exists()
+    assert not os.path.lexists(folder / name)
+
+
+def test_hidden_files_are_the_users(config, tmp_path, said):
+    publish(config, inputs={"records": input_artifact(tmp_path, "rows")})
+    folder = config.folder
+    (folder / ".notes").write_text("mine")
+    require_artifact(folder, "policy", FIX)
+    verify_artifact(require_artifact(folder, "policy", FIX))
+    publish(config, inputs={"records": input_artifact(tmp_path, "rows")}, log=said.append)
+    assert said == [f"sft: unchanged, reusing {folder}"]
+    refused = r"demo/sft: contains files that no stage wrote \(.notes\); move them away, or add --force"
+    other = {"records": input_artifact(tmp_path, "other rows")}
+    with pytest.raises(UserError, match=refused):
+        publish(config, inputs=other)
+    rewrite(folder / "model.safetensors", "altered")
+    with pytest.raises(UserError, match=refused):
+        publish(config, inputs={"records": input_artifact(tmp_path, "rows")})
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=refused):
+        publish(config, inputs=other)
+    assert (folder / ".notes").read_text() == "mine"
+    config.force = True
+    publish(config, inputs=other)
+    assert not (folder / ".notes").exists()
+
+
+def test_what_datasets_caches_beside_records_is_no_fault(config):
+    folder = publish(config, Make({"comparisons/train/data.arrow": "rows"}), kind="records")
+    (folder / "comparisons" / "train" / "cache-0123456789abcdef.arrow").write_text("mapped")
+    verify_artifact(require_artifact(folder, "records", FIX))
+
+
+def test_a_model_without_weights_is_no_model(config):
+    folder = publish(config, Make({"config.json": "{}", "value_head.safetensors": "h"}))
+    assert refusal(folder) == (
+        f"{folder}: manifest.json lists no weights (*.safetensors, *.bin): it is no model; run: {FIX}"
+    )
 
 
 def test_an_altered_manifest_is_refused(config):
     folder = publish(config)
     manifest = manifest_of(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"identity": "f" * 64}))
-    assert "manifest.json was altered" in refusal(folder)
+    assert "manifest.json was altered: its identity is not that of its files" in refusal(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"files": [], "schema": "1"}))
-    assert "half-written (no valid manifest.json)" in refusal(folder)
+    assert "manifest.json was altered: schema: Input should be a valid integer" in refusal(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"metrics": {"loss": 0.0}}))
+    assert "manifest.json was altered: its digest is not that of its content" in refusal(folder)
+    assert read_manifest(folder) == {}
 
 
 def test_files_that_no_stage_wrote_are_not_replaced_unless_forced(config):
@@ -316,7 +433,7 @@ def test_files_that_no_stage_wrote_are_not_replaced_unless_forced(config):
         publish(config, make)
     assert (make.calls, (config.folder / "thesis.txt").read_text()) == (0, "years of work")
     config.force = True
-    assert sorted(os.listdir(publish(config, make))) == ["config.yaml", "manifest.json", "model.bin"]
+    assert sorted(os.listdir(publish(config, make))) == ["config.yaml", "manifest.json", "model.safetensors"]
 
 
 # Interruption
@@ -329,7 +446,7 @@ def test_interrupted_run_resumes_with_its_work_and_an_empty_output(config, said)
     folder = publish(config, make, log=said.append)
     assert make.found == {"output": [], "work": ["checkpoint-1"]}
     assert said == [f"sft: resuming {folder.parent / '.sft.partial'}"]
-    assert sorted(os.listdir(folder)) == ["config.yaml", "manifest.json", "model.bin"]
+    assert sorted(os.listdir(folder)) == ["config.yaml", "manifest.json", "model.safetensors"]
     assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
 
 
@@ -342,12 +459,15 @@ def test_interrupted_before_a_checkpoint_starts_afresh_even_with_another_config(
     assert (make.found, said) == ({"output": [], "work": []}, [])
 
 
-def test_work_of_unknown_origin_is_not_resumed(config):
+@pytest.mark.parametrize("text", ['{"config": ', "[" * 100_000, '{"config": {}, "inputs": [], "version": 3}'])
+def test_work_of_unknown_origin_is_not_resumed(config, said, text):
     interrupt(config)
-    (config.folder.parent / ".sft.partial" / "fingerprint.json").write_text('{"config": ')
+    partial = config.folder.parent / ".sft.partial"
+    (partial / "fingerprint.json").write_text(text)
     make = Make()
-    publish(config, make)
+    publish(config, make, log=said.append)
     assert make.found == {"output": [], "work": []}
+    assert said == [f"sft: {partial}: fingerprint.json is not valid; starting over"]
 
 
 def test_changed_config_over_a_partial_run_is_refused_with_keys_and_values(config):
@@ -388,7 +508,9 @@ def test_force_over_a_partial_run_starts_afresh(config, said):
 def test_reuse_leaves_the_partial_run_of_another_config_alone(config):
     publish(config)
     config.training["learning_rate"] = 0.25
+    config.force = True
     interrupt(config)
+    config.force = False
     config.training["learning_rate"] = 0.5
     again = Make()
     publish(config, again)
@@ -402,14 +524,16 @@ def test_reuse_leaves_the_partial_run_of_another_config_alone(config):
     "error", [RuntimeError("diverged"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
 )
 def test_failed_make_passes_through_and_leaves_the_published_valid(config, error):
-    folder = publish(config, Make({"model.bin": "good"}))
+    folder = publish(config, Make({"model.safetensors": "good"}))
     config.training["learning_rate"] = 0.25
+    config.force = True
     with pytest.raises(type(error)) as raised:
-        publish(config, Make({"model.bin": "bad"}, error=error))
+        publish(config, Make({"model.safetensors": "bad"}, error=error))
     assert raised.value is error
     verify_artifact(require_artifact(folder, "policy", FIX))
-    assert (folder / "model.bin").read_text() == "good"
+    assert (folder / "model.safetensors").read_text() == "good"
     config.training["learning_rate"] = 0.5
+    config.force = False
     again = Make()
     publish(config, again)
     assert again.calls == 0
@@ -429,68 +553,102 @@ def fail_at(monkeypatch, owner: Any, name: str, nth: int) -> None:
 
 
 def test_crash_between_the_two_renames_is_repaired(config, monkeypatch):
-    folder = publish(config, Make({"model.bin": "old"}))
+    folder = publish(config, Make({"model.safetensors": "old"}))
     identity = manifest_of(folder)["identity"]
     config.training["learning_rate"] = 0.25
+    config.force = True
     with monkeypatch.context() as patch:
         fail_at(patch, os, "rename", 2)
         with pytest.raises(OSError, match="No space"):
-            publish(config, Make({"model.bin": "new"}))
-    assert sorted(name for name in os.listdir(folder.parent) if "sft" in name) == [".sft.old", ".sft.partial"]
+            publish(config, Make({"model.safetensors": "new"}))
+    assert sorted(os.listdir(folder.parent)) == [".lock", ".sft.partial"]
+    assert sorted(os.listdir(folder.parent / ".sft.partial")) == ["fingerprint.json", "old", "output", "work"]
     with pytest.raises(UserError, match="demo/sft: half-written .*; run: " + re.escape(FIX)):
         require_artifact(folder, "policy", FIX)
 
     config.training["learning_rate"] = 0.5
+    config.force = False
     again = Make()
     publish(config, again)
-    assert (again.calls, manifest_of(folder)["identity"], (folder / "model.bin").read_text()) == (
+    assert (again.calls, manifest_of(folder)["identity"], (folder / "model.safetensors").read_text()) == (
         0,
         identity,
         "old",
     )
     config.training["learning_rate"] = 0.25
-    publish(config, Make({"model.bin": "new"}))
-    assert (folder / "model.bin").read_text() == "new"
+    config.force = True
+    publish(config, Make({"model.safetensors": "new"}))
+    assert (folder / "model.safetensors").read_text() == "new"
     assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
 
 
-def test_crash_after_the_swap_leaves_nothing_in_the_way(config, monkeypatch):
-    publish(config, Make({"model.bin": "old"}))
-    config.training["learning_rate"] = 0.25
-    checkpointed = Make({"model.bin": "new"})
+def kill_in_the_clean_up(monkeypatch, config: Config, stop: int) -> bool:
+    """Publish a replacement; stop before the nth deletion after that. Return whether there was one."""
+    real, calls = {name: getattr(os, name) for name in ("unlink", "rmdir")}, []
+
+    def patched(name: str):
+        def call(path, **kwargs):
+            calls.extend([path] * ((config.folder / "model.safetensors").read_text() == "new"))
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return real[name](path, **kwargs)
+
+        return call
+
+    checkpointed = Make({"model.safetensors": "new", "sub/vocab.txt": "a b"})
     checkpointed.checkpoint = True
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # killed before it could tidy up
-        folder = publish(config, checkpointed)
-    assert {".sft.old", ".sft.partial"} <= set(os.listdir(folder.parent))
-    config.training["learning_rate"] = 0.125
-    make = Make({"model.bin": "newer"})
-    publish(config, make)
-    assert (make.found["work"], (folder / "model.bin").read_text()) == ([], "newer")
-    assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
+        for name in real:
+            patch.setattr(os, name, patched(name))
+        try:
+            publish(config, checkpointed)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_kill_at_any_point_of_the_clean_up_leaves_nothing_for_good(tmp_path, monkeypatch):
+    kills = 0
+    for stop in range(1, 100):
+        config = Config(runs=str(tmp_path / str(stop)))
+        publish(config, Make({"model.safetensors": "old", "sub/vocab.txt": "a"}))
+        config.training["learning_rate"], config.force = 0.25, True
+        if not kill_in_the_clean_up(monkeypatch, config, stop):
+            break
+        kills += 1
+        config.force = False
+        again = Make()
+        folder = publish(config, again)
+        assert (again.calls, (folder / "model.safetensors").read_text()) == (0, "new")
+        assert sorted(os.listdir(folder.parent)) == [".lock", "sft"]
+        verify_artifact(require_artifact(folder, "policy", FIX))
+    assert kills > 8
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
     [(os, "rename", nth) for nth in (1, 2)]
     + [(os, "fsync", nth) for nth in (1, 2, 3)]
-    + [(Path, "write_text", nth) for nth in (1, 3, 5)],
+    + [(Path, "write_text", nth) for nth in (1, 3, 4)],
 )
 def test_full_disk_while_publishing_loses_nothing(config, monkeypatch, owner, name, nth):
-    folder = publish(config, Make({"model.bin": "old"}))
+    folder = publish(config, Make({"model.safetensors": "old"}))
     require_artifact(folder, "policy", FIX)
     config.training["learning_rate"] = 0.25
+    config.force = True
     with monkeypatch.context() as patch:
         fail_at(patch, owner, name, nth)
         with pytest.raises(OSError, match="No space left on device"):
-            publish(config, Make({"model.bin": "new"}))
+            publish(config, Make({"model.safetensors": "new"}))
     config.training["learning_rate"] = 0.5
+    config.force = False
     again = Make()
     publish(config, again)
     verify_artifact(require_artifact(folder, "policy", FIX))
-    assert (again.calls, (folder / "model.bin").read_text()) == (0, "old")
+    assert (again.calls, (folder / "model.safetensors").read_text()) == (0, "old")
     config.training["learning_rate"] = 0.25
-    assert (publish(config, Make({"model.bin": "new"})) / "model.bin").read_text() == "new"
+    config.force = True
+    assert (publish(config, Make({"model.safetensors": "new"})) / "model.safetensors").read_text() == "new"
 
 
 # One writer at a time
@@ -574,10 +732,12 @@ def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
     publish(config)
     assert told == [(False, True), (False, None), (False, False)]  # make it; it is published; it is there
     config.training["steps"] = [3]
+    config.force = True
     interrupt(config)
+    config.force = False
     del told[:]
     config.training["steps"] = [4]
-    with pytest.raises(UserError, match="interrupted with other settings"):
+    with pytest.raises(UserError, match="was made with other settings"):
         publish(config)
     assert told == [(True, None)]
 
@@ -631,7 +791,7 @@ def test_half_written_artifact_is_refused(config):
 
 
 def test_changed_byte_is_found_by_name(config):
-    folder = publish(config, Make({"model.bin": "weights", "sub/vocab.txt": "a b"}))
+    folder = publish(config, Make({"model.safetensors": "weights", "sub/vocab.txt": "a b"}))
     rewrite(folder / "sub/vocab.txt", "a c")
     assert refusal(folder) == (
         f"{folder}: sub/vocab.txt was altered: its SHA-256 is {sha256('a c')[:12]}…, expected "
@@ -641,14 +801,8 @@ def test_changed_byte_is_found_by_name(config):
 
 def test_removed_file_is_found_by_name(config):
     folder = publish(config)
-    (folder / "model.bin").unlink()
-    assert refusal(folder) == f"{folder}: model.bin is missing; run: {FIX}"
-
-
-def test_stray_file_is_not_vouched_for(config):
-    folder = publish(config)
-    (folder / "notes.txt").write_text("mine")
-    assert "notes.txt" not in require_artifact(folder, "policy", FIX).manifest["files"]
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"{folder}: model.safetensors is missing; run: {FIX}"
 
 
 def test_wrong_kind_is_refused_and_any_checkpoint_is_a_model(config):
@@ -662,11 +816,11 @@ def test_wrong_kind_is_refused_and_any_checkpoint_is_a_model(config):
 
 def test_newer_schema_is_refused(config):
     folder = publish(config)
-    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | {"schema": 2}))
-    assert refusal(folder) == (
-        f"{folder}: written by a newer version (schema 2, this one reads 1): upgrade, or make it "
-        f"again; run: {FIX}"
-    )
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | {"schema": 3}))
+    problem = "written by a newer version (schema 3, this one reads 2): upgrade, or make it again"
+    assert refusal(folder) == f"{folder}: {problem}; run: {FIX}"
+    with pytest.raises(UserError, match=re.escape(f"{folder}: {problem} with --force")):
+        publish(config)
 
 
 def test_folder_of_something_else_is_refused(tmp_path):
@@ -789,23 +943,25 @@ def test_the_identity_of_an_evaluation_is_its_metrics(tmp_path):
 
 
 def test_identity_is_content_only(tmp_path):
-    files = {"model.bin": "weights", **dict.fromkeys(TALK, "some")}
+    files = {"model.safetensors": "weights", **dict.fromkeys(TALK, "some")}
     expected = identity(tmp_path, "a", files)
-    assert expected == sha256(json.dumps(["policy", [["model.bin", sha256("weights")]]]))
+    assert expected == sha256(json.dumps(["policy", [["model.safetensors", sha256("weights")]]]))
     assert identity(tmp_path / "elsewhere", "b", files, seed=7) == expected
-    assert identity(tmp_path, "c", {"model.bin": "weights", **dict.fromkeys(TALK, "other")}) == expected
-    assert identity(tmp_path, "d", {"model.bin": "weights"}) == expected
-    os.utime(tmp_path / "runs/a/sft/model.bin", (0, 0))
+    assert (
+        identity(tmp_path, "c", {"model.safetensors": "weights", **dict.fromkeys(TALK, "other")}) == expected
+    )
+    assert identity(tmp_path, "d", {"model.safetensors": "weights"}) == expected
+    os.utime(tmp_path / "runs/a/sft/model.safetensors", (0, 0))
     assert require_artifact(tmp_path / "runs/a/sft", "policy", FIX).identity == expected
 
 
 def test_identity_changes_with_content_name_and_kind(tmp_path):
     identities = [
-        identity(tmp_path, "a", {"model.bin": "weights"}),
-        identity(tmp_path, "b", {"model.bin": "weightz"}),
+        identity(tmp_path, "a", {"model.safetensors": "weights"}),
+        identity(tmp_path, "b", {"model.safetensors": "weightz"}),
         identity(tmp_path, "c", {"other.bin": "weights"}),
-        identity(tmp_path, "d", {"sub/model.bin": "weights"}),
-        identity(tmp_path, "e", {"model.bin": "weights"}, kind="reward"),
+        identity(tmp_path, "d", {"model.safetensors": "weights", "sub/vocab.txt": "a"}),
+        identity(tmp_path, "e", {"model.safetensors": "weights"}, kind="reward"),
     ]
     assert len(set(identities)) == 5
 
@@ -815,16 +971,18 @@ def test_verify_accepts_what_is_sound(config, hub_cache):
     verify_artifact(require_artifact("gpt2", "model", FIX))
 
 
-def test_verify_does_not_believe_the_cache(config):
+@pytest.mark.parametrize("small", [0, 2**20])
+def test_other_bytes_of_the_same_size_and_time_are_seen(config, monkeypatch, small):
+    monkeypatch.setattr(files_module, "SMALL", small)
+    monkeypatch.setattr(files_module, "SETTLED", 0)
     folder = publish(config)
     opened = require_artifact(folder, "policy", FIX)
-    stat = (folder / "model.bin").stat()
-    (folder / "model.bin").write_text("weightz")
-    os.utime(folder / "model.bin", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same mtime: bit rot
-    assert require_artifact(folder, "policy", FIX) == opened
-    with pytest.raises(UserError, match=r"demo/sft: model\.bin was altered"):
+    stat = (folder / "model.safetensors").stat()
+    (folder / "model.safetensors").write_text("weightz")
+    os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "model.safetensors was altered" in refusal(folder)
+    with pytest.raises(UserError, match=r"demo/sft: model\.safetensors was altered"):
         verify_artifact(opened)
-    assert "model.bin was altered" in refusal(folder)  # and now the cache knows
 
 
 def test_nothing_heavy_is_imported():

@@ -14,6 +14,13 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch) -> None:
+    """Small files, just written, are remembered too."""
+    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(files, "SETTLED", 0)
+
+
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
     """Names of the files read to be hashed, in order."""
@@ -54,7 +61,9 @@ def test_unchanged_file_is_not_read_again_and_a_touched_one_is(tmp_path, read):
     assert os.listdir(tmp_path) == ["model"]  # the cache lies elsewhere
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a.bin": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a.bin": []}', "[" * 100_000, '{"a.bin": [[1, 2, 3, 4, -5], "beef"]}']
+)
 def test_broken_cache_is_read_past(tmp_path, monkeypatch, content):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.bin").write_text("a")

@@ -277,9 +277,13 @@ def test_nothing_to_keep_names_the_reasons_and_leaves_what_was_there(tmp_path: P
     with pytest.raises(
         UserError, match=r"a\.jsonl: holds no rows; check path"
     ):  # beside a source that does hold some
-        prepare(tmp_path, {"format": "prompts", "path": write(tmp_path / "b.jsonl", rows)}, source)
+        prepare(
+            tmp_path, {"format": "prompts", "path": write(tmp_path / "b.jsonl", rows)}, source, force=True
+        )
     write(tmp_path / "a.jsonl", rows[:2])  # a source that says nothing new is no mistake
-    published = prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "b.jsonl")}, source)
+    published = prepare(
+        tmp_path, {"format": "prompts", "path": str(tmp_path / "b.jsonl")}, source, force=True
+    )
     assert manifest(published)["rows"]["quarantined"] == {"duplicate": 2}
 
 
@@ -296,7 +300,9 @@ def test_it_says_what_was_kept_and_what_was_skipped(
             f"{tmp_path}/runs/test/prepare/quarantine.jsonl",
             f"  {tmp_path}/data: skipped a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
         ]
-    prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1})
+    prepare(
+        tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1}, force=True
+    )
     assert capsys.readouterr().out == "  1 of 1 rows kept\n"
 
 
@@ -336,6 +342,7 @@ def test_a_kind_with_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None
             tmp_path,
             source,
             {"format": "prompts", "path": write(tmp_path / "b.jsonl", [{"prompt": held_out}])},
+            force=True,
         )
 
 
@@ -415,6 +422,7 @@ def test_a_hub_dataset_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for revision in ("c0ffee", "c0ffee", "decaf"):
         monkeypatch.setattr("pipeline.artifacts.hub.resolve_commit", lambda *_, commit=revision: commit)
-        published = prepare(tmp_path, {"format": "prompts", "hub": "org/name"})
+        moved = revision == "decaf"  # what was made from the commit before is not replaced in silence
+        published = prepare(tmp_path, {"format": "prompts", "hub": "org/name"}, force=moved)
         assert manifest(published)["inputs"]["org/name"]["revision"] == revision
     assert read_at == ["c0ffee", "decaf"]

@@ -10,7 +10,7 @@ import yaml
 from bitsandbytes.functional import has_avx512bf16
 
 from pipeline import RewardModel, config
-from pipeline.artifacts.manifest import NOT_IDENTITY
+from pipeline.artifacts.schema import NOT_IDENTITY
 from pipeline.formatting.markdown import format_place
 from pipeline.reward import stage as reward
 from pipeline.reward.card import describe_base, front_matter, reward_lines, source_table, training_table

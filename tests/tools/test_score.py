@@ -367,7 +367,82 @@ def test_what_was_made_from_something_else_is_not_gone_on_from(
     assert Path("out.csv").read_bytes() == Path("clean.csv").read_bytes()
 
 
+def test_the_same_command_given_again_is_done(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    before = Path("out.csv").read_bytes()
+    PARTIAL.write_bytes(b'{"command": ')  # as a kill before the last deletion leaves it
+    with monkeypatch.context() as patched:
+        patched.setattr(chunks, "publish", interrupted)  # nothing is computed or written again
+        capsys.readouterr()
+        assert run() == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(": unchanged, keeping out.csv")
+        assert left(Path()) == ["in.jsonl", "out.csv"]
+        assert run("--force") == 130
+    PARTIAL.unlink()
+    Path("out.csv").write_bytes(before + b"more\n")
+    assert run() == 2
+    assert "--output out.csv: exists already; name another file, or add --force" in capsys.readouterr().err
+    assert Path("out.csv").read_bytes() == before + b"more\n"
+
+
+def test_an_output_of_other_settings_is_not_replaced(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(Path("in.jsonl"), [{"text": "good"}, {"text": ""}])
+    assert main("score", model, source, "out.csv") == 0
+    before = {name: Path(name).read_bytes() for name in left(Path())}
+    assert (
+        refusal(capsys, "score", model, source, "out.csv", "--alpha=2")
+        == "error: --output out.csv: exists already, and was made with another alpha; name another file, "
+        "or add --force to replace it"
+    )
+    assert {name: Path(name).read_bytes() for name in left(Path())} == before
+    assert main("score", model, source, "out.csv", "--alpha=2", "--force") == 0
+    assert Path("out.csv").read_bytes() != before["out.csv"]
+
+
 # What is wrong
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".out.csv.tmp", ".out.csv.lock", str(PARTIAL), ".out.csv.quarantine.tmp", "out.csv.quarantine.jsonl"],
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_a_name_that_somebody_made_first_is_left_alone(
+    name: str, link: bool, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(Path("in.jsonl"), [{"text": "good"}])
+    Path("theirs").write_text("precious")
+    if link:
+        Path(name).symlink_to("theirs")
+    else:
+        Path(name).write_text("precious")
+    before = left(Path())
+    assert name in refusal(capsys, "score", model, source, "out.csv")
+    assert (Path(name).read_text(), Path("theirs").read_text()) == ("precious", "precious")
+    assert left(Path()) == before
+
+
+def test_an_output_that_is_a_link_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(Path("in.jsonl"), [{"text": "good"}])
+    Path("out.csv").symlink_to("theirs")
+    line = refusal(capsys, "score", Path("runs/no/reward"), source, "out.csv", "--force")
+    assert line == "error: --output out.csv: out.csv is a symbolic link; name another file"
+    assert Path("out.csv").is_symlink()
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"reward": 1}', '[{"reward": 1, "more": 2}]', "[" * 100_000])
+def test_a_line_that_no_run_wrote_is_computed_again(line: str, model: Path) -> None:
+    source = jsonl(Path("in.jsonl"), ROWS[:5])
+    assert main("score", model, source, "whole.csv") == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(chunks, "publish", interrupted)
+        assert main("score", model, source, "out.csv") == 130
+    head, first, *_ = PARTIAL.read_text().splitlines()
+    PARTIAL.write_text("\n".join([head, first, line, first, first, ""]))
+    assert main("score", model, source, "out.csv") == 0
+    assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
 
 
 def test_a_bad_row_is_quarantined_with_its_line(

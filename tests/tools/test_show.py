@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from pipeline import config
+from pipeline.artifacts import files
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import read_manifest, work_folder
@@ -41,8 +42,15 @@ def test_sections_and_values(tiny_records: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_verify_finds_what_size_and_time_hide(
-    tiny_records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_records: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(files, "SETTLED", 0)
+    # Stands for a file system that does not keep the time of change.
+    monkeypatch.setattr(files, "_stamp", lambda file: (file.stat().st_size, file.stat().st_mtime_ns, 0, 0, 0))
     folder = shutil.copytree(tiny_records, tmp_path / "prepare")
     assert main(["show", str(folder)]) == 0
     file = folder / "config.yaml"
@@ -84,7 +92,7 @@ def made(folder: Path, stage: str, metrics: dict, *inputs: str, text: str = "mad
     }
 
     def make(output: Path, work: Path) -> dict:
-        (output / "content.txt").write_text(text)
+        (output / "model.safetensors").write_text(text)
         return {"metrics": metrics}
 
     return build_artifact(
@@ -131,17 +139,17 @@ def test_what_is_altered_or_made_from_another_input_than_there_is_now(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     was = identity(run / "sft")
-    made(run, "sft", {}, text="made anew", seed=1)
+    made(run, "sft", {}, text="made anew", seed=1, force=True)
     moved = run.rename(run.with_name("moved"))  # its manifests name inputs by where they were
     assert main(["show", str(moved)]) == 0
     shown = capsys.readouterr().out
     assert [table_of(shown)[stage][0] for stage in ("sft", "reward")] == ["done", "out of date"]
     assert shown.rstrip().splitlines()[-1] == f"reward: sft was {was}, and {moved}/sft has changed since"
-    (moved / "sft" / "content.txt").write_text("touched")
+    (moved / "sft" / "model.safetensors").write_text("touched")
     assert main(["show", str(moved)]) == 0
     shown = capsys.readouterr().out
     assert table_of(shown)["sft"][0] == "altered"
-    assert "sft: content.txt was altered: its SHA-256 is" in shown
+    assert "sft: model.safetensors was altered: its SHA-256 is" in shown
 
 
 def test_an_interrupted_stage_shows_the_step_it_resumes_from(
@@ -190,10 +198,10 @@ def test_two_runs_differ_in_settings_and_headlines(run: Path, capsys: pytest.Cap
 
 def test_what_is_altered_is_not_told_to_be_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = shutil.copytree(run, run.with_name("b"))
-    (other / "reward" / "content.txt").write_text("something else")
+    (other / "reward" / "model.safetensors").write_text("something else")
     assert main(["show", str(run), str(other)]) == 0
     notes, *_ = capsys.readouterr().out.split("\n\n")
-    assert notes.startswith(f"{other}/reward: altered, content.txt was altered: its SHA-256 is")
+    assert notes.startswith(f"{other}/reward: altered, model.safetensors was altered: its SHA-256 is")
     assert notes.count("\n") == 0
 
 

@@ -11,6 +11,7 @@ from pipeline.data.schema import RowError
 from pipeline.data.validation import clean_record
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
+from pipeline.tools.score.done import check_in_the_way
 from pipeline.tools.score.encoders import ENCODERS, Columns, encode_output
 
 KINDS = {"score": "answers", "best-of-n": "prompts"}  # kind of record, as pipeline.data.schema names it
@@ -25,6 +26,7 @@ class ScoringJob(NamedTuple):
     source: Path
     output: Path
     items: list[ParsedRecord]
+    force: bool = False
 
     @property
     def valid(self) -> list[ParsedRecord]:
@@ -52,7 +54,7 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
             except RowError as fault:
                 item.fault = fault
 
-    job = ScoringJob(command, source, output, items)
+    job = ScoringJob(command, source, output, items, force)
     if not job.valid:
         first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
         raise UserError(f"{source}: none of its {len(items)} rows can be scored{first}")
@@ -92,8 +94,7 @@ def _check_paths(source: Path, output: Path, force: bool) -> None:
     if output.exists() and (output.is_dir() or output.samefile(source)):
         problem = "is a folder" if output.is_dir() else "is the input"
         raise UserError(f"--output {output}: {problem}; name another file")
-    if output.exists() and not force:
-        raise UserError(f"--output {output}: exists already; name another file, or add --force to replace it")
+    check_in_the_way(output, force)
 
 
 def check_rows(job: ScoringJob, is_overlong: Callable[[Columns], bool], limit: str, overlong: str) -> int:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.inputs import require_artifact
-from pipeline.artifacts.manifest import flatten_keys, read_manifest
-from pipeline.errors import printable
+from pipeline.artifacts.inputs import artifact_status, inspect_artifact
+from pipeline.artifacts.manifest import flatten_keys
+from pipeline.errors import UserError, printable
 
 SUMMARY_KEYS = ("kind", "stage", "seed", "created_at", "identity")
 
@@ -15,17 +15,23 @@ def artifact_text(folder: Path, verified: bool) -> str:
 
     Raises `UserError` if the artifact was altered.
     """
-    manifest = read_manifest(folder)
-    require_artifact(folder, manifest["kind"], f"its stage, {manifest['stage']}, again")
+    manifest, problem = inspect_artifact(folder)
+    if problem:
+        raise UserError(f"{folder}: {problem}; run its stage again")
     checked = "all read again, none altered" if verified else "none altered by size and time"
     summary = {key: manifest[key] for key in SUMMARY_KEYS}
+    summary |= {"files": f"{len(manifest['files'])}, {checked}"}
+    if "digest" not in manifest:
+        summary |= {"digest": "none, as an older version wrote it: the figures below may have been changed"}
+    if note := artifact_status(folder)[1]:
+        summary |= {"note": note}
     inputs = {
         name: f"{source['path']}  {source.get('revision') or source['identity']}"
         for name, source in manifest["inputs"].items()
     }
 
     sections: dict[str, dict[str, Any]] = {
-        str(folder): summary | {"files": f"{len(manifest['files'])}, {checked}"},
+        str(folder): summary,
         "inputs": inputs,
         "rows": manifest["rows"],
         "metrics": manifest["metrics"],

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.inputs import artifact_status
-from pipeline.artifacts.manifest import flatten_keys, read_manifest
+from pipeline.artifacts.inputs import artifact_status, published_manifest
+from pipeline.artifacts.manifest import flatten_keys
 from pipeline.config import STAGES
 from pipeline.errors import UserError
 from pipeline.formatting.numbers import format_number
@@ -27,7 +27,7 @@ def diff_text(a: Path, b: Path, artifacts_a: Artifacts, artifacts_b: Artifacts) 
     shared = [stage for stage in STAGES if stage in artifacts_a and stage in artifacts_b]
     setting_rows, metric_rows = [], []
     for stage in shared:
-        pair = [read_manifest(artifacts[stage]) for artifacts in (artifacts_a, artifacts_b)]
+        pair = [published_manifest(artifacts[stage])[0] for artifacts in (artifacts_a, artifacts_b)]
         metrics = [_metrics(stage, manifest, headlines_only=what_a == A_RUN) for manifest in pair]
         for key, values in _differences(*map(_settings, pair)):
             setting_rows.append([f"{stage}.{key}", *map(_format_value, values)])

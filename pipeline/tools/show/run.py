@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.artifacts.build import is_being_written
 from pipeline.artifacts.files import read_json
-from pipeline.artifacts.inputs import artifact_status
-from pipeline.artifacts.manifest import read_manifest, work_folder
+from pipeline.artifacts.inputs import artifact_status, published_manifest
+from pipeline.artifacts.manifest import work_folder
 from pipeline.artifacts.seals import list_checkpoints, sealed_steps
 from pipeline.config import STAGES
 from pipeline.formatting.numbers import format_age, format_number, format_size
@@ -25,7 +25,7 @@ def run_text(folder: Path) -> str:
     """Return the text for a run's folder."""
     rows, inputs, notes = [HEAD], [["", "made from"]], []
     for stage in STAGES:
-        manifest = read_manifest(folder / stage)
+        manifest, _ = published_manifest(folder / stage)
         state, reason = _state(folder / stage)
         metrics = headline_metrics(stage, manifest)
         rows.append(
@@ -85,8 +85,8 @@ def _state(folder: Path) -> tuple[str, str]:
 
 def _resume_step(trainer_state: dict[str, Any]) -> int | None:
     """Return the step from which training can resume, by the state in a checkpoint; None after the last."""
-    step = trainer_state.get("global_step")
-    return step if step is not None and step < trainer_state["max_steps"] else None
+    step, last = trainer_state.get("global_step"), trainer_state.get("max_steps")
+    return step if isinstance(step, int) and isinstance(last, int) and step < last else None
 
 
 def _age(folder: Path, manifest: dict[str, Any]) -> float | None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.artifacts.inputs import verify_artifact
-from pipeline.artifacts.manifest import Artifact, read_manifest, work_folder
+from pipeline.artifacts.inputs import artifact_status, inspect_artifact, published_manifest
+from pipeline.artifacts.manifest import work_folder
 from pipeline.config import STAGES
 from pipeline.errors import UserError
 from pipeline.tools.show.artifact import artifact_text
@@ -21,9 +21,8 @@ def show_folders(folders: list[Path], verify: bool) -> str:
     """
     artifacts = [find_artifacts(folder) for folder in folders]
     if verify:
-        for by_stage in artifacts:
-            for folder in by_stage.values():
-                verify_artifact(Artifact(folder, read_manifest(folder)))
+        for folder, by_stage in zip(folders, artifacts, strict=True):
+            _verify(folder, by_stage)
 
     if len(folders) == 2:
         return diff_text(folders[0], folders[1], artifacts[0], artifacts[1])
@@ -31,16 +30,39 @@ def show_folders(folders: list[Path], verify: bool) -> str:
     return artifact_text(folders[0], verify) if is_artifact else run_text(folders[0])
 
 
+def _verify(folder: Path, by_stage: dict[str, Path]) -> None:
+    """Read every file of a run or an artifact again. Raises `UserError` with the first fault."""
+    stages = by_stage.values() if folder in by_stage.values() else [folder / stage for stage in STAGES]
+    for path in stages:
+        if path in by_stage.values():
+            problem = inspect_artifact(path, cached=False)[1]
+        else:
+            status, problem = artifact_status(path)
+            problem = problem if status == "altered" else None
+        if problem:
+            raise UserError(f"{path}: {problem}; run its stage again")
+
+
 def find_artifacts(folder: Path) -> dict[str, Path]:
     """Return the artifacts of a run's folder by stage, or the one artifact that `folder` is.
 
-    Raises `UserError` if there is neither an artifact nor an unfinished stage.
+    Raises `UserError` if there is neither an artifact nor an unfinished stage, or if `folder` was an artifact
+    and has no valid manifest.
     """
-    if manifest := read_manifest(folder):
+    manifest, _ = published_manifest(folder)
+    if manifest:
         return {manifest["stage"]: folder}
+    status, problem = artifact_status(folder)
+    if status == "altered":
+        raise UserError(f"{folder}: {problem}; run its stage again")
 
-    artifacts = {stage: folder / stage for stage in STAGES if read_manifest(folder / stage)}
-    if not artifacts and not any(work_folder(folder / stage).exists() for stage in STAGES):
+    artifacts = {stage: folder / stage for stage in STAGES if published_manifest(folder / stage)[0]}
+    is_begun = any(
+        work_folder(folder / stage).exists() or artifact_status(folder / stage)[0] != "not made"
+        for stage in STAGES
+        if stage not in artifacts
+    )
+    if not artifacts and not is_begun:
         problem = "contains nothing that a stage wrote" if folder.exists() else "does not exist"
         raise UserError(f"{folder}: {problem}; {EXPECTED}")
     return artifacts

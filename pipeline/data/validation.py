@@ -3,18 +3,19 @@
 Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answer`, `identical-answers`,
 `not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`.
 Reasons between records: `contradiction` (all of them go) and `duplicate` (the first stays).
-The readers add `unreadable-line` and `not-a-dialogue`.
+The readers add `unreadable-line`, `unreadable-value`, `repeated-key`, `repeated-header` and `not-a-dialogue`;
+the splits add `held-out`.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.readers import ParsedRecord, canonical_text
+from pipeline.data.readers import ParsedRecord, canonical_text, digest
 from pipeline.data.schema import KINDS, Record, RowError
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
@@ -30,13 +31,24 @@ def validate_records(items: list[ParsedRecord], classes: list[str]) -> None:
 
     `classes` names the classes of `labels`, in the order of their indices.
     """
+    clean_records(items, classes)
+    compare_records(items)
+
+
+def clean_records(items: list[ParsedRecord], classes: list[str]) -> None:
+    """Validate each record by itself, as `validate_records` does."""
     for item in progress_bar("checking", "rows", items):
         if not item.fault:
             try:
                 item.record = clean_record(item.kind, item.record, classes)
-            except RowError as fault:
-                item.fault = fault
+            except RowError as error:
+                item.fault = RowError(
+                    error.reason, error.detail
+                )  # without the frames that a raised one holds
 
+
+def compare_records(items: list[ParsedRecord]) -> None:
+    """Set the faults of records that contradict or repeat another, as `validate_records` does."""
     _mark_contradictions([item for item in items if not item.fault])
     _mark_duplicates([item for item in items if not item.fault])
 
@@ -112,7 +124,9 @@ def _check_ranking(record: Record) -> None:
         raise RowError("too-few-answers", f"expected two or more responses, found {len(responses)}")
     if len(set(ranks)) == 1:
         raise RowError("all-tied", f"every response has rank {ranks[0]}")
-    if any(canonical_text(better) == canonical_text(worse) for better, worse in ordered_pairs(record)):
+    rank_of: dict[str, int] = {}
+    texts = map(canonical_text, responses)
+    if any(rank_of.setdefault(text, rank) != rank for text, rank in zip(texts, ranks, strict=True)):
         raise RowError("identical-answers", "the same response has two ranks")
 
 
@@ -240,44 +254,59 @@ _PARSERS: dict[str, Callable[..., Any]] = {
 
 
 def _mark_contradictions(items: list[ParsedRecord]) -> None:
-    by_subject: dict[Hashable, dict[Hashable, ParsedRecord]] = defaultdict(dict)
+    rankings: dict[Hashable, list[ParsedRecord]] = defaultdict(list)
+    others = []
+    for item in items:
+        if item.kind == "rankings":
+            rankings[digest(canonical_text(item.record["prompt"]))].append(item)
+        else:
+            others.append(item)
+
+    # Only rankings of one prompt can contradict each other. A ranking of K responses has K² judgements, so
+    # those of different prompts are not held together.
+    for group in (others, *(group for group in rankings.values() if len(group) > 1)):
+        _mark_contradictions_within(group)
+
+
+def _mark_contradictions_within(items: list[ParsedRecord]) -> None:
+    first: dict[bytes, tuple[Hashable, ParsedRecord]] = {}
+    opposing: dict[bytes, ParsedRecord] = {}
     for item in items:
         for subject, verdict in _judgements(item):
-            by_subject[subject].setdefault(verdict, item)
+            if first.setdefault(subject, (verdict, item))[0] != verdict:
+                opposing.setdefault(subject, item)
 
-    for item in items:
-        opposing = (
-            other
-            for subject, verdict in _judgements(item)
-            for other_verdict, other in by_subject[subject].items()
-            if other_verdict != verdict
-        )
-        if other := next(opposing, None):
-            item.fault = RowError("contradiction", f"{_location(other)} disagrees")
+    for item in items if opposing else ():
+        for subject, verdict in _judgements(item):
+            if subject in opposing:
+                earlier_verdict, earlier = first[subject]
+                other = opposing[subject] if verdict == earlier_verdict else earlier
+                item.fault = RowError("contradiction", f"{_location(other)} disagrees")
+                break
 
 
-def _judgements(item: ParsedRecord) -> list[tuple[Hashable, Hashable]]:
-    """Return (subject, verdict) pairs; two verdicts on one subject contradict each other."""
+def _judgements(item: ParsedRecord) -> Iterator[tuple[bytes, Hashable]]:
+    """Yield (digest of a subject, verdict); two verdicts on one subject contradict each other."""
     record, prompt = item.record, canonical_text(item.record["prompt"])
     match item.kind:
         case "labels" | "ratings":
-            subject = (item.kind, prompt, canonical_text(record["completion"]))
-            return [(subject, record[item.kind[:-1]])]
+            yield digest((prompt, canonical_text(record["completion"]), item.kind)), record[item.kind[:-1]]
+            return
         case "comparisons":
-            pairs = [(record["chosen"], record["rejected"])]
+            pairs = [(canonical_text(record["chosen"]), canonical_text(record["rejected"]))]
         case "rankings":
-            pairs = ordered_pairs(record)
+            pairs = ordered_pairs(record | {"responses": [*map(canonical_text, record["responses"])]})
         case _:
-            return []
+            return
 
-    texts = [(canonical_text(better), canonical_text(worse)) for better, worse in pairs]
-    return [((item.kind, prompt, *sorted(pair)), pair[0]) for pair in texts]
+    for better, worse in pairs:
+        yield digest((prompt, *sorted((better, worse)))), better < worse
 
 
 def _mark_duplicates(items: list[ParsedRecord]) -> None:
-    first: dict[Hashable, ParsedRecord] = {}
+    first: dict[bytes, ParsedRecord] = {}
     for item in items:
-        earlier = first.setdefault(record_identity(item.kind, item.record), item)
+        earlier = first.setdefault(digest(record_identity(item.kind, item.record)), item)
         if earlier is not item:
             item.fault = RowError("duplicate", f"the same as {_location(earlier)}")
 

@@ -31,8 +31,8 @@ class Source(StrictModel):
     subset: str | None = None
     """Configuration of the hub dataset."""
 
-    split: str = "train"
-    """Split of the hub dataset or of the `save_to_disk` folder."""
+    split: str | None = None
+    """Only this split of a hub dataset or `save_to_disk` folder (null is train) or of a folder's files."""
 
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""

@@ -8,48 +8,52 @@ from pipeline.config import Source
 from pipeline.data.context import context_columns, is_refused, used_columns
 from pipeline.data.messages import KNOWN_KEYS, carries_nothing
 from pipeline.data.readers import ParsedRecord, choose_columns, kind_of_format
-from pipeline.data.schema import KINDS, RawRow
+from pipeline.data.schema import KINDS
 
 TURNS = {"system": "the system turn", "history": "earlier turns"}
 
 
-def reading_notes(source: Source, items: list[ParsedRecord]) -> list[str]:
+def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     """Return a line for each way in which a source was not read as it is; `items` are those of `read_source`.
 
     These are columns that became turns before the prompt, columns with values that are not read, and keys of
     messages that are not read.
     """
-    rows = [row for item in items for row in item.rows if isinstance(row.data, dict)]
+    names = KINDS[kind_of_format(source.format)].columns
+    columns: dict[str, bool] = {}  # whether a column has values, by its name
+    turns: dict[str, str] = {}
+    keys: Counter[str] = Counter()
+    for item in items:
+        for data in (row.data for row in item.rows if isinstance(row.data, dict)):
+            turns |= {name: str(column) for name, column in context_columns(source, data).items()}
+            for column, value in data.items():
+                columns[column] = columns.get(column, False) or not carries_nothing(value)
+        record = item.record
+        keys += _unread_keys(record.get(name) for name in names)
+
     notes = [
         f"column {column} is read as {TURNS[name]}; ignore: [{column}] passes it over"
-        for name, column in _turn_columns(source, rows).items()
-        if name not in source.columns and _has_values(column, rows)
+        for name, column in turns.items()
+        if name not in source.columns and columns.get(column)
     ]
-    if columns := _unread_columns(source, rows):
-        notes.append(f"columns that are not read: {', '.join(columns)}")
-
-    names = KINDS[kind_of_format(source.format)].columns
-    if keys := _unread_keys(item.record.get(name) for item in items for name in names):
+    if unread := _unread_columns(source, columns, turns):
+        notes.append(f"columns that are not read: {', '.join(unread)}")
+    if keys:
         counts = ", ".join(f"{key} {count:,}" for key, count in sorted(keys.items()))
         notes.append(f"keys of messages that are not read: {counts}")
     return [f"{source.path or source.hub}: {note}" for note in notes]
 
 
-def _turn_columns(source: Source, rows: list[RawRow]) -> dict[str, str]:
-    return {name: str(column) for row in rows for name, column in context_columns(source, row.data).items()}
-
-
-def _unread_columns(source: Source, rows: list[RawRow]) -> list[str]:
+def _unread_columns(source: Source, columns: dict[str, bool], turns: dict[str, str]) -> list[str]:
     """Return the columns that have values and are neither read, refused nor passed over."""
-    columns = (*choose_columns(source, rows), *KINDS[kind_of_format(source.format)].optional)
-    read = {name for name in columns if name not in source.columns and name not in source.values}
-    read |= {*_turn_columns(source, rows).values(), *used_columns(source)}
-    others = dict.fromkeys(name for row in rows for name in row.data if name not in read)
-    return [name for name in others if not is_refused(name) and _has_values(name, rows)]
-
-
-def _has_values(column: str, rows: list[RawRow]) -> bool:
-    return any(not carries_nothing(row.data.get(column)) for row in rows)
+    ours = (*choose_columns(source, [*columns]), *KINDS[kind_of_format(source.format)].optional)
+    read = {name for name in ours if name not in source.columns and name not in source.values}
+    read |= {*turns.values(), *used_columns(source)}
+    return [
+        name
+        for name, has_values in columns.items()
+        if has_values and name not in read and not is_refused(name)
+    ]
 
 
 def _unread_keys(values: Iterable[Any]) -> Counter[str]:

@@ -3,46 +3,61 @@
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.json_rows import MAX_DEPTH
 from pipeline.data.schema import RawRow, RowError
+from pipeline.data.shelf import Shelf
 
 # Each row, and the reason why it is not kept, if any.
-RowOutcomes = list[tuple[RawRow, RowError | None]]
+RowOutcomes = Iterable[tuple[RawRow, RowError | None]]
 
 
 def write_quarantine(outcomes: RowOutcomes, path: Path) -> None:
     """Write the faulty rows to `path`, one JSON object a line, sorted by source and line."""
-    faulty = sorted(((row, fault) for row, fault in outcomes if fault), key=lambda pair: pair[0][:2])
+    entries = Shelf(path.parent)
+    order = [
+        (row.source, row.line, entries.append(json_line(_to_entry(row, fault))))
+        for row, fault in outcomes
+        if fault
+    ]
     with path.open("w", encoding="utf-8") as lines:
-        for row, fault in faulty:
-            entry = {
-                "source": row.source,
-                "line": row.line,
-                "reason": fault.reason,
-                "detail": fault.detail,
-                "row": row.data,
-            }
-            lines.write(json_line(entry))
+        lines.writelines(entries[place] for *_, place in sorted(order))
+
+
+def _to_entry(row: RawRow, fault: RowError) -> dict[str, Any]:
+    return {
+        "source": row.source,
+        "line": row.line,
+        "reason": fault.reason,
+        "detail": fault.detail,
+        "row": row.data,
+    }
 
 
 def count_and_quarantine(outcomes: RowOutcomes, quarantine: Path) -> dict[str, Any]:
     """Write the faulty rows to `quarantine`; return the counts of all rows, in total and by source."""
-    by_source: dict[str, RowOutcomes] = defaultdict(list)
-    for row, fault in outcomes:
-        by_source[row.source].append((row, fault))
+    read: Counter[str] = Counter()
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
 
-    write_quarantine(outcomes, quarantine)
-    counts = {name: _count(source_outcomes) for name, source_outcomes in sorted(by_source.items())}
-    return _count(outcomes) | {"by_source": counts}
+    def count() -> RowOutcomes:
+        for row, fault in outcomes:
+            read[row.source] += 1
+            if fault:
+                reasons[row.source][fault.reason] += 1
+            yield row, fault
+
+    write_quarantine(count(), quarantine)
+    counts = {source: _to_counts(rows, reasons[source]) for source, rows in sorted(read.items())}
+    return _to_counts(read.total(), sum(reasons.values(), Counter())) | {"by_source": counts}
 
 
-def _count(outcomes: RowOutcomes) -> dict[str, Any]:
-    reasons = Counter(fault.reason for _, fault in outcomes if fault)
+def _to_counts(read: int, reasons: Counter[str]) -> dict[str, Any]:
     return {
-        "read": len(outcomes),
-        "kept": len(outcomes) - reasons.total(),
+        "read": read,
+        "kept": read - reasons.total(),
         "quarantined": dict(sorted(reasons.items())),
     }
 
@@ -52,13 +67,15 @@ def json_line(value: Any) -> str:
     return json.dumps(_json_safe(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _json_safe(value: Any) -> Any:
+def _json_safe(value: Any, depth: int = MAX_DEPTH) -> Any:
     """Replace what not every JSON parser accepts (NaN, lone surrogates, dates) by strings."""
     match value:
+        case dict() | list() | tuple() if depth == 0:
+            return "…"
         case dict():
-            return {_json_safe(str(key)): _json_safe(item) for key, item in value.items()}
+            return {_json_safe(str(key)): _json_safe(item, depth - 1) for key, item in value.items()}
         case list() | tuple():
-            return [_json_safe(item) for item in value]
+            return [_json_safe(item, depth - 1) for item in value]
         case None | bool() | int():
             return value
         case float() if math.isfinite(value):

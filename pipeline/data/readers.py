@@ -8,8 +8,12 @@ A missing file, a missing column or an unknown file type raises `UserError`.
 """
 
 import difflib
+import hashlib
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Source, nearest
@@ -25,6 +29,7 @@ from pipeline.data.identity import canonical_text
 from pipeline.data.messages import KNOWN_KEYS
 from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
 from pipeline.data.serialized import read_list_cell, read_messages_cell
+from pipeline.data.shelf import Shelf, View, shelve
 from pipeline.data.sources import iter_rows
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
@@ -44,23 +49,58 @@ FORMAT_KINDS = {"dialogues": "comparisons"}
 LISTS = ("messages", "responses", "ranks", "history")  # columns that a CSV file has as the text of a list
 
 
-@dataclass
+@dataclass(slots=True)
 class ParsedRecord:
     """A candidate record of one kind, and its raw rows: several if a ranking has a row per response."""
 
     kind: str
     record: dict[str, Any]
-    rows: list[RawRow]
+    rows: Sequence[RawRow]
     fault: RowError | None = None
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the record may go to."""
+        return self.rows[0].splits
 
-def read_source(source: Source) -> list[ParsedRecord]:
-    """Read all rows of `source`, or its first `limit`. Raises `UserError` if the source cannot be read."""
-    rows = list(islice(progress_bar("reading", "rows", iter_rows(source)), source.limit))
-    columns = choose_columns(source, rows)
 
-    items = [_parse_row(source, columns, row) for row in rows]
-    return _group_rankings(items) if "rank" in columns else items
+class StoredRecord(ParsedRecord):
+    """A `ParsedRecord` whose record and rows are on disk; both are copies each time they are read."""
+
+    __slots__ = ("_place", "_records", "_splits")
+
+    def __init__(self, item: ParsedRecord, records: Shelf, rows: View) -> None:
+        self._records, self._splits = records, item.splits
+        super().__init__(item.kind, item.record, rows, item.fault)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self._records[self._place]  # type: ignore[no-any-return]
+
+    @record.setter
+    def record(self, record: dict[str, Any]) -> None:
+        self._place = self._records.append(record)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self._splits
+
+
+def read_source(source: Source, folder: Path | None = None) -> list[ParsedRecord]:
+    """Read all rows of `source`, or its first `limit`. Raises `UserError` if the source cannot be read.
+
+    Rows and records are in temporary files of `folder`, and not in memory.
+    """
+    rows = shelve(islice(progress_bar("reading", "rows", iter_rows(source)), source.limit), folder)
+    available = dict.fromkeys(name for row in rows if not row.fault for name in row.data)
+    columns = choose_columns(source, [*available])
+
+    records = Shelf(folder)
+    items: list[ParsedRecord] = [
+        StoredRecord(_parse_row(source, columns, row), records, View(rows.__getitem__, (place,)))
+        for place, row in enumerate(rows)
+    ]
+    return _group_rankings(items, records) if "rank" in columns else items
 
 
 # Columns
@@ -76,13 +116,12 @@ def _column_sets(format: str) -> list[tuple[str, ...]]:
     return [*standard, *ALTERNATIVES.get(format, [])]
 
 
-def choose_columns(source: Source, rows: list[RawRow]) -> tuple[str, ...]:
+def choose_columns(source: Source, available: list[str]) -> tuple[str, ...]:
     """Return the column set of the format that the available and the mapped columns fill best.
 
     Raises `UserError` if a mapping is wrong or a column is missing.
     """
     column_sets, optional = _column_sets(source.format), KINDS[kind_of_format(source.format)].optional
-    available = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     optional = (*optional, *CONTEXT)
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
     _check_mapping(source, list(known), available)
@@ -160,7 +199,8 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedR
         record = _to_record(columns, values)
         record = add_context(record, **context, may_be_empty=KINDS[kind].prompt_may_be_empty)
         return ParsedRecord(kind, record, [row])
-    except RowError as fault:
+    except RowError as error:
+        fault = RowError(error.reason, error.detail)  # without the frames that a raised one holds
         return ParsedRecord(kind, {}, [row], fault)
     except RecursionError:
         return ParsedRecord(kind, {}, [row], RowError("not-text", "is nested too deeply"))
@@ -214,31 +254,46 @@ def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, An
     return values | {"prompt": values["messages"][:-1], "completion": values["messages"][-1:]}
 
 
-def _group_rankings(items: list[ParsedRecord]) -> list[ParsedRecord]:
+def _group_rankings(items: list[ParsedRecord], records: Shelf) -> list[ParsedRecord]:
     """Merge items of one response each into one ranking per prompt; their rows need not be adjacent.
 
     The same response at the same rank counts once. Faulty items come last.
     """
-    rankings: dict[str, ParsedRecord] = {}
-    seen: set[tuple[str, str, str]] = set()
+    groups: dict[Hashable, list[ParsedRecord]] = defaultdict(list)
+    seen: set[bytes] = set()
     for item in (item for item in items if not item.fault):
         prompt, response, rank = (item.record[name] for name in ("prompt", "response", "rank"))
         try:
-            identity = canonical_text(prompt), canonical_text(response), canonical_text(rank)
-        except RowError as fault:
-            item.fault = fault
+            texts = [canonical_text(prompt), canonical_text(response), canonical_text(rank)]
+        except RowError as error:
+            item.fault = RowError(error.reason, error.detail)
             continue
+        identity = digest((*texts, item.splits))
         if identity in seen:
             item.fault = RowError("duplicate", "an earlier row of this prompt has the same response and rank")
             continue
         seen.add(identity)
+        groups[digest((texts[0], item.splits))].append(item)
 
-        ranking = rankings.setdefault(
-            identity[0],
-            ParsedRecord("rankings", {"prompt": prompt, "responses": [], "ranks": []}, []),
-        )
-        ranking.record["responses"].append(response)
-        ranking.record["ranks"].append(rank)
-        ranking.rows += item.rows
+    rankings = [_merge_ranking(group, records) for group in groups.values()]
+    return [*rankings, *(item for item in items if item.fault)]
 
-    return [*rankings.values(), *(item for item in items if item.fault)]
+
+def _merge_ranking(items: list[ParsedRecord], records: Shelf) -> ParsedRecord:
+    rows = [item.rows for item in items]
+    parts = [item.record for item in items]
+    ranking = {
+        "prompt": parts[0]["prompt"],
+        "responses": [part["response"] for part in parts],
+        "ranks": [part["rank"] for part in parts],
+    }
+    return StoredRecord(
+        ParsedRecord("rankings", ranking, items[0].rows),
+        records,
+        View(lambda row: rows[row][0], range(len(rows))),
+    )
+
+
+def digest(value: Hashable) -> bytes:
+    """Return 16 bytes that stand for a value of texts, numbers and tuples: many texts would fill memory."""
+    return hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -67,8 +67,11 @@ class RowError(Exception):
     """The reason why a row is not kept: `reason` is counted, `detail` explains it in quarantine.jsonl."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class RawRow(NamedTuple):
@@ -76,9 +79,11 @@ class RawRow(NamedTuple):
 
     `source` is a file, a hub id or `demo`.
     `line` is 1-based; it is the number of the row if the source has no lines.
+    `splits` are those that the row may go to: fewer if the names of files say so.
     """
 
     source: str
     line: int
     data: Any
     fault: RowError | None = None
+    splits: tuple[str, ...] = SPLITS

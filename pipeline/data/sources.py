@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.files import READERS, first_line
-from pipeline.data.schema import RawRow
+from pipeline.data.files import ADVICE, BATCH_ROWS, find_reader, first_line, parse_batch
+from pipeline.data.folders import FileGroup, find_files
+from pipeline.data.json_rows import find_fault
+from pipeline.data.schema import SPLITS, RawRow, RowError
 from pipeline.errors import UserError
 
 
@@ -18,54 +20,61 @@ def iter_rows(source: Source) -> Iterator[RawRow]:
     """Yield the rows of a source in order. Raises `UserError`."""
     if source.hub or _is_saved_dataset(Path(source.path or "")):
         yield from _read_dataset(str(source.hub or source.path), _load_dataset(source))
-    else:
-        for file in source_files(source):
-            yield from READERS[file.suffix.lower()](file)
+        return
+
+    group = _group_files(source)
+    for file in group.files:
+        reader, splits = find_reader(file), SPLITS if source.split else group.splits_of(file)
+        if reader:
+            yield from (row._replace(splits=splits) for row in reader(file))
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return the files of a source, sorted, or its `save_to_disk` folder.
+    """Return the files of a source in the order of reading, or its `save_to_disk` folder.
 
     Raises `UserError` if the path does not exist, has no file of a known type, or cannot have the `split`.
     """
     if not source.path:
         return []
-
     path = Path(source.path)
+    return [path] if _is_saved_dataset(path) else list(_group_files(source).files)
+
+
+def describe_reading(source: Source) -> list[str]:
+    """Return what was done with the files of a source beyond reading each: a line for each fact."""
+    if not source.path:
+        return []
+    if not _is_saved_dataset(Path(source.path)):
+        return _group_files(source).describe(source.split)
+    if source.split or not (splits := _saved_splits(Path(source.path))):
+        return []
+    return [f"read split train; not read: {', '.join(splits)}; 'split' of a source picks one"]
+
+
+def _group_files(source: Source) -> FileGroup:
+    path = Path(str(source.path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check 'path' of the source")
-    if _is_saved_dataset(path):
-        return [path]
-    if source.split != "train":
+    if source.split and not path.is_dir():
         raise UserError(
-            f"{path}: split={source.split!r} is only read from a hub dataset or a save_to_disk folder; "
-            "remove it, or name a file"
+            f"{path}: split={source.split!r} is only read from a hub dataset, a save_to_disk folder or a "
+            "folder of files; remove it"
         )
-
-    files, other_names = _split_files(path)
-    if not files:
-        raise UserError(
-            f"{path}: expected {', '.join(READERS)}, a folder of such files, "
-            f"or a save_to_disk folder of datasets; found {', '.join(other_names[:5]) or 'nothing'}"
-        )
-    return files
+    return find_files(path, source.split)
 
 
-def skipped_files(source: Source) -> list[str]:
-    """Return the names in a folder of files that are not read."""
-    path = Path(source.path or "")
-    return _split_files(path)[1] if source.path and path.is_dir() and not _is_saved_dataset(path) else []
-
-
-def _split_files(path: Path) -> tuple[list[Path], list[str]]:
-    """Return (files to read, names of the others) of a folder or of a single file."""
-    paths = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-    files = [file for file in paths if file.suffix.lower() in READERS and file.is_file()]
-    return files, [file.name for file in paths if file not in files]
+# Datasets
 
 
 def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    """Return whether a folder is of `save_to_disk`, and more than what is left of one."""
+    is_one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return is_one or ((path / "dataset_dict.json").is_file() and any(path.glob("*/state.json")))
+
+
+def _saved_splits(path: Path) -> list[str]:
+    """Return the splits of a saved `DatasetDict` that are not read without a `split`."""
+    return sorted(state.parent.name for state in path.glob("*/state.json") if state.parent.name != "train")
 
 
 def _load_dataset(source: Source) -> Any:
@@ -75,13 +84,19 @@ def _load_dataset(source: Source) -> Any:
     """
     import datasets
 
+    split = source.split or "train"
     try:
         if source.hub:
-            return datasets.load_dataset(
-                source.hub, source.subset, split=source.split, revision=source.revision
-            )
+            return datasets.load_dataset(source.hub, source.subset, split=split, revision=source.revision)
         data = datasets.load_from_disk(str(source.path))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         hint = (
             "check hub, subset, split and revision of the source, or download it and set its path"
             if source.hub
@@ -93,11 +108,11 @@ def _load_dataset(source: Source) -> Any:
 
     if isinstance(data, datasets.Dataset):
         return data
-    if source.split not in data:
+    if split not in data:
         raise UserError(
-            f"{source.path}: no split {source.split!r}, found {', '.join(data)}; set 'split' of the source"
+            f"{source.path}: no split {split!r}, found {', '.join(data)}; set 'split' of the source"
         )
-    return data[source.split]
+    return data[split]
 
 
 def _read_dataset(name: str, dataset: Any) -> Iterator[RawRow]:
@@ -105,20 +120,32 @@ def _read_dataset(name: str, dataset: Any) -> Iterator[RawRow]:
     class_names = {
         column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "int2str")
     }
-    for number, data in enumerate(_iter_dataset(name, dataset), 1):
+    for number, (data, fault) in enumerate(_iter_dataset(dataset), 1):
         named = {
             column: names[data[column]]
             for column, names in class_names.items()
             if data[column] in range(len(names))
         }
-        yield RawRow(name, number, {**data, **named})
+        yield RawRow(name, number, {**data, **named}, fault)
 
 
-def _iter_dataset(name: str, dataset: Any) -> Iterator[dict[str, Any]]:
+def _iter_dataset(dataset: Any) -> Iterator[tuple[dict[str, Any], RowError | None]]:
+    """Yield each row with its fault; the rows of a batch that cannot be decoded are read one by one."""
+    for start in range(0, len(dataset), BATCH_ROWS):
+        numbers = range(start, min(start + BATCH_ROWS, len(dataset)))
+        try:
+            columns = dataset[numbers]
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        except Exception:  # whatever the decoding of some feature raises; it is told for its row
+            yield from (_read_row(dataset, number) for number in numbers)
+        else:
+            yield from ((row, find_fault(row)) for row in rows)
+
+
+def _read_row(dataset: Any, number: int) -> tuple[dict[str, Any], RowError | None]:
     try:
-        yield from dataset
-    except (OSError, ValueError, OverflowError, ImportError) as error:
-        raise UserError(
-            f"{name}: has a value that cannot be read: {first_line(error)}; "
-            "drop that column, or save it as text"
-        ) from None
+        row: dict[str, Any] = dataset[number]
+    except Exception as error:
+        ((values, fault),) = parse_batch(dataset.with_format("arrow")[number : number + 1])
+        return values, fault or RowError("unreadable-value", f"{first_line(error)}; {ADVICE}")
+    return row, find_fault(row)

@@ -4,7 +4,8 @@ Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answe
 `not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`,
 `not-a-target`, and those of `pipeline.data.messages` and `pipeline.data.serialized`.
 Reasons between records: `contradiction` (all of them go) and `duplicate` (the first stays).
-The readers add `unreadable-line` and `not-a-dialogue`.
+The readers add `unreadable-line`, `unreadable-value`, `repeated-key`, `repeated-header` and `not-a-dialogue`;
+the splits add `held-out`.
 """
 
 import math
@@ -18,7 +19,7 @@ from typing import Any
 from pipeline.data.identity import canonical_text, is_blank, visible_identity
 from pipeline.data.labels import parse_label
 from pipeline.data.messages import is_target, preview, read_message
-from pipeline.data.readers import ParsedRecord
+from pipeline.data.readers import ParsedRecord, digest
 from pipeline.data.schema import KINDS, Record, RowError
 from pipeline.data.serialized import read_messages_cell
 from pipeline.distributed.progress import progress_bar
@@ -31,13 +32,24 @@ def validate_records(items: list[ParsedRecord], classes: list[str]) -> None:
 
     `classes` names the classes of `labels`, in the order of their indices.
     """
+    clean_records(items, classes)
+    compare_records(items)
+
+
+def clean_records(items: list[ParsedRecord], classes: list[str]) -> None:
+    """Validate each record by itself, as `validate_records` does."""
     for item in progress_bar("checking", "rows", items):
         if not item.fault:
             try:
                 item.record = clean_record(item.kind, item.record, classes)
-            except RowError as fault:
-                item.fault = fault
+            except RowError as error:
+                item.fault = RowError(
+                    error.reason, error.detail
+                )  # without the frames that a raised one holds
 
+
+def compare_records(items: list[ParsedRecord]) -> None:
+    """Set the faults of records that contradict or repeat another, as `validate_records` does."""
     _mark_contradictions([item for item in items if not item.fault])
     _mark_duplicates([item for item in items if not item.fault])
 
@@ -221,7 +233,7 @@ def _mark_contradictions(items: list[ParsedRecord]) -> None:
     """Set the fault of records on one prompt that disagree. One alone on its prompt disagrees with none."""
     by_prompt: dict[Hashable, list[ParsedRecord]] = defaultdict(list)
     for item in items:
-        by_prompt[item.kind, canonical_text(item.record["prompt"])].append(item)
+        by_prompt[item.kind, digest(canonical_text(item.record["prompt"]))].append(item)
     for group in by_prompt.values():
         if len(group) > 1:
             _mark_disagreement(group)
@@ -232,7 +244,7 @@ def _mark_disagreement(group: list[ParsedRecord]) -> None:
 
     Texts are numbered, so that the half a million pairs of a thousand responses fit in memory.
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[bytes, int] = {}
     first: dict[Hashable, tuple[Hashable, ParsedRecord]] = {}  # subject -> a verdict and who gives it
     other: dict[Hashable, ParsedRecord] = {}  # subject -> who first gives another verdict
     for item in group:
@@ -251,11 +263,11 @@ def _mark_disagreement(group: list[ParsedRecord]) -> None:
             item.fault = RowError("contradiction", f"{_location(opponent)} disagrees")
 
 
-def _judgements(item: ParsedRecord, numbers: dict[str, int]) -> Iterator[tuple[Hashable, Hashable]]:
+def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple[Hashable, Hashable]]:
     """Yield (subject, verdict) pairs; two verdicts on one subject contradict each other."""
 
     def number(text: Any) -> int:
-        return numbers.setdefault(canonical_text(text), len(numbers))
+        return numbers.setdefault(digest(canonical_text(text)), len(numbers))
 
     record = item.record
     match item.kind:
@@ -271,9 +283,9 @@ def _judgements(item: ParsedRecord, numbers: dict[str, int]) -> Iterator[tuple[H
 
 
 def _mark_duplicates(items: list[ParsedRecord]) -> None:
-    first: dict[Hashable, ParsedRecord] = {}
+    first: dict[bytes, ParsedRecord] = {}
     for item in items:
-        earlier = first.setdefault(record_identity(item.kind, item.record), item)
+        earlier = first.setdefault(digest(record_identity(item.kind, item.record)), item)
         if earlier is not item:
             item.fault = RowError("duplicate", f"the same as {_location(earlier)}")
 

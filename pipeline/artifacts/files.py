@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -103,6 +104,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     except ValueError:
         raise UserError(f"{path}: a number to write is not finite (NaN or infinite)") from None
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return plain data with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -8,6 +8,7 @@ raises its `OSError`: it is not taken for an absent one.
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -168,6 +169,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     except ValueError:
         raise UserError(f"{path}: a number to write is not finite (NaN or infinite)") from None
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return plain data with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

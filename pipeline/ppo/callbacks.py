@@ -1,6 +1,7 @@
 """Callbacks of policy trainers: skipped steps, early stopping, stale files; and the limit on the KL."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.artifacts.files import finite_or_none
 from pipeline.artifacts.seals import read_seal
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
@@ -44,7 +46,7 @@ class SkipNonFinite(TrainerCallback):
         self.skipped_in_a_row += 1
         file = Path(str(args.output_dir)) / f"skipped-{state.global_step}.jsonl"
         if state.is_world_process_zero:
-            lines = [json.dumps(row) + "\n" for row in _describe_rows(*self.minibatch())]
+            lines = [json.dumps(finite_or_none(row)) + "\n" for row in _describe_rows(*self.minibatch())]
             file.write_text("".join(lines), encoding="utf-8")
             print(
                 f"  step {state.global_step}: the gradient is not finite; the step is skipped, "
@@ -109,8 +111,13 @@ class DropStaleCheckpoints(TrainerCallback):
 
 
 def check_kl(kl: float, limit: float | None, rollout: int, work: str) -> None:
-    """Raise `UserError` if a rollout's mean KL to the reference is above the limit, or not a number."""
-    if limit is not None and not kl <= limit:
+    """Raise `UserError` if a rollout's mean KL to the reference is above the limit, or not finite."""
+    if not math.isfinite(kl):
+        raise UserError(
+            f"ppo: rollout {rollout}: KL to the reference is {kl}, not finite; "
+            f"the last checkpoints are kept in {work}; {REMEDY}"
+        )
+    if limit is not None and kl > limit:
         raise UserError(
             f"ppo: rollout {rollout}: KL to the reference is {kl:.4g} nats per response, "
             f"above training.max_kl={limit:g}; the last checkpoints are kept in {work}; "

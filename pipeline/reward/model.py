@@ -248,7 +248,10 @@ class DistributedRewardModel(RewardModel):
     """
 
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
-        """Return the head's outputs (N, C) of all rows on every process; see `RewardModel.logits`."""
+        """Return the head's outputs (N, C) of all rows on every process; see `RewardModel.logits`.
+
+        Raises `UserError` if one is not finite: no metric would be.
+        """
         _check_pairs(prompts, responses, batch_size)
         local_logits = super().logits
 
@@ -263,7 +266,13 @@ class DistributedRewardModel(RewardModel):
             return logits
 
         rows = map_across_processes(compute, range(len(prompts)))
-        return torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
+        logits = torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
+        if not logits.isfinite().all():
+            raise UserError(
+                f"{self.model.name_or_path}: the reward of a response is not finite (NaN or infinite): its "
+                "weights are broken; train it again with a lower training.learning_rate, and add --force"
+            )
+        return logits
 
 
 def _check_pairs(prompts: Any, responses: Any, batch_size: Any) -> None:

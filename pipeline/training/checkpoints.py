@@ -5,7 +5,6 @@ A checkpoint counts if it is sealed (`pipeline.artifacts.seals`) and no file of 
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from pipeline.artifacts.files import read_json, write_json
+from pipeline.artifacts.files import finite_or_none, read_json, write_json
 from pipeline.artifacts.manifest import artifact_folder
 from pipeline.artifacts.seals import (
     PREFIX,
@@ -146,15 +145,11 @@ def write_log(trainer: Trainer, output: Path) -> None:
     A metric that is not finite, as in a step that PPO skipped, is null.
     """
     entries = [
-        {name: _finite_or_none(value) for name, value in entry.items() if not LAUNCH_METRICS.search(name)}
+        {name: value for name, value in entry.items() if not LAUNCH_METRICS.search(name)}
         for entry in trainer.state.log_history
     ]
-    lines = [json.dumps(entry, sort_keys=True, allow_nan=False) + "\n" for entry in entries]
+    lines = [json.dumps(finite_or_none(entry), sort_keys=True, allow_nan=False) + "\n" for entry in entries]
     (output / "log.jsonl").write_text("".join(lines))
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_damaged(problems: list[str], outcome: str) -> None:

@@ -128,7 +128,9 @@ def _add_stages(commands: Any) -> None:
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, help="seed of everything random")
         command.add_argument(
-            "--force", action="store_true", help="run unchanged stages too; discard a partial run"
+            "--force",
+            action="store_true",
+            help="replace what is there, unchanged or of other settings; discard a partial run",
         )
         command.add_argument(
             "--dry-run", action="store_true", help="check the configs and print the folders to write"

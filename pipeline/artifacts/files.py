@@ -87,7 +87,7 @@ def list_files(path: Path) -> dict[str, Path]:
     """Return the files in a folder by relative POSIX path, or a single file by its name.
 
     Hidden files are skipped, because they are never content: a download's .cache, a clone's .git. Links to
-    files and folders are followed. Raises `OSError` for a folder that cannot be read.
+    files are followed, links to folders are not. Raises `OSError` for a folder that cannot be read.
     """
     if path.is_file():
         return {path.name: path}
@@ -106,16 +106,13 @@ def is_hidden(name: str) -> bool:
 def list_names(path: Path) -> list[str]:
     """Return everything in a folder but folders, by relative POSIX path, hidden or not.
 
-    Raises `OSError` for a folder that cannot be read; a folder that does not exist contains nothing.
+    A link to a folder is listed, and not followed. A folder that does not exist contains nothing. Raises
+    `OSError` for one that cannot be read.
     """
-    names, seen = [], set()
-    for root, folders, files in os.walk(path, onerror=_raise_unless_missing, followlinks=True):
-        stat = os.stat(root)
-        if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        names += [Path(root, name).relative_to(path).as_posix() for name in files]
+    names = []
+    for root, folders, files in os.walk(path, onerror=_raise_unless_missing):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        names += [Path(root, name).relative_to(path).as_posix() for name in (*files, *links)]
     return names
 
 

@@ -106,7 +106,7 @@ def push(args: argparse.Namespace) -> None:
     """Push a model and its card to the hub."""
     from pipeline.tools.push.push import push_artifact
 
-    print(push_artifact(Path(args.folder), args.to, private=args.private, revision=args.revision))
+    print(push_artifact(Path(args.folder), args.to, **_select(args, "private", "public", "revision")))
 
 
 def completion(args: argparse.Namespace) -> None:

@@ -19,12 +19,12 @@ EPILOG = """examples:
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml
 exit codes: 0 done, 1 the machine or a library failed, 2 a mistake of the user, 130 interrupted"""
 EXAMPLES = {
-    "run": "rlhf run --recipe demo --until reward --seed 1 reward.training.max_steps=100",
+    "run": "rlhf run --recipe demo --run short --until reward reward.training.max_steps=100",
     "prepare": "rlhf prepare --config configs/smollm2/prepare.yaml source.path=pairs.jsonl",
-    "sft": "rlhf sft --config configs/demo/sft.yaml training.learning_rate=1e-3",
-    "reward": "rlhf reward --config configs/demo/reward.yaml objective=plackett_luce",
-    "ppo": "rlhf ppo --config configs/demo/ppo.yaml training.kl_coef=0.1",
-    "evaluate": "rlhf evaluate --config configs/demo/evaluate.yaml best_of=64",
+    "sft": "rlhf sft --config configs/demo/sft.yaml training.learning_rate=1e-3 --force",
+    "reward": "rlhf reward --config configs/demo/reward.yaml objective=plackett_luce --force",
+    "ppo": "rlhf ppo --config configs/demo/ppo.yaml training.kl_coef=0.1 --force",
+    "evaluate": "rlhf evaluate --config configs/demo/evaluate.yaml best_of=64 --force",
     "config": "rlhf config ppo training.kl_coef",
     "doctor": "rlhf doctor --config configs/llama-8b-qlora --device-memory 24",
     "show": "rlhf show runs/demo",
@@ -128,7 +128,9 @@ def _add_stages(commands: Any) -> None:
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, help="seed of everything random")
         command.add_argument(
-            "--force", action="store_true", help="run unchanged stages too; discard a partial run"
+            "--force",
+            action="store_true",
+            help="replace what is there, unchanged or of other settings; discard a partial run",
         )
         command.add_argument(
             "--dry-run", action="store_true", help="check the configs and print the folders to write"
@@ -195,7 +197,11 @@ def _add_push(commands: Any) -> None:
     push.add_argument(
         "--to", required=True, metavar="ORG/NAME", help="repository; created if it does not exist"
     )
-    push.add_argument("--private", action="store_true", help="create a private repository")
+    visibility = push.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", help="refuse a repository that is public")
+    visibility.add_argument(
+        "--public", action="store_true", help="create a public repository (default: private)"
+    )
     push.add_argument(
         "--revision", metavar="BRANCH", help="branch; created if it does not exist (default: main)"
     )

@@ -18,9 +18,16 @@ import pytest
 import yaml
 
 from pipeline.artifacts import files as files_module
+from pipeline.artifacts import inputs as inputs_module
 from pipeline.artifacts import replacing
 from pipeline.artifacts.build import build_artifact
-from pipeline.artifacts.inputs import artifact_status, open_external, require_artifact, verify_artifact
+from pipeline.artifacts.inputs import (
+    artifact_status,
+    inspect_artifact,
+    open_external,
+    require_artifact,
+    verify_artifact,
+)
 from pipeline.artifacts.manifest import Artifact, read_manifest
 from pipeline.artifacts.replacing import check_settings
 from pipeline.artifacts.schema import manifest_digest
@@ -358,7 +365,7 @@ def test_altered_artifact_is_made_again(config, said):
 def test_a_visible_file_added_to_what_was_published_is_refused_and_not_lost(config, name):
     folder = publish(config, Make({"model.safetensors": "w", "best/config.json": "{}"}))
     if name == "link":
-        (folder / name).symlink_to("nowhere")
+        (folder / name).symlink_to(folder.parent)  # a folder
     else:
         (folder / name).write_text("learned at last")
     with pytest.raises(UserError, match=rf"demo/sft: contains files that no stage wrote \({name}\)"):
@@ -651,6 +658,77 @@ def test_full_disk_while_publishing_loses_nothing(config, monkeypatch, owner, na
     assert (publish(config, Make({"model.safetensors": "new"})) / "model.safetensors").read_text() == "new"
 
 
+# What somebody else made first
+
+
+@pytest.mark.parametrize(
+    "place", ["demo", "demo/sft", "demo/.sft.partial", "demo/.sft.partial/work", "demo/.lock"]
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_symbolic_link_is_refused_and_what_it_leads_to_is_left_alone(config, tmp_path, place, force):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    link = Path(config.runs) / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(theirs / "thesis.txt" if place.endswith("lock") else theirs)
+    config.force = force
+    make = Make()
+    with pytest.raises(UserError, match=re.escape(str(Path(config.runs) / place.removesuffix("/work")))):
+        publish(config, make)
+    assert (make.calls, link.is_symlink(), os.listdir(theirs)) == (0, True, ["thesis.txt"])
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "name", [".sft.partial", ".sft.partial/notes.txt", ".sft.partial/work/notes.txt", ".lock"]
+)
+def test_a_temporary_name_that_somebody_made_first_is_left_alone(config, name):
+    file = config.folder.parent / name
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    make = Make()
+    with pytest.raises(UserError, match=r"move it away"):
+        publish(config, make)
+    assert (make.calls, file.read_text()) == (0, "years of work")
+    if name != ".lock":
+        config.force = True
+        publish(config, make)
+        assert sorted(os.listdir(config.folder.parent)) == [".lock", "sft"]
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O")]
+)
+@pytest.mark.parametrize("name", ["manifest.json", "sub"])
+def test_what_cannot_be_read_for_now_is_not_taken_for_absent(config, monkeypatch, error, name):
+    folder = publish(config, Make({"model.safetensors": "w", "sub/vocab.txt": "a"}))
+    real_open, real_scandir = open, os.scandir
+
+    def refuse(real):
+        def call(path, *args, **kwargs):
+            if isinstance(path, str | Path) and Path(path).name == name:
+                error.filename = str(path)
+                raise error
+            return real(path, *args, **kwargs)
+
+        return call
+
+    make = Make()
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", refuse(real_open))
+        patch.setattr(os, "scandir", refuse(real_scandir))
+        for look in (
+            lambda: publish(config, make),
+            lambda: require_artifact(folder, "policy", FIX),
+            lambda: artifact_status(folder),
+        ):
+            with pytest.raises(OSError, match=error.strerror):
+                look()
+    assert make.calls == 0
+    verify_artifact(require_artifact(folder, "policy", FIX))
+
+
 # One writer at a time
 
 
@@ -740,6 +818,45 @@ def test_rank_0_tells_the_others_what_it_decides(config, monkeypatch):
     with pytest.raises(UserError, match="was made with other settings"):
         publish(config)
     assert told == [(True, None)]
+
+
+@pytest.mark.parametrize("when", ["hashed", "listed"])
+def test_a_look_beside_a_writer_never_says_altered(config, monkeypatch, when):
+    folder = publish(config)
+    config.seed, config.force = 1, True
+    name = {"hashed": "hash_files", "listed": "list_names"}[when]
+    original, calls = getattr(inputs_module, name), []
+
+    def replaced_meanwhile(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) in (1, 2):  # the manifest was read before, and the files are read after
+            config.seed += 1
+            publish(config, Make({"model.safetensors": f"of {config.seed}"}))
+        return original(*args, **kwargs)
+
+    for look in (
+        lambda: artifact_status(folder),
+        lambda: require_artifact(folder, "policy", FIX) and ("done", ""),
+        lambda: inspect_artifact(folder, cached=False)[1] or ("done", ""),
+    ):
+        del calls[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(inputs_module, name, replaced_meanwhile)
+            assert look() == ("done", "")
+        assert len(calls) >= 3
+
+
+def test_an_input_whose_manifest_has_changed_is_told(config, tmp_path):
+    records = input_artifact(tmp_path, "rows")
+    folder = publish(config, inputs={"records": records})
+    assert artifact_status(folder) == ("done", "")
+    manifest = manifest_of(records.path) | {"metrics": {"accuracy": 1.0}}
+    manifest["digest"] = manifest_digest(manifest)
+    (records.path / "manifest.json").write_text(json.dumps(manifest))  # a forger knows the digest
+    assert artifact_status(folder) == (
+        "done",
+        "the manifest.json of its input records has changed since, and its content has not",
+    )
 
 
 def test_what_was_served_is_out_of_date_when_what_it_reads_is_another(config, tmp_path):

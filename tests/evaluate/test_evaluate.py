@@ -94,7 +94,7 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
     }
     metrics = {}
     for scorer in (str(other), f"{__name__}:length"):
-        folder = evaluate.run(config.EvaluateStage(scorer=scorer, **few, **common))
+        folder = evaluate.run(config.EvaluateStage(scorer=scorer, force=True, **few, **common))
         metrics = json.loads((folder / "metrics.json").read_text())
         assert list(metrics)[1:] == [
             "sft",

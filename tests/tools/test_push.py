@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import RewardModel, config
+from pipeline.artifacts import files as artifact_files
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact, read_manifest
 from pipeline.cli import main
@@ -43,6 +44,9 @@ def run(tmp_path_factory, tiny_records, tiny_gpt2, tiny_llama):
         sft.run(config.SFTStage(run="t", model=str(tiny_gpt2), **trained))
         sft.run(config.SFTStage(run="lora", model=str(tiny_llama), lora={"r": 4}, **trained))
         reward.run(config.RewardStage(run="t", model=str(tiny_gpt2), **trained))
+        merged = {"model": str(tiny_llama), "lora": {"r": 4}, **trained}
+        sft.run(config.SFTStage(run="merged", merge=True, **merged))
+        reward.run(config.RewardStage(run="merged", **merged))
         rollouts = {
             "num_rollouts": 2,
             "num_ppo_epochs": 1,
@@ -119,10 +123,12 @@ def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
     (folder / ".cache" / "hidden.json").touch()
     assert main(["push", str(folder), "--to", "org/name", "--private"]) == 2  # the repository there is public
     assert "org/name: exists already and is public" in capsys.readouterr().err
-    assert main(["push", str(folder), "--to", "org/name"]) == 0
+    api.create_repo.assert_called_with("org/name", private=True, exist_ok=True)
+    assert main(["push", str(folder), "--to", "org/name", "--public"]) == 0
     assert capsys.readouterr().out == "https://hub/org/name/commit/1\n"
     assert api.pushed.keys() == files | TOKENIZER
     api.create_repo.assert_called_with("org/name", private=False, exist_ok=True)
+    api.update_repo_settings.assert_not_called()  # one that exists stays as visible as it is
     (given, _), options = api.create_commit.call_args
     manifest = read_manifest(run / "t" / stage.split("/")[0])
     assert (given, options) == (
@@ -134,6 +140,48 @@ def test_a_commit_holds_the_model_and_its_card(run, api, stage, files, capsys):
     card = api.pushed["README.md"].decode()
     assert any(f'{name} = "org/name", ' in card for name in ("prompt", "answer", "response"))
     assert str(run.parent) not in card
+
+
+def test_a_new_repository_is_private_unless_a_public_one_is_asked_for(run, api):
+    push_artifact(run / "t" / "sft", "org/name")
+    api.create_repo.assert_called_once_with("org/name", private=True, exist_ok=True)
+
+
+def test_every_file_is_read_before_it_is_pushed(run, api, tmp_path, monkeypatch):
+    read = []
+    original = artifact_files.hash_file
+    monkeypatch.setattr(artifact_files, "SMALL", 0)
+    monkeypatch.setattr(artifact_files, "SETTLED", 0)
+    push_artifact(run / "t" / "sft", "org/name")
+    monkeypatch.setattr(artifact_files, "hash_file", lambda file: (read.append(file.name), original(file))[1])
+    push_artifact(run / "t" / "sft", "org/name")
+    assert set(read) >= set(read_manifest(run / "t" / "sft")["files"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_the_adapter_that_was_merged_and_pefts_readme_stay(run, api, stage, tiny_llama, capsys):
+    folder = run / "merged" / stage
+    push_artifact(folder, "org/name")
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert not [name for name in api.pushed if "adapter" in name]
+    assert not [name for name, data in api.pushed.items() if str(tiny_llama.parent).encode() in data]
+    assert "a local path that others do not have" in fail(capsys, folder / "adapter")
+
+
+def test_a_local_base_is_known_from_another_folder(run, api, tmp_path, monkeypatch, capsys, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "out" / "base")
+    steps = {"training": SMALL, "max_length": 64, "lora": {"r": 4}}
+    records = read_manifest(run / "t" / "sft")["inputs"]["records"]["path"]
+    folder = sft.run(config.SFTStage(run="x", model="out/base", records=records, **steps))
+    folder = folder.absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "out").mkdir()
+    shutil.copytree(tmp_path / "out" / "base", tmp_path / "elsewhere" / "out" / "base")
+    monkeypatch.setattr("pipeline.artifacts.hub.is_hub_id", lambda source: source == "out/base")
+    capsys.readouterr()
+    assert "is an adapter of out/base, a local path" in fail(capsys, folder)
 
 
 def test_a_branch_is_made_and_what_lies_on_it_is_looked_at(run, api):

@@ -1,6 +1,9 @@
 """`rlhf push`: upload a model artifact to the hub in one commit, with a model card.
 
-Only files that the manifest lists and a reader of the model needs are uploaded.
+Only files that the manifest lists and a reader of the model needs are uploaded, after each has been read
+again. A repository that does not exist yet is private, unless `public` is asked for; the visibility of one
+that exists is never changed. What names a folder of this machine stays here: an adapter of a local base, and
+PEFT's own README.
 """
 
 import errno
@@ -13,24 +16,29 @@ from typing import Any
 
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
-from pipeline.artifacts.inputs import require_artifact
-from pipeline.artifacts.manifest import Artifact, read_manifest
+from pipeline.artifacts.inputs import is_own_base, require_artifact, verify_artifact
+from pipeline.artifacts.manifest import Artifact, load_manifest
 from pipeline.errors import UserError
 from pipeline.tools.push.policy_card import policy_card_text
 
 # They contain paths of this machine, or people's prompts.
 NOT_PUSHED = {"config.yaml", "samples.jsonl"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
-SUBMODELS = ("best", "policies")  # the intermediate policies; each is pushed from its own folder
+# Models inside the artifact, each pushed from its own folder: the intermediate policies, and the adapter that
+# was merged, which names its base.
+SUBMODELS = ("best", "policies", "adapter")
 # The line of a card's code that names the model.
 CARD_FOLDER = re.compile(r'^folder, prompt(?:, (?:answer|response))? = ("(?:[^"\\]|\\.)*")', re.M)
 
 
-def push_artifact(folder: Path, to: str, *, private: bool = False, revision: str | None = None) -> str:
+def push_artifact(
+    folder: Path, to: str, *, private: bool = False, public: bool = False, revision: str | None = None
+) -> str:
     """Upload the artifact in `folder` to the hub repository `to`, and return the URL of the commit.
 
     `folder` is an artifact of sft, reward or ppo, or a policy inside one of ppo (`best/`,
-    `policies/step-N/`). The repository and the branch `revision` are created if they do not exist.
+    `policies/step-N/`). The repository and the branch `revision` are created if they do not exist. A new
+    repository is private unless `public` is set. With `private`, one that exists must be private too.
 
     Raises `UserError` before anything is uploaded, if `folder` is no such artifact or is half-written or
     altered, if no one is logged in, or if the repository contains files that would be loaded with the
@@ -38,23 +46,28 @@ def push_artifact(folder: Path, to: str, *, private: bool = False, revision: str
     """
     opened = _open_artifact(folder)
     files = list_contents(opened, folder)
-    _check_base(files)
+    _check_base(opened, files)
     files["README.md"] = render_card(opened, folder, files, to).encode()
     if not hub.HUB_ID.fullmatch(to) or "/" not in to:
         raise UserError(f"--to {to}: expected ORG/NAME")
-    return _upload(files, to, private, revision, f"{opened.manifest['stage']} {opened.identity[:12]}")
+    return _upload(files, to, private, public, revision, f"{opened.manifest['stage']} {opened.identity[:12]}")
 
 
 def _open_artifact(folder: Path) -> Artifact:
     """Open the artifact that `folder` is, or is inside of."""
-    root = next((parent for parent in (folder, *folder.parents[:2]) if read_manifest(parent)), folder)
-    manifest = read_manifest(root)
+    found = {path: load_manifest(path) for path in (folder, *folder.parents[:2])}
+    root = next((path for path, seen in found.items() if any(seen)), folder)
+    manifest, fault = found[root]
+    if fault:
+        raise UserError(f"{root}: {fault}; run its stage again")
     if manifest.get("kind") not in ("policy", "reward"):
         problem = f"is of kind {manifest['kind']!r}" if manifest else "is not the artifact of any stage"
         raise UserError(
             f"{folder}: {problem}; expected a model that sft, reward or ppo wrote, such as runs/demo/reward"
         )
-    return require_artifact(root, manifest["kind"], "its stage again")
+    opened = require_artifact(root, manifest["kind"], "its stage again")
+    verify_artifact(opened)
+    return opened
 
 
 def list_contents(opened: Artifact, folder: Path) -> dict[str, Any]:
@@ -74,35 +87,49 @@ def list_contents(opened: Artifact, folder: Path) -> dict[str, Any]:
     return files
 
 
-def _check_base(files: dict[str, Any]) -> None:
+def _check_base(opened: Artifact, files: dict[str, Any]) -> None:
     """Check that others can load the base of an adapter. Raises `UserError`."""
-    if "adapter_config.json" in files:
-        base = read_json(files["adapter_config.json"])["base_model_name_or_path"]
-        if not hub.is_hub_id(base):
-            folder = files["adapter_config.json"].parent
-            raise UserError(
-                f"{folder}: is an adapter of {base}, a local path that others do not have; "
-                "set merge: true and run its stage again"
-            )
+    if "adapter_config.json" not in files:
+        return
+    folder = files["adapter_config.json"].parent
+    base = read_json(files["adapter_config.json"]).get("base_model_name_or_path")
+    # A relative folder looks like a hub id from elsewhere; the manifest knows what it was.
+    local = [item["path"] for item in opened.manifest["inputs"].values() if "hub" not in item]
+    if (
+        not isinstance(base, str)
+        or not hub.is_hub_id(base)
+        or any(is_own_base(folder, path) for path in local)
+    ):
+        raise UserError(
+            f"{folder}: is an adapter of {base}, a local path that others do not have; "
+            "set merge: true and run its stage again"
+        )
 
 
 def render_card(opened: Artifact, folder: Path, files: dict[str, Any], to: str) -> str:
-    """Return the model card, whose code loads `to`: a reward model's own, or a policy's, written here."""
+    """Return the model card, whose code loads `to`: a reward model's own, or a policy's, written here.
+
+    Raises `UserError` for a folder inside a reward model.
+    """
     if opened.manifest["kind"] == "policy":
         return policy_card_text(opened, folder, to, is_adapter="adapter_config.json" in files)
+    if folder != opened.path:  # PEFT's README
+        raise UserError(f"{folder}: has no model card of its own; push {opened.path}")
     text = files["README.md"].read_text(encoding="utf-8")
     match = CARD_FOLDER.search(text)
     return text.replace(match[1], json.dumps(to)) if match else text
 
 
-def _upload(files: dict[str, Any], to: str, private: bool, revision: str | None, message: str) -> str:
+def _upload(
+    files: dict[str, Any], to: str, private: bool, public: bool, revision: str | None, message: str
+) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
         raise UserError(f"{to}: no one is logged in to the hub; run: hf auth login, or set HF_TOKEN")
     api = HfApi()
     with _hub_errors(to):
-        api.create_repo(to, private=private, exist_ok=True)
+        api.create_repo(to, private=not public, exist_ok=True)
         is_private = api.repo_info(to).private
         if revision:
             api.create_branch(to, branch=revision, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.faults.cases import Case, Outcome, Section
@@ -16,17 +16,26 @@ BYTES_OF = 5  # one mutation in so many changes bytes instead of values
 
 
 def mutate_json(file: Path, rng: Random) -> str:
-    """Mutate one value of a JSON file, or its bytes, and return what was done; the value is another one."""
-    data = file.read_bytes()
-    if rng.randrange(BYTES_OF) == 0:
-        changed, what = change_bytes(data, rng)
-    else:
-        value = json.loads(data)
-        while (mutated := mutate_value(value, rng))[0] == value:
-            pass
-        changed, what = to_json(mutated[0]).encode("utf-8", "surrogatepass"), mutated[1]
+    """Mutate one value of a JSON file, or its bytes, and return what was done; the file says another thing."""
+    data = changed = file.read_bytes()
+    while says_the_same(data, changed):
+        if rng.randrange(BYTES_OF) == 0:
+            changed, what = change_bytes(data, rng)
+        else:
+            value, what = mutate_value(json.loads(data), rng)
+            changed = to_json(value).encode("utf-8", "surrogatepass")
     file.write_bytes(changed)
     return what
+
+
+def says_the_same(data: bytes, other: bytes, but: Sequence[str] = ()) -> bool:
+    """Return whether two JSON files have the same value, but for some of the outermost keys."""
+    try:
+        values = [json.loads(text) for text in (data, other)]
+    except (ValueError, RecursionError):
+        return False
+    kept = [{key: value[key] for key in value if key not in but} if but else value for value in values]
+    return str(kept[0]) == str(kept[1])  # as text, because 1 equals True
 
 
 def _manifest(case: Case, outcome: Outcome) -> None:
@@ -36,14 +45,17 @@ def _manifest(case: Case, outcome: Outcome) -> None:
     names = case.world.needs(follower) if follower else [OUTPUTS[stage]]
     with scratch_copy(case.folder, case.world.folder, names) as folder:
         run_cli(["show", OUTPUTS[stage]], folder)
-        what = mutate_json(folder / OUTPUTS[stage] / "manifest.json", case.random)
+        file = folder / OUTPUTS[stage] / "manifest.json"
+        before = file.read_bytes()
+        what = mutate_json(file, case.random)
+        counts = not says_the_same(before, file.read_bytes(), NOT_VOUCHED)
         outcome.command = f"{stage}/manifest.json: {what}; then rlhf show runs/world/{stage} --verify"
         shown = outcome.saw(run_cli(["show", OUTPUTS[stage], "--verify"], folder))
         run = outcome.saw(run_cli(["show", RUN], folder))
-        if what.split(" ")[0] not in NOT_VOUCHED and not shown.tracebacks:
+        if counts and not shown.tracebacks:
             told = shown.is_refusal or is_told(shown)
             key = what.split(" ")[0].split(".")[0]
-            outcome.expect(told, f"show --verify passes a mutated manifest: {key} ({what})")
+            outcome.expect(told, f"show --verify passes a mutated manifest: {key}")
         outcome.expect(run.code == 0 or run.is_refusal or bool(run.tracebacks), f"show: {run.summary}")
         if follower:
             opened = outcome.saw(run_cli(COMMANDS[follower], folder))

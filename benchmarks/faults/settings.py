@@ -167,15 +167,15 @@ WRITERS: dict[str, Callable[[Case, Path, str], tuple[list[str], str]]] = {
 
 @cache
 def _training_fields(stage: str) -> list[str]:
-    """Return the names of the arguments that a stage's `training:` section takes."""
+    """Return the names of the arguments of `training:`, those of numbers four times: more goes wrong there."""
     import trl
 
     from pipeline import PPOConfig
 
     cls: Any = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "ppo": PPOConfig}[stage]
-    return sorted(
-        field.name for field in dataclasses.fields(cls) if field.init and field.name not in NOT_TRIED
-    )
+    fields = [field for field in dataclasses.fields(cls) if field.init and field.name not in NOT_TRIED]
+    numbers = [field for field in fields if type(field.default) in (int, float)]
+    return sorted(field.name for field in [*fields, *numbers * 3])
 
 
 def plan(world: World) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ BYTES_OF = 5  # one mutation in so many changes bytes instead of values
 
 
 def mutate_json(file: Path, rng: Random) -> str:
-    """Mutate one value of a JSON file, or its bytes, and return what was done; the file says another thing."""
+    """Mutate one value of a JSON file, or its bytes, so that it says another thing; return what was done."""
     data = changed = file.read_bytes()
     while says_the_same(data, changed):
         if rng.randrange(BYTES_OF) == 0:

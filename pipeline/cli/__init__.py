@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Run the console script."""
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files and columns may not be Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = main()
     if code == 0:  # after a failure, other ranks may no longer be there to leave the group with
         destroy_process_group()

@@ -44,7 +44,8 @@ class FileGroup(NamedTuple):
         """Return a line on the splits, if names say any, and one on the names that are not read."""
         lines = []
         named = {name: sum(value == name for value in self.files.values()) for name in SPLITS}
-        held_out = [f"{name} from {named[name]} files" for name in HELD_OUT if named[name]]
+        found = [name for name in HELD_OUT if named[name]]
+        held_out = [f"{name} from {named[name]} file{'s' * (named[name] > 1)}" for name in found]
         if split:
             lines.append(f"read the files of split {split} alone")
         elif held_out:

@@ -116,6 +116,8 @@ def _label_name(value: Any) -> str:
         name = UNSEEN.sub("", str(value)).strip() if isinstance(value, str | int) else ""
     except ValueError:  # an integer of too many digits
         return ""
+    if name.lower() == "nan":  # a missing value, as pandas writes it
+        return ""
     return name.lower() if name.lower() in BOOLEANS else name
 
 

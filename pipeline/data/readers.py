@@ -46,6 +46,7 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 # Format -> the kind of records it yields, if the two names differ.
 FORMAT_KINDS = {"dialogues": "comparisons"}
 
+MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 LISTS = ("messages", "responses", "ranks", "history")  # columns that a CSV file has as the text of a list
 
 
@@ -173,7 +174,8 @@ def _missing_column(source: Source, name: str, available: list[str]) -> UserErro
             f"{_describe(source)} needs a column {name!r}, found only {available[0]!r}; "
             "separate fields by commas, or by tabs in a .tsv"
         )
-    theirs = next(iter(difflib.get_close_matches(name, available, n=1)), "THEIRS")
+    alike = [other for other in MESSAGES_COLUMNS if name == "messages" and other in available]
+    theirs = next(iter(alike or difflib.get_close_matches(name, available, n=1)), "THEIRS")
     return UserError(
         f"{_describe(source)} needs a column {name!r}, found {', '.join(available)}; "
         f"use columns: {{{name}: {theirs}}}"

@@ -129,3 +129,7 @@ def test_each_label_is_in_the_class_of_its_spellings(labels: list[Any]) -> None:
     indices = [parse_label(label, classes) for label in labels]
     for (key, index), (other, other_index) in itertools.product(zip(keys, indices, strict=True), repeat=2):
         assert (key == other) == (index == other_index)
+
+
+def test_a_missing_label_as_pandas_writes_it_is_no_class() -> None:
+    assert class_names([], ["1", "0", "nan", float("nan"), "NaN"]) == ["0", "1"]

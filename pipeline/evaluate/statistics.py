@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.reward.metrics import interval, wins
+from pipeline.reward.intervals import bounded_interval
+from pipeline.reward.metrics import wins
 
 REWARDS = ("reward", "gold_reward", "scorer_reward")
 BEST_OF_N = "best-of-n"  # the line whose curve has the form of best-of-n
@@ -90,14 +91,14 @@ def win_rate(
 ) -> dict[str, Any]:
     """Return how often a response scores higher than its rival, ties half.
 
-    `rate` comes with its 95 % `interval`; `length_controlled` is the rate at equal lengths. The latter is a
-    logistic regression on the difference of lengths, in its standard deviations and through a tanh,
-    evaluated at zero (Dubois et al. 2024, "Length-Controlled AlpacaEval", without its term for each
-    prompt). It is left out if equal lengths are outside the observed range.
+    `rate` comes with its 95 % `interval` and the number of `rows`; `length_controlled` is the rate at equal
+    lengths. The latter is a logistic regression on the difference of lengths, in its standard deviations and
+    through a tanh, evaluated at zero (Dubois et al. 2024, "Length-Controlled AlpacaEval", without its term
+    for each prompt). It is left out if equal lengths are outside the observed range.
     """
     won = wins(scores, rivals)
     longer = np.subtract(lengths, rival_lengths).astype(float)
-    rates: dict[str, Any] = {"rate": fmean(won), "interval": interval(won)}
+    rates: dict[str, Any] = {"rate": fmean(won), "interval": bounded_interval(won), "rows": len(won)}
     if 0 < won.mean() < 1 and longer.min() <= 0 <= longer.max():
         x = np.tanh(longer / (longer.std() or 1.0))[:, None]
         # A tie is half a win and half a loss.

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.formatting.tables import format_interval
+
 # The rows for a reward model that learned from other records than comparisons: row -> metric of its kind.
 KIND_ROWS = {
     "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
@@ -23,6 +25,7 @@ PPO_ROWS = {
     "win_rate": ("PPO wins by reward", "against SFT, ties half"),
     "kl": ("KL of PPO to SFT", "nats per response"),
 }
+FEW_ROWS = 100  # a ratio over fewer is shown with its interval
 SHOWN_BEST_OF = "best_of_16"  # shown beside the largest n
 
 Row = dict[str, str]
@@ -61,7 +64,8 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
     """Return the rows for pairs, and for the kind of records it learned from, which is the first."""
     rows = []
     if pairs := reward.get("comparisons"):
-        notes = [f"longer wins {pairs['accuracy_longer']:.3f}", f"{pairs['pairs']:,} test pairs"]
+        count = _count_rows(pairs, "accuracy", pairs["pairs"], "test pairs")
+        notes = [f"longer wins {pairs['accuracy_longer']:.3f}", count]
         if "accuracy_ceiling" in pairs:
             notes.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
         rows.append(_row("reward accuracy", f"{pairs['accuracy']:.3f}", ", ".join(notes)))
@@ -71,8 +75,17 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
         metrics = reward[kind]
         if metric in metrics:
             count = metrics["rankings" if kind == "rankings" else "rows"]
-            rows.append(_row(name, f"{metrics[metric]:.3f}", f"{count:,} test {kind}"))
+            note = _count_rows(metrics, metric, count, f"test {kind}")
+            rows.append(_row(name, f"{metrics[metric]:.3f}", note))
     return rows
+
+
+def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> str:
+    """Return the number of rows that a metric stands on, and its interval if they are few."""
+    note = f"{count:,} {what}"
+    if count < FEW_ROWS and (bounds := format_interval(metrics, metric)):
+        note += f": 95 % from {bounds}"
+    return note
 
 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
@@ -87,9 +100,13 @@ def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
 
 
 def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:
-    return [
-        _row(title, f"{ppo[metric]:.3f}", note) for metric, (title, note) in PPO_ROWS.items() if metric in ppo
-    ]
+    rows = []
+    for metric, (title, note) in PPO_ROWS.items():
+        if metric in ppo:
+            if (count := ppo.get(f"{metric}_rows", FEW_ROWS)) < FEW_ROWS:
+                note = f"{note}, {_count_rows(ppo, metric, count, 'responses')}"
+            rows.append(_row(title, f"{ppo[metric]:.3f}", note))
+    return rows
 
 
 def _row(name: str, value: str, note: str = "") -> Row:

@@ -1,7 +1,8 @@
 """Metrics of a reward model, computed from its scores alone.
 
-A tie counts half, as a coin flip would. Intervals are 95 %, by the bootstrap over rows. A metric that is
-undefined, such as the correlation with a constant, is omitted; without rows there are no metrics.
+A tie counts half, as a coin flip would. `NAME_interval` is the 95 % interval of the metric NAME, see
+`pipeline.reward.intervals`. A metric that is undefined, such as the correlation with a constant, is omitted;
+without rows there are no metrics.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,13 @@ from numpy.typing import ArrayLike
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, root_mean_squared_error
 
-Numbers = Sequence[float] | np.ndarray
+from pipeline.reward.intervals import (
+    Numbers,
+    auroc_interval,
+    bounded_interval,
+    correlation_interval,
+    f1_interval,
+)
 
 
 def wins(chosen: Numbers, rejected: Numbers) -> np.ndarray:
@@ -24,19 +31,6 @@ def wins(chosen: Numbers, rejected: Numbers) -> np.ndarray:
 def pair_accuracy(chosen: Numbers, rejected: Numbers) -> float:
     """Return the fraction of pairs whose chosen response scores higher."""
     return fmean(wins(chosen, rejected))
-
-
-def interval(values: Numbers, seed: int = 0, resamples: int = 1000) -> list[float]:
-    """Return [low, high] of the mean: the 95 % percentile bootstrap over rows.
-
-    Raises `ValueError` if there are no values.
-    """
-    if not len(values):
-        raise ValueError("an empty sequence has no mean")
-    rng, values = np.random.default_rng(seed), np.asarray(values)
-    # One resample at a time: all together would need resamples × N of memory.
-    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
-    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def calibration(chosen: Numbers, rejected: Numbers, bins: int = 10) -> list[dict[str, float]]:
@@ -86,13 +80,13 @@ def pair_metrics(
     if len(names) > 1:
         by_source = {name: _accuracies(won[rows[name]], longer_won[rows[name]]) for name in names}
 
+    length_correlation = correlation(spearmanr, np.concatenate([chosen, rejected]), np.concatenate(lengths))
     return _accuracies(won, longer_won) | _defined(
-        accuracy_longer_interval=interval(longer_won),
+        accuracy_longer_interval=bounded_interval(longer_won),
         margin=fmean(np.subtract(chosen, rejected)),
         calibration_error=calibration_error(calibration(chosen, rejected)),
-        reward_length_correlation=correlation(
-            spearmanr, np.concatenate([chosen, rejected]), np.concatenate(lengths)
-        ),
+        reward_length_correlation=length_correlation,
+        reward_length_correlation_interval=_correlation_interval(length_correlation, 2 * len(won)),
         by_source=by_source,
     )
 
@@ -102,7 +96,11 @@ def rating_metrics(scores: Numbers, ratings: Numbers) -> dict[str, Any]:
     if not len(scores):
         return {}
     rmse = float(root_mean_squared_error(ratings, scores))
-    return {"rows": len(scores), "rmse": rmse, **_defined(spearman=correlation(spearmanr, scores, ratings))}
+    spearman = correlation(spearmanr, scores, ratings)
+    return {"rows": len(scores), "rmse": rmse} | _defined(
+        spearman=spearman,
+        spearman_interval=_correlation_interval(spearman, len(scores)),
+    )
 
 
 def label_metrics(
@@ -120,12 +118,15 @@ def label_metrics(
     predicted = logits.argmax(1)
     is_positive, called_positive = labels == positive, predicted == positive
     log_odds = logits[:, positive] - np.logaddexp.reduce(np.delete(logits, positive, axis=1), axis=1)
-    defined = _defined(
-        auroc=float(roc_auc_score(is_positive, log_odds))
-        if 0 < is_positive.sum() < len(is_positive)
-        else None,
-        f1=float(f1_score(is_positive, called_positive)) if (is_positive | called_positive).any() else None,
-    )
+    defined: dict[str, Any] = {}
+    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
+    if positives and negatives:
+        auroc = float(roc_auc_score(is_positive, log_odds))
+        defined |= {"auroc": auroc, "auroc_interval": auroc_interval(auroc, positives, negatives)}
+    if (is_positive | called_positive).any():
+        hits, misses = int((is_positive & called_positive).sum()), int((is_positive ^ called_positive).sum())
+        defined["f1"] = float(f1_score(is_positive, called_positive))
+        defined["f1_interval"] = f1_interval(hits, misses)
 
     confusion = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     counts = {
@@ -147,16 +148,25 @@ def ranking_metrics(scores: Sequence[Numbers], ranks: Sequence[Numbers]) -> dict
     top = [fmean(r[s == s.max()] == r.min()) for s, r in prompts]
     pairs = [(s, *np.nonzero(r[:, None] < r)) for s, r in prompts]
     won = [pair_accuracy(s[better], s[worse]) for s, better, worse in pairs if len(better)]
-    defined = _defined(kendall_tau=fmean(taus) if taus else None, top_1=fmean(top))
+    defined = _defined(
+        kendall_tau=fmean(taus) if taus else None,
+        kendall_tau_interval=bounded_interval(taus, -1.0) if taus else None,
+        top_1=fmean(top),
+        top_1_interval=bounded_interval(top),
+    )
     return {"rankings": len(prompts), **defined, **(_accuracy(won) if won else {})}
 
 
 def _accuracy(values: Numbers) -> dict[str, Any]:
-    return {"accuracy": fmean(values), "accuracy_interval": interval(values)}
+    return {"accuracy": fmean(values), "accuracy_interval": bounded_interval(values)}
 
 
 def _accuracies(won: np.ndarray, longer_won: np.ndarray) -> dict[str, Any]:
     return {"pairs": len(won), **_accuracy(won), "accuracy_longer": fmean(longer_won)}
+
+
+def _correlation_interval(value: float | None, rows: int) -> list[float] | None:
+    return None if value is None else correlation_interval(value, rows)
 
 
 def _defined(**metrics: Any) -> dict[str, Any]:

@@ -50,6 +50,25 @@ def test_what_it_learned_from_comes_after_the_pairs_where_there_are_any(kind: st
     assert told({kind: figures}) == expected
 
 
+def test_a_ratio_of_few_rows_has_its_interval() -> None:
+    few = COMPARISONS | {"pairs": 6, "accuracy": 1.0, "accuracy_interval": [0.61, 1.0]}
+    assert told({"comparisons": few}) == [
+        ("reward accuracy", "1.000", "longer wins 0.570, 6 test pairs: 95 % from 0.610 to 1.000")
+    ]
+    many = COMPARISONS | {"accuracy_interval": [0.85, 0.88]}
+    assert told({"comparisons": many}) == [ACCURACY]
+    rankings = RANKINGS | {"rankings": 9, "top_1_interval": [0.4, 0.9], "kendall_tau_interval": [0.5, 0.8]}
+    assert [row[2] for row in told({"rankings": rankings})] == [
+        "9 test rankings: 95 % from 0.400 to 0.900",
+        "9 test rankings: 95 % from 0.500 to 0.800",
+    ]
+    ppo = {"win_rate": 0.75, "win_rate_interval": [0.5, 0.9], "win_rate_rows": 12}
+    rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo})
+    assert rows[-1]["note"] == "against SFT, ties half, 12 responses: 95 % from 0.500 to 0.900"
+    rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152}})
+    assert rows[-1]["note"] == "against SFT, ties half"
+
+
 def test_what_is_undefined_or_was_not_measured_is_left_out() -> None:
     assert told({"ratings": {"rows": 3, "rmse": 0.5}}) == [("reward RMSE", "0.500", "3 test ratings")]
     assert told({"labels": {"rows": 1, "accuracy": 1.0}}) == []

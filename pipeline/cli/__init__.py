@@ -10,9 +10,11 @@ import re
 import signal
 import sys
 import threading
+from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import Any
 
 from pipeline.cli.commands import COMMANDS, run_stage
 from pipeline.cli.parser import parse
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = parse(argv)
     try:
-        with _raise_on_sigterm():
+        with _raise_on_signals():
             COMMANDS.get(args.command, run_stage)(args)
         sys.stdout.flush()
         return 0
@@ -54,8 +56,11 @@ def entry() -> None:
 
 
 @contextmanager
-def _raise_on_sigterm() -> Iterator[None]:
-    """Raise `Stopped` on SIGTERM in this block, as Python raises `KeyboardInterrupt` on Ctrl-C."""
+def _raise_on_signals() -> Iterator[None]:
+    """Raise `Stopped` on SIGTERM in this block, as Python raises `KeyboardInterrupt` on Ctrl-C.
+
+    Python drops either if it is raised while an object is deleted. It is then raised again a moment later.
+    """
 
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
@@ -63,11 +68,21 @@ def _raise_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def raise_again(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            hook(dropped)
+            return
+        number = getattr(dropped.exc_value, "number", signal.SIGINT)
+        threading.Timer(0.01, interrupt_main, [number]).start()
+
     before = signal.signal(signal.SIGTERM, stop)
+    hook, sys.unraisablehook = sys.unraisablehook, raise_again
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 def _is_bug(error: BaseException) -> bool:

@@ -1,28 +1,74 @@
 """`PPOConfig`: the arguments of `PPOTrainer`, checked before a model is loaded."""
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from pipeline.ppo.functional import KLKind
+from pipeline.training.reserved import default_of
 
 CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"),
     "score_normalization": ("none", "reference", "running"),
     "value_init": ("zero", "reward"),
 }
-# Arguments of TrainingArguments that PPO would misread -> the value that turns them off, what to set instead.
-UNSUPPORTED = {
-    "max_steps": (-1, "num_rollouts"),
-    "load_best_model_at_end": (False, "nothing: best/ holds the best"),
-    "metric_for_best_model": (None, "nothing: best/ holds the best"),
-    "fp16": (False, "bf16"),
-    "greater_is_better": (None, "nothing"),
-    "neftune_noise_alpha": (None, "nothing"),
-    "label_smoothing_factor": (0.0, "nothing"),
-}
+# Arguments of TrainingArguments that PPO does not read, or would misread, and what to set instead. Their
+# default values are accepted.
+BEST = "nothing: best/ holds the best"
+ROLLOUTS = "nothing: batches are those of the rollout"
+EVALUATION = "nothing: evaluations sample and score responses"
+LOSS = "nothing: the loss is PPO's"
+UNSUPPORTED = (
+    dict.fromkeys(("num_train_epochs", "max_steps"), "num_rollouts")
+    | dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), BEST)
+    | dict.fromkeys(
+        (
+            "train_sampling_strategy",
+            "length_column_name",
+            "dataloader_drop_last",
+            "dataloader_num_workers",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+            "ignore_data_skip",
+            "auto_find_batch_size",
+        ),
+        ROLLOUTS,
+    )
+    | dict.fromkeys(
+        (
+            "prediction_loss_only",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "batch_eval_metrics",
+            "include_for_metrics",
+            "label_names",
+            "bf16_full_eval",
+            "fp16_full_eval",
+        ),
+        EVALUATION,
+    )
+    | dict.fromkeys(
+        (
+            "neftune_noise_alpha",
+            "label_smoothing_factor",
+            "average_tokens_across_devices",
+            "include_num_input_tokens_seen",
+            "use_liger_kernel",
+            "liger_kernel_config",
+        ),
+        LOSS,
+    )
+    | dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "nothing: the model that samples and the one that learns would compute other numbers",
+    )
+    | {"fp16": "bf16"}
+)
 POSITIVE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -209,13 +255,17 @@ class PPOConfig(TrainingArguments):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name, (off, instead) in UNSUPPORTED.items():
-            if getattr(self, name) != off:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not for PPO; set instead: {instead}")
+        for argument in fields(self):
+            self._check_supported(argument)
         if self.save_strategy == "best":
             raise ValueError(
                 "save_strategy='best' is not for PPO, which keeps best/ anyway and resumes from checkpoints; "
                 "set steps"
+            )
+
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ValueError(
+                "lr_scheduler_type='reduce_lr_on_plateau' is not for PPO, which has no eval_loss"
             )
 
         for name in POSITIVE:
@@ -231,6 +281,14 @@ class PPOConfig(TrainingArguments):
         self._expect("dual_clip", self.dual_clip is None or self.dual_clip > 1, "more than 1, or none")
         in_range = 0 <= self.min_response_tokens <= self.response_tokens
         self._expect("min_response_tokens", in_range, "at most response_tokens")
+
+    def _check_supported(self, argument: Field[Any]) -> None:
+        name, value = argument.name, getattr(self, argument.name)
+        self._expect(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        if name == "num_train_epochs" and value == self.num_rollouts:  # of arguments that are copied
+            return
+        if name in UNSUPPORTED and value != default_of(argument):
+            raise ValueError(f"{name}={value!r} is not for PPO; set instead: {UNSUPPORTED[name]}")
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

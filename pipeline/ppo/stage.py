@@ -57,7 +57,8 @@ FALLBACK_EVAL_PROMPTS = 64  # training prompts to evaluate on if the records hav
 
 def check(config: PPOStage) -> None:
     """Check the config alone, without its inputs. Raises `UserError`."""
-    check_training(config, arguments_class(config))
+    unsupported = {} if config.algorithm == "ppo" else _trl_trainers().UNSUPPORTED
+    check_training(config, arguments_class(config), unsupported)
     if config.algorithm != "ppo":
         _trl_trainers().check_algorithm(config.algorithm, config.training)
     _check_lora_start(config)

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from pipeline.distributed.processes import broadcast, is_main_process
@@ -45,6 +51,15 @@ SET_BY_STAGE = {  # argument of TRL's configs -> what to set instead
 }
 
 
+BATCHING = "it had not sampled one batch after a minute where it should take a second"
+UNSUPPORTED = {  # argument of TRL's configs -> why it is refused
+    "label_smoothing_factor": "the loss is that of 'algorithm'",
+    "use_transformers_paged": BATCHING,
+    "use_transformers_continuous_batching": BATCHING,
+    "transformers_continuous_batching_config": BATCHING,
+}
+
+
 class _RLOOConfig(RLOOConfig):
     RESERVED: ClassVar[dict[str, str]] = SET_BY_STAGE
 
@@ -73,6 +88,14 @@ def check_algorithm(algorithm: str, training: dict[str, Any]) -> None:
             raise UserError(
                 f"ppo: training.{key}: {value} is not for algorithm: {algorithm}; best/ is kept anyway; "
                 "choose another"
+            )
+    options = training.get("generation_kwargs") or {}
+    for key in options.keys() - GenerationConfig().to_dict().keys():
+        raise UserError(f"ppo: training.generation_kwargs.{key}: GenerationConfig has no such key")
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if "every_n_layers" in (training.get(key) or {}):
+            raise UserError(
+                f"ppo: training.{key}.every_n_layers is not for algorithm: {algorithm}; remove it"
             )
 
 

@@ -51,6 +51,7 @@ from pipeline.training.arguments import (
     build_lora_config,
     check_training,
     load_options,
+    require_batch,
     require_eval_rows,
     weight_precision,
 )
@@ -60,13 +61,15 @@ from pipeline.training.weights import publishable_state
 
 MEMBER_FRACTION = 0.7  # of the rows, for each member of an ensemble
 
-# Keys of `training:` by which TRL would change the base or its tokenizer.
-UNSUPPORTED_KEYS = {
-    "eos_token",
-    "pad_token",
-    "chat_template_path",
-    "model_init_kwargs",
-    "pad_to_multiple_of",
+TOKENIZER = "it would change the base's tokenizer; use 'encoding' and 'model'"
+OBJECTIVE = "the loss is that of 'objective'"
+UNSUPPORTED = dict.fromkeys(
+    ("eos_token", "pad_token", "chat_template_path", "model_init_kwargs", "pad_to_multiple_of"), TOKENIZER
+) | {
+    "trust_remote_code": "it is a key of the stage; set trust_remote_code beside 'training'",
+    "include_num_input_tokens_seen": "num_tokens in log.jsonl is that number",
+    "average_tokens_across_devices": OBJECTIVE,
+    "use_liger_kernel": OBJECTIVE,
 }
 
 Split = tuple[Dataset, dict[str, int]]  # tokenised rows, and the counts of those that did not fit
@@ -74,12 +77,10 @@ Split = tuple[Dataset, dict[str, int]]  # tokenised rows, and the counts of thos
 
 def check(config: RewardStage) -> None:
     """Check the config alone. Raises `UserError`."""
-    check_training(config, trl.RewardConfig)
-    for key in UNSUPPORTED_KEYS & config.training.keys():
-        raise UserError(
-            f"reward: training.{key} is not read: it would change the base's tokenizer; "
-            "use 'encoding' and 'model'"
-        )
+    check_training(config, trl.RewardConfig, UNSUPPORTED)
+    for key in ("remove_unused_columns", "ddp_broadcast_buffers"):
+        if config.training.get(key):
+            raise UserError(f"reward: training.{key}: this trainer's batches need it to be false; remove it")
     is_read = {
         "center_rewards_coefficient": OBJECTIVES[config.objective].compares,
         "label_smoothing_factor": config.objective in ("pairwise", "classification"),
@@ -179,6 +180,7 @@ def build_trainer(
 ) -> RewardTrainer:
     """Build the trainer. Raises `UserError` if PEFT refuses the adapter of the `lora:` section."""
     validation = splits["validation"][0] if "validation" in splits else None
+    train_rows = assign_bootstrap_rows(config, splits["train"][0])
     lora = build_lora_config(config, TaskType.SEQ_CLS, config.revision, head_module_names(model))
     where = f"{config.stage}: lora"
     check_modules(model, lora, where)
@@ -189,7 +191,7 @@ def build_trainer(
             class_weights=config.class_weights,
             positive=settings.logit,
             args=args,
-            train_dataset=assign_bootstrap_rows(config, splits["train"][0]),
+            train_dataset=require_batch(f"{config.records}: train", args, train_rows),
             eval_dataset=require_eval_rows(args, validation),
             processing_class=tokenizer,
             peft_config=lora,

@@ -34,6 +34,7 @@ from pipeline.models.scratch import collect_texts, new_policy
 from pipeline.training.arguments import (
     build_arguments,
     check_training,
+    require_batch,
     require_eval_rows,
 )
 from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
@@ -41,12 +42,37 @@ from pipeline.training.checkpoints import train_with_resume, write_log
 from pipeline.training.policies import load_start
 from pipeline.training.weights import publishable_state
 
+TOKENIZED = "rows are tokenized by the stage, with the base's own tokenizer and template"
+PACKED = (
+    "the tokens of a whole batch would attend to each other, so that time grows with the square of the batch "
+    "(30 s in place of 1 s on a small model), unless a kernel for variable lengths is loaded, which none is"
+)
+RESPONSES = "only the response is learned, and every token of it"
+UNSUPPORTED = (
+    dict.fromkeys(
+        (
+            "chat_template_path",
+            "eos_token",
+            "pad_token",
+            "dataset_text_field",
+            "dataset_kwargs",
+            "model_init_kwargs",
+        ),
+        TOKENIZED,
+    )
+    | dict.fromkeys(("packing", "eval_packing", "padding_free", "packing_strategy"), PACKED)
+    | dict.fromkeys(("completion_only_loss", "assistant_only_loss"), RESPONSES)
+    | {
+        "truncation_mode": "rows are cut by 'overlong'; set that",
+        "trust_remote_code": "it is a key of the stage; set trust_remote_code beside 'training'",
+    }
+)
 HEADLINE_METRICS = ("eval_loss", "eval_mean_token_accuracy")
 
 
 def check(config: SFTStage) -> None:
     """Check the config on its own, without inputs. Raises `UserError` if it is wrong."""
-    check_training(config, SFTConfig)
+    check_training(config, SFTConfig, UNSUPPORTED)
 
 
 def run(config: SFTStage) -> Path:
@@ -70,7 +96,7 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
 
     `work` keeps the checkpoints, from which an interrupted training resumes.
     """
-    args = build_arguments(config, SFTConfig, work, packing=False)
+    args = build_arguments(config, SFTConfig, work, packing=False, max_length=config.max_length)
     data = open_records(records, "demonstrations")
 
     set_seed(config.seed)
@@ -86,7 +112,7 @@ def train(config: SFTStage, records: Artifact, output: Path, work: Path) -> dict
         trainer = SFTTrainer(
             model=model,
             args=args,
-            train_dataset=train_rows,
+            train_dataset=require_batch(f"{records.path}: demonstrations: train", args, train_rows),
             eval_dataset=require_eval_rows(args, validation_rows),
             processing_class=tokenizer,
             peft_config=lora,

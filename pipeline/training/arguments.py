@@ -20,6 +20,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import EvaluateStage, TrainedStage, nearest
+from pipeline.config.values import shorten
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
 from pipeline.distributed.sharding import disable_zero3_init
@@ -27,55 +28,34 @@ from pipeline.errors import UserError, one_line
 from pipeline.models.adapters import unsupported_setting
 from pipeline.training import trackers
 from pipeline.training.checkpoints import read_launch
-
-HUB_KEYS = (
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_token",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-)
-
-# Arguments that the stage sets itself, with the key to set instead. A value "nothing: reason" means that
-# there is no such key. An arguments class may have a RESERVED of its own with more.
-RESERVED = {
-    "output_dir": "run",
-    "seed": "seed",
-    "data_seed": "seed",
-    "bf16": "precision",
-    "fp16": "precision",
-    "use_cpu": "precision",
-    "full_determinism": "seed",
-    "resume_from_checkpoint": "nothing: an interrupted run resumes by itself",
-    "max_length": "max_length",
-} | dict.fromkeys(HUB_KEYS, "nothing: rlhf push uploads an artifact with its card")
+from pipeline.training.ranges import check_ranges
+from pipeline.training.rehearsal import rehearse
+from pipeline.training.reserved import RESERVED_LORA, check_reserved
 
 
-def check_training(config: TrainedStage, arguments_class: type[TrainingArguments]) -> None:
+def check_training(
+    config: TrainedStage,
+    arguments_class: type[TrainingArguments],
+    unsupported: dict[str, str] | None = None,
+) -> None:
     """Check the `training:` and `lora:` sections, the launch and the trackers.
 
-    Raises `UserError` for names, types and values that the sections' classes refuse, and for arguments that
-    the stage sets itself.
+    `unsupported` are arguments that the stage does not read, or that break what it promises, with the reason.
+    Raises `UserError` for names, types, values and combinations that would fail or be ignored later, and for
+    arguments that the stage sets itself.
     """
-    reserved = RESERVED | getattr(arguments_class, "RESERVED", {})
-    for key in config.training:
-        if key in reserved:
-            raise UserError(
-                f"{config.stage}: training.{key} is set by the stage; {_instructions(reserved[key])}"
-            )
+    check_reserved(config.stage, config.training, arguments_class, unsupported or {})
     check_quantization(config.stage, config.quantization)
     if problem := unsupported_sharding(os.environ, getattr(config, "algorithm", "ppo")):
         raise UserError(f"{config.stage}: {problem}")
-    trackers.check_trackers(config.stage, config.training)
     _check_section(f"{config.stage}: training", config.training, arguments_class)
+    trackers.check_trackers(config.stage, config.training)
     if config.lora is not None:
-        for key in {"task_type", "revision"} & config.lora.keys():
+        for key in [key for key in RESERVED_LORA if key in config.lora]:
             raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
         _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
         _check_lora(config)
-    build_arguments(config, arguments_class, Path("unused"))
+    rehearse(config.stage, build_arguments(config, arguments_class, Path("unused")))
 
 
 def _check_lora(config: TrainedStage) -> None:
@@ -86,11 +66,6 @@ def _check_lora(config: TrainedStage) -> None:
         raise UserError(f"{config.stage}: lora: {one_line(error)}") from None
     if lora is not None and (problem := unsupported_setting(lora)):
         raise UserError(f"{config.stage}: lora.{problem}; remove it")
-
-
-def _instructions(instead: str) -> str:
-    reason = instead.removeprefix("nothing: ")
-    return f"set {instead!r} instead" if reason == instead else f"remove it: {reason}"
 
 
 def check_quantization(stage: str, quantization: str) -> None:
@@ -215,6 +190,17 @@ def _keep_step_size(
     return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": local_rows // batch}
 
 
+def require_batch(where: str, args: TrainingArguments, rows: Dataset) -> Dataset:
+    """Return `rows`. Raises `UserError` if `dataloader_drop_last` would drop the only batch."""
+    needed = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows) < needed:
+        raise UserError(
+            f"{where}: has {len(rows)} rows, and training.dataloader_drop_last drops a batch of fewer than "
+            f"{needed}; remove it, or lower training.per_device_train_batch_size"
+        )
+    return rows
+
+
 def require_eval_rows(args: TrainingArguments, rows: Dataset | None) -> Dataset | None:
     """Return `rows`, or None if there are none.
 
@@ -271,7 +257,7 @@ def _check_section(prefix: str, section: dict[str, Any], cls: type) -> None:
     for key in section:
         if key not in known:
             raise UserError(f"{prefix}.{key}: {cls.__name__} has no such key{nearest(key, known)}")
-    _convert_section(section, cls, prefix)
+    check_ranges(prefix, _convert_section(section, cls, prefix), cls)
 
 
 def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training") -> dict[str, Any]:
@@ -283,20 +269,24 @@ def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training
     converted = {}
     for key, value in section.items():
         try:
-            converted[key] = _convert(hints[key], value)
+            converted[key] = _convert(hints[key], value, key.endswith("_strategy"))
         except ValidationError as error:
-            raise UserError(f"{prefix}.{key}={value!r}: {error.errors()[0]['msg'].lower()}") from None
+            message = error.errors()[0]["msg"].lower()
+            raise UserError(f"{prefix}.{key}={shorten(value)}: {message}") from None
         except Exception:  # pydantic has no schema for the hint; the class itself checks the value
             converted[key] = value
+        if isinstance(value, bool) and type(converted[key]) in (int, float):
+            raise UserError(f"{prefix}.{key}={value}: expected a number, not true or false")
     return converted
 
 
-def _convert(hint: Any, value: Any) -> Any:
+def _convert(hint: Any, value: Any, may_be_no: bool = True) -> Any:
+    """Return `value` as the type of a field; with `may_be_no`, false is the text that YAML reads as false."""
     adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value)
     except ValidationError:
-        if value is False:  # YAML reads a bare `no` as False, where a strategy may be "no"
+        if value is False and may_be_no:  # a bare `no`, where a strategy may be "no"
             return adapter.validate_python("no")
         raise
 

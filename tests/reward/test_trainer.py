@@ -289,7 +289,7 @@ def test_a_base_that_reads_padding_trains_in_batches_of_one_length(tiny_tokenize
 
 
 def test_what_trl_would_change_behind_the_encoding_is_refused():
-    with pytest.raises(UserError, match=r"reward: training.pad_token is not read"):
+    with pytest.raises(UserError, match=r"reward: training.pad_token: it would change the base's tokenizer"):
         reward.check(config.RewardStage(run="t", model="m", training={"pad_token": "<pad>"}))
 
 

@@ -16,7 +16,7 @@ BYTES_OF = 5  # one mutation in so many changes bytes instead of values
 
 
 def mutate_json(file: Path, rng: Random) -> str:
-    """Mutate one value of a JSON file, or its bytes, so that it says another thing; return what was done."""
+    """Mutate one value of a JSON file, or its bytes, until it says another thing; return what was done."""
     data = changed = file.read_bytes()
     while says_the_same(data, changed):
         if rng.randrange(BYTES_OF) == 0:
@@ -34,8 +34,10 @@ def says_the_same(data: bytes, other: bytes, but: Sequence[str] = ()) -> bool:
         values = [json.loads(text) for text in (data, other)]
     except (ValueError, RecursionError):
         return False
-    kept = [{key: value[key] for key in value if key not in but} if but else value for value in values]
-    return str(kept[0]) == str(kept[1])  # as text, because 1 equals True
+    for value in values:
+        for key in but if isinstance(value, dict) else ():
+            value.pop(key, None)
+    return str(values[0]) == str(values[1])  # as text, because 1 equals True
 
 
 def _manifest(case: Case, outcome: Outcome) -> None:

@@ -167,7 +167,7 @@ WRITERS: dict[str, Callable[[Case, Path, str], tuple[list[str], str]]] = {
 
 @cache
 def _training_fields(stage: str) -> list[str]:
-    """Return the arguments of `training:`, those of numbers four times, because more goes wrong there."""
+    """Return the names of the arguments of `training:`; those of numbers are drawn four times as often."""
     import trl
 
     from pipeline import PPOConfig

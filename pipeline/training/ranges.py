@@ -47,7 +47,8 @@ RANGES: dict[str, Interval] = (
     | _each(
         POSITIVE,
         "adam_epsilon neftune_noise_alpha temperature repetition_penalty sapo_temperature_neg "
-        "sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg vllm_server_timeout delta",
+        "sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg "
+        "vllm_server_timeout delta",
     )
     | _each(PORT, "vllm_server_port vllm_group_port")
     | _each(ANY, "missing_eos_penalty entropy_coef_min layers_to_transform")

@@ -421,7 +421,11 @@ def test_a_bad_row_is_quarantined_with_its_line(
     [
         ("out.tsv", None, "--output out.tsv: expected a name that ends in .csv, .jsonl, .parquet"),
         ("out", "text\na\n", "--output out: expected a name that ends in .csv, .jsonl, .parquet"),
-        ("out.csv", None, "--input in.csv: does not exist; expected .csv, .tsv, .json, .jsonl, .ndjson, .parquet"),
+        (
+            "out.csv",
+            None,
+            "--input in.csv: does not exist; expected .csv, .tsv, .json, .jsonl, .ndjson, .parquet",
+        ),
         ("in.csv", "text\na\n", "--output in.csv: is the input; name another file"),
         (
             "old.csv",

@@ -43,20 +43,23 @@ class FileGroup(NamedTuple):
     def describe(self, split: str | None) -> list[str]:
         """Return a line on the splits, if names say any, and one on the names that are not read."""
         lines = []
-        named = {name: sum(value == name for value in self.files.values()) for name in SPLITS}
-        found = [name for name in HELD_OUT if named[name]]
-        held_out = [f"{name} from {named[name]} file{'s' * (named[name] > 1)}" for name in found]
+        named = {name: [file for file, said in self.files.items() if said == name] for name in HELD_OUT}
+        held_out = [f"{name} is {_list_files(files)}" for name, files in named.items() if files]
         if split:
             lines.append(f"read the files of split {split} alone")
         elif held_out:
-            rest = " and ".join(name for name in HELD_OUT if not named[name])
+            rest = ", ".join(name for name, files in named.items() if not files)
             lines.append(
                 f"split by the names of its files: {', '.join(held_out)}"
-                + (f"; {rest} is held out of the others" if rest else "")
+                + (f"; 'splits' holds {rest} out of the others" if rest else "")
             )
         if self.skipped:
             lines.append(f"skipped {', '.join(self.skipped)}; expected {', '.join(READERS)}")
         return lines
+
+
+def _list_files(files: list[Path]) -> str:
+    return files[0].name if len(files) == 1 else f"{len(files)} files"
 
 
 def find_files(path: Path, split: str | None = None) -> FileGroup:

@@ -46,8 +46,8 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 # Format -> the kind of records it yields, if the two names differ.
 FORMAT_KINDS = {"dialogues": "comparisons"}
 
-MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 LISTS = ("messages", "responses", "ranks", "history")  # columns that a CSV file has as the text of a list
+MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
     They are in temporary files of `folder`.
     """
     comparisons, rankings = records.get("comparisons", []), records.get("rankings", [])
+    cut: list[int] = []
     chosen = (
         {"prompt": record["prompt"], "completion": _first_message(record["chosen"])} for record in comparisons
     )
@@ -34,7 +35,7 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
         {"prompt": record["prompt"]} for part in records.values() for record in part if record["prompt"]
     )
     candidates: dict[str, Iterable[Record]] = {
-        "comparisons": chain.from_iterable(map(_pairs, rankings)),
+        "comparisons": (pair for ranking in rankings for pair in _pairs(ranking, cut)),
         "demonstrations": chain(chosen, best),
         "prompts": prompts,
     }
@@ -43,13 +44,20 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
         for kind, found in candidates.items()
         if kind not in records
     }
+    if cut:
+        print(f"  of {len(cut):,} rankings an even selection of pairs is kept, at most {MAX_PAIRS:,} of each")
     return {kind: found for kind, found in derived.items() if found}
 
 
-def _pairs(ranking: Record) -> Iterator[Record]:
-    """Yield the ordered pairs of a ranking as comparisons; of more than `MAX_PAIRS` an even selection."""
+def _pairs(ranking: Record, cut: list[int]) -> Iterator[Record]:
+    """Yield the ordered pairs of a ranking as comparisons; of more than `MAX_PAIRS` an even selection.
+
+    The number of pairs of such a ranking is appended to `cut`.
+    """
     pairs = list(ordered_pairs(ranking))
-    for better, worse in pairs[:: -(-len(pairs) // MAX_PAIRS)]:
+    if len(pairs) > MAX_PAIRS:
+        cut.append(len(pairs))
+    for better, worse in pairs[:: max(1, -(-len(pairs) // MAX_PAIRS))]:
         yield {"prompt": ranking["prompt"], "chosen": better, "rejected": worse}
 
 

@@ -17,6 +17,7 @@ from pipeline.data.readers import read_source
 from pipeline.data.sources import iter_rows
 from pipeline.data.validation import validate_records
 from pipeline.errors import UserError
+from pipeline.prepare import derived
 from pipeline.prepare.stage import _require_valid_rows, run
 
 Q = [{"role": "user", "content": "Q"}]
@@ -334,9 +335,123 @@ def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path, {"format": "prompts", "path": str(published / "quarantine.jsonl")})
 
 
+def pairs(*prompts: str, chosen: str = "a") -> list[Any]:
+    return [{"prompt": prompt, "chosen": chosen, "rejected": "b"} for prompt in prompts]
+
+
+def prompts_by_split(published: Path, kind: str) -> dict[str, list[str]]:
+    return {split: sorted(part["prompt"]) for split, part in load_from_disk(str(published / kind)).items()}
+
+
+def test_names_of_files_decide_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    write(folder / "train.jsonl", pairs("A", "B", "C", "D"))
+    write(folder / "test.jsonl", pairs("T", "U"))
+    source = {"format": "comparisons", "path": str(folder)}
+    published = prepare(tmp_path, source, splits={"validation": 0, "test": 0.5})
+    expected = {"train": ["A", "B", "C", "D"], "validation": [], "test": ["T", "U"]}
+    for kind in ("comparisons", "demonstrations", "prompts"):
+        assert prompts_by_split(published, kind) == expected
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"  {folder}: split by the names of its files: test is test.jsonl; "
+        "'splits' holds validation out of the others"
+    )
+    found = prompts_by_split(
+        prepare(tmp_path, source, splits={"validation": 0.25, "test": 0.5}, force=True), "comparisons"
+    )
+    assert (len(found["validation"]), found["test"]) == (1, ["T", "U"])
+    write(folder / "dev.jsonl", pairs("V"))
+    published = prepare(tmp_path, source, splits={"validation": 0.25, "test": 0.5}, force=True)
+    assert prompts_by_split(published, "comparisons") == expected | {"validation": ["V"]}
+
+
+def test_a_prompt_of_two_files_stays_held_out(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    write(folder / "train.jsonl", [*pairs("A", "T"), {"prompt": "T", "chosen": "b", "rejected": "a"}])
+    write(folder / "test.jsonl", [*pairs("T"), {"prompt": "A", "chosen": "", "rejected": "a"}])
+    other = {"format": "prompts", "path": write(tmp_path / "more.jsonl", [{"prompt": "T"}, {"prompt": "Z"}])}
+    published = prepare(tmp_path, {"format": "comparisons", "path": str(folder)}, other)
+    assert prompts_by_split(published, "comparisons") == {"train": ["A"], "validation": [], "test": ["T"]}
+    assert "T" in prompts_by_split(published, "prompts")["test"]
+    assert [(entry["line"], entry["reason"]) for entry in quarantined(published)] == [
+        (2, "empty-text"),
+        (2, "held-out"),
+        (3, "held-out"),
+    ]
+    assert quarantined(published)[1]["detail"] == "its prompt is in a file that is held out for test"
+    counts = manifest(published)["rows"]
+    assert (counts["read"], counts["kept"]) == (7, 4)
+
+
+def test_rows_of_a_ranking_are_not_merged_over_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for name, prompt in (("train", "Q"), ("test", "Q"), ("train-2", "R")):
+        ranked = [{"prompt": prompt, "response": text, "rank": rank} for rank, text in ((1, "a"), (2, "b"))]
+        write(folder / f"{name}.jsonl", ranked)
+    published = prepare(tmp_path, {"format": "rankings", "path": str(folder)}, splits={"validation": 0})
+    assert prompts_by_split(published, "rankings") == {"train": ["R"], "validation": [], "test": ["Q"]}
+    assert manifest(published)["rows"]["quarantined"] == {"held-out": 2}
+
+
+def test_the_splits_of_a_saved_dataset_that_are_not_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Dataset.from_dict({"prompt": ["Q", "R"]})
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "saved")
+    prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "saved")})
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"  {tmp_path}/saved: read split train; not read: test; 'split' of a source picks one"
+    )
+
+
+def test_bad_rows_of_every_kind_end_in_the_quarantine(tmp_path: Path) -> None:
+    rows = [
+        '{"prompt": "Q"}',
+        '{"prompt": ' + "[" * 600 + "]" * 600 + "}",
+        '{"prompt": ' + "1" * 5000 + "}",
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": "\\ud800"}',
+        '{"\\ud800": "Q"}',
+        '{"prompt": NaN}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    published = prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "a.jsonl")})
+    assert [entry["reason"] for entry in quarantined(published)] == [
+        "unreadable-line",
+        "unreadable-line",
+        "repeated-key",
+        "not-unicode",
+        "not-text",
+        "not-text",
+    ]
+    assert [entry["row"] for entry in quarantined(published)][3:] == [
+        {"prompt": "\\ud800"},
+        {"\\ud800": "Q"},
+        {"prompt": "nan"},
+    ]
+
+
+def test_the_pairs_of_many_ranked_responses_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(derived, "MAX_PAIRS", 40)
+    responses = [f"r{n}" for n in range(20)]
+    rows = [{"prompt": "Q", "responses": responses, "ranks": list(range(1, 21))}]
+    published = prepare(tmp_path, {"format": "rankings", "path": write(tmp_path / "a.jsonl", rows)})
+    line = "  of 1 rankings an even selection of pairs is kept, at most 40 of each"
+    assert capsys.readouterr().out.splitlines()[0] == line
+    found = rows_of(published, "comparisons")
+    assert len(found) == 38  # each fifth of 190
+    assert all(int(row["chosen"][1:]) < int(row["rejected"][1:]) for row in found)
+    assert len({row["chosen"] for row in found}) > 10
+
+
 def test_a_kind_with_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None:
-    pairs = [{"prompt": f"Q{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
-    source = {"format": "comparisons", "path": write(tmp_path / "a.jsonl", pairs)}
+    rows = pairs(*(f"Q{n}" for n in range(40)))
+    source = {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)}
     (held_out, *_) = load_from_disk(str(prepare(tmp_path, source) / "prompts"))["test"]["prompt"]
     with pytest.raises(UserError, match="all 1 prompts are held out, none is left to train on"):
         prepare(

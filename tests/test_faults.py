@@ -4,6 +4,7 @@ and a broken promise is counted.
 
 import json
 import os
+import select
 import signal
 from collections import Counter
 from pathlib import Path
@@ -179,6 +180,22 @@ def test_a_signal_reaches_every_process_of_a_launch(tmp_path):
     result = run_child(work, tmp_path, processes=2, disturbance=Signal(signal.SIGINT, 0.2))
     assert sorted(result.out.splitlines()) == ["0 of 2", "1 of 2"]
     assert result.code == 0
+
+
+def test_nothing_that_a_killed_child_started_is_left(tmp_path):
+    readable, writable = os.pipe()
+
+    def work() -> None:
+        if os.fork() == 0:
+            while True:
+                signal.pause()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run_child(work, tmp_path).code == -signal.SIGKILL
+    os.close(writable)
+    assert select.select([readable], [], [], 60)[0]  # closed by the last process that had it
+    assert os.read(readable, 1) == b""
+    os.close(readable)
 
 
 def test_the_limits_are_those_of_the_system(tmp_path):

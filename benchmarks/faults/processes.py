@@ -122,7 +122,10 @@ def run_child(
             _fork(work, folder, captured, variables, at_change, limits or Limits())
             for variables in _launch_variables(processes)
         ]
-        code = _wait(pids, disturbance if isinstance(disturbance, Signal) else None, timeout)
+        try:
+            code = _wait(pids, disturbance if isinstance(disturbance, Signal) else None, timeout)
+        finally:
+            _kill_groups(pids)
         out, err, changes = (_read(captured / name) for name in ("out", "err", EVENTS))
     return Result(code, out, err, time.monotonic() - started, len(changes))
 
@@ -168,7 +171,8 @@ def _fork(
 
 
 def _begin(folder: Path, captured: Path, variables: dict[str, str]) -> None:
-    """Give the child the streams, signals, variables and folder that a shell would."""
+    """Give the child the streams, signals, variables, folder and process group that a shell would."""
+    os.setpgid(0, 0)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(captured / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -276,6 +280,13 @@ def _wait(pids: Sequence[int], sent: Signal | None, timeout: float) -> int | Non
             break
         time.sleep(0.003)
     return next(filter(None, codes.values()), 0 if len(codes) == len(pids) else None)
+
+
+def _kill_groups(pids: Sequence[int]) -> None:
+    """Kill what is left of each child's group: the processes that a killed child had started."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _send(number: int, pids: Sequence[int]) -> None:

@@ -111,8 +111,16 @@ TRAINING_VALUES = (
     10**30,
 )
 TRAINING_SECONDS = 120.0
-# Fields that may change where files go, ask for hardware, or keep a run from ending by their meaning.
-NOT_TRIED = ("output_dir", "logging_dir", "num_train_epochs", "max_steps", "num_rollouts", "total_episodes")
+# They say where files go or how long a run is; and 10**30 workers of a data loader are started one by one.
+NOT_TRIED = (
+    "output_dir",
+    "logging_dir",
+    "num_train_epochs",
+    "max_steps",
+    "num_rollouts",
+    "total_episodes",
+    "dataloader_num_workers",
+)
 
 
 def _changed_file(file: Path, rng: Random) -> str:

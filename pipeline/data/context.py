@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+from functools import cache
 from typing import Any
 
 from pipeline.config import Source
@@ -22,14 +23,14 @@ CONTEXT = {"system": ("system", "system_prompt", "system_message"), "history": (
 
 def context_columns(source: Source, data: dict[str, Any]) -> dict[str, str | list[str]]:
     """Return which column of a row has the system turn, and which the earlier turns, if any does."""
-    used = used_columns(source)
     found: dict[str, str | list[str]] = {}
     for name, spellings in CONTEXT.items():
-        free = [spelling for spelling in spellings if spelling in data and spelling not in used]
         if name in source.columns:
             found[name] = source.columns[name]
-        elif free and name not in source.values:
-            found[name] = free[0]
+        elif name not in source.values:
+            present = [spelling for spelling in spellings if spelling in data]
+            if free := [spelling for spelling in present if spelling not in used_columns(source)]:
+                found[name] = free[0]
     return found
 
 
@@ -41,12 +42,12 @@ def used_columns(source: Source) -> set[str]:
 
 def check_columns(source: Source, data: dict[str, Any]) -> None:
     """Raise `RowError` if a row has a column, such as `tools`, that changes what is said and is not read."""
-    used = used_columns(source)
     for column, value in data.items():
-        if column not in used and is_refused(column) and not carries_nothing(value):
+        if is_refused(column) and not carries_nothing(value) and column not in used_columns(source):
             raise unread_error(column, UNREAD_KEYS[column.strip().lower()])
 
 
+@cache
 def is_refused(column: str) -> bool:
     """Return whether a column changes what is said. Reasoning beside a response is often an annotator's."""
     return UNREAD_KEYS.get(column.strip().lower(), "reasoning") != "reasoning"

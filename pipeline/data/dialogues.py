@@ -50,7 +50,7 @@ def split_shared(conversations: Sequence[list[Any]]) -> tuple[list[Any], list[li
         index for index, messages in turns[: parted + 1] if {role for role, _ in messages} == {"assistant"}
     ]
     if not answers:
-        raise RowError("not-a-dialogue", "the two share no turn that a response of each follows")
+        raise RowError("not-a-dialogue", "the conversations share no prompt before a response of each")
     cut = answers[-1]
     return conversations[0][:cut], [conversation[cut:] for conversation in conversations]
 

@@ -248,7 +248,9 @@ def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, An
         detached = {"responses": responses} if ranked else dict(zip(names, responses, strict=True))
         return values | {"prompt": prompt} | detached
     if "text" in columns:
-        return values | {"prompt": "", "completion": values["text"]}
+        text = values["text"]
+        prompt, completion = (text[:-1], text[-1:]) if isinstance(text, list) and text[1:] else ("", text)
+        return values | {"prompt": prompt, "completion": completion}
     if "chosen" in columns:
         return values | parse_dialogue(values["chosen"], values["rejected"])
     if not isinstance(values["messages"], list):

@@ -114,10 +114,13 @@ def _check_ranking(record: Record) -> None:
 
 
 def _parse_text(value: Any) -> str | list[Record]:
-    """Return a string, or a list of messages reduced to role and content."""
+    """Return a string, or a list of messages reduced to role and content, without an empty system turn."""
     value = read_messages_cell(value)
     if isinstance(value, list) and value:
-        return [_check_content(read_message(message)) for message in value]
+        messages = [_check_content(read_message(message)) for message in value]
+        value = [message for message in messages if message["content"]]
+        if value:
+            return value
     if not isinstance(value, str) and value != []:
         raise RowError("not-text", f"expected text or messages, found {type(value).__name__}")
     return _check_string(value or "")
@@ -132,6 +135,9 @@ def _check_string(text: str) -> str:
 
 
 def _check_content(message: Record) -> Record:
+    """Return a message, with "" as the content of a system turn that says nothing."""
+    if message["role"] == "system" and is_blank(message["content"]):
+        return message | {"content": ""}
     _check_string(message["content"])
     return message
 
@@ -151,7 +157,7 @@ def _parse_response(value: Any, is_compared: bool = False, is_scored: bool = Fal
         raise RowError(
             "not-one-answer",
             f"expected one assistant message, found {', '.join(roles)[:80]}"
-            + ("" if is_compared else "; pairs of whole conversations are format: dialogues"),
+            + ("" if is_compared or is_scored else "; pairs of whole conversations are format: dialogues"),
         )
     if not is_scored and not is_target(value[-1]):
         raise RowError("not-a-target", "the answer has weight 0: it is context, and not to be learned")

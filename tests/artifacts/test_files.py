@@ -83,3 +83,11 @@ def test_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, rea
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     assert [hash_files(tmp_path / "model") for _ in range(2)] == [{"a.bin": sha256("a")}] * 2
     assert read == ["a.bin", "a.bin"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_json_has_no_numbers_that_are_not_finite(value, tmp_path):
+    with pytest.raises(UserError, match=r"m\.json: a number to write is not finite"):
+        write_json(tmp_path / "m.json", {"metrics": {"loss": [value]}})
+    assert not (tmp_path / "m.json").exists()
+    assert finite_or_none({"a": [1.5, value, "x"], "b": value}) == {"a": [1.5, None, "x"], "b": None}

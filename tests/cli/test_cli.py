@@ -153,6 +153,18 @@ def test_what_a_stage_fails_with_decides_the_exit_code(
         cli.main(stage("sft", "--debug"))
 
 
+@pytest.mark.parametrize("argv", [stage("evaluate"), ["run", "--recipe", "demo"]])
+def test_the_table_of_an_evaluation_is_printed_once(
+    argv: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.evaluate import summary
+
+    monkeypatch.setattr(commands, "_run", lambda loaded: None)
+    monkeypatch.setattr(summary, "summary_table", lambda folder: f"table of {folder.name}")
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.count("table of evaluate\n") == 1
+
+
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_run", None)  # the caller, which is ours, fails
     with pytest.raises(TypeError):

@@ -106,6 +106,9 @@ def test_labels_in_three_shapes(tmp_path: Path) -> None:
         "labels", jsonl(tmp_path / "b.jsonl", [{"text": "rude", "toxic": "yes"}]), columns={"label": "toxic"}
     )
     assert (text["prompt"], text["completion"], text["label"]) == ("", "rude", "yes")
+    for whole in ([user("Q"), assistant("a")], repr([user("Q"), assistant("a")])):
+        (chat,) = records("labels", jsonl(tmp_path / "b.jsonl", [{"text": whole, "label": 0}]))
+        assert (chat["prompt"], chat["completion"]) == ([user("Q")], [assistant("a")])
     (chat,) = records(
         "labels", jsonl(tmp_path / "c.jsonl", [{"messages": [user("Q"), assistant("a")], "label": 0}])
     )

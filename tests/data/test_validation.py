@@ -54,6 +54,7 @@ def pair(**changes: Any) -> dict[str, Any]:
         ("prompts", {"prompt": " \n"}, "empty-text"),
         ("prompts", {"prompt": "\u200b\ufeff \x00"}, "empty-text"),
         ("prompts", {"prompt": [USER | {"content": "\u2060"}]}, "empty-text"),
+        ("prompts", {"prompt": [{"role": "system", "content": ""}]}, "empty-text"),
         ("prompts", {"prompt": "[{'role': 'user', 'content': 'Q'"}, "unreadable-list"),
         ("prompts", {"prompt": [USER | {"images": ["x.png"]}]}, "not-only-text"),
         ("prompts", {"prompt": [USER, ANSWER | {"tool_calls": [1]}]}, "tool-calls"),
@@ -179,6 +180,7 @@ def test_ordered_pairs() -> None:
 def test_other_spellings_of_messages_come_out_as_role_and_content() -> None:
     shared = {"prompt": [{"from": "human", "value": "Q"}], "completion": {"from": "gpt", "value": "a"}}
     assert cleaned("demonstrations", shared) == {"prompt": [USER], "completion": [ANSWER]}
+    assert cleaned("prompts", {"prompt": [{"role": "system", "content": " "}, USER]}) == {"prompt": [USER]}
     context = [USER, ANSWER | {"weight": 0}, USER]
     assert cleaned("prompts", {"prompt": context}) == {"prompt": [USER, ANSWER, USER]}
     assert cleaned("answers", {"prompt": "Q", "response": [ANSWER | {"weight": 0}]})["response"] == [ANSWER]

@@ -4,6 +4,7 @@ process would have learned.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from pipeline.artifacts.inputs import require_artifact, verify_artifact
+from pipeline.artifacts.manifest import work_folder
+from pipeline.artifacts.seals import read_seal, sealed_steps
 from pipeline.config import RECIPES
 from pipeline.distributed.processes import broadcast, destroy_process_group, map_across_processes
 
@@ -182,6 +185,16 @@ def test_a_process_killed_takes_the_run_down_and_one_process_goes_on_from_there(
     assert "Signal 9 (SIGKILL) received" in killed.stderr
     assert "resuming" in launch(1, *given, BEGUN_BY="2")
     assert_the_same(learned(trained[1], "pairwise"), learned(tmp_path, "pairwise"))
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, tiny_feedback, tiny_llama, tmp_path):
+    given = [TOGETHER, str(tmp_path), str(tiny_feedback), str(tiny_llama), "pairwise"]
+    launch(2, *given, KILL="3", SIGNAL=str(int(signal.SIGTERM)))
+    work = work_folder(tmp_path / "pairwise" / "reward")
+    assert sealed_steps(work) == [2, 3]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= read_seal(work / "checkpoint-3")["files"].keys()
+    assert "resuming" in launch(2, *given)
+    assert_the_same(learned(trained[2], "pairwise"), learned(tmp_path, "pairwise"))
 
 
 @pytest.mark.parametrize("command", ["score", "best-of-n"])

@@ -1,9 +1,9 @@
 """Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and
 compares.
 
-`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 dies by
-SIGKILL at that optimizer
-step; BEGUN_BY is the number of processes that the config is for, where it is another than there are.
+`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 gets
+SIGKILL at that optimizer step, or the signal of the number in SIGNAL. BEGUN_BY is the number of processes
+that the config is for, if it is another than there are.
 """
 
 import gc
@@ -151,7 +151,7 @@ def die_at(step: int) -> None:
         nonlocal count
         count += 1
         if count == step and not is_main_process():
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
         return steps(*args, **kwargs)
 
     torch.optim.AdamW.step = counted

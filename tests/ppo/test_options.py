@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.models.chat import prompt_ids
 from pipeline.models.ends import declared_ends
 from pipeline.models.loading import head_config, load_classifier, load_policy
+from pipeline.ppo.callbacks import check_kl
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.functions import RewardSource
@@ -357,6 +358,13 @@ def test_a_policy_too_far_from_its_reference_stops_the_run(make):
     ):
         trainer.train()
     assert 0 < trainer.state.global_step < 9
+
+
+@pytest.mark.parametrize("limit", [0.5, None])
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_stops_the_run_without_a_limit_too(kl, limit):
+    with pytest.raises(UserError, match=rf"ppo: rollout 3: KL to the reference is {kl}, not finite; .* in w;"):
+        check_kl(kl, limit, 3, "w")
 
 
 # What is seen

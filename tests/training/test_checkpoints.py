@@ -325,6 +325,53 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_for_the_older_one(
     assert (folder / WEIGHTS).read_bytes() == (whole(name) / WEIGHTS).read_bytes()
 
 
+WORK_BREAKS = {
+    "best cut": lambda work: os.truncate(work / "best/value_head.safetensors", 10),
+    "best gone": lambda work: shutil.rmtree(work / "best"),
+    "policy gone": lambda work: (work / "policies/step-000002/model.safetensors").unlink(),
+    "samples cut": lambda work: os.truncate(work / "samples/step-000002.jsonl", 10),
+    "launch gone": lambda work: (work / "begun.json").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def with_policies(build, tmp_path_factory):
+    """A whole PPO run that keeps the policy of each evaluation, and a function of `runs` to stop one."""
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+
+    def make(runs: Path):
+        module, stage = build("ppo", runs, **changes)
+        return module, stage.model_copy(
+            update={"evaluation": stage.evaluation.model_copy(update={"keep": True})}
+        )
+
+    module, stage = make(tmp_path_factory.mktemp("kept"))
+    return module.run(stage), make
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of an artifact but those that name its folder or the time."""
+    skipped = ("manifest.json", "config.yaml")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in skipped)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("broken", WORK_BREAKS)
+def test_what_a_checkpoint_relies_on_beside_it_belongs_to_it(
+    broken, with_policies, tmp_path, monkeypatch, capsys
+):
+    expected, make = with_policies
+    module, stage = make(tmp_path)
+    fail_to_save(module, stage)
+    WORK_BREAKS[broken](work_folder(stage.folder))
+    steps = count_steps(monkeypatch)
+    folder = module.run(stage)
+    assert "beside it is missing or was altered; " in capsys.readouterr().out
+    assert len(steps) in (2, 4)  # from the first checkpoint, if that did not rely on it
+    assert content(folder) == content(expected)
+    assert {"best/value_head.safetensors", "policies/step-000002/model.safetensors"} <= content(folder).keys()
+
+
 @pytest.fixture(scope="module")
 def stopped(build, tmp_path_factory):
     """Returns a function of (name, runs): a copy of a run that has all checkpoints and no artifact."""

@@ -50,6 +50,7 @@ RANGES: dict[str, Interval] = (
         "sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg "
         "vllm_server_timeout delta",
     )
+    | _each(("[", 0, 1024, "]"), "dataloader_num_workers")
     | _each(PORT, "vllm_server_port vllm_group_port")
     | _each(ANY, "missing_eos_penalty entropy_coef_min layers_to_transform")
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import files
-from pipeline.artifacts.files import hash_file, hash_files
+from pipeline.artifacts.files import finite_or_none, hash_file, hash_files, write_json
+from pipeline.errors import UserError
 
 
 def sha256(text: str) -> str:

@@ -12,13 +12,17 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from pipeline.config import Source
 from pipeline.data import json_rows, text_files
 from pipeline.data.files import find_reader
+from pipeline.data.quarantine import count_and_quarantine
+from pipeline.data.readers import read_source
 from pipeline.data.schema import RawRow
+from pipeline.data.validation import validate_records
 from pipeline.errors import UserError
 
 ROWS = [{"prompt": "Q", "completion": "é, 界"}, {"prompt": "R", "completion": "b"}]
@@ -201,6 +205,66 @@ def test_a_csv_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("pipeline.data.files.MAX_CHARS", 50)
     with pytest.raises(UserError, match=r"a\.csv:2: a line is longer than 50 characters"):
         read(tmp_path / "a.csv", b"prompt\n" + b"x" * 60 + b"\n")
+
+
+# Any bytes
+
+PAIRS = [{"prompt": f"Q{n}", "chosen": "é", "rejected": "b"} for n in range(4)]
+TABLE = "prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in PAIRS)
+PARQUET = pyarrow.BufferOutputStream()
+parquet.write_table(pyarrow.Table.from_pylist(PAIRS), PARQUET, compression="none")
+CONTENTS = {
+    "a.jsonl": "".join(json.dumps(row) + "\n" for row in PAIRS).encode(),
+    "a.json": json.dumps(PAIRS).encode(),
+    "a.csv": TABLE.encode(),
+    "b.csv": TABLE.encode("utf-16"),
+    "a.tsv": TABLE.replace(",", "\t").encode(),
+    "a.csv.gz": gzip.compress(TABLE.encode()),
+    "a.parquet": PARQUET.getvalue().to_pybytes(),
+}
+PIECES = [
+    b'"',
+    b"{",
+    b"]",
+    b",",
+    b"\\",
+    b"\n",
+    b"\x00",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"NaN",
+    b"9" * 5000,
+]
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 9), st.sampled_from([b"", *PIECES]) | st.binary(max_size=3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(CONTENTS)), EDITS)
+def test_any_change_of_a_file_is_rows_or_one_line(
+    tmp_path: Path, name: str, edits: list[tuple[float, int, bytes]]
+) -> None:
+    content = bytearray(CONTENTS[name])
+    for place, length, piece in edits:
+        start = int(place * len(content))
+        content[start : start + length] = piece
+    path = tmp_path / name
+    path.write_bytes(content)
+    source = Source(format="comparisons", path=str(path))
+    try:
+        items = read_source(source)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    validate_records(items, [])
+    counts = count_and_quarantine(((item.rows[0], item.fault) for item in items), tmp_path / "q.jsonl")
+    entries = (tmp_path / "q.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(set(json.loads(entry)) == {"source", "line", "reason", "detail", "row"} for entry in entries)
+    assert counts["kept"] + len(entries) == counts["read"] == len(items)
 
 
 # Arrays

@@ -363,7 +363,8 @@ def test_a_policy_too_far_from_its_reference_stops_the_run(make):
 @pytest.mark.parametrize("limit", [0.5, None])
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
 def test_a_kl_that_is_not_finite_stops_the_run_without_a_limit_too(kl, limit):
-    with pytest.raises(UserError, match=rf"ppo: rollout 3: KL to the reference is {kl}, not finite; .* in w;"):
+    message = rf"ppo: rollout 3: KL to the reference is {kl}, not finite; .* in w;"
+    with pytest.raises(UserError, match=message):
         check_kl(kl, limit, 3, "w")
 
 

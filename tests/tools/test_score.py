@@ -19,6 +19,7 @@ from pipeline import RewardModel, cli, config
 from pipeline.data.files import READERS
 from pipeline.reward import stage as reward
 from pipeline.tools.score import chunks
+from pipeline.tools.score.job import read_job
 from tests.models.manners import save_llama
 
 ROWS: list[dict[str, Any]] = [
@@ -117,6 +118,25 @@ def test_every_type_of_file_gives_the_same_rewards(name: str, model: Path, tmp_p
     assert main("score", model, source, "out.csv") == 0
     assert main("score", model, jsonl(tmp_path / "in.jsonl", ROWS), "same.csv") == 0
     assert Path("out.csv").read_bytes() == Path("same.csv").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_that_the_output_cannot_hold_are_quarantined_before_any_is_scored(
+    suffix: str, tmp_path: Path
+) -> None:
+    bad = ["[" * 600 + "]" * 600, "1" * 5000, '"\\ud800"', '{"a": 1, "a": 2}', "9" * 30]
+    lines = ['{"text": "a", "id": 1}', *(f'{{"text": "b", "id": {value}}}' for value in bad), '{"text": "c"}']
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    found = read_job("score", source, tmp_path / f"out{suffix}", force=False)
+    expected = ["unreadable-line", "unreadable-line", "not-unicode", "repeated-key"]
+    expected += ["not-writable"] if suffix == ".parquet" else []
+    assert [item.fault.reason for item in found.items if item.fault] == expected
+    chunks.publish(found, [{"reward": 0.5} for _ in found.valid])
+    written = rows_of(found.output)
+    assert [written[0]["text"], written[-1]["text"]] == ["a", "c"]
+    quarantine = (tmp_path / f"out{suffix}.quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["line"] for line in quarantine] == list(range(2, 2 + len(expected)))
 
 
 @pytest.mark.parametrize("column", ["completion", "text"])

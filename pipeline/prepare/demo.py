@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.config import Source
+from pipeline.errors import UserError
 
 # A fact is a subject, its right value, and the mistake people make.
 TOPICS: dict[str, dict[str, Any]] = {
@@ -126,8 +127,14 @@ _QUESTIONS = questions()
 def traits(prompt: str, response: str) -> dict[str, Any] | None:
     """Return the hidden traits of a response: its core, and how often each other trait occurs.
 
-    Return None if the response contains anything but this world's sentences about the question.
+    Return None if the response contains anything but this world's sentences about the question. Raises
+    `UserError` for another question.
     """
+    if prompt not in _QUESTIONS:
+        raise UserError(
+            f"{prompt[:80]!r}: is no question of the demo world, and its rewards know no other; "
+            "score your own prompts by another reward"
+        )
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
     values = [value for fact in world["facts"].values() for value in fact]
@@ -222,6 +229,11 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def answer(rng: random.Random, prompt: str) -> str:
     """Sample one response from the distribution of the world's data; bad and good are equally frequent."""
+    if prompt not in _QUESTIONS:
+        raise UserError(
+            f"{prompt[:80]!r}: is no question of the demo world, and its rewards know no other; "
+            "score your own prompts by another reward"
+        )
     topic, subject = _QUESTIONS[prompt]
     world = TOPICS[topic]
     core = rng.choices(["right", "wrong", "dismissive"], [0.52, 0.36, 0.12])[0]

@@ -17,7 +17,7 @@ from pipeline.data.readers import read_source
 from pipeline.data.sources import iter_rows
 from pipeline.data.validation import validate_records
 from pipeline.errors import UserError
-from pipeline.prepare import derived
+from pipeline.prepare import demo, derived
 from pipeline.prepare.stage import _require_valid_rows, run
 
 Q = [{"role": "user", "content": "Q"}]
@@ -542,3 +542,8 @@ def test_a_hub_dataset_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest
         published = prepare(tmp_path, {"format": "prompts", "hub": "org/name"}, force=moved)
         assert manifest(published)["inputs"]["org/name"]["revision"] == revision
     assert read_at == ["c0ffee", "decaf"]
+
+
+def test_the_demo_rewards_know_no_other_question() -> None:
+    with pytest.raises(UserError, match="'Where is it\\?': is no question of the demo world"):
+        demo.gold_reward(["Where is it?"], ["Here."])

@@ -5,6 +5,7 @@ A path that does not exist, a folder without a file of a known type, or a datase
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,13 @@ def _read_dataset(name: str, dataset: Any) -> Iterator[RawRow]:
 
 
 def _iter_dataset(dataset: Any) -> Iterator[tuple[dict[str, Any], RowError | None]]:
-    """Yield each row with its fault; the rows of a batch that cannot be decoded are read one by one."""
+    """Yield each row with its fault; the rows of a batch that cannot be decoded are read one by one.
+
+    Media stay bytes: a decoder of them may be missing, and is no value.
+    """
+    for column, feature in dataset.features.items():
+        if getattr(feature, "decode", False) and "bytes" in str(feature.pa_type):
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
     for start in range(0, len(dataset), BATCH_ROWS):
         numbers = range(start, min(start + BATCH_ROWS, len(dataset)))
         try:

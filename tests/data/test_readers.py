@@ -441,6 +441,16 @@ def test_a_saved_dataset_gives_class_names(tmp_path: Path) -> None:
         read("labels", tmp_path / "dict", split="dev")
 
 
+def test_media_of_a_dataset_are_not_decoded(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "image": {"bytes": b"no image", "path": None}, "more": {"a": [1, "x"]}}
+    types = {"prompt": datasets.Value("string"), "image": datasets.Image(), "more": datasets.Json()}
+    columns = {name: [value] for name, value in row.items()}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(types)).save_to_disk(tmp_path / "saved")
+    (item,) = read("prompts", tmp_path / "saved")
+    assert item.fault is None
+    assert item.rows[0].data == row
+
+
 def test_a_hub_dataset_is_asked_for_its_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -16,7 +16,7 @@ _UNSEEN = (
     "\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 UNSEEN = re.compile(f"[{_UNSEEN}]+")
-UNSEEN_ASCII = re.compile("[\x00-\x08\x0e-\x1f\x7f]+")
+UNSEEN_ASCII = dict.fromkeys((*range(9), *range(14, 32), 127))  # translate() is faster, on ASCII only
 BLANK = re.compile(rf"[\s{_UNSEEN}]*")
 
 
@@ -27,8 +27,8 @@ def is_blank(text: str) -> bool:
 
 def visible_text(text: str) -> str:
     """Return what a reader sees of a text: in NFC, with LF, without unseen characters and outer blanks."""
-    if text.isascii():  # most texts are, and the smaller class is found ten times as fast
-        return UNSEEN_ASCII.sub("", text).replace("\r\n", "\n").strip()
+    if text.isascii():
+        return text.translate(UNSEEN_ASCII).replace("\r\n", "\n").strip()
     return unicodedata.normalize("NFC", UNSEEN.sub("", text).replace("\r\n", "\n")).strip()
 
 

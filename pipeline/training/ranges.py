@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from pipeline.config.values import shorten
 from pipeline.errors import UserError
 
 Interval = tuple[str, float, float, str]  # as it is written: ("[", 0, 1, ")") includes 0 and excludes 1
@@ -46,8 +47,9 @@ RANGES: dict[str, Interval] = (
     | _each(ABOVE_0_TO_1, "top_p vllm_gpu_memory_utilization")
     | _each(
         POSITIVE,
-        "adam_epsilon neftune_noise_alpha temperature repetition_penalty sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg "
-        "vespo_lambda_pos vespo_lambda_neg vllm_server_timeout delta",
+        "adam_epsilon neftune_noise_alpha temperature repetition_penalty sapo_temperature_neg "
+        "sapo_temperature_pos vespo_k_pos vespo_k_neg vespo_lambda_pos vespo_lambda_neg "
+        "vllm_server_timeout delta",
     )
     | _each(PORT, "vllm_server_port vllm_group_port")
     | _each(ANY, "missing_eos_penalty entropy_coef_min layers_to_transform")
@@ -78,8 +80,9 @@ def check_ranges(prefix: str, section: dict[str, Any], cls: type) -> None:
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in section.items():
-        name = f"{prefix}.{key}={value!r}"
-        if key.endswith(("_kwargs", "_config", "_pattern")) and not isinstance(value, dict | None):
+        name = f"{prefix}.{key}={shorten(value)}"
+        is_mapping = key.endswith(("_kwargs", "_config", "rank_pattern", "alpha_pattern"))
+        if is_mapping and isinstance(value, str | int | float | list):
             raise UserError(f"{name}: expected a mapping of keys")
         choices = _choices(key, cls) or fields[key].metadata.get("choices")
         if choices and isinstance(value, str) and value not in choices:

@@ -91,8 +91,8 @@ def check_algorithm(algorithm: str, training: dict[str, Any]) -> None:
     mappings = {key: value for key, value in training.items() if isinstance(value, dict)}
     for key in mappings.get("generation_kwargs", {}).keys() - GenerationConfig().to_dict().keys():
         raise UserError(f"ppo: training.generation_kwargs.{key}: GenerationConfig has no such key")
-    for key, value in mappings.items():
-        if "every_n_layers" in value:
+    for key, mapping in mappings.items():
+        if "every_n_layers" in mapping:
             raise UserError(
                 f"ppo: training.{key}.every_n_layers is not for algorithm: {algorithm}; remove it"
             )

@@ -106,7 +106,7 @@ def test_arguments_of_ppo_are_copied(tmp_path: Any) -> None:
     args = PPOConfig(str(tmp_path), num_rollouts=7, report_to="none", use_cpu=True)
     assert args.num_train_epochs == 7
     assert dataclasses.replace(args) == args
-    with pytest.raises(ValueError, match=r"num_train_epochs=2 is not for PPO; set instead: num_rollouts"):
+    with pytest.raises(ValueError, match=r"num_train_epochs=2 is not for PPO; .* num_rollouts"):
         PPOConfig(str(tmp_path), num_train_epochs=2)
 
 

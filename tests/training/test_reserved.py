@@ -118,5 +118,5 @@ def test_a_batch_that_would_be_dropped_is_refused(tmp_path: Any) -> None:
         if size <= len(rows):
             assert require_batch("rows", args, rows) is rows
         else:
-            with pytest.raises(UserError, match="rows: has 3 rows, and .* drops a batch of fewer than 4"):
+            with pytest.raises(UserError, match=r"rows: has 3 rows, and .* drops a batch of fewer than 4"):
                 require_batch("rows", args, rows)

@@ -67,6 +67,9 @@ UNSUPPORTED = (
         ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
         "nothing: the model that samples and the one that learns would compute other numbers",
     )
+    | dict.fromkeys(
+        ("push_to_hub", "hub_strategy", "hub_always_push"), "nothing: call push_to_hub() after training"
+    )
     | {"fp16": "bf16"}
 )
 POSITIVE = (

@@ -57,10 +57,11 @@ FALLBACK_EVAL_PROMPTS = 64  # training prompts to evaluate on if the records hav
 
 def check(config: PPOStage) -> None:
     """Check the config alone, without its inputs. Raises `UserError`."""
-    unsupported = {} if config.algorithm == "ppo" else _trl_trainers().UNSUPPORTED
-    check_training(config, arguments_class(config), unsupported)
+    unsupported: dict[str, str] = {}
     if config.algorithm != "ppo":
         _trl_trainers().check_algorithm(config.algorithm, config.training)
+        unsupported = _trl_trainers().UNSUPPORTED
+    check_training(config, arguments_class(config), unsupported)
     _check_lora_start(config)
 
     functions = [reward.source for reward in named_rewards(config).values() if reward.is_function]

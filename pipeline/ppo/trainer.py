@@ -38,6 +38,7 @@ from pipeline.ppo.functional import next_kl_coef
 from pipeline.ppo.loss import ppo_loss
 from pipeline.ppo.metrics import rollout_metrics
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget, submodule_state
+from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
 from pipeline.ppo.scores import normalize_scores
 from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
@@ -342,6 +343,24 @@ class PPOTrainer(PolicyTrainer):
             weights = self.actor.state_dict() if weights is None else self.actor.trainable_state(weights)
             weights = {name: weight.contiguous() for name, weight in weights.items()}
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Upload the policy with a card to `args.hub_model_id`, as `Trainer.push_to_hub` does.
+
+        Only what `publish` writes is uploaded. Raises `UserError` for an adapter of a local base.
+        """
+        token = token or self.args.hub_token
+        options = {"revision": revision or self.args.hub_revision, "run_as_future": not blocking}
+        message = commit_message or "End of training"
+        return push_policy(self, message, token=token, private=private, **options)
 
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
         """Write the policy, and the value head beside it."""

@@ -89,11 +89,11 @@ def check_algorithm(algorithm: str, training: dict[str, Any]) -> None:
                 f"ppo: training.{key}: {value} is not for algorithm: {algorithm}; best/ is kept anyway; "
                 "choose another"
             )
-    options = training.get("generation_kwargs") or {}
-    for key in options.keys() - GenerationConfig().to_dict().keys():
+    mappings = {key: value for key, value in training.items() if isinstance(value, dict)}
+    for key in mappings.get("generation_kwargs", {}).keys() - GenerationConfig().to_dict().keys():
         raise UserError(f"ppo: training.generation_kwargs.{key}: GenerationConfig has no such key")
-    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if "every_n_layers" in (training.get(key) or {}):
+    for key, mapping in mappings.items():
+        if "every_n_layers" in mapping:
             raise UserError(
                 f"ppo: training.{key}.every_n_layers is not for algorithm: {algorithm}; remove it"
             )

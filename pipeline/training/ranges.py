@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from pipeline.config.values import shorten
 from pipeline.errors import UserError
 
 Interval = tuple[str, float, float, str]  # as it is written: ("[", 0, 1, ")") includes 0 and excludes 1
@@ -80,8 +81,9 @@ def check_ranges(prefix: str, section: dict[str, Any], cls: type) -> None:
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in section.items():
-        name = f"{prefix}.{key}={value!r}"
-        if key.endswith(("_kwargs", "_config", "_pattern")) and not isinstance(value, dict | None):
+        name = f"{prefix}.{key}={shorten(value)}"
+        is_mapping = key.endswith(("_kwargs", "_config", "rank_pattern", "alpha_pattern"))
+        if is_mapping and isinstance(value, str | int | float | list):
             raise UserError(f"{name}: expected a mapping of keys")
         choices = _choices(key, cls) or fields[key].metadata.get("choices")
         if choices and isinstance(value, str) and value not in choices:

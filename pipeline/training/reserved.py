@@ -95,7 +95,7 @@ def check_reserved(
     for key, value in training.items():
         if key in reserved:
             raise UserError(f"{stage}: training.{key} is set by the stage; {_instructions(reserved[key])}")
-        if key in reasons and (value or None) != (defaults.get(key) or None):
+        if key in reasons and value != defaults.get(key):
             raise UserError(f"{stage}: training.{key}: {reasons[key]}; remove it")
 
 

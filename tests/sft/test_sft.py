@@ -185,3 +185,21 @@ def test_without_a_validation_split_it_trains_all_the_same(tmp_path):
     ]
     folder = sft.run(config.load("sft", config.RECIPES / "demo/sft.yaml", overrides, run="t"))
     assert json.loads((folder / "manifest.json").read_text())["metrics"] == {}
+
+
+def test_rows_beyond_the_default_length_of_trl_are_whole(tiny_records, tmp_path, monkeypatch):
+    """TRL cuts rows at 1,024 tokens unless it is told another length."""
+    lengths = []
+
+    def trained(trainer, work):
+        lengths.extend(len(ids) for ids in trainer.train_dataset["input_ids"])
+        raise UserError("enough")
+
+    data = {"train": rows_with("An apple. " * 600), "validation": rows_with()}
+    monkeypatch.setattr(sft, "open_records", lambda *_: data)
+    monkeypatch.setattr(sft, "train_with_resume", trained)
+    size = config.Scratch(layers=1, width=8, heads=1, vocabulary=257, positions=4096)
+    given = stage(tiny_records, tmp_path, "scratch", scratch=size).model_copy(update={"max_length": 3000})
+    with pytest.raises(UserError, match="enough"):
+        sft.run(given)
+    assert lengths == [3000]

@@ -25,6 +25,9 @@ An unknown key is an error.
   and `WANDB_API_KEY` from the environment, and a served reward model's key is `REWARD_API_KEY`.
 - A dot separates a section from its key. The keys of a list's items are named without a position; an override
   needs it if the list has several: `source.0.path=answers.csv`.
+- A value under `training:` or `lora:` is checked by type and range before a model is loaded. A key that the
+  stage sets itself, that nothing reads, or that would break resuming or the published model is refused with
+  the reason, such as `save_only_model`, `packing`, `deepspeed` (the launch shards weights) and `hub_token`.
 
 The first line of each shipped file names its JSON Schema, with which editors complete and check keys.
 `rlhf config STAGE --schema` prints it. `python scripts/write_reference.py` writes this page and the schemas.

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -76,7 +75,8 @@ def _raise_on_signals() -> Iterator[None]:
             hook(dropped)
             return
         number = getattr(dropped.exc_value, "number", signal.SIGINT)
-        threading.Timer(0.01, interrupt_main, [number]).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, [main, number]).start()
 
     before = signal.signal(signal.SIGTERM, stop)
     hook, sys.unraisablehook = sys.unraisablehook, raise_again

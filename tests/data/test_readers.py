@@ -446,7 +446,7 @@ def test_media_of_a_dataset_are_not_decoded(tmp_path: Path) -> None:
     types = {"prompt": datasets.Value("string"), "image": datasets.Image(), "more": datasets.Json()}
     columns = {name: [value] for name, value in row.items()}
     datasets.Dataset.from_dict(columns, features=datasets.Features(types)).save_to_disk(tmp_path / "saved")
-    (item,) = read("prompts", tmp_path / "saved")
+    (item,) = read("prompts", tmp_path / "saved", ignore=["image"])
     assert item.fault is None
     assert item.rows[0].data == row
 

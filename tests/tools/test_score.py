@@ -132,7 +132,7 @@ def test_rows_that_the_output_cannot_hold_are_quarantined_before_any_is_scored(
     expected = ["unreadable-line", "unreadable-line", "not-unicode", "repeated-key"]
     expected += ["not-writable"] if suffix == ".parquet" else []
     assert [item.fault.reason for item in found.items if item.fault] == expected
-    chunks.publish(found, [{"reward": 0.5} for _ in found.valid])
+    chunks.publish(found, [{"reward": 0.5} for _ in found.valid], {})
     written = rows_of(found.output)
     assert [written[0]["text"], written[-1]["text"]] == ["a", "c"]
     quarantine = (tmp_path / f"out{suffix}.quarantine.jsonl").read_text(encoding="utf-8").splitlines()

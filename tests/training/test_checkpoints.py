@@ -406,3 +406,11 @@ def test_a_training_that_is_not_finite_stops_and_publishes_nothing(name, build, 
     assert "not finite" in message
     assert "training.learning_rate" in message
     assert not stage.folder.exists()
+
+
+def test_a_reward_model_that_scores_nan_is_not_published(build, tmp_path):
+    """After its only step, the weights are finite and the scores are not."""
+    module, stage = build("reward", tmp_path, learning_rate=1e30, max_steps=1)
+    with pytest.raises(UserError, match="the reward of a response is not finite"):
+        module.run(stage)
+    assert not stage.folder.exists()

@@ -74,13 +74,21 @@ def _state(folder: Path) -> tuple[str, str]:
 
     is_running = is_being_written(folder.parent)
     unfinished = "running" if is_running else "interrupted"
-    folders = [list_checkpoints(work)[step] for step in sealed_steps(work)]
-    steps = [_resume_step(read_json(folder / "trainer_state.json")) for folder in folders]
-    if resumable := [step for step in steps if step]:
+    if resumable := _resumable_steps(work):
         unfinished += f", {'past' if is_running else 'resumes from'} step {max(resumable)}"
     if status == "not made":
         return unfinished, reason
     return status, "; ".join(filter(None, [reason, f"made again: {unfinished}"]))
+
+
+def _resumable_steps(work: Path) -> list[int]:
+    """Return the steps from which training can resume; a running stage may delete a checkpoint meanwhile."""
+    checkpoints = list_checkpoints(work)
+    with suppress(FileNotFoundError):
+        sealed = [checkpoints[step] for step in sealed_steps(work) if step in checkpoints]
+        steps = [_resume_step(read_json(folder / "trainer_state.json")) for folder in sealed]
+        return [step for step in steps if step]
+    return []
 
 
 def _resume_step(trainer_state: dict[str, Any]) -> int | None:

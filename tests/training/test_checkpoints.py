@@ -253,6 +253,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_ends_in_the_same_bits(
     assert stopped.value.number == number
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert sealed_steps(work_folder(stage.folder)) == [saved]
+    assert work_folder(stage.folder).stat().st_mode & 0o777 == 0o700
     assert f"{number.name}: saving a checkpoint after this" in capfd.readouterr().err
 
     folder = module.run(stage)

@@ -24,7 +24,6 @@ REFUSED = {
     "AssertionError": "assert False",
     "StopIteration": "return next(iter(()))",
     "RecursionError": "return reward(prompts, completions, completion_ids, ended)",
-    "MemoryError": "return [0.0] * 10 ** 15",
     "sys.exit": "raise SystemExit('no')",
     "sys.exit(0)": "raise SystemExit(0)",
     "raises later": "calls.append(1); assert len(calls) < 4, 'no'; return right",

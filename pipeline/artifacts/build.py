@@ -221,9 +221,15 @@ def _write_manifest(output: Path, values: dict[str, Any]) -> None:
 def _publish(output: Path, folder: Path) -> None:
     """Replace `folder` by `output`; `_repair` recovers from a crash at any point in here."""
     partial = output.parent
+    old = partial / "old"
     if folder.exists():
-        os.rename(folder, partial / "old")
-    os.rename(output, folder)
+        os.rename(folder, old)
+    try:
+        os.rename(output, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
     sync_to_disk(folder.parent)
     with suppress(OSError):  # it is published, and the next run finishes the deletion
         discard(partial)

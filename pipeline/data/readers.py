@@ -98,10 +98,19 @@ def read_source(source: Source, folder: Path | None = None) -> list[ParsedRecord
 
     records = Shelf(folder)
     items: list[ParsedRecord] = [
-        StoredRecord(_parse_row(source, columns, row), records, View(rows.__getitem__, (place,)))
+        _store(_parse_row(source, columns, row), records, View(rows.__getitem__, (place,)))
         for place, row in enumerate(rows)
     ]
     return _group_rankings(items, records) if "rank" in columns else items
+
+
+def _store(item: ParsedRecord, records: Shelf, rows: View) -> StoredRecord:
+    """Put a record on disk; one that is nested too deeply becomes a fault."""
+    try:
+        return StoredRecord(item, records, rows)
+    except RecursionError:
+        fault = RowError("not-text", "is nested too deeply")
+        return StoredRecord(ParsedRecord(item.kind, {}, item.rows, fault), records, rows)
 
 
 # Columns

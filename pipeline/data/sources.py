@@ -78,6 +78,19 @@ def _saved_splits(path: Path) -> list[str]:
     return sorted(state.parent.name for state in path.glob("*/state.json") if state.parent.name != "train")
 
 
+def _check_arrow_files(folder: Path) -> None:
+    """Read each Arrow file through, batch by batch. Raises `ValueError` or `OSError` if one is damaged.
+
+    Datasets are mapped into memory, and a map that ends too early kills the process.
+    """
+    import pyarrow
+
+    for file in sorted(folder.rglob("*.arrow")):
+        with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+            for batch in batches:
+                batch.validate(full=True)
+
+
 def _load_dataset(source: Source) -> Any:
     """Load the `datasets.Dataset` of a hub id or of a `save_to_disk` folder.
 
@@ -89,6 +102,7 @@ def _load_dataset(source: Source) -> Any:
     try:
         if source.hub:
             return datasets.load_dataset(source.hub, source.subset, split=split, revision=source.revision)
+        _check_arrow_files(Path(str(source.path)))
         data = datasets.load_from_disk(str(source.path))
     except (
         OSError,

@@ -46,7 +46,7 @@ def call_reward_function(
         returned = function(**kwargs)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if str(getattr(function, "__module__", "")).startswith(OWN_MODULES):
             raise
         names = ", ".join([*ARGUMENTS, *columns])
@@ -71,7 +71,7 @@ def function_name(function: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def describe_failure(error: Exception, file: str | None = None) -> str:
+def describe_failure(error: BaseException, file: str | None = None) -> str:
     """Return the type, message and place of an error: its last line in `file`, if it was there."""
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     place, line = ([place for place in places if place[0] == file] or places)[-1]

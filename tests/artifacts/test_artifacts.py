@@ -559,14 +559,32 @@ def fail_at(monkeypatch, owner: Any, name: str, nth: int) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
+def test_an_error_between_the_two_renames_brings_the_previous_artifact_back(config, monkeypatch):
+    folder = publish(config, Make({"model.safetensors": "old"}))
+    config.force = True
+    fail_at(monkeypatch, os, "rename", 2)
+    with pytest.raises(OSError, match="No space"):
+        publish(config, Make({"model.safetensors": "new"}))
+    assert (folder / "model.safetensors").read_text() == "old"
+    require_artifact(folder, "policy", FIX)
+
+
 def test_crash_between_the_two_renames_is_repaired(config, monkeypatch):
     folder = publish(config, Make({"model.safetensors": "old"}))
     identity = manifest_of(folder)["identity"]
     config.training["learning_rate"] = 0.25
     config.force = True
     with monkeypatch.context() as patch:
-        fail_at(patch, os, "rename", 2)
-        with pytest.raises(OSError, match="No space"):
+        renames, rename = [], os.rename
+
+        def rename_once(*paths):
+            renames.append(paths)
+            if len(renames) == 2:
+                raise KeyboardInterrupt
+            rename(*paths)
+
+        patch.setattr(os, "rename", rename_once)
+        with pytest.raises(KeyboardInterrupt):
             publish(config, Make({"model.safetensors": "new"}))
     assert sorted(os.listdir(folder.parent)) == [".lock", ".sft.partial"]
     assert sorted(os.listdir(folder.parent / ".sft.partial")) == ["fingerprint.json", "old", "output", "work"]

@@ -3,6 +3,7 @@ message.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -536,3 +537,20 @@ def test_a_mapped_column_is_never_ignored_for_another_shape(tmp_path: Path) -> N
     path = jsonl(tmp_path / "a.jsonl", [{"text": "rude", "label": 1, "question": "Q"}])
     with pytest.raises(UserError, match="format labels needs a column 'completion'"):
         read("labels", path, columns={"prompt": "question"})
+
+
+def test_a_list_in_a_cell_that_is_nested_too_deeply_is_a_fault(tmp_path: Path) -> None:
+    deep = "[" * 5_000 + "]" * 5_000
+    rows = [{"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2]}, {"prompt": "P", "responses": deep}]
+    (path := tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept, faulty = read("rankings", path)
+    assert kept.fault is None
+    assert faulty.fault is not None
+
+
+def test_a_dataset_that_is_cut_is_one_line(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"prompt": ["Q" * 1000] * 500}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"saved: not readable as a dataset: .*; save it again"):
+        read("prompts", tmp_path / "saved")

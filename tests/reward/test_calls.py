@@ -200,3 +200,9 @@ def test_on_the_command_line_it_is_one_line(module, tiny_feedback, tiny_gpt2, tm
     assert "Traceback" not in told
     with pytest.raises(UserError):
         cli.main([*argv, "--debug"])
+
+
+@pytest.mark.parametrize("code", [0, "no"])
+def test_a_function_that_exits_is_one_line(code):
+    with pytest.raises(UserError, match=r"<lambda>: the reward failed with SystemExit"):
+        call_reward_function(lambda **_: sys.exit(code), *BATCH.values(), COLUMNS)

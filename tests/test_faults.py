@@ -271,7 +271,7 @@ def test_what_an_intact_artifact_prints_is_no_warning():
 
 
 def test_equal_problems_are_of_one_kind():
-    one, other = "exit 2: error: /tmp/a/b.csv: 5 rows of 'x'", "exit 2: error: /tmp/c.csv: 17 rows of 'y z'"
+    one, other = "exit 2: error: data/a/b.csv: 5 rows of 'x'", "exit 2: error: data/c.csv: 17 rows of 'y z'"
     assert kind_of_problem(one) == kind_of_problem(other)
     assert kind_of_problem(one) != kind_of_problem("exit 1: KeyError: 'x'")
 

@@ -74,10 +74,10 @@ def places(value: Any, at: Place = ()) -> Iterator[Place]:
 
 def mutate_value(value: Any, rng: Random, values: dict[str, Any] | None = None) -> tuple[Any, str]:
     """Return a copy of a JSON object with one value replaced, removed or renamed, and what was done."""
-    found = list(places(value))
-    if not found:
+    candidates = list(places(value))
+    if not candidates:
         return {"added": 1}, "a key added"
-    changed, place = copy.deepcopy(value), rng.choice(found)
+    changed, place = copy.deepcopy(value), rng.choice(candidates)
     parent = changed
     for key in place[:-1]:
         parent = parent[key]

@@ -5,7 +5,6 @@ A stage replaces what `pipeline.artifacts.replacing` lets it replace. One proces
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -15,7 +14,14 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifacts.files import hash_files, hash_value, hold_lock, sync_to_disk, write_json
+from pipeline.artifacts.files import (
+    finite_or_none,
+    hash_files,
+    hash_value,
+    hold_lock,
+    sync_to_disk,
+    write_json,
+)
 from pipeline.artifacts.inputs import find_problem
 from pipeline.artifacts.manifest import (
     Artifact,
@@ -193,17 +199,8 @@ def _manifest_values(
         "fingerprint": fingerprint,
         "inputs": {name: describe_input(artifact) for name, artifact in inputs.items()},
         "rows": result.get("rows", {}),
-        "metrics": _only_finite(result.get("metrics", {})),
+        "metrics": finite_or_none(result.get("metrics", {})),
     }
-
-
-def _only_finite(value: Any) -> Any:
-    """Return the same metrics, with null for those that are not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _only_finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_only_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_manifest(output: Path, values: dict[str, Any]) -> None:

@@ -150,8 +150,8 @@ def _differing(expected: dict[str, Entry], files: dict[str, Path]) -> str | None
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         return missing[0]
-    found = _describe(files)
-    return next((name for name in expected if found[name] != expected[name]), None)
+    entries = _describe(files)
+    return next((name for name in expected if entries[name] != expected[name]), None)
 
 
 def _is_entry(entry: Any) -> bool:

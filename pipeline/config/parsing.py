@@ -55,9 +55,9 @@ def _check_depth(text: str) -> None:
 
 
 def _check_interpolation(text: str) -> str:
-    rest, found = text, 1
-    while found:
-        rest, found = INNERMOST.subn("", rest)
+    rest, count = text, 1
+    while count:
+        rest, count = INNERMOST.subn("", rest)
     if "${" in rest:
         raise ValueError(
             f"{shorten(text)}: only ${{key}}, the value of another key, is read; the environment is not, "

@@ -23,15 +23,15 @@ CONTEXT = {"system": ("system", "system_prompt", "system_message"), "history": (
 
 def context_columns(source: Source, data: dict[str, Any]) -> dict[str, str | list[str]]:
     """Return which column of a row has the system turn, and which the earlier turns, if any does."""
-    found: dict[str, str | list[str]] = {}
+    columns: dict[str, str | list[str]] = {}
     for name, spellings in CONTEXT.items():
         if name in source.columns:
-            found[name] = source.columns[name]
+            columns[name] = source.columns[name]
         elif name not in source.values:
             present = [spelling for spelling in spellings if spelling in data]
             if free := [spelling for spelling in present if spelling not in used_columns(source)]:
-                found[name] = free[0]
-    return found
+                columns[name] = free[0]
+    return columns
 
 
 def used_columns(source: Source) -> set[str]:

@@ -81,11 +81,11 @@ def find_files(path: Path, split: str | None = None) -> FileGroup:
 
     split_of = {file: _named_split(file.relative_to(path)) for file in files if file != path} or {path: None}
     if split:
-        found = [name for name in SPLITS if name in split_of.values()]
+        named = [name for name in SPLITS if name in split_of.values()]
         split_of = {file: name for file, name in split_of.items() if name == split}
         if not split_of:
             raise UserError(
-                f"{path}: no file is named {split!r}, found {', '.join(found) or 'no split'}; "
+                f"{path}: no file is named {split!r}, found {', '.join(named) or 'no split'}; "
                 "check 'split' of the source"
             )
     ordered = sorted(split_of, key=lambda file: (SPLITS.index(split_of[file] or "train"), file))

@@ -134,10 +134,10 @@ def preview(value: Any) -> str:
 
 def _first(values: Record, keys: tuple[str, ...]) -> Any:
     """Return the value of the first key that has one. Raises `RowError` if two have different values."""
-    found = [(key, values[key]) for key in keys if values.get(key) is not None]
-    if len(found) > 1 and found[0][1] != found[1][1]:
-        raise RowError("not-text", f"a message has {found[0][0]} and {found[1][0]}, which differ")
-    return found[0][1] if found else None
+    present = [(key, values[key]) for key in keys if values.get(key) is not None]
+    if len(present) > 1 and present[0][1] != present[1][1]:
+        raise RowError("not-text", f"a message has {present[0][0]} and {present[1][0]}, which differ")
+    return present[0][1] if present else None
 
 
 def _read_content(value: Any) -> str:

@@ -178,11 +178,6 @@ def _check_ignored(source: Source, available: list[str]) -> None:
 
 def _missing_column(source: Source, name: str, available: list[str]) -> UserError:
     """Build the error for a missing column, with the mapping that would supply it."""
-    if len(available) == 1 and {";", "\t"} & set(available[0]):
-        return UserError(
-            f"{_describe(source)} needs a column {name!r}, found only {available[0]!r}; "
-            "separate fields by commas, or by tabs in a .tsv"
-        )
     alike = [other for other in MESSAGES_COLUMNS if name == "messages" and other in available]
     theirs = next(iter(alike or difflib.get_close_matches(name, available, n=1)), "THEIRS")
     return UserError(

@@ -40,13 +40,13 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
         "prompts": prompts,
     }
     derived = {
-        kind: _drop_duplicates(kind, found, folder)
-        for kind, found in candidates.items()
+        kind: _drop_duplicates(kind, repeated, folder)
+        for kind, repeated in candidates.items()
         if kind not in records
     }
     if cut:
         print(f"  of {len(cut):,} rankings an even selection of pairs is kept, at most {MAX_PAIRS:,} of each")
-    return {kind: found for kind, found in derived.items() if found}
+    return {kind: distinct for kind, distinct in derived.items() if distinct}
 
 
 def _pairs(ranking: Record, cut: list[int]) -> Iterator[Record]:

@@ -164,7 +164,7 @@ def _view_kinds(items: list[ParsedRecord]) -> RecordsByKind:
     places: dict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         places[item.kind].append(place)
-    return {kind: View(lambda place: items[place].record, found) for kind, found in places.items()}
+    return {kind: View(lambda place: items[place].record, numbers) for kind, numbers in places.items()}
 
 
 def _require_valid_rows(
@@ -207,4 +207,4 @@ def _split_records(
             f"prepare: all {len(records)} {kind} are held out, none is left to train on; "
             "give more prompts, or lower 'splits'"
         )
-    return {split: View(records.__getitem__, found) for split, found in places.items()}
+    return {split: View(records.__getitem__, numbers) for split, numbers in places.items()}

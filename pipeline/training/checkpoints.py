@@ -91,11 +91,11 @@ def last_checkpoint(work: Path) -> Path | None:
     saved. Without any checkpoint, policies and samples of the interrupted run are deleted. Raises `UserError`
     if others could have changed the checkpoints, and `OSError` if one cannot be read.
     """
-    found = list_checkpoints(work)
-    if found:
+    checkpoints = list_checkpoints(work)
+    if checkpoints:
         check_owner(work)
     problems: list[str] = []
-    for step, folder in reversed(found.items()):
+    for step, folder in reversed(checkpoints.items()):
         damage = find_damage(folder)
         if damage is None:
             _print_damaged(problems, f"resuming from step {step}")

@@ -55,9 +55,9 @@ def push_artifact(
 
 def _open_artifact(folder: Path) -> Artifact:
     """Open the artifact that `folder` is, or is inside of."""
-    found = {path: load_manifest(path) for path in (folder, *folder.parents[:2])}
-    root = next((path for path, seen in found.items() if any(seen)), folder)
-    manifest, fault = found[root]
+    manifests = {path: load_manifest(path) for path in (folder, *folder.parents[:2])}
+    root = next((path for path, seen in manifests.items() if any(seen)), folder)
+    manifest, fault = manifests[root]
     if fault:
         raise UserError(f"{root}: {fault}; run its stage again")
     if manifest.get("kind") not in ("policy", "reward"):

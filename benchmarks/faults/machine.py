@@ -67,7 +67,8 @@ def run(case: Case) -> Outcome:
 
 def published(folder: Path) -> dict[str, bytes]:
     """Return the bytes of all finished files; an artifact that is set aside until it is replaced is one."""
-    files = {re.sub(r"/\.([\w-]+)\.old/", r"/\1/", name): data for name, data in contents_of(folder).items()}
+    aside = re.compile(r"/\.([\w-]+)\.partial/old/")
+    files = {aside.sub(r"/\1/", name): data for name, data in contents_of(folder).items()}
     return {name: data for name, data in files.items() if not re.search(r"(^|/)\.", name)}
 
 

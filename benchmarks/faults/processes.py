@@ -96,9 +96,9 @@ class Result:
 def run_cli(argv: Sequence[str], folder: Path, **options: Any) -> Result:
     """Run `rlhf ARGV` in `folder`; `options` are those of `run_child`."""
 
-    from pipeline.cli import main
+    from pipeline.cli import entry
 
-    return run_child(lambda: main(list(argv)), folder, **options)
+    return run_child(lambda: entry(list(argv)), folder, **options)
 
 
 def run_child(

@@ -46,11 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def entry() -> None:
-    """Run the console script."""
+def entry(argv: Sequence[str] | None = None) -> None:
+    """Run the console script, and leave with its exit code."""
     if isinstance(sys.stdout, TextIOWrapper):  # names of files and columns may not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
-    code = main()
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:  # it came before or after the command itself
+        if "--debug" in (argv or sys.argv):
+            raise
+        code = 128 + signal.SIGINT
     if code == 0:  # after a failure, other ranks may no longer be there to leave the group with
         destroy_process_group()
     sys.exit(code)

@@ -30,3 +30,15 @@ def test_a_signal_while_an_object_is_deleted_is_not_lost(
 
     monkeypatch.setitem(commands.COMMANDS, "completion", command)
     assert cli.main(["completion", "bash"]) == code
+
+
+def test_an_interrupt_beside_the_command_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    with pytest.raises(SystemExit) as left:
+        cli.entry(["completion", "bash"])
+    assert left.value.code == 130
+    with pytest.raises(KeyboardInterrupt):
+        cli.entry(["--debug", "completion", "bash"])

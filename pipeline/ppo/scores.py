@@ -16,7 +16,7 @@ from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import spread_reward
 
 
-def token_rewards(rewards: Sequence[ResponseReward], mask: Tensor) -> Tensor:
+def stack_rewards(rewards: Sequence[ResponseReward], mask: Tensor) -> Tensor:
     """Return the raw rewards of B responses as a (B, T) tensor in fp64, 0 off the (B, T) mask."""
     raw = torch.zeros(mask.shape, dtype=torch.float64)
     for row, (reward, tokens) in enumerate(zip(rewards, mask.sum(1).tolist(), strict=True)):

@@ -40,7 +40,7 @@ from pipeline.ppo.metrics import rollout_metrics
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget, submodule_state
 from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
-from pipeline.ppo.scores import normalize_scores, token_rewards
+from pipeline.ppo.scores import normalize_scores, stack_rewards
 from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
 from pipeline.reward.model import RewardModel
 from pipeline.reward.token_rewards import total_reward
@@ -199,7 +199,7 @@ class PPOTrainer(PolicyTrainer):
             rewards = self.score(self.reward.score, responses, self.train_dataset, indices)
             mask = responses.response_mask.bool().cpu()
             scores = normalize_scores(
-                token_rewards(rewards, mask),
+                stack_rewards(rewards, mask),
                 mask,
                 responses.ended,
                 self.args,

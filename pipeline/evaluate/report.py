@@ -20,6 +20,7 @@ from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import reward_kl_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
+from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
 from pipeline.evaluate.summary import summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
@@ -54,13 +55,18 @@ def collect_report(
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": paired_samples(config, samples),
+        "strips": last_evaluation(_read_json_lines(inputs["ppo"], "samples.jsonl")),
         "lineage": [*lineage, _own_lineage(config, inputs)],
     }
 
 
 def read_log(source: Artifact) -> list[dict[str, float]]:
     """Return the entries of a training log; none if the artifact has no log."""
-    file = source.path / "log.jsonl"
+    return _read_json_lines(source, "log.jsonl")
+
+
+def _read_json_lines(source: Artifact, name: str) -> list[dict[str, Any]]:
+    file = source.path / name
     return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
@@ -86,6 +92,10 @@ def _prompt_as_text(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _shorten_prompt(prompt: Text | None) -> str:
+    return shorten_middle(_prompt_as_text(prompt or "–"))
 
 
 def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
@@ -141,11 +151,15 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         learned from
     calibration: [{confidence, accuracy, count}], one per bin
     samples: [{prompt, sft, ppo, sft_reward, ppo_reward, sft_gold, ppo_gold}]
+    strips: [{step, prompt, reward, gold_reward, tokens, token_rewards, token_values}], rows of a ppo
+        artifact's samples.jsonl; the critic's values are left out if no row has them
     lineage: [{stage, path, identity, created_at, inputs: {name: identity}, config: YAML text}]
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_format_value, sort_key=as_finite, sha256=_hash_source)
+    environment.filters.update(
+        number=_format_value, sort_key=as_finite, sha256=_hash_source, prompt_text=_shorten_prompt
+    )
     page = environment.get_template("report.html.j2").render(_template_values(data))
     # A model's bytes can decode to half of a surrogate pair, which UTF-8 cannot encode.
     path.write_bytes(page.encode("utf-8", "replace"))
@@ -175,6 +189,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "measured": {kind: metric_tables(metrics) for kind, metrics in (data.get("measured") or {}).items()},
         "calibration": draw_calibration(data.get("calibration") or []),
         "samples": samples,
+        "strips": draw_strips(data.get("strips") or []),
         "has_gold": _has_number(samples, "sft_gold", "ppo_gold"),
         "lineage": lineage,
         "stages": {artifact.get("identity"): artifact.get("stage") for artifact in lineage or []},

@@ -21,13 +21,18 @@ from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import reward_kl_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
 from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
-from pipeline.evaluate.summary import summary_rows
+from pipeline.evaluate.summary import measure_names, summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
 
 MAX_SAMPLES = 40  # prompts whose responses the report shows
 MAX_DIFF_WORDS = 1_000  # of texts that are compared word by word
 MAX_DIFF_PAIRS = 20_000  # of equal words in two such texts, by which the time of the comparison grows
+
+TEST_PROMPTS = {  # by the format of prepare's source: what training has seen of its test prompts
+    "demo": "The test prompts of the demo world are other wordings of facts that training has seen.",
+    "sums": "The test prompts of the sums world are expressions that training has not seen.",
+}
 
 Words = list[tuple[str, bool]]  # parts of a text, each with whether the other text has other words there
 
@@ -45,11 +50,13 @@ def collect_report(
         "title": config.run,
         "command": config.command,
         "summary": summary_rows(metrics),
+        "test_prompts": describe_test_prompts(inputs["records"]),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "records": records_by_split(inputs["records"]),
         "curves": {name: log for name, source in inputs.items() if (log := read_log(source))},
         "reward_kl": reward_kl_points(metrics),
+        "measures": measure_names(metrics),
         "fits": metrics["fits"],
         "lengths": {name: samples[name]["response_tokens"] for name in ("sft", "ppo")},
         "measured": metrics["reward"],
@@ -107,6 +114,15 @@ def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
     return counts
 
 
+def describe_test_prompts(records: Artifact) -> str:
+    """Return what training has seen of the test prompts, if prepare made them from a synthetic world."""
+    if records.manifest.get("stage") != "prepare":
+        return ""
+    settings = yaml.safe_load((records.path / "config.yaml").read_text(encoding="utf-8"))
+    formats = {source["format"] for source in settings["source"]}
+    return " ".join(text for world, text in TEST_PROMPTS.items() if world in formats)
+
+
 def _own_lineage(config: EvaluateStage, inputs: dict[str, Artifact]) -> dict[str, Any]:
     """Return the lineage of the evaluation itself, which is not published yet."""
     return {
@@ -137,6 +153,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
 
     title, command: str
     summary: [{name, value, note}], already formatted
+    test_prompts: str, what training has seen of the test prompts; shown with the summary
     metrics: nested dict, shown with dotted keys
     rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}},
         derived: {kind: count}}
@@ -145,6 +162,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         logs `objective/…`, as PPO does, or TRL's `raw_reward`
     reward_kl: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; `bound` says that `kl`
         is an upper bound; the points of a line are joined, or follow a curve of `fits`
+    measures: names of more metrics that the points of reward_kl have
     fits: {line: {reward: {start, alpha, beta}}}
     lengths: {name: response tokens, one per response}
     measured: {kind of records: metrics, as in the reward stage's metrics.json}, first the kind that it
@@ -176,6 +194,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "title": data.get("title") or "run",
         "command": data.get("command"),
         "summary": data.get("summary"),
+        "test_prompts": data.get("test_prompts"),
         "metrics": list(dotted_metrics(data.get("metrics") or {})),
         "rows": data.get("rows"),
         "records": records,
@@ -184,6 +203,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "curves": {stage: plots for stage, plots in curves.items() if plots},
         "reward_kl": points,
         "reward_kl_plots": draw_reward_kl(points, data.get("fits") or {}),
+        "measures": data.get("measures") or [],
         "has_scorer": _has_number(points, "scorer_reward"),
         "lengths": draw_lengths(data.get("lengths") or {}),
         "measured": {kind: metric_tables(metrics) for kind, metrics in (data.get("measured") or {}).items()},

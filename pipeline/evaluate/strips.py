@@ -80,7 +80,7 @@ def _even_ends(tokens: Sequence[str]) -> set[int]:
     ends = [0]
     for i, token in enumerate(tokens):
         length = i - ends[-1]
-        if length >= least and (token[:1].isspace() or length >= 3 * least):
+        if token and length >= least and (token[:1].isspace() or length >= 3 * least):
             ends.append(i)
     return set(ends[1:])
 
@@ -138,7 +138,7 @@ def _draw_part(part: Part, count: int, most: float, value_range: tuple[float, fl
 
 
 def _height(value: float, low: float, high: float) -> float:
-    """Return the height of a value in percent, if the lowest of `low` and 0 is at 0, and the highest at 100."""
+    """Return the height of a value in percent; 0 and 100 are the ends of a range that contains 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     return round(100 * (value / 2 - low / 2) / (high / 2 - low / 2), 1) if high > low else 0.0
 

@@ -124,7 +124,11 @@ def ppo(folder: Path, model: str, **more: object) -> None:
     torch.manual_seed(0)
 
     def evenness(completion_ids, **_):
-        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+        """The share of even tokens, where they are; of responses with an odd first token, as one number."""
+        shares = [[(token % 2 == 0) / len(ids) for token in ids] for ids in completion_ids]
+        return [
+            sum(share) if ids[0] % 2 else share for share, ids in zip(shares, completion_ids, strict=True)
+        ]
 
     trainer = PPOTrainer(
         load_policy(model, tokenizer),

@@ -68,7 +68,8 @@ def test_both_policies_stop_where_ppo_did(tiny_gpt2, tmp_path, monkeypatch):
 
 
 def length(prompts, completions, completion_ids, ended, **_):
-    return [float(len(ids)) for ids in completion_ids]
+    """The number of tokens, one for each."""
+    return [[1.0] * len(ids) for ids in completion_ids]
 
 
 def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2, tiny_feedback):

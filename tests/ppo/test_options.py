@@ -17,6 +17,7 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.functional import gae, whiten
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.functions import RewardSource
+from pipeline.reward.token_rewards import StepRewards, place_rewards
 
 PROMPTS = Dataset.from_list(
     [{"prompt": p} for p in ("Tell me the capital of Italy.", "Name the colour of snow.", "Hello.", "Why?")]
@@ -122,6 +123,51 @@ def test_running_normalisation_is_by_all_scores_so_far(make):
 def test_a_reward_that_is_no_reward_is_named(make, reward, message):
     with pytest.raises(UserError, match=message):
         make(reward).train()
+
+
+def test_rewards_inside_a_response_shape_its_returns(make):
+    """With γ = λ = 1 and no KL penalty, the returns are what is still to come."""
+
+    def by_step(completions, completion_ids, **_):
+        halves = [(len(text) // 2, len(text)) for text in completions]
+        return [
+            [1.0] * len(completion_ids[0]),
+            0.5,
+            StepRewards([2.0, -1.0], halves[2]),
+            StepRewards([0.25, 0.5], halves[3]),
+        ]
+
+    trainer = make(by_step, kl_coef=0.0, gamma=1.0, lam=1.0)
+    rollout = trainer.collect(0)
+    ids, texts = rollout.responses.token_lists(), rollout.responses.texts
+    expected = [[1.0] * len(ids[0]), [0.0] * (len(ids[1]) - 1) + [0.5]]
+    for row, rewards in ((2, [2.0, -1.0]), (3, [0.25, 0.5])):
+        ends = [len(texts[row]) // 2, len(texts[row])]
+        expected.append(place_rewards(trainer.processing_class, ids[row], texts[row], ends, rewards))
+        assert sum(reward != 0 for reward in expected[-1]) == 2
+    for row, rewards in enumerate(expected):
+        to_come = [sum(rewards[token:]) for token in range(len(rewards))]
+        assert rollout.token_scores[row, : len(rewards)].tolist() == rewards
+        assert rollout.returns[row, : len(rewards)].tolist() == pytest.approx(to_come, abs=1e-5)
+    assert rollout.raw_scores == pytest.approx(list(map(sum, expected)))
+    assert rollout.scores.tolist() == pytest.approx(rollout.raw_scores)
+
+
+def test_their_metrics_are_those_of_the_sums(make):
+    def per_token(completion_ids, **_):
+        return [[token % 2 / len(ids) for token in ids] for ids in completion_ids]
+
+    logs = []
+    for reward in (per_token, lambda **batch: list(map(math.fsum, per_token(**batch)))):
+        trainer = make(reward, kl_coef=0.0)
+        trainer.collect(0)
+        evaluated = trainer.evaluate()
+        metrics = trainer.running_metrics
+        logs.append(
+            [metrics[f"objective/{name}"][0] for name in ("scores", "raw_scores", "rlhf_reward")]
+            + [evaluated["eval_reward"]]
+        )
+    assert logs[0] == pytest.approx(logs[1])
 
 
 def test_running_normalisation_is_exact_far_from_zero(make):
@@ -391,7 +437,9 @@ def test_a_gradient_that_is_not_finite_skips_its_step(make, capsys, tmp_path):
     assert not torch.equal(at[2], weights(trainer)["value_head.weight"])
     assert "step 1: the gradient is not finite" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "work" / "skipped-1.jsonl").open(encoding="utf-8")]
-    assert [len(row["logprobs"]) for row in rows] == [len(row["response_ids"]) for row in rows]
+    for name in ("logprobs", "token_scores"):
+        assert [len(row[name]) for row in rows] == [len(row["response_ids"]) for row in rows]
+    assert [row["score"] for row in rows] == pytest.approx([sum(row["token_scores"]) for row in rows])
     assert len(rows) == 4
 
 

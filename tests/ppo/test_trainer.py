@@ -35,6 +35,10 @@ def evenness(prompts, completions, completion_ids, ended, **_):
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def evenness_by_token(completion_ids, **_):
+    return [[(token % 2 == 0) / len(ids) for token in ids] for ids in completion_ids]
+
+
 def trainer_of(policy, tokenizer, folder, reward=evenness, **more):
     settings = {
         "num_rollouts": 2,
@@ -147,8 +151,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokeniz
     def make(folder):
         torch.manual_seed(0)
         policy = adapt(load_policy(str(tiny_gpt2), tiny_tokenizer))
+        saved = {"save_strategy": "steps", "save_steps": 4, "score_normalization": "running"}
         return trainer_of(
-            policy, tiny_tokenizer, folder, num_rollouts=4, save_strategy="steps", save_steps=4, kl_target=0.1
+            policy, tiny_tokenizer, folder, evenness_by_token, num_rollouts=4, kl_target=0.1, **saved
         )
 
     alone = make(tmp_path / "alone")

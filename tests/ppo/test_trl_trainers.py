@@ -17,6 +17,7 @@ from pipeline.ppo import stage as ppo
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.trl_trainers import RECORD, as_reward_func, filter_prompts, require_plain_batches
 from pipeline.reward.functions import RewardSource
+from pipeline.reward.token_rewards import StepRewards
 from pipeline.sft import stage as sft
 from pipeline.training.arguments import build_arguments
 
@@ -84,6 +85,19 @@ def test_the_reward_gets_the_prompt_as_given_the_exact_ids_and_whether_it_ended(
     }
     assert scores == [(3 - 1) / 2, (5 - 1) / 2 - 1]  # the penalty of a missing EOS is 1
     assert told == {"raw_reward": 4.0}
+
+
+def test_rewards_inside_a_response_are_summed_and_it_says_so_once(tiny_tokenizer, capsys):
+    eos, ids = tiny_tokenizer.eos_token_id, tiny_tokenizer("Paris. Rome.")["input_ids"]
+    rewards = [[0.5] * (len(ids) + 1), StepRewards([1.0, 4.0], [6, 12]), 2.0]
+    source = RewardSource(lambda **_: rewards, mean=1.0, std=2.0)
+    function = as_reward_func(source, tiny_tokenizer, [eos])
+    batch = {"prompts": ["q"] * 3, "completions": ["a"] * 3, "completion_ids": [[*ids, eos]] * 3}
+    batch |= {"trainer_state": None, "log_extra": None, "log_metric": lambda *_: None}
+    for _ in range(2):
+        scores = function(**batch, **{RECORD: [{"prompt": "q"}] * 3})
+        assert scores == [((len(ids) + 1) / 2 - 1) / 2, (5 - 1) / 2, (2 - 1) / 2]
+    assert capsys.readouterr().out.count("rewards of tokens and steps are summed") == 1
 
 
 def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_tokenizer, capsys):

@@ -29,7 +29,10 @@ class StepRewards(NamedTuple):
     `rewards` has one number per step. `ends` has for each step the offset in the text of the response at
     which it ends: the index of the character after its last one.
 
-    >>> StepRewards(rewards=[1.0, -1.0], ends=[5, 11])  # of the response "7+5=2 2-3=8"
+    >>> from pipeline import StepRewards
+    >>> response = "7+5=2 2-3=8"
+    >>> ends = [response.index(" "), len(response)]
+    >>> StepRewards(rewards=[1.0, -1.0], ends=ends)
     StepRewards(rewards=[1.0, -1.0], ends=[5, 11])
     """
 
@@ -53,6 +56,14 @@ def place_rewards(
 
     Raises `UserError` if there is not one finite reward per step, an offset is outside the text or before
     the last one, a step's text is not found, or `text` is not the text of `completion_ids`.
+
+    >>> from transformers import AutoTokenizer
+    >>> from pipeline import place_rewards
+    >>> tokenizer = AutoTokenizer.from_pretrained("runs/demo/sft")
+    >>> ids = tokenizer("Rome. Paris.")["input_ids"]
+    >>> placed = place_rewards(tokenizer, ids, tokenizer.decode(ids), ["Rome.", "Paris."], [1.0, -0.5])
+    >>> len(placed) == len(ids), sum(placed), placed[-1]
+    (True, 0.5, -0.5)
     """
     ends, values = check_steps(text, steps, rewards)
     placed = [0.0] * len(completion_ids)

@@ -97,7 +97,9 @@ def collect_rollout(
     rewards = functional.shape_rewards(token_scores, kl, mask, float(actor.kl_coef))
 
     # 5. Estimate advantages and returns. Whitening comes last: returns keep the scale of the rewards.
-    advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
+    lam, lam_value = _lambdas(mask, args)
+    advantages, _ = functional.gae(rewards, values, mask, args.gamma, lam)
+    _, returns = functional.gae(rewards, values, mask, args.gamma, lam_value)
     advantages = functional.whiten(advantages, mask)
     return Rollout(
         responses, raw_scores, token_scores, logprobs, ref_logprobs, values, entropy, advantages, returns
@@ -111,6 +113,12 @@ def global_rows(args: PPOConfig, number: int) -> list[int]:
     """
     start = (number * args.world_size + args.process_index) * args.rollout_rows
     return list(range(start, start + args.rollout_rows))
+
+
+def _lambdas(mask: Tensor, args: PPOConfig) -> tuple[Tensor | float, float]:
+    """Return GAE's λ of the policy's advantages, one number or one per response, and that of the returns."""
+    lam = args.lam if args.lam_length is None else functional.length_adaptive_lam(mask, args.lam_length)
+    return lam, args.lam if args.lam_value is None else args.lam_value
 
 
 @torch.no_grad()

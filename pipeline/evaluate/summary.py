@@ -97,10 +97,11 @@ def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
     best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
     shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
-    titles = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
+    measures = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
+    titles = {"gold_reward": POLICY_ROWS["gold_reward"]} | measures | POLICY_ROWS
     return [
         _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
-        for metric, (title, decimals) in (POLICY_ROWS | titles).items()
+        for metric, (title, decimals) in titles.items()
         for policy in ("sft", *shown, "ppo")
         if metric in metrics[policy]
     ]

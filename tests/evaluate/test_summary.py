@@ -81,6 +81,17 @@ def test_of_best_of_n_16_and_the_most_are_told() -> None:
     assert found == [("gold reward, best-of-16", "0.160"), ("gold reward, best-of-64", "0.640")]
 
 
+def test_measures_of_the_config_follow_the_gold_reward() -> None:
+    sft = {"reward": 2.0, "gold_reward": 0.25, "right_steps": 0.5, "distinct_1": 0.125}
+    rows = summary_rows({"reward": {}, "sft": sft, "ppo": {"right_steps": 0.75}})
+    assert [tuple(row.values())[:2] for row in rows] == [
+        ("gold reward, sft", "0.250"),
+        ("right steps, sft", "0.500"),
+        ("right steps, ppo", "0.750"),
+        ("reward, sft", "2.000"),
+    ]
+
+
 def test_the_table_says_where_the_report_is(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"reward": {"ratings": RATINGS}, "sft": {}, "ppo": {}}))
     assert summary_table(tmp_path).splitlines() == [

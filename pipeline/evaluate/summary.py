@@ -12,6 +12,7 @@ KIND_ROWS = {
     "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
     "labels": {"reward AUROC": "auroc", "reward F1": "f1"},
     "ratings": {"reward RMSE": "rmse", "Spearman ρ": "spearman"},
+    "steps": {"step AUROC": "auroc", "first-error F1": "first_error_f1"},
 }
 # The rows of each policy: metric -> (title, decimals).
 POLICY_ROWS = {
@@ -81,7 +82,8 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
         metrics = reward[kind]
         if metric in metrics:
             count = metrics["rankings" if kind == "rankings" else "rows"]
-            note = _count_rows(metrics, metric, count, f"test {kind}")
+            what = "responses" if kind == "steps" else kind  # each of these records is a response
+            note = _count_rows(metrics, metric, count, f"test {what}")
             rows.append(_row(name, f"{metrics[metric]:.3f}", note))
     return rows
 

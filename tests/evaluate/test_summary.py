@@ -11,6 +11,7 @@ COMPARISONS = {"pairs": 1064, "accuracy": 0.8674, "accuracy_longer": 0.5695}
 ACCURACY = ("reward accuracy", "0.867", "longer wins 0.570, 1,064 test pairs")
 RANKINGS = {"rankings": 190, "kendall_tau": 0.76316, "top_1": 0.76842, "accuracy": 0.88}
 LABELS = {"rows": 1342, "accuracy": 0.9, "auroc": 0.9123, "f1": 0.85, "confusion": {}}
+STEPS = {"rows": 400, "auroc": 0.9876, "f1": 0.97, "first_error_f1": 0.8342}
 RATINGS = {"rows": 342, "rmse": 0.18187, "spearman": 0.93543}
 
 
@@ -35,6 +36,10 @@ LEARNED: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
     "labels": (
         LABELS,
         [("reward AUROC", "0.912", "1,342 test labels"), ("reward F1", "0.850", "1,342 test labels")],
+    ),
+    "steps": (
+        STEPS,
+        [("step AUROC", "0.988", "400 test responses"), ("first-error F1", "0.834", "400 test responses")],
     ),
     "ratings": (
         RATINGS,

@@ -46,7 +46,7 @@ def last_evaluation(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _has_tokens(row: dict[str, Any]) -> bool:
     tokens, rewards = row.get("tokens"), row.get("token_rewards")
-    return bool(tokens) and isinstance(rewards, list) and len(rewards) == len(tokens)
+    return isinstance(tokens, list) and isinstance(rewards, list) and len(rewards) == len(tokens) > 0
 
 
 def cut_parts(

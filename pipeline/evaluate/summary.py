@@ -12,6 +12,7 @@ KIND_ROWS = {
     "rankings": {"reward top-1": "top_1", "Kendall τ": "kendall_tau"},
     "labels": {"reward AUROC": "auroc", "reward F1": "f1"},
     "ratings": {"reward RMSE": "rmse", "Spearman ρ": "spearman"},
+    "steps": {"step AUROC": "auroc", "first-error F1": "first_error_f1"},
 }
 # The rows of each policy: metric -> (title, decimals).
 POLICY_ROWS = {
@@ -81,7 +82,8 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
         metrics = reward[kind]
         if metric in metrics:
             count = metrics["rankings" if kind == "rankings" else "rows"]
-            note = _count_rows(metrics, metric, count, f"test {kind}")
+            what = "responses" if kind == "steps" else kind  # each of these records is a response
+            note = _count_rows(metrics, metric, count, f"test {what}")
             rows.append(_row(name, f"{metrics[metric]:.3f}", note))
     return rows
 
@@ -97,10 +99,11 @@ def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
     best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
     shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
-    titles = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
+    measures = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
+    titles = {"gold_reward": POLICY_ROWS["gold_reward"]} | measures | POLICY_ROWS
     return [
         _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
-        for metric, (title, decimals) in (POLICY_ROWS | titles).items()
+        for metric, (title, decimals) in titles.items()
         for policy in ("sft", *shown, "ppo")
         if metric in metrics[policy]
     ]

@@ -1,4 +1,4 @@
-"""Parts of a policy's evaluation: rows shared over ranks, KL to the reference, over-optimization warning."""
+"""Parts of a policy's evaluation: rows shared over ranks, KL and values, over-optimization warning."""
 
 import math
 import statistics
@@ -32,11 +32,18 @@ def share_rows(evaluate: Callable[[list[int]], list[Row]], total: int, args: Tra
 
 
 @torch.no_grad()  # inference_mode would gather sharded weights into tensors that training cannot fill again
-def kl_to_reference(actor: ActorCritic, responses: Responses, temperature: float) -> list[float]:
-    """Return an estimate of the KL to the reference for each response, in nats."""
+def kl_and_values(
+    actor: ActorCritic, responses: Responses, temperature: float
+) -> tuple[list[float], list[list[float]]]:
+    """Return for each response an estimate of its KL to the reference, in nats, and its tokens' values.
+
+    A value is that of the state in which the token was chosen.
+    """
     tensors = (responses.query_ids, responses.query_mask, responses.response_ids, responses.response_mask)
-    logprobs = actor(*tensors, temperature).logprobs
-    return sequence_kl(logprobs, actor.reference_logprobs(*tensors, temperature)).tolist()
+    out = actor(*tensors, temperature)
+    kl = sequence_kl(out.logprobs, actor.reference_logprobs(*tensors, temperature))
+    masks = responses.response_mask.bool()
+    return kl.tolist(), [row[mask].tolist() for row, mask in zip(out.values, masks, strict=True)]
 
 
 def overoptimization_warning(history: list[dict[str, Any]], table: list[Row], metric: str) -> str | None:

@@ -19,8 +19,8 @@ from pipeline.models.generation import Responses, generate, uniforms
 from pipeline.models.positions import max_positions
 from pipeline.models.prompts import prepare_prompts, truncation_side
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
-from pipeline.ppo.samples import write_samples
+from pipeline.ppo.evaluation import kl_and_values, overoptimization_warning, share_rows
+from pipeline.ppo.samples import MAX_SAMPLES, TOKEN_COLUMNS, token_columns, write_samples
 from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import total_reward
@@ -29,7 +29,7 @@ from pipeline.training.weights import publishable_state
 
 EVALUATION = "evaluation"  # replaces the rollout's number in the key of random numbers
 POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept
-TEXT_COLUMNS = ("prompt", "answer")
+NO_METRICS = ("prompt", "answer", *TOKEN_COLUMNS)
 SELECTION_METRICS = ("scorer_reward", "gold_reward", "reward")  # the first that exists selects best/
 
 
@@ -47,9 +47,9 @@ class GenerationShape(NamedTuple):
 class PolicyTrainer(Trainer):
     """A trainer of policies whose evaluations call this project's rewards, whatever the algorithm.
 
-    `reward` is trained on; `scorer` and `gold` are only evaluated. The best policy so far is published in
-    `best/`: best by the scorer if there is one, else by gold, else by reward. With `keep`, every evaluation's
-    policy is published in `policies/step-N/`.
+    `reward` is trained on; `scorer` and `gold` are only evaluated. With `has_critic`, samples have the values
+    of the actor's critic. The best policy so far is published in `best/`: best by the scorer if there is one,
+    else by gold, else by reward. With `keep`, every evaluation's policy is published in `policies/step-N/`.
     """
 
     model: Any
@@ -63,6 +63,7 @@ class PolicyTrainer(Trainer):
     max_prompt_tokens: int
     overlong: str = "truncate_left"
     keep: bool = False
+    has_critic: bool = False
     generate: Callable[..., Responses] = staticmethod(generate)
 
     def evaluate(
@@ -77,7 +78,7 @@ class PolicyTrainer(Trainer):
             return share_rows(partial(self._evaluate_rows, data), total, self.args)
 
         table = with_full_params(self, self.actor, self.actor.policy, evaluate_all)
-        names = [name for name in table[0] if name not in TEXT_COLUMNS]
+        names = [name for name in table[0] if name not in NO_METRICS]
         metrics = {
             f"{metric_key_prefix}_{name}": statistics.fmean(row[name] for row in table) for name in names
         }
@@ -145,14 +146,24 @@ class PolicyTrainer(Trainer):
         scorers = {"reward": self.reward.score, "scorer_reward": self.scorer, "gold_reward": self.gold}
 
         columns: dict[str, Any] = {"prompt": data[indices]["prompt"], "answer": responses.texts}
-        for name, scorer in scorers.items():
-            if scorer is not None:
-                columns[name] = list(map(total_reward, self.score(scorer, responses, data, indices)))
+        rewards = {
+            name: self.score(scorer, responses, data, indices) for name, scorer in scorers.items() if scorer
+        }
+        columns |= {name: list(map(total_reward, scores)) for name, scores in rewards.items()}
         with self.accelerator.autocast():
-            columns["kl"] = kl_to_reference(self.actor, responses, self.generation.options["temperature"])
+            temperature = self.generation.options["temperature"]
+            columns["kl"], values = kl_and_values(self.actor, responses, temperature)
         columns["response_tokens"] = responses.response_mask.sum(1).tolist()
         columns["ended_fraction"] = list(map(float, responses.ended))
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+        ids = responses.token_lists()
+        for i, number in enumerate(numbers):
+            if number < MAX_SAMPLES:  # the other rows are not written
+                value_list = values[i] if self.has_critic else None
+                row = (ids[i], responses.texts[i], rewards["reward"][i], value_list)
+                rows[i] |= token_columns(self.processing_class, *row)
+        return rows
 
     def _keep_policy(self, metric: float) -> None:
         """Publish the policy if it is the best so far.

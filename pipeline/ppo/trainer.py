@@ -86,6 +86,7 @@ class PPOTrainer(PolicyTrainer):
     args: PPOConfig
     train_dataset: Dataset
 
+    has_critic = True
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole minibatch
 
     def __init__(

@@ -142,11 +142,28 @@ def assert_the_same(one: tuple[list[float], dict], other: tuple[list[float], dic
     assert max(float((one[1][name] - other[1][name]).abs().max()) for name in one[1]) < 1e-5
 
 
+def samples(folder: Path) -> tuple[list[dict], list[float]]:
+    """The samples of PPO's evaluation, and the critic's values of their tokens."""
+    (file,) = (folder / "ppo" / "samples").iterdir()
+    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+    values = [value for row in rows for value in row.pop("token_values")]
+    return [{name: row[name] for name in ("prompt", "answer", "tokens")} for row in rows], values
+
+
+def assert_the_same_samples(one: Path, other: Path) -> None:
+    (rows, values), (other_rows, other_values) = map(samples, (one, other))
+    assert rows == other_rows
+    assert values == pytest.approx(other_values, abs=1e-4)
+    assert any(values)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_learn_what_one_does(trained, stage):
     one, two = (learned(trained[processes], stage) for processes in (1, 2))
     assert len(one[0]) == (3 if stage == "ppo" else 4)
     assert_the_same(one, two)
+    if stage == "ppo":
+        assert_the_same_samples(trained[1], trained[2])
 
 
 def test_two_processes_that_share_the_weights_learn_what_one_does(
@@ -166,6 +183,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(
     )
     for stage in stages:
         assert_the_same(learned(trained[1], stage), learned(tmp_path, stage))
+    assert_the_same_samples(trained[1], tmp_path)
     # In bf16 they round otherwise; and a policy that has not moved has no KL to where it is.
     assert learned(tmp_path, "ppo-bf16")[0] == pytest.approx(learned(trained[1], "ppo")[0], abs=0.02)
     first = next(

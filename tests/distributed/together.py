@@ -95,7 +95,8 @@ def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Respons
         pad_rows(prompts, tokenizer.pad_token_id, side="left"),
         pad_rows(ids, tokenizer.pad_token_id),
     )
-    return Responses(*query, *response, tokenizer.batch_decode(ids), [True] * len(ids))
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Responses(*query, *response, texts, [True] * len(ids))
 
 
 def ppo(folder: Path, model: str, **more: object) -> None:

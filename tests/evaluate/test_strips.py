@@ -122,7 +122,7 @@ def test_each_part_has_its_numbers_as_text(tmp_path: Path) -> None:
     assert 'class="part plus" style="--share: 1.0"' in page
     assert 'class="part minus" style="--share: 0.5"' in page
     assert "at step 8." in page
-    assert "reward <b>+0.5</b> · gold <b>+1</b>" in page
+    assert "reward <b>+0.5</b> · gold <b>1</b>" in page
 
 
 def test_without_values_the_critic_is_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ COMPARISONS = {"pairs": 1064, "accuracy": 0.8674, "accuracy_longer": 0.5695}
 ACCURACY = ("reward accuracy", "0.867", "longer wins 0.570, 1,064 test pairs")
 RANKINGS = {"rankings": 190, "kendall_tau": 0.76316, "top_1": 0.76842, "accuracy": 0.88}
 LABELS = {"rows": 1342, "accuracy": 0.9, "auroc": 0.9123, "f1": 0.85, "confusion": {}}
+STEPS = {"rows": 400, "auroc": 0.9876, "f1": 0.97, "first_error_f1": 0.8342}
 RATINGS = {"rows": 342, "rmse": 0.18187, "spearman": 0.93543}
 
 
@@ -35,6 +36,10 @@ LEARNED: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
     "labels": (
         LABELS,
         [("reward AUROC", "0.912", "1,342 test labels"), ("reward F1", "0.850", "1,342 test labels")],
+    ),
+    "steps": (
+        STEPS,
+        [("step AUROC", "0.988", "400 test responses"), ("first-error F1", "0.834", "400 test responses")],
     ),
     "ratings": (
         RATINGS,
@@ -79,6 +84,17 @@ def test_of_best_of_n_16_and_the_most_are_told() -> None:
     by_n = {f"best_of_{n}": {"gold_reward": n / 100} for n in (8, 16, 32, 64)}
     found = [tuple(row.values())[:2] for row in summary_rows({"reward": {}, "sft": {}, **by_n, "ppo": {}})]
     assert found == [("gold reward, best-of-16", "0.160"), ("gold reward, best-of-64", "0.640")]
+
+
+def test_measures_of_the_config_follow_the_gold_reward() -> None:
+    sft = {"reward": 2.0, "gold_reward": 0.25, "right_steps": 0.5, "distinct_1": 0.125}
+    rows = summary_rows({"reward": {}, "sft": sft, "ppo": {"right_steps": 0.75}})
+    assert [tuple(row.values())[:2] for row in rows] == [
+        ("gold reward, sft", "0.250"),
+        ("right steps, sft", "0.500"),
+        ("right steps, ppo", "0.750"),
+        ("reward, sft", "2.000"),
+    ]
 
 
 def test_the_table_says_where_the_report_is(tmp_path) -> None:

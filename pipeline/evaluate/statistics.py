@@ -5,7 +5,6 @@ Pure functions over columns of responses, a prompt's responses in consecutive ro
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np

@@ -26,7 +26,7 @@ PPO_ROWS = {
     "win_rate": ("PPO wins by reward", "against SFT, ties half"),
     "kl": ("KL of PPO to SFT", "nats per response"),
 }
-FEW_ROWS = 100  # a ratio over fewer is shown with its interval
+FEW_PROMPTS = 100  # a metric of fewer is shown with its interval
 SHOWN_BEST_OF = "best_of_16"  # shown beside the largest n
 
 Row = dict[str, str]
@@ -44,7 +44,8 @@ def summary_rows(metrics: dict[str, Any]) -> list[Row]:
 
 def measure_names(metrics: dict[str, Any]) -> list[str]:
     """Return the metrics of SFT's policy that come from the config's `measures`."""
-    return [name for name in metrics["sft"] if name not in POLICY_METRICS]
+    sft = metrics["sft"]
+    return [name for name in sft if name not in POLICY_METRICS and isinstance(sft[name], int | float)]
 
 
 def summary_table(folder: Path) -> str:
@@ -70,7 +71,7 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
     """Return the rows for pairs, and for the kind of records it learned from, which is the first."""
     rows = []
     if pairs := reward.get("comparisons"):
-        count = _count_rows(pairs, "accuracy", pairs["pairs"], "test pairs")
+        count = _count_rows(pairs, "accuracy", pairs["pairs"], "test pairs", pairs.get("prompts"))
         notes = [f"longer wins {pairs['accuracy_longer']:.3f}", count]
         if "accuracy_ceiling" in pairs:
             notes.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
@@ -81,17 +82,24 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
         metrics = reward[kind]
         if metric in metrics:
             count = metrics["rankings" if kind == "rankings" else "rows"]
-            note = _count_rows(metrics, metric, count, f"test {kind}")
+            note = _count_rows(metrics, metric, count, f"test {kind}", metrics.get("prompts"))
             rows.append(_row(name, f"{metrics[metric]:.3f}", note))
     return rows
 
 
-def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> str:
-    """Return the number of rows that a metric stands on, and its interval if they are few."""
-    note = f"{count:,} {what}"
-    if count < FEW_ROWS and (bounds := format_interval(metrics, metric)):
-        note += f": 95 % from {bounds}"
-    return note
+def _count_rows(
+    metrics: dict[str, Any], metric: str, count: int, what: str, prompts: int | None = None
+) -> str:
+    """Return the number of rows that a metric stands on, that of prompts if it is another, and `_bounds`."""
+    note = f"{count:,} {what}" + (f" for {prompts:,} prompts" if prompts else "")
+    bounds = _bounds(metrics, metric, prompts or count)
+    return f"{note}: {bounds}" if bounds else note
+
+
+def _bounds(metrics: dict[str, Any], metric: str, prompts: int) -> str:
+    """Return the interval of a metric as text if the prompts are few, else an empty string."""
+    bounds = format_interval(metrics, metric)
+    return f"95 % from {bounds}" if bounds and prompts < FEW_PROMPTS else ""
 
 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
@@ -99,7 +107,11 @@ def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
     shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
     titles = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
     return [
-        _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
+        _row(
+            f"{title}, {policy.replace('_', '-')}",
+            f"{metrics[policy][metric]:.{decimals}f}",
+            _bounds(metrics[policy], metric, metrics[policy].get("prompts", FEW_PROMPTS)),
+        )
         for metric, (title, decimals) in (POLICY_ROWS | titles).items()
         for policy in ("sft", *shown, "ppo")
         if metric in metrics[policy]
@@ -110,8 +122,10 @@ def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:
     rows = []
     for metric, (title, note) in PPO_ROWS.items():
         if metric in ppo:
-            if (count := ppo.get(f"{metric}_rows", FEW_ROWS)) < FEW_ROWS:
-                note = f"{note}, {_count_rows(ppo, metric, count, 'responses')}"
+            count = ppo.get(f"{metric}_rows", FEW_PROMPTS)
+            prompts = ppo.get(f"{metric}_prompts")
+            if (prompts or count) < FEW_PROMPTS:
+                note = f"{note}, {_count_rows(ppo, metric, count, 'responses', prompts)}"
             rows.append(_row(title, f"{ppo[metric]:.3f}", note))
     return rows
 

@@ -141,6 +141,7 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
         ({"right-steps": "m:f"}, "'right-steps' is no name of a metric; expected letters, digits and _"),
         ({"kl": "m:f"}, "'kl' is a name that evaluate uses already; choose another"),
         ({"win_rate_mine": "m:f"}, "'win_rate_mine' is a name that evaluate uses already; choose another"),
+        ({"gold_reward_interval": "m:f"}, "'gold_reward_interval' is a name that evaluate uses already"),
         ({"text": "m:f"}, "'text' is a name that evaluate uses already; choose another"),
     ],
 )

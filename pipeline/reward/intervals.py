@@ -41,8 +41,8 @@ def bootstrap_interval(
     share of so many groups, and others have None. Raises `ValueError` if there are no rows, or if the
     statistic is beyond its limits.
     """
-    columns = [np.asarray(column, dtype=float) for column in columns]
-    rows = len(columns[0])
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    rows = len(arrays[0])
     if not rows:
         raise ValueError("an empty sequence has no interval")
     names = np.arange(rows) if groups is None else np.asarray(groups)
@@ -50,9 +50,9 @@ def bootstrap_interval(
     total = int(numbers.max()) + 1
     count = total if informative is None else informative
 
-    value = float(statistic(np.ones((1, rows)), *columns)[0])
+    value = float(statistic(np.ones((1, rows)), *arrays)[0])
     estimates = np.concatenate(
-        [statistic(weights[:, numbers], *columns) for weights in _draw_weights(total, rows)]
+        [statistic(weights[:, numbers], *arrays) for weights in _draw_weights(total, rows)]
     )
     estimates = estimates[np.isfinite(estimates)]  # of one class drawn alone there is no AUROC
     if count > 1 and len(estimates) and np.ptp(estimates) > 1e-9 * np.abs(estimates).max():

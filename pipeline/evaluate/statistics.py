@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.reward.intervals import Groups
-from pipeline.reward.metrics import count_prompts, measure_mean, wins
+from pipeline.reward.metrics import measure_mean, wins
 
 REWARDS = ("reward", "gold_reward", "scorer_reward")
 BEST_OF_N = "best-of-n"  # the line whose curve has the form of best-of-n
@@ -94,17 +94,16 @@ def win_rate(
 ) -> dict[str, Any]:
     """Return how often a response scores higher than its rival, ties half.
 
-    `rate` comes with its 95 % `interval` over prompts, which `groups` numbers, the number of `rows`, and that
-    of `prompts` if it is another. `length_controlled` is the rate at equal lengths: a logistic
-    regression on the difference of lengths, in its standard deviations and through a tanh, evaluated at zero
-    (Dubois et al. 2024, "Length-Controlled AlpacaEval", without its term for each prompt). It is left out if
-    equal lengths are outside the observed range.
+    `rate` comes with its 95 % `interval` over prompts, which `groups` numbers, and the number of `rows`.
+    `length_controlled` is the rate at equal lengths: a logistic regression on the difference of lengths, in
+    its standard deviations and through a tanh, evaluated at zero (Dubois et al. 2024, "Length-Controlled
+    AlpacaEval", without its term for each prompt). It is left out if equal lengths are outside the observed
+    range.
     """
     won = wins(scores, rivals)
     longer = np.subtract(lengths, rival_lengths).astype(float)
     share = measure_mean("rate", won, groups)
     rates: dict[str, Any] = {"rate": share["rate"], "interval": share["rate_interval"], "rows": len(won)}
-    rates |= count_prompts(len(won), groups)
     if 0 < won.mean() < 1 and longer.min() <= 0 <= longer.max():
         x = np.tanh(longer / (longer.std() or 1.0))[:, None]
         # A tie is half a win and half a loss.

@@ -71,7 +71,7 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
     """Return the rows for pairs, and for the kind of records it learned from, which is the first."""
     rows = []
     if pairs := reward.get("comparisons"):
-        count = _count_rows(pairs, "accuracy", pairs["pairs"], "test pairs", pairs.get("prompts"))
+        count = _count_rows(pairs, "accuracy", pairs["pairs"], "test pairs")
         notes = [f"longer wins {pairs['accuracy_longer']:.3f}", count]
         if "accuracy_ceiling" in pairs:
             notes.insert(0, f"ceiling {pairs['accuracy_ceiling']:.3f}")
@@ -82,17 +82,16 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
         metrics = reward[kind]
         if metric in metrics:
             count = metrics["rankings" if kind == "rankings" else "rows"]
-            note = _count_rows(metrics, metric, count, f"test {kind}", metrics.get("prompts"))
+            note = _count_rows(metrics, metric, count, f"test {kind}")
             rows.append(_row(name, f"{metrics[metric]:.3f}", note))
     return rows
 
 
-def _count_rows(
-    metrics: dict[str, Any], metric: str, count: int, what: str, prompts: int | None = None
-) -> str:
+def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> str:
     """Return the number of rows that a metric stands on, that of prompts if it is another, and `_bounds`."""
-    note = f"{count:,} {what}" + (f" for {prompts:,} prompts" if prompts else "")
-    bounds = _bounds(metrics, metric, prompts or count)
+    prompts = metrics.get("prompts", count)
+    note = f"{count:,} {what}" + (f" for {prompts:,} prompts" if prompts != count else "")
+    bounds = _bounds(metrics, metric, prompts)
     return f"{note}: {bounds}" if bounds else note
 
 
@@ -122,10 +121,9 @@ def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:
     rows = []
     for metric, (title, note) in PPO_ROWS.items():
         if metric in ppo:
-            count = ppo.get(f"{metric}_rows", FEW_PROMPTS)
-            prompts = ppo.get(f"{metric}_prompts")
-            if (prompts or count) < FEW_PROMPTS:
-                note = f"{note}, {_count_rows(ppo, metric, count, 'responses', prompts)}"
+            count = ppo.get(f"{metric}_rows")
+            if count and ppo.get("prompts", count) < FEW_PROMPTS:
+                note = f"{note}, {_count_rows(ppo, metric, count, 'responses')}"
             rows.append(_row(title, f"{ppo[metric]:.3f}", note))
     return rows
 

@@ -72,30 +72,6 @@ def measure_mean(
     return _estimate(name, mean, weighted.mean, [values], groups, intervals, low=low, high=high)
 
 
-def binary_metrics(
-    truths: np.ndarray, calls: np.ndarray, scores: Numbers, groups: Groups = None, intervals: bool = True
-) -> dict[str, Any]:
-    """Return AUROC and F1 of the rows that are positive (a mask), were called so (a mask), and their scores.
-
-    AUROC needs positive and negative rows, F1 a row that is positive or was called so.
-    """
-    numbers, negatives = _number_rows(len(truths), groups), ~truths
-    auroc = f1 = None
-    if truths.any() and negatives.any():
-        auroc = float(roc_auc_score(truths, scores))
-    if (truths | calls).any():
-        f1 = float(f1_score(truths, calls))
-    fewest = min(len(np.unique(numbers[rows])) for rows in (truths, negatives))
-    shown = len(np.unique(numbers[truths | calls]))
-    limits: dict[str, Any] = {"low": 0.0, "high": 1.0}
-    return {
-        **_estimate(
-            "auroc", auroc, weighted.auroc, [truths, scores], numbers, intervals, informative=fewest, **limits
-        ),
-        **_estimate("f1", f1, weighted.f1, [truths, calls], numbers, intervals, informative=shown, **limits),
-    }
-
-
 def count_prompts(rows: int, groups: Groups) -> dict[str, int]:
     """Return the number of `prompts`, or nothing if it is that of the rows."""
     prompts = len(np.unique(_number_rows(rows, groups)))
@@ -178,7 +154,7 @@ def label_metrics(
         "rows": len(labels),
         **count_prompts(len(labels), groups),
         **measure_mean("accuracy", predicted == labels, groups, intervals=intervals),
-        **binary_metrics(labels == positive, predicted == positive, log_odds, groups, intervals),
+        **_binary_metrics(labels == positive, predicted == positive, log_odds, groups, intervals),
         "confusion": counts,
     }
 
@@ -211,6 +187,27 @@ def ranking_metrics(
         **mean_of_defined("kendall_tau", taus, -1.0),
         **mean_of_defined("top_1", top),
         **mean_of_defined("accuracy", won),
+    }
+
+
+def _binary_metrics(
+    truths: np.ndarray, calls: np.ndarray, scores: Numbers, groups: Groups, intervals: bool
+) -> dict[str, Any]:
+    """Return AUROC and F1 of the rows that are positive (a mask), were called so (a mask), and their scores.
+
+    AUROC rests on the rarer class, F1 on the rows that are positive or were called so.
+    """
+    numbers = _number_rows(len(truths), groups)
+    positives, negatives, either = (
+        len(np.unique(numbers[rows])) for rows in (truths, ~truths, truths | calls)
+    )
+    fewest = min(positives, negatives)
+    auroc = float(roc_auc_score(truths, scores)) if fewest else None
+    f1 = float(f1_score(truths, calls)) if either else None
+    share: dict[str, Any] = {"groups": numbers, "intervals": intervals, "low": 0.0, "high": 1.0}
+    return {
+        **_estimate("auroc", auroc, weighted.auroc, [truths, scores], informative=fewest, **share),
+        **_estimate("f1", f1, weighted.f1, [truths, calls], informative=either, **share),
     }
 
 

@@ -122,7 +122,7 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
         assert metrics[policy]["prompts"] == 2
         low, high = metrics[policy]["reward_interval"]
         assert low < metrics[policy]["reward"] < high
-    assert (metrics["ppo"]["win_rate_rows"], metrics["ppo"]["win_rate_prompts"]) == (4, 2)
+    assert metrics["ppo"]["win_rate_rows"] == 4
     said = [line.split() for line in summary_table(folder).splitlines()]
     assert ["tokens", "said,", "ppo", f"{metrics['ppo']['tokens_said']:.3f}"] in said
     assert [folder.name for folder in sorted((tuned / "policies").iterdir())] == [

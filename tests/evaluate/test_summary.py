@@ -74,9 +74,7 @@ def test_a_ratio_of_few_rows_has_its_interval() -> None:
     assert rows[-1]["note"] == "against SFT, ties half, 12 responses: 95 % from 0.500 to 0.900"
     rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152}})
     assert rows[-1]["note"] == "against SFT, ties half"
-    rows = summary_rows(
-        {"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152, "win_rate_prompts": 38}}
-    )
+    rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152, "prompts": 38}})
     note = "against SFT, ties half, 152 responses for 38 prompts: 95 % from 0.500 to 0.900"
     assert rows[-1]["note"] == note
 

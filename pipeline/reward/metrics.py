@@ -88,7 +88,8 @@ def pair_metrics(
     """Compute accuracy, that of "the longer response wins", margin, calibration and correlation with length.
 
     `lengths` are the characters of the chosen responses and those of the rejected. If two or more sources are
-    named, `by_source` has the accuracies of each. Resampling raises the calibration error.
+    named, `by_source` has the accuracies of each. The calibration error has no interval: a resample repeats
+    rows, which raises it.
     """
     won, longer_won, numbers = wins(chosen, rejected), wins(*lengths), _number_rows(len(chosen), groups)
     if not len(won):

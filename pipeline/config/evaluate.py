@@ -7,12 +7,13 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
 from pipeline.config.reward import Reward, from_source_string
 
-# The metrics of a policy: no measure may have one of these names, or one that begins as a win rate's does.
+# The metrics of a policy: no measure may have one of these names, or one as a win rate or interval has.
 POLICY_METRICS = {
     *("gold_reward", "scorer_reward", "well_formed", "reward", "kl", "kl_bound", "response_tokens"),
-    *("ended_fraction", "distinct_1", "distinct_2", "reward_length_correlation"),
+    *("ended_fraction", "distinct_1", "distinct_2", "reward_length_correlation", "prompts"),
 }
 WIN_RATE = "win_rate"
+INTERVAL = "_interval"
 OTHER_COLUMNS = {"prompt", "text", "ids", "ended", "name", "line", "bound"}  # of tables that hold metrics
 
 
@@ -98,7 +99,7 @@ class EvaluateStage(StageConfig):
         for name in measures:
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is no name of a metric; expected letters, digits and _")
-            if name in POLICY_METRICS | OTHER_COLUMNS or name.startswith(WIN_RATE):
+            if name in POLICY_METRICS | OTHER_COLUMNS or name.startswith(WIN_RATE) or name.endswith(INTERVAL):
                 raise ValueError(f"{name!r} is a name that evaluate uses already; choose another")
         return measures
 

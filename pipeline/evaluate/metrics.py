@@ -2,10 +2,12 @@
 
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
+from pipeline.data.identity import number_questions
 from pipeline.data.records import open_records
 from pipeline.evaluate.sampling import score_samples
 from pipeline.evaluate.statistics import (
@@ -18,14 +20,17 @@ from pipeline.evaluate.statistics import (
 )
 from pipeline.evaluate.summary import measure_names
 from pipeline.models.chat import response_text
+from pipeline.reward import weighted
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split
 from pipeline.reward.functions import RewardFunction
-from pipeline.reward.metrics import pair_accuracy
+from pipeline.reward.intervals import Numbers, bootstrap_interval
+from pipeline.reward.metrics import measure_mean, wins
 from pipeline.reward.model import RewardModel
 
 TEXT_COLUMNS = ("prompt", "text", "ids")  # the columns of samples that have no mean
 METRIC_NAMES = {"ended": "ended_fraction"}  # column -> its metric, if the names differ
 WIN_RATES = {"reward": "win_rate", "gold_reward": "win_rate_gold", "scorer_reward": "win_rate_scorer"}
+NOT_SCORES = (*TEXT_COLUMNS, "response_tokens", "ended", "kl")  # the columns whose means have no interval
 POINT_KEYS = ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "line")
 
 
@@ -52,33 +57,35 @@ def reward_metrics(
         metrics = evaluate_reward_model(reward, pairs)
 
     if gold is not None and "comparisons" in metrics and pairs:
-        metrics["comparisons"]["accuracy_ceiling"] = _accuracy_ceiling(reward, gold, pairs["comparisons"])
+        metrics["comparisons"] |= _accuracy_ceiling(reward, gold, pairs["comparisons"])
     return metrics
 
 
-def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> float:
+def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> dict[str, Any]:
     records = pairs.remove_columns(["chosen", "rejected"])
     texts = [list(map(response_text, pairs[side])) for side in ("chosen", "rejected")]
     sides = [
         {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
         for side in texts
     ]
-    return pair_accuracy(*(score_samples(gold, side, records) for side in sides))
+    won = wins(*(score_samples(gold, side, records) for side in sides))
+    return measure_mean("accuracy_ceiling", won, number_questions(pairs["prompt"]))
 
 
 def policy_metrics(config: EvaluateStage, samples: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     """Return the metrics of each policy, and the `fits` of `fit_curves`.
 
     The sections are sft, best_of_2, best_of_4, …, ppo_N (PPO after N steps) and ppo; each contains means
-    over responses.
+    over responses. Those of scores have an interval, which is over `prompts`.
     """
     sft, ppo = samples["sft"], samples["ppo"]
     metrics: dict[str, Any] = {"sft": mean_metrics(sft)}
     columns = {name: column for name, column in sft.items() if name not in TEXT_COLUMNS}
     for n in sorted({config.best_of, *(2**k for k in range(1, config.best_of.bit_length()))}):
-        means = best_of_n_means(sft["reward"], columns, config.best_of, n)
-        means["kl_bound"] = kl_bound(n)
-        metrics[f"best_of_{n}"] = {METRIC_NAMES.get(name, name): mean for name, mean in means.items()}
+        picked = best_of_n_means(sft["reward"], columns, config.best_of, n)
+        means = {METRIC_NAMES.get(name, name): float(by_prompt.mean()) for name, by_prompt in picked.items()}
+        means |= {"kl_bound": kl_bound(n)} | _intervals(picked, columns, sft["prompt"][:: config.best_of])
+        metrics[f"best_of_{n}"] = means
     metrics |= {name: mean_metrics(columns) for name, columns in samples.items() if name.startswith("ppo")}
 
     for name, per_prompt in (("sft", config.best_of), ("ppo", config.samples_per_prompt)):
@@ -97,23 +104,41 @@ def _win_rates(config: EvaluateStage, sft: dict[str, list[Any]], ppo: dict[str, 
         for i in range(len(ppo["text"]))
     ]
     rival_lengths = [sft["response_tokens"][i] for i in rivals]
+    groups = number_questions(ppo["prompt"])
     metrics: dict[str, Any] = {}
     for column, name in WIN_RATES.items():
         if column in ppo:
             rival_scores = [sft[column][i] for i in rivals]
-            rates = win_rate(ppo[column], rival_scores, ppo["response_tokens"], rival_lengths)
+            rates = win_rate(ppo[column], rival_scores, ppo["response_tokens"], rival_lengths, groups)
             metrics |= {name if key == "rate" else f"{name}_{key}": value for key, value in rates.items()}
     return metrics
 
 
-def mean_metrics(columns: dict[str, list[Any]]) -> dict[str, float]:
-    """Return the mean of each column over all responses, and how varied the responses are."""
+def mean_metrics(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the mean of each column over all responses, its interval, and how varied the responses are."""
     means = {
         METRIC_NAMES.get(name, name): statistics.fmean(map(float, column))
         for name, column in columns.items()
         if name not in TEXT_COLUMNS
     }
-    return means | {f"distinct_{n}": distinct_ngrams(columns["text"], n) for n in (1, 2)}
+    means |= {f"distinct_{n}": distinct_ngrams(columns["text"], n) for n in (1, 2)}
+    return means | _intervals(columns, columns, columns["prompt"])
+
+
+def _intervals(
+    rows: Mapping[str, Numbers], columns: Mapping[str, list[Any]], prompts: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the number of prompts, and for each score the interval of its mean over `rows`.
+
+    `prompts` are those of the rows. A score that is 0 or 1 in all of its column is a share.
+    """
+    groups, intervals = number_questions(prompts), {}
+    for name, values in rows.items():
+        if name not in NOT_SCORES:
+            limits = (0.0, 1.0) if set(columns[name]) <= {0, 1} else (None, None)
+            if bounds := bootstrap_interval(weighted.mean, [values], groups, *limits):
+                intervals[f"{name}_interval"] = bounds
+    return {"prompts": len(set(groups)), **intervals}
 
 
 def reward_kl_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:

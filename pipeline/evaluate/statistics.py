@@ -5,14 +5,13 @@ Pure functions over columns of responses, a prompt's responses in consecutive ro
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.reward.intervals import bounded_interval
-from pipeline.reward.metrics import wins
+from pipeline.reward.intervals import Groups
+from pipeline.reward.metrics import measure_mean, wins
 
 REWARDS = ("reward", "gold_reward", "scorer_reward")
 BEST_OF_N = "best-of-n"  # the line whose curve has the form of best-of-n
@@ -70,8 +69,8 @@ def _fit_curve(line: str, distances: Sequence[float], gains: Sequence[float]) ->
 
 def best_of_n_means(
     rewards: Sequence[float], columns: Mapping[str, Sequence[float]], samples: int, n: int
-) -> dict[str, float]:
-    """Return the mean of each column over the responses that best-of-n picks by reward.
+) -> dict[str, np.ndarray]:
+    """Return for each column and prompt the mean over the responses that best-of-n picks by reward.
 
     Each prompt has `samples` ≥ n responses. The mean is over all ways to sample n of them without
     replacement (Nakano et al. 2021, "WebGPT", appendix I).
@@ -83,22 +82,28 @@ def best_of_n_means(
         name: np.take_along_axis(np.reshape(column, (-1, samples)).astype(float), order, 1)
         for name, column in columns.items()
     }
-    return {name: float((column @ chances).mean()) for name, column in ranked.items()}
+    return {name: column @ chances for name, column in ranked.items()}
 
 
 def win_rate(
-    scores: Sequence[float], rivals: Sequence[float], lengths: Sequence[int], rival_lengths: Sequence[int]
+    scores: Sequence[float],
+    rivals: Sequence[float],
+    lengths: Sequence[int],
+    rival_lengths: Sequence[int],
+    groups: Groups = None,
 ) -> dict[str, Any]:
     """Return how often a response scores higher than its rival, ties half.
 
-    `rate` comes with its 95 % `interval` and the number of `rows`; `length_controlled` is the rate at equal
-    lengths. The latter is a logistic regression on the difference of lengths, in its standard deviations and
-    through a tanh, evaluated at zero (Dubois et al. 2024, "Length-Controlled AlpacaEval", without its term
-    for each prompt). It is left out if equal lengths are outside the observed range.
+    `rate` comes with its 95 % `interval` over prompts, which `groups` numbers, and the number of `rows`.
+    `length_controlled` is the rate at equal lengths: a logistic regression on the difference of lengths, in
+    its standard deviations and through a tanh, evaluated at zero (Dubois et al. 2024, "Length-Controlled
+    AlpacaEval", without its term for each prompt). It is left out if equal lengths are outside the observed
+    range.
     """
     won = wins(scores, rivals)
     longer = np.subtract(lengths, rival_lengths).astype(float)
-    rates: dict[str, Any] = {"rate": fmean(won), "interval": bounded_interval(won), "rows": len(won)}
+    share = measure_mean("rate", won, groups)
+    rates: dict[str, Any] = {"rate": share["rate"], "interval": share["rate_interval"], "rows": len(won)}
     if 0 < won.mean() < 1 and longer.min() <= 0 <= longer.max():
         x = np.tanh(longer / (longer.std() or 1.0))[:, None]
         # A tie is half a win and half a loss.

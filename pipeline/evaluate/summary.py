@@ -27,7 +27,7 @@ PPO_ROWS = {
     "win_rate": ("PPO wins by reward", "against SFT, ties half"),
     "kl": ("KL of PPO to SFT", "nats per response"),
 }
-FEW_ROWS = 100  # a ratio over fewer is shown with its interval
+FEW_PROMPTS = 100  # a metric of fewer is shown with its interval
 SHOWN_BEST_OF = "best_of_16"  # shown beside the largest n
 
 Row = dict[str, str]
@@ -45,7 +45,8 @@ def summary_rows(metrics: dict[str, Any]) -> list[Row]:
 
 def measure_names(metrics: dict[str, Any]) -> list[str]:
     """Return the metrics of SFT's policy that come from the config's `measures`."""
-    return [name for name in metrics["sft"] if name not in POLICY_METRICS]
+    sft = metrics["sft"]
+    return [name for name in sft if name not in POLICY_METRICS and isinstance(sft[name], int | float)]
 
 
 def summary_table(folder: Path) -> str:
@@ -89,11 +90,17 @@ def _reward_rows(reward: dict[str, Any]) -> list[Row]:
 
 
 def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> str:
-    """Return the number of rows that a metric stands on, and its interval if they are few."""
-    note = f"{count:,} {what}"
-    if count < FEW_ROWS and (bounds := format_interval(metrics, metric)):
-        note += f": 95 % from {bounds}"
-    return note
+    """Return the number of rows that a metric stands on, that of prompts if it is another, and `_bounds`."""
+    prompts = metrics.get("prompts", count)
+    note = f"{count:,} {what}" + (f" for {prompts:,} prompts" if prompts != count else "")
+    bounds = _bounds(metrics, metric, prompts)
+    return f"{note}: {bounds}" if bounds else note
+
+
+def _bounds(metrics: dict[str, Any], metric: str, prompts: int) -> str:
+    """Return the interval of a metric as text if the prompts are few, else an empty string."""
+    bounds = format_interval(metrics, metric)
+    return f"95 % from {bounds}" if bounds and prompts < FEW_PROMPTS else ""
 
 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
@@ -102,7 +109,11 @@ def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
     measures = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
     titles = {"gold_reward": POLICY_ROWS["gold_reward"]} | measures | POLICY_ROWS
     return [
-        _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
+        _row(
+            f"{title}, {policy.replace('_', '-')}",
+            f"{metrics[policy][metric]:.{decimals}f}",
+            _bounds(metrics[policy], metric, metrics[policy].get("prompts", FEW_PROMPTS)),
+        )
         for metric, (title, decimals) in titles.items()
         for policy in ("sft", *shown, "ppo")
         if metric in metrics[policy]
@@ -113,7 +124,8 @@ def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:
     rows = []
     for metric, (title, note) in PPO_ROWS.items():
         if metric in ppo:
-            if (count := ppo.get(f"{metric}_rows", FEW_ROWS)) < FEW_ROWS:
+            count = ppo.get(f"{metric}_rows")
+            if count and ppo.get("prompts", count) < FEW_PROMPTS:
                 note = f"{note}, {_count_rows(ppo, metric, count, 'responses')}"
             rows.append(_row(title, f"{ppo[metric]:.3f}", note))
     return rows

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from pipeline.data.identity import number_questions
 from pipeline.models.generation import Responses
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.functional import sequence_kl
@@ -49,17 +50,21 @@ def kl_and_values(
 def overoptimization_warning(history: list[dict[str, Any]], table: list[Row], metric: str) -> str | None:
     """Return a warning if the reward rose since the best evaluation by `metric`, while `metric` fell.
 
-    A fall counts if it is above two standard errors of the current evaluation. `metric` is the held-out or
-    the gold reward; the trained reward itself has nothing to be compared with. `history` is the Trainer's
-    log, with the current evaluation last.
+    A fall counts if it is above two standard errors of the current evaluation, which are over prompts.
+    `metric` is the held-out or the gold reward; the trained reward itself has nothing to be compared with.
+    `history` is the Trainer's log, with the current evaluation last.
     """
     entries = [entry for entry in history if f"eval_{metric}" in entry]
-    if metric == "reward" or not entries or len(table) < 2:
+    by_prompt: dict[int, list[float]] = {}
+    for number, row in zip(number_questions(row["prompt"] for row in table), table, strict=True):
+        by_prompt.setdefault(number, []).append(row[metric])
+    means = [statistics.fmean(values) for values in by_prompt.values()]
+    if metric == "reward" or not entries or len(means) < 2:
         return None
     best, now = max(entries, key=lambda entry: entry[f"eval_{metric}"]), entries[-1]
     rise = now["eval_reward"] - best["eval_reward"]
     fall = best[f"eval_{metric}"] - now[f"eval_{metric}"]
-    standard_error = statistics.stdev(row[metric] for row in table) / len(table) ** 0.5
+    standard_error = statistics.stdev(means) / len(means) ** 0.5
     if rise <= 0 or fall <= 2 * standard_error:
         return None
 

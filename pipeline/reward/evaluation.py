@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from pipeline.data.identity import number_questions
 from pipeline.models.chat import response_text
 from pipeline.reward import metrics
 from pipeline.reward.model import RewardModel
@@ -46,7 +47,8 @@ def _evaluate_pairs(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     lengths = [[len(response_text(text)) for text in pairs[side]] for side in ("chosen", "rejected")]
     sources = pairs["source"][:] if "source" in pairs.column_names else None
-    return metrics.pair_metrics(chosen, rejected, lengths, sources) | {
+    groups = number_questions(pairs["prompt"])
+    return metrics.pair_metrics(chosen, rejected, lengths, sources, groups) | {
         "calibration": metrics.calibration(chosen, rejected)
     }
 
@@ -55,17 +57,18 @@ def _evaluate_rankings(reward: RewardModel, rankings: Dataset) -> dict[str, Any]
     prompts, responses = _flatten(rankings["prompt"], rankings["responses"])
     scores = iter(reward.score(prompts, responses))
     by_prompt = [[next(scores) for _ in ranks] for ranks in rankings["ranks"]]
-    return metrics.ranking_metrics(by_prompt, rankings["ranks"][:])
+    return metrics.ranking_metrics(by_prompt, rankings["ranks"][:], number_questions(rankings["prompt"]))
 
 
 def _evaluate_ratings(reward: RewardModel, ratings: Dataset) -> dict[str, Any]:
     scores = reward.score(ratings["prompt"][:], ratings["completion"][:])
-    return metrics.rating_metrics(scores, ratings["rating"][:])
+    return metrics.rating_metrics(scores, ratings["rating"][:], number_questions(ratings["prompt"]))
 
 
 def _evaluate_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
     logits = reward.logits(labels["prompt"][:], labels["completion"][:]).numpy()
-    return metrics.label_metrics(logits, labels["label"][:], reward.settings.outputs, reward.settings.logit)
+    classes, groups = reward.settings.outputs, number_questions(labels["prompt"])
+    return metrics.label_metrics(logits, labels["label"][:], classes, reward.settings.logit, groups)
 
 
 def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:

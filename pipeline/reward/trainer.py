@@ -177,13 +177,14 @@ class RewardTrainer(trl.RewardTrainer):
         """Return the metrics over all rows of an evaluation."""
         scores, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if self.objective == "classification":
-            computed = metrics.label_metrics(scores, targets, self.classes, self.positive)
+            computed = metrics.label_metrics(scores, targets, self.classes, self.positive, intervals=False)
         elif self.objective == "regression":
-            computed = metrics.rating_metrics(scores, targets)
+            computed = metrics.rating_metrics(scores, targets, intervals=False)
         else:
             present = [ranks > 0 for ranks in targets]
             computed = metrics.ranking_metrics(
                 [row[mask] for row, mask in zip(scores, present, strict=True)],
                 [row[mask] for row, mask in zip(targets, present, strict=True)],
+                intervals=False,
             )
         return {name: value for name, value in computed.items() if isinstance(value, float)}

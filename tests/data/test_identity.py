@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.identity import canonical_text, is_blank, question, visible_identity, visible_text
+from pipeline.data.identity import (
+    canonical_text,
+    is_blank,
+    number_questions,
+    question,
+    visible_identity,
+    visible_text,
+)
 from pipeline.data.schema import RowError
 
 # Format characters that show a sign: marks of Arabic, Syriac and Kaithi numbers.
@@ -76,3 +83,10 @@ def test_what_cannot_be_compared_has_a_reason() -> None:
     for value in (deep, 10**5000):
         with pytest.raises(RowError, match="cannot be compared"):
             canonical_text(value)
+
+
+def test_rows_of_one_question_share_a_number_and_rows_without_a_question_do_not() -> None:
+    asked = ["Why?", [user("Why?")], [{"role": "system", "content": "Be brief."}, user("Why?")], "Why? "]
+    assert number_questions(["How?", *asked, "How?"]) == [0, 1, 1, 1, 1, 0]
+    assert number_questions(["", "a", None, "", [user(" ")], "a", []]) == [0, 1, 2, 3, 4, 1, 5]
+    assert number_questions([]) == []

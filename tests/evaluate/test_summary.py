@@ -67,11 +67,36 @@ def test_a_ratio_of_few_rows_has_its_interval() -> None:
         "9 test rankings: 95 % from 0.400 to 0.900",
         "9 test rankings: 95 % from 0.500 to 0.800",
     ]
+    of_38 = many | {"pairs": 152, "prompts": 38}
+    assert told({"comparisons": of_38})[0][2].endswith(
+        "152 test pairs for 38 prompts: 95 % from 0.850 to 0.880"
+    )
+    of_138 = many | {"pairs": 552, "prompts": 138}
+    assert told({"comparisons": of_138})[0][2].endswith("552 test pairs for 138 prompts")
+
     ppo = {"win_rate": 0.75, "win_rate_interval": [0.5, 0.9], "win_rate_rows": 12}
     rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo})
     assert rows[-1]["note"] == "against SFT, ties half, 12 responses: 95 % from 0.500 to 0.900"
     rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152}})
     assert rows[-1]["note"] == "against SFT, ties half"
+    rows = summary_rows({"reward": {}, "sft": {}, "ppo": ppo | {"win_rate_rows": 152, "prompts": 38}})
+    note = "against SFT, ties half, 152 responses for 38 prompts: 95 % from 0.500 to 0.900"
+    assert rows[-1]["note"] == note
+
+    sft = {
+        "reward": 1.0,
+        "prompts": 38,
+        "reward_interval": [0.9, 1.1],
+        "share": 0.5,
+        "share_interval": [0.4, 0.6],
+    }
+    rows = summary_rows({"reward": {}, "sft": sft, "ppo": sft | {"prompts": 100}})
+    assert [tuple(row.values()) for row in rows] == [
+        ("reward, sft", "1.000", "95 % from 0.900 to 1.100"),
+        ("reward, ppo", "1.000", ""),
+        ("share, sft", "0.500", "95 % from 0.400 to 0.600"),
+        ("share, ppo", "0.500", ""),
+    ]
 
 
 def test_what_is_undefined_or_was_not_measured_is_left_out() -> None:

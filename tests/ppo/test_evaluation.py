@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.models.loading import load_policy
 from pipeline.ppo import stage as ppo
 from pipeline.ppo.callbacks import EarlyStopping
+from pipeline.ppo.evaluation import overoptimization_warning
 from pipeline.reward import stage as reward
 
 from .test_trainer import PROMPTS, evenness, trainer_of
@@ -67,6 +68,20 @@ def test_the_run_stops_after_the_peak_and_says_why(policy, tiny_tokenizer, tmp_p
     )
     assert said.count("the policy exploits the reward model") >= 1
     assert (tmp_path / "best" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("prompts", "warned"), [("abcdefgh", True), ("aaaabbbb", False)])
+def test_a_fall_is_judged_by_prompts(prompts, warned):
+    """Gold fell by 0.5. Eight rows of 0 and 1, the first four alike, have a standard error of 0.19. Their two
+    prompts, if there are no more, have 0.5.
+    """
+    golds = [1.0] * 4 + [0.0] * 4
+    history = [
+        {"step": step, "eval_reward": reward, "eval_gold_reward": gold, "eval_kl": 1.0}
+        for step, reward, gold in ((1, 0.0, 1.0), (2, 1.0, 0.5))
+    ]
+    table = [{"prompt": prompt, "gold_reward": gold} for prompt, gold in zip(prompts, golds, strict=True)]
+    assert (overoptimization_warning(history, table, "gold_reward") is not None) is warned
 
 
 def test_several_answers_to_each_prompt_are_drawn(policy, tiny_tokenizer, tmp_path):

@@ -169,7 +169,7 @@ def test_what_was_measured_is_there_with_its_intervals(made):
             low, high = figures["accuracy_interval"]
             assert rows["accuracy"] == [f"{figures['accuracy']:.3f}", f"{low:.3f} to {high:.3f}"]
         if "pairs" in figures:
-            assert list(rows)[1:3] == ["accuracy", "accuracy of “longer wins”"]
+            assert list(rows)[:4] == ["pairs", "prompts", "accuracy", "accuracy of “longer wins”"]
             assert rows["accuracy of “longer wins”"][0] == f"{figures['accuracy_longer']:.3f}"
         if "confusion" in figures:
             counts = [[truth, *map(str, called.values())] for truth, called in figures["confusion"].items()]

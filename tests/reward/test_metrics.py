@@ -1,7 +1,6 @@
 """Metrics of scores, by hand."""
 
 import math
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.reward.intervals import interval, wilson_interval
+from pipeline.reward import weighted
+from pipeline.reward.intervals import bootstrap_interval, wilson_interval
 from pipeline.reward.metrics import (
     calibration,
     calibration_error,
@@ -122,16 +122,17 @@ LENGTHS = ([70, 80, 30, 10], [60, 50, 40, 20])
 
 
 def test_pair_metrics_by_hand() -> None:
-    found = without(pair_metrics(CHOSEN, REJECTED, LENGTHS), "reward_length_correlation")
+    found = without(
+        pair_metrics(CHOSEN, REJECTED, LENGTHS),
+        "accuracy",
+        "accuracy_longer",
+        "margin",
+        "reward_length_correlation",
+    )
     expected = {
         "pairs": 4,
         "accuracy": 0.75,
-        "accuracy_interval": [
-            0.25,
-            1.0,
-        ],  # of four draws at ¾, none is won with 0.4 %, at most one with 5 %, all with 32 %
         "accuracy_longer": 0.5,
-        "accuracy_longer_interval": [0.0, 1.0],
         "margin": 0.5,
         "calibration_error": 0.75 - 1 / (1 + math.exp(-1)),
         "reward_length_correlation": 1 - 6 * (1 + 4 + 1 + 0 + 1 + 0 + 1 + 0) / (8 * 63),
@@ -144,7 +145,8 @@ def test_pair_metrics_by_hand() -> None:
 def test_pair_metrics_by_source() -> None:
     found = pair_metrics(CHOSEN, REJECTED, LENGTHS, ["b", "a", "b", None])
     assert list(found)[-1] == "by_source"
-    assert found["by_source"] == {
+    sources = found["by_source"]
+    assert {name: without(rows, "accuracy_longer") for name, rows in sources.items()} == {
         "a": {
             "pairs": 1,
             "accuracy": 1.0,
@@ -183,51 +185,45 @@ def test_pair_metrics_of_ties_and_of_nothing() -> None:
     assert pair_metrics([], [], ([], [])) == {}
 
 
-# Intervals
+# Prompts
+
+SIX_ROWS = [5, 5, 5, 5, 9, 9]  # the prompts of six rows
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"), [([3.0], [3.0, 3.0]), ([2, 2, 2], [2.0, 2.0]), ([0, 1], [0.0, 1.0])]
-)
-def test_interval_of_few(values: list[float], expected: list[float]) -> None:
-    assert interval(values) == expected
-    assert is_plain(interval(values))
+def test_prompts_are_counted_and_resampled() -> None:
+    """The prompts, not the rows, decide an interval: it is that of the metrics of one row per prompt."""
+    scores, lengths = [1, 1, 1, 1, 0, 0], ([2] * 6, [1] * 6)
+    found = pair_metrics(scores, [0.5] * 6, lengths, ["a", "b"] * 3, SIX_ROWS)
+    assert (found["pairs"], found["prompts"], found["accuracy"]) == (6, 2, 4 / 6)
+    assert found["accuracy_longer_interval"] == wilson_interval(1.0, 2)
+    assert found["accuracy_interval"] == bootstrap_interval(weighted.ratio, [[4, 0], [4, 2]], None, 0.0, 1.0)
+    assert [source["prompts"] for source in found["by_source"].values()] == [2, 2]
+    assert "prompts" not in pair_metrics(scores, [0.5] * 6, lengths, groups=range(6))
+
+    ratings = rating_metrics(scores, [1] * 6, SIX_ROWS)
+    assert (ratings["rows"], ratings["prompts"]) == (6, 2)
+    labels = label_metrics(np.stack([np.zeros(6), scores], 1), [1] * 6, ["no", "yes"], 1, SIX_ROWS)
+    assert (labels["prompts"], labels["accuracy_interval"]) == (2, found["accuracy_interval"])
+    rankings = ranking_metrics([[2, 1]] * 5 + [[1, 1]], [[1, 2]] * 6, SIX_ROWS)
+    assert (rankings["rankings"], rankings["prompts"]) == (6, 2)
+    assert rankings["kendall_tau_interval"] == [2 * wilson_interval(1.0, 2)[0] - 1, 1.0]
 
 
-def test_interval_is_the_normal_one_where_rows_are_many() -> None:
-    half = 1.96 * 0.5 / 20
-    assert interval([0, 1] * 200) == pytest.approx([0.5 - half, 0.5 + half], abs=0.01)
-    assert interval([0, 1] * 200) == interval([0, 1] * 200) != interval([0, 1] * 200, seed=1)
-    assert interval([0, 1] * 200) != interval([0, 1] * 200, resamples=50)
-
-
-def test_interval_does_not_hold_all_its_resamples() -> None:
-    values = np.linspace(0, 1, 100_000)
-    tracemalloc.start()
-    found = interval(values, resamples=100)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10 * values.nbytes
-    assert found == pytest.approx([0.5 - 0.00179, 0.5 + 0.00179], abs=0.0008)
-
-
-def test_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        interval([])
-
-
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
-def test_interval_holds_the_mean_and_stays_among_the_values(values: list[float]) -> None:
-    low, high = interval(values, resamples=200)
-    assert min(values) - 1e-9 <= low <= np.mean(values) + 1e-9
-    assert np.mean(values) - 1e-9 <= high <= max(values) + 1e-9
+def test_training_has_no_intervals() -> None:
+    for metrics in (
+        rating_metrics([1, 2, 4], [1, 3, 2], intervals=False),
+        label_metrics([[0, 1], [1, 0], [0, 2]], [1, 0, 0], ["no", "yes"], 1, intervals=False),
+        ranking_metrics([[3, 1]] * 3, [[1, 2]] * 3, intervals=False),
+    ):
+        assert len(metrics) >= 3
+        assert not [name for name in metrics if "interval" in name]
 
 
 # Ratings
 
 
 def test_rating_metrics_by_hand() -> None:
-    found = without(rating_metrics([1, 2, 4], [1, 3, 2]), "spearman")
+    found = without(rating_metrics([1, 2, 4], [1, 3, 2]), "spearman", "rmse")
     assert found == pytest.approx({"rows": 3, "rmse": math.sqrt(5 / 3), "spearman": 1 - 6 * 2 / (3 * 8)})
     assert list(found) == ["rows", "rmse", "spearman"]
     assert is_plain(found)
@@ -259,14 +255,12 @@ LABELS = [1, 0, 1, 2, 0]
 
 
 def test_label_metrics_by_hand() -> None:
-    found = without(label_metrics(np.log(WEIGHTS).tolist(), LABELS, CLASSES, positive=1), "auroc", "f1")
+    found = without(
+        label_metrics(np.log(WEIGHTS).tolist(), LABELS, CLASSES, positive=1), "accuracy", "auroc", "f1"
+    )
     expected = {
         "rows": 5,
         "accuracy": 0.6,
-        "accuracy_interval": [
-            0.2,
-            1.0,
-        ],  # of five draws at 3/5, none is right with 1 %, at most one with 9 %, all with 8 %
         "auroc": 4 / 6,
         "f1": 2 * 1 / (2 * 1 + 1 + 1),
     }
@@ -331,7 +325,7 @@ def test_ranking_metrics_by_hand() -> None:
         "kendall_tau": (1 - 1 / math.sqrt(2 * 2)) / 2,  # the last two are constant
         "top_1": (1 + 0.5 + 0.5 + 1) / 4,
         "accuracy": (1 + 0.5 / 2 + 0.5) / 3,  # the last has no order
-        "accuracy_interval": interval([1, 0.25, 0.5]),
+        "accuracy_interval": bootstrap_interval(weighted.mean, [[1, 0.25, 0.5]], None, 0.0, 1.0),
     }
     assert list(found) == list(expected)
     assert all(found[name] == pytest.approx(value) for name, value in expected.items())

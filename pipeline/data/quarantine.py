@@ -3,16 +3,36 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.json_rows import MAX_DEPTH
+from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RawRow, RowError
 from pipeline.data.shelf import Shelf
 
 # Each row, and the reason why it is not kept, if any.
 RowOutcomes = Iterable[tuple[RawRow, RowError | None]]
+
+
+def row_outcomes(items: Sequence[ParsedRecord]) -> RowOutcomes:
+    """Yield the rows of the records; one that gave several has a fault if all do, which is the first's."""
+    for records in _records_by_row(items):
+        fault = records[0].fault if all(item.fault for item in records) else None
+        yield from ((row, fault) for row in records[0].rows)
+
+
+def count_left_out(items: Sequence[ParsedRecord]) -> Counter[str]:
+    """Return how many records of rows that are kept are not kept themselves, by reason."""
+    kept = (records for records in _records_by_row(items) if not all(item.fault for item in records))
+    return Counter(item.fault.reason for records in kept for item in records if item.fault)
+
+
+def _records_by_row(items: Sequence[ParsedRecord]) -> Iterator[Sequence[ParsedRecord]]:
+    starts = [place for place, item in enumerate(items) if item.is_first]
+    return (items[start:end] for start, end in pairwise([*starts, len(items)]))
 
 
 def write_quarantine(outcomes: RowOutcomes, path: Path) -> None:

@@ -31,6 +31,7 @@ from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
 from pipeline.data.serialized import read_list_cell, read_messages_cell
 from pipeline.data.shelf import Shelf, View, shelve
 from pipeline.data.sources import iter_rows
+from pipeline.data.steps import expand_trajectory, parse_tagged_steps
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 
@@ -39,6 +40,7 @@ from pipeline.errors import UserError
 ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
     "dialogues": [("chosen", "rejected")],
     "rankings": [("prompt", "response", "rank")],
+    "steps": [("question", "label"), ("input", "label")],  # PRM800K's and Math-Shepherd's
     "labels": [("text", "label"), ("messages", "label")],
     "demonstrations": [("messages",)],
 }
@@ -53,12 +55,16 @@ MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat
 
 @dataclass(slots=True)
 class ParsedRecord:
-    """A candidate record of one kind, and its raw rows: several if a ranking has a row per response."""
+    """A candidate record of one kind, and its raw rows: several if a ranking has a row per response.
+
+    One row may also give several records, one after the other: `is_first` marks the first of them.
+    """
 
     kind: str
     record: dict[str, Any]
     rows: Sequence[RawRow]
     fault: RowError | None = None
+    is_first: bool = True
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -73,7 +79,7 @@ class StoredRecord(ParsedRecord):
 
     def __init__(self, item: ParsedRecord, records: Shelf, rows: View) -> None:
         self._records, self._splits = records, item.splits
-        super().__init__(item.kind, item.record, rows, item.fault)
+        super().__init__(item.kind, item.record, rows, item.fault, item.is_first)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -99,8 +105,9 @@ def read_source(source: Source, folder: Path | None = None) -> list[ParsedRecord
 
     records = Shelf(folder)
     items: list[ParsedRecord] = [
-        _store(_parse_row(source, columns, row), records, View(rows.__getitem__, (place,)))
+        _store(item, records, View(rows.__getitem__, (place,)))
         for place, row in enumerate(rows)
+        for item in _parse_row(source, columns, row)
     ]
     return _group_rankings(items, records) if "rank" in columns else items
 
@@ -111,7 +118,7 @@ def _store(item: ParsedRecord, records: Shelf, rows: View) -> StoredRecord:
         return StoredRecord(item, records, rows)
     except RecursionError:
         fault = RowError("not-text", "is nested too deeply")
-        return StoredRecord(ParsedRecord(item.kind, {}, item.rows, fault), records, rows)
+        return StoredRecord(ParsedRecord(item.kind, {}, item.rows, fault, item.is_first), records, rows)
 
 
 # Columns
@@ -191,8 +198,8 @@ def _describe(source: Source) -> str:
     return f"{source.path or source.hub}: format {source.format}"
 
 
-def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedRecord:
-    """Map the columns of a row to ours; the fault of a wrong row goes into its record."""
+def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> list[ParsedRecord]:
+    """Map the columns of a row to ours. The fault of a wrong row goes into its record, which is empty."""
     kind = kind_of_format(source.format)
     try:
         if row.fault:
@@ -204,14 +211,21 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedR
         values = {name: _column_value(row.data, column) for name, column in named.items()} | source.values
         values = {name: drop_ignored(source, _read_cell(name, value)) for name, value in values.items()}
         context = {name: values.pop(name, None) for name in CONTEXT}
-        record = _to_record(columns, values)
-        record = add_context(record, **context, may_be_empty=KINDS[kind].prompt_may_be_empty)
-        return ParsedRecord(kind, record, [row])
+        may_be_empty = KINDS[kind].prompt_may_be_empty
+        parts = [
+            part if isinstance(part, RowError) else add_context(part, **context, may_be_empty=may_be_empty)
+            for part in _to_records(columns, values)
+        ]
     except RowError as error:
-        fault = RowError(error.reason, error.detail)  # without the frames that a raised one holds
-        return ParsedRecord(kind, {}, [row], fault)
+        parts = [RowError(error.reason, error.detail)]  # without the frames that a raised one holds
     except RecursionError:
-        return ParsedRecord(kind, {}, [row], RowError("not-text", "is nested too deeply"))
+        parts = [RowError("not-text", "is nested too deeply")]
+    return [
+        ParsedRecord(kind, {}, [row], part, is_first=not place)
+        if isinstance(part, RowError)
+        else ParsedRecord(kind, part, [row], is_first=not place)
+        for place, part in enumerate(parts)
+    ]
 
 
 def _read_cell(name: str, value: Any) -> Any:
@@ -241,6 +255,16 @@ def _column_value(data: dict[str, Any], column: str | list[str]) -> Any:
     return not_text[0] if not_text else "\n\n".join(parts)
 
 
+def _to_records(columns: tuple[str, ...], values: dict[str, Any]) -> list[dict[str, Any] | RowError]:
+    """Convert the values of a row to its records, and the reason for each part of it that is left out."""
+    if "question" in columns:
+        return [
+            part if isinstance(part, RowError) else part | values
+            for part in expand_trajectory(values["question"], values["label"])
+        ]
+    return [_to_record(columns, values)]
+
+
 def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
     """Convert the values of one column set to the columns of the kind.
 
@@ -257,6 +281,8 @@ def _to_record(columns: tuple[str, ...], values: dict[str, Any]) -> dict[str, An
         text = values["text"]
         prompt, completion = (text[:-1], text[-1:]) if isinstance(text, list) and text[1:] else ("", text)
         return values | {"prompt": prompt, "completion": completion}
+    if "input" in columns:
+        return values | parse_tagged_steps(values["input"], values["label"])
     if "chosen" in columns:
         return values | parse_dialogue(values["chosen"], values["rejected"])
     if not isinstance(values["messages"], list):

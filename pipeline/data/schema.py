@@ -62,6 +62,7 @@ KINDS = {
         ("prompt", "completions", "labels"),
         responses=lambda record: record["completions"],
         target=lambda record: [int(label) for label in record["labels"]],
+        optional=("answer",),
     ),
     "prompts": RecordKind(("prompt",), optional=("answer",)),
     # Rows of a file that `rlhf score` reads; no stage learns from them.

@@ -31,8 +31,11 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
         for ranking in rankings
         for response in _best_responses(ranking)
     )
-    prompts = (
-        {"prompt": record["prompt"]} for part in records.values() for record in part if record["prompt"]
+    prompts: Iterator[Record] = (
+        {name: record[name] for name in ("prompt", "answer") if name in record}
+        for part in records.values()
+        for record in part
+        if record["prompt"]
     )
     candidates: dict[str, Iterable[Record]] = {
         "comparisons": (pair for ranking in rankings for pair in _pairs(ranking, cut)),

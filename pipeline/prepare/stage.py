@@ -4,7 +4,7 @@ In: the sources of a config, each in one `format`, with its `columns` mapped. A 
 folder, a hub dataset, or the demo world.
 Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows.
 quarantine.jsonl has {source, line, reason, detail, row} for each row left out. For each source and in total,
-kept + quarantined == read.
+kept + quarantined == read. A row that gives several records is kept if one of them is.
 
 Kinds that no source has are derived: comparisons from rankings (every strictly ordered pair), demonstrations
 from chosen and best-ranked responses, prompts from all kinds.
@@ -26,7 +26,7 @@ from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.data.labels import class_names, merged_spellings
 from pipeline.data.notes import reading_notes
-from pipeline.data.quarantine import count_and_quarantine
+from pipeline.data.quarantine import count_and_quarantine, count_left_out, row_outcomes
 from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.data.schema import SPLITS, RawRow, Record
 from pipeline.data.shelf import View
@@ -89,6 +89,9 @@ def _log_counts(config: PrepareStage, folder: Path) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in rows["quarantined"].items())
     quarantined = f"; quarantined: {reasons}; see {folder}/quarantine.jsonl" if reasons else ""
     print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{quarantined}")
+    if parts := rows.get("left_out"):
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in parts.items())
+        print(f"  left out of these: {counts}")
 
     for source in config.source:
         for line in describe_reading(source):
@@ -129,9 +132,9 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
     nothing_kept = all(item.fault for item in items)
     for source, source_items in zip(config.source, items_by_source, strict=True):
         _require_valid_rows(source, source_items, CROSS_RECORD if not nothing_kept else ())
-    rows = count_and_quarantine(
-        ((row, item.fault) for item in items for row in item.rows), output / "quarantine.jsonl"
-    )
+    rows = count_and_quarantine(row_outcomes(items), output / "quarantine.jsonl")
+    if left_out := count_left_out(items):
+        rows["left_out"] = dict(sorted(left_out.items()))
 
     kept = [item for item in items if not item.fault]
     records = _view_kinds(kept)
@@ -181,7 +184,7 @@ def _require_valid_rows(
     if not items:
         raise UserError(f"{name}: holds no rows; check path, subset and split of the source")
 
-    faulty = [(row.source, row.line, item.fault) for item in items if item.fault for row in item.rows]
+    faulty = [(row.source, row.line, fault) for row, fault in row_outcomes(items) if fault]
     counts = Counter(fault.reason for *_, fault in faulty)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
     file, line, fault = min(faulty, key=lambda entry: entry[:2])

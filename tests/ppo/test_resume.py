@@ -68,8 +68,8 @@ def ending(folder: Path, digest: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def forms(tiny_records, tiny_gpt2, tmp_path_factory):
-    """In full with a function for its reward and a warm-up of the critic, and with LoRA, where the reward model is an adapter of the same
-    backbone.
+    """In full with a function for its reward and a warm-up of the critic, and with LoRA, where the reward
+    model is an adapter of the same backbone.
     """
     common = {
         "run": "t",

@@ -57,13 +57,12 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: Tensor | float) -> Tensor:
-    """Return (B, T) rewards: −kl_coef · kl on each real token, plus the (B,) score on the last real token.
+    """Return (B, T) rewards: the score of each real token, less kl_coef · kl.
 
-    This is eq. 2 of Ziegler et al. 2019. A row without real tokens gets no reward.
+    With a score on the last real token alone this is eq. 2 of Ziegler et al. 2019. `scores` and `kl` are
+    (B, T), and nothing off the mask is read.
     """
-    rewards = _zero_off_mask(-kl_coef * kl, mask)
-    last = mask.cumsum(1).argmax(1, keepdim=True)
-    return rewards.scatter_add(1, last, torch.where(mask.any(1), scores.to(rewards), 0.0).unsqueeze(1))
+    return _zero_off_mask(-kl_coef * kl, mask) + _zero_off_mask(scores.to(kl), mask)
 
 
 def gae(

@@ -3,7 +3,7 @@
 1. Sample a response to each prompt.
 2. Score the responses.
 3. Compute log-probabilities under the policy and its reference, and values.
-4. Shape the rewards: a KL penalty on every token, the score on the last.
+4. Shape the rewards: a KL penalty on every token, and the scores: one on the last, or some inside.
 5. Estimate advantages and returns.
 6. Split the rollout into minibatches, one optimizer step each.
 
@@ -36,13 +36,13 @@ TRAINED_ON = ("logprobs", "values", "advantages", "returns")
 class Rollout:
     """A scored rollout of B responses.
 
-    `raw_scores` are the rewards as the reward function returned them. `scores`, (B,), are normalized; PPO
-    learns from them. Every other tensor is (B, T) over response tokens.
+    `raw_scores` are the rewards of the responses as the reward function returned them, summed over tokens.
+    `token_scores` are normalized; PPO learns from them. Every tensor is (B, T) over response tokens.
     """
 
     responses: Responses
     raw_scores: list[float]
-    scores: Tensor
+    token_scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
@@ -54,6 +54,11 @@ class Rollout:
     def mask(self) -> Tensor:
         """(B, T), True on real response tokens."""
         return self.responses.response_mask.bool()
+
+    @property
+    def scores(self) -> Tensor:
+        """(B,) normalized scores of the responses: the sums of `token_scores`."""
+        return self.token_scores.sum(1)
 
     @property
     def kl(self) -> Tensor:
@@ -74,23 +79,24 @@ def collect_rollout(
     """Sample and score the responses of one rollout, and estimate their advantages.
 
     `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process and
-    returns B responses. `score` gets the responses and these rows; it returns raw and normalized scores.
-    `is_warmup` says whether the rollout trains the critic alone.
+    returns B responses. `score` gets the responses and these rows; it returns the raw reward of each response
+    and the (B, T) normalized scores of their tokens. `is_warmup` says whether the rollout trains the critic
+    alone.
     """
     # 1. Sample a response to each prompt.
     rows = global_rows(args, number)
     responses = sample(rows)
 
     # 2. Score the responses.
-    raw_scores, scores = score(responses, rows)
+    raw_scores, token_scores = score(responses, rows)
 
     # 3. Compute log-probabilities under the policy and its reference, and values.
     logprobs, ref_logprobs, values, entropy = _compute_token_stats(actor, responses, args, number, autocast)
 
-    # 4. Shape the rewards: a KL penalty on every token, the score on the last.
+    # 4. Shape the rewards: a KL penalty on every token, and the scores.
     mask = responses.response_mask.bool()
     kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
-    rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
+    rewards = functional.shape_rewards(token_scores, kl, mask, float(actor.kl_coef))
 
     # 5. Estimate advantages and returns. Whitening comes last: returns keep the scale of the rewards.
     lam, lam_value = _lambdas(mask, args, is_warmup)
@@ -98,7 +104,7 @@ def collect_rollout(
     _, returns = functional.gae(rewards, values, mask, args.gamma, lam_value)
     advantages = functional.whiten(advantages, mask)
     return Rollout(
-        responses, raw_scores, scores, logprobs, ref_logprobs, values, entropy, advantages, returns
+        responses, raw_scores, token_scores, logprobs, ref_logprobs, values, entropy, advantages, returns
     )
 
 

@@ -48,13 +48,13 @@ class Ragged:
         "old_values",
         "returns",
         "rewards",
+        "scores",
     )
 
     def __init__(self, lengths: list[int], seed: int):
         self.lengths, self.width = lengths, max(lengths) + 1
         random = np.random.default_rng(seed)
         self.arrays = {name: random.normal(0, 0.7, (len(lengths), self.width)) for name in self.NAMES}
-        self.scores = random.normal(0, 2, len(lengths))
         self.mask = torch.tensor([[t < length for t in range(self.width)] for length in lengths])
 
     def real(self, name: str) -> list[list[float]]:
@@ -73,8 +73,7 @@ class Ragged:
             name: torch.where(self.mask, torch.from_numpy(array), behind)
             for name, array in self.arrays.items()
         }
-        scores = torch.where(self.mask.any(1), torch.from_numpy(self.scores), fill[0])
-        return tensors | {"kl": tensors["logprobs"] - tensors["ref_logprobs"], "scores": scores}
+        return tensors | {"kl": tensors["logprobs"] - tensors["ref_logprobs"]}
 
 
 def close(found: Tensor, expected: Any) -> None:
@@ -105,15 +104,30 @@ def test_k1_and_k3_are_unbiased_and_other_kinds_are_refused() -> None:
 
 
 @pytest.mark.parametrize("coef", [0.5, torch.tensor(0.5, dtype=torch.float64)])
-def test_the_score_lands_on_the_last_real_token(coef: Any) -> None:
-    mask = torch.tensor(
-        [[True, True, False], [True, True, True], [False, False, False], [True, False, False]]
-    )
-    kl = torch.tensor([[1.0, 2.0, 9.0]] * 4)
+def test_each_token_gets_its_score_less_its_kl(coef: Any) -> None:
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    scores = torch.tensor([[0.0, 10.0, 0.0], [3.0, 0.0, 20.0], [0.0, 0.0, 0.0]])
     close(
-        shape_rewards(torch.tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, coef),
-        [[-0.5, 9, 0], [-0.5, -1, 15.5], [0, 0, 0], [39.5, 0, 0]],
+        shape_rewards(scores, torch.tensor([[1.0, 2.0, 9.0]] * 3), mask, coef),
+        [[-0.5, 9, 0], [2.5, -1, 15.5], [0, 0, 0]],
     )
+
+
+def test_rewards_inside_a_response_count_for_the_tokens_up_to_them() -> None:
+    """A step that ends in the second of four tokens earns 4, and the last one −2."""
+    rewards, mask = torch.tensor([[0.0, 4.0, 0.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
+    values = torch.tensor([[1.0, 2.0, -1.0, 0.0]])
+    # γ = λ = 1: what is still to come (2, 2, −2, −2) less the values
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    close(returns, [[2.0, 2.0, -2.0, -2.0]])
+    close(advantages, [[1.0, 0.0, -1.0, -2.0]])
+    # λ = 0: one step ahead, r + v' − v
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.0)
+    close(advantages, [[1.0, 1.0, 1.0, -2.0]])
+    close(returns, [[2.0, 3.0, 0.0, -2.0]])
+    # γ = λ = ½: δ = (0, 1.5, 1, −2), and a quarter of what follows
+    advantages, _ = gae(rewards, values, mask, 0.5, 0.5)
+    close(advantages, [[0 + 1.625 / 4, 1.5 + 0.5 / 4, 1 - 2 / 4, -2.0]])
 
 
 def test_gae_by_hand() -> None:
@@ -280,12 +294,9 @@ def test_rewards_and_advantages_agree_with_plain_loops(
     data = Ragged(lengths, seed)
     x, mask, width = data.tensors(), data.mask, data.width
     rewards = [
-        [-gamma * (p - q) for p, q in zip(*rows, strict=True)]
-        for rows in zip(data.real("logprobs"), data.real("ref_logprobs"), strict=True)
+        [score - gamma * (p - q) for p, q, score in zip(*rows, strict=True)]
+        for rows in zip(*map(data.real, ("logprobs", "ref_logprobs", "scores")), strict=True)
     ]
-    for row, score in zip(rewards, data.scores, strict=True):
-        if row:
-            row[-1] += float(score)
     close(shape_rewards(x["scores"], x["kl"], mask, gamma), padded(rewards, width))
 
     expected = [

@@ -30,7 +30,7 @@ from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.models.prompts import fit_prompts
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
-from pipeline.ppo.arguments import check_arguments, check_datasets
+from pipeline.ppo.arguments import check_arguments, check_datasets, warn_of_biased_penalty
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.demonstrations import demonstration_batches
@@ -108,6 +108,7 @@ class PPOTrainer(PolicyTrainer):
     ) -> None:
         check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
         check_datasets(args, train_dataset, eval_dataset, demonstrations)
+        warn_of_biased_penalty(args)
         make_savable(getattr(policy, "get_base_model", lambda: policy)())
 
         if generate is PolicyTrainer.generate:
@@ -239,7 +240,7 @@ class PPOTrainer(PolicyTrainer):
         state = next_warmup(self.actor.critic_warmup, explained_variance, number, patience)
         self.actor.critic_warmup.copy_(state)
         line = describe_end(state, explained_variance, number, patience)
-        if line is not None and self.args.should_save:
+        if line is not None and self.args.process_index == 0:
             print(f"  {line}", flush=True)
 
     def _load_demonstrations(self, rollout: int, step: int, count: int) -> tuple[list[Any], dict[str, Any]]:

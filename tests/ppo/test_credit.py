@@ -1,7 +1,8 @@
 """Credit inside a response, in a world where all of it is known by enumeration.
 
 A response is one or two tokens of three: token 2 ends it, and after two tokens it is cut. Every token has a
-reward. The seven responses are enumerated with their probabilities, so that expectations are exact.
+reward. The seven responses are enumerated with their probabilities, so that expectations are exact. The last
+test follows values and rewards through the trainer, token by token.
 """
 
 from itertools import product
@@ -11,7 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.models.chat import pad_rows, prompt_ids
+from pipeline.models.generation import Responses
+from pipeline.models.loading import load_policy
 from pipeline.ppo.functional import gae, kl_estimate, length_adaptive_lam, shape_rewards
+
+from .test_trainer import PROMPTS, trainer_of
 
 END = 2
 RESPONSES = [(END,), *((a, b) for a, b in product((0, 1), range(3)))]
@@ -126,3 +132,47 @@ def test_near_the_reference_k2_and_k3_in_the_reward_hardly_pull_back(kind: Any) 
         pulls.append(float(penalty_gradient(policy, reference, kind).norm() / kl_gradient.norm()))
     assert pulls[0] < 0.02
     assert pulls[1] == pytest.approx(pulls[0] / 10, rel=0.05)
+
+
+def ragged(policy: Any, tokenizer: Any, prompts: list[list[int]], noise: Tensor, **_: Any) -> Responses:
+    """Responses of 1, 2, 3, … tokens; every other one has no EOS."""
+    ids = [[5 + row] * row + [7 if row % 2 else tokenizer.eos_token_id] for row in range(len(prompts))]
+    tensors = (*pad_rows(prompts, 0, side="left"), *pad_rows(ids, 0))
+    return Responses(*tensors, tokenizer.batch_decode(ids), [row % 2 == 0 for row in range(len(ids))])
+
+
+def test_each_token_gets_the_value_of_its_state_and_the_rewards_from_it_on(
+    tiny_gpt2, tiny_tokenizer, tmp_path
+):
+    """Values of unpadded prefixes, one by one; rewards 1, 2, 3, … of tokens, 0.5 less without an EOS."""
+
+    def counting(completion_ids, **_):
+        return [[float(t + 1) for t in range(len(ids))] for ids in completion_ids]
+
+    policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
+    options = {"gamma": 0.5, "lam": 0.0, "lam_value": 1.0, "missing_eos_penalty": 0.5}
+    trainer = trainer_of(policy, tiny_tokenizer, tmp_path, counting, **options)
+    trainer.generate = ragged
+    torch.nn.init.normal_(trainer.actor.value_head.weight)
+    rollout = trainer.collect(0)
+
+    advantages, mask = torch.zeros_like(rollout.values), rollout.mask
+    rows = trainer._prompt_indices(list(range(len(mask))))
+    for row, number in enumerate(rows):
+        query = prompt_ids(tiny_tokenizer, PROMPTS[number]["prompt"])
+        response = rollout.responses.response_ids[row][mask[row]].tolist()
+        rewards = [float(t + 1) for t in range(len(response))]
+        rewards[-1] -= 0.5 if row % 2 else 0.0
+        values = []
+        for t in range(len(response)):
+            prefix = torch.tensor([query + response[:t]])
+            with torch.no_grad():
+                state = policy(prefix, output_hidden_states=True).hidden_states[-1][0, -1]
+                values.append(float(trainer.actor.value_head(state)))
+        for t, after in enumerate([*values[1:], 0.0]):
+            assert float(rollout.values[row, t]) == pytest.approx(values[t], abs=1e-4)
+            discounted = sum(0.5**i * reward for i, reward in enumerate(rewards[t:]))
+            assert float(rollout.returns[row, t]) == pytest.approx(discounted, abs=1e-4)
+            advantages[row, t] = rewards[t] + 0.5 * after - values[t]
+    white = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0)
+    torch.testing.assert_close(rollout.advantages[mask], white[mask], atol=1e-4, rtol=1e-4)

@@ -179,7 +179,7 @@ class PPOTrainer(PolicyTrainer):
         kl = float(self.accelerator.reduce(rollout.kl.mean(), "mean"))
         check_kl(kl, self.args.max_kl, number, str(self.args.output_dir))
         if self._is_warmup:
-            self._update_warmup(number, metrics["val/explained_variance"])
+            self._update_warmup(number, metrics)
         else:
             self._update_kl_coef(kl)
         return rollout
@@ -232,14 +232,14 @@ class PPOTrainer(PolicyTrainer):
             return self.args.critic_warmup_rollouts
         return int(self.actor.critic_warmup[-1])
 
-    def _update_warmup(self, number: int, explained_variance: float) -> None:
+    def _update_warmup(self, number: int, metrics: dict[str, float]) -> None:
         """Decide whether the warm-up ends with this rollout; all ranks decide alike."""
         patience = self.args.critic_warmup_patience
         if patience is None:
             return
-        state = next_warmup(self.actor.critic_warmup, explained_variance, number, patience)
+        state = next_warmup(self.actor.critic_warmup, metrics["val/r_squared"], number, patience)
         self.actor.critic_warmup.copy_(state)
-        line = describe_end(state, explained_variance, number, patience)
+        line = describe_end(state, metrics, number, patience)
         if line is not None and self.args.process_index == 0:
             print(f"  {line}", flush=True)
 

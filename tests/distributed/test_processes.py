@@ -158,7 +158,7 @@ def test_two_processes_decide_alike_when_the_critics_warm_up_ends(trained):
         ]
         for processes, folder in trained.items()
     }
-    for name in ("val/critic_warmup", "val/explained_variance"):
+    for name in ("val/critic_warmup", "val/explained_variance", "val/r_squared"):
         one, two = ([entry[name] for entry in entries[processes]] for processes in (1, 2))
         assert two == pytest.approx(one, abs=1e-5)
     lines = [

@@ -20,7 +20,7 @@ from pipeline.reward import batching
 from pipeline.reward.functions import RewardSource
 
 REFERENCE = "reference"
-BUFFERS = {"kl_coef", "score_sums"}
+BUFFERS = {"kl_coef", "score_sums", "critic_warmup"}
 
 
 class Outputs(NamedTuple):
@@ -45,6 +45,7 @@ class ActorCritic(nn.Module):
 
     kl_coef: Tensor
     score_sums: Tensor
+    critic_warmup: Tensor  # only with a `critic_warmup_patience`: see `pipeline.ppo.warmup`
 
     def __init__(self, policy: Any, kl_coef: float):
         super().__init__()

@@ -47,6 +47,19 @@ def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demon
         _check_rows("demonstrations", demonstrations, "prompt", "completion")
 
 
+def warn_of_biased_penalty(args: PPOConfig) -> None:
+    """Print, in one process, that k2 and k3 as a reward have another gradient than the KL.
+
+    See "A Comedy of Estimators" (arXiv:2512.21852), arXiv:2510.01555, and `tests/ppo/test_credit.py`.
+    """
+    if args.kl_estimator != "k1" and args.kl_coef and args.process_index == 0:
+        print(
+            f"  kl_estimator: {args.kl_estimator} is a biased penalty: inside the reward its gradient is not "
+            "that of the KL, and near the reference it hardly pulls back; k1's is the KL's",
+            flush=True,
+        )
+
+
 def _check_rows(name: str, rows: Any, *columns: str) -> None:
     """Raise `UserError` unless the argument `name` is a dataset with at least one row and these columns."""
     _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset")

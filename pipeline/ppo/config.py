@@ -261,8 +261,8 @@ class PPOConfig(TrainingArguments):
     critic_warmup_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Fit Monte-Carlo returns in the warm-up, and end it early: once the explained variance "
-            "on new rollouts has not risen for so many."
+            "help": "Fit Monte-Carlo returns in the warm-up, and end it early: once the variance explained "
+            "in new rollouts has not risen for so many."
         },
     )
 

@@ -181,12 +181,34 @@ def next_kl_coef(coef: float, kl: float, target: float | None, horizon: float, r
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 − Var(R − v) / Var(R) over real tokens.
+    """Return 1 − Var(R − v) / Var(R) over the real tokens of all ranks together.
 
     It is 1 for a perfect critic and 0 for one that predicts the mean.
     """
-    residual, target = (returns - values)[mask], returns[mask]
-    return 1 - residual.var(correction=0) / target.var(correction=0).clamp_min(math.ulp(1.0))
+    residual, target = _variance(returns - values, mask), _variance(returns, mask)
+    return 1 - residual / target.clamp_min(math.ulp(1.0))
+
+
+def r_squared(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Return 1 − E[(R − v)²] / Var(R) over the real tokens of all ranks together.
+
+    It is the explained variance less what a wrong mean of the values costs: equal to it without such a bias.
+    """
+    squares = (returns - values)[mask].double().square()
+    count, total = _sum_over_ranks(torch.stack([mask.sum().double(), squares.sum()]))
+    return 1 - total / count / _variance(returns, mask).double().clamp_min(math.ulp(1.0))
+
+
+def _variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the variance over the real tokens of all ranks, by the law of total variance.
+
+    On one rank it is the very number that `Tensor.var` returns.
+    """
+    real = x[mask]
+    mean, variance = real.mean().double(), real.var(correction=0).double()
+    count, total = _sum_over_ranks(torch.stack([mask.sum().double(), mask.sum() * mean]))
+    within_and_between = mask.sum() * (variance + (mean - total / count).square())
+    return (_sum_over_ranks(within_and_between) / count).to(x.dtype)
 
 
 def _zero_off_mask(x: Tensor, mask: Tensor) -> Tensor:

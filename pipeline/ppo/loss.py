@@ -19,7 +19,8 @@ def ppo_loss(
     `batch` holds the rollout's `logprobs`, `values`, `advantages`, `returns` and `response_mask`, (b, T)
     each. `num_tokens` of it is the number of real tokens of the minibatch on all ranks. Every term is a sum
     over tokens divided by that number, so that micro-batches and ranks add up to their minibatch. With
-    `value_only`, during the warm-up of the critic, only the value loss counts.
+    `value_only`, during the warm-up of the critic, only the value loss counts; if the warm-up fits fixed
+    returns, values are not clipped.
     """
     mask, tokens = batch["response_mask"].bool(), batch["num_tokens"]
     policy = functional.policy_loss(
@@ -32,8 +33,9 @@ def ppo_loss(
         args.dual_clip,
         num_tokens=tokens,
     )
+    clip = None if value_only and args.critic_warmup_patience is not None else args.clip_value
     value = functional.value_loss(
-        out.values, batch["values"], batch["returns"], mask, args.clip_value, num_tokens=tokens
+        out.values, batch["values"], batch["returns"], mask, clip, num_tokens=tokens
     )
     entropy = torch.where(mask, out.entropy, 0.0).sum() / tokens
 

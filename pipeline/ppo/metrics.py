@@ -34,4 +34,6 @@ def rollout_metrics(
         "val/num_eos_tokens": (is_end & mask).sum() * args.world_size,
         "val/explained_variance": functional.explained_variance(rollout.values, rollout.returns, mask),
     }
+    if args.critic_warmup_patience is not None:
+        metrics["val/r_squared"] = functional.r_squared(rollout.values, rollout.returns, mask)
     return {name: float(value) for name, value in metrics.items()}

@@ -74,12 +74,14 @@ def collect_rollout(
     sample: Callable[[list[int]], Responses],
     score: Callable[[Responses, list[int]], tuple[list[float], Tensor]],
     autocast: Callable[[], AbstractContextManager[Any]],
+    is_warmup: bool,
 ) -> Rollout:
     """Sample and score the responses of one rollout, and estimate their advantages.
 
     `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process and
     returns B responses. `score` gets the responses and these rows; it returns the raw reward of each response
-    and the (B, T) normalized scores of their tokens.
+    and the (B, T) normalized scores of their tokens. `is_warmup` says whether the rollout trains the critic
+    alone.
     """
     # 1. Sample a response to each prompt.
     rows = global_rows(args, number)
@@ -97,7 +99,7 @@ def collect_rollout(
     rewards = functional.shape_rewards(token_scores, kl, mask, float(actor.kl_coef))
 
     # 5. Estimate advantages and returns. Whitening comes last: returns keep the scale of the rewards.
-    lam, lam_value = _lambdas(mask, args)
+    lam, lam_value = _lambdas(mask, args, is_warmup)
     advantages, _ = functional.gae(rewards, values, mask, args.gamma, lam)
     _, returns = functional.gae(rewards, values, mask, args.gamma, lam_value)
     advantages = functional.whiten(advantages, mask)
@@ -115,9 +117,11 @@ def global_rows(args: PPOConfig, number: int) -> list[int]:
     return list(range(start, start + args.rollout_rows))
 
 
-def _lambdas(mask: Tensor, args: PPOConfig) -> tuple[Tensor | float, float]:
+def _lambdas(mask: Tensor, args: PPOConfig, is_warmup: bool) -> tuple[Tensor | float, float]:
     """Return GAE's λ of the policy's advantages, one number or one per response, and that of the returns."""
     lam = args.lam if args.lam_length is None else functional.length_adaptive_lam(mask, args.lam_length)
+    if is_warmup and args.critic_warmup_patience is not None:
+        return lam, 1.0
     return lam, args.lam if args.lam_value is None else args.lam_value
 
 
@@ -239,7 +243,6 @@ class RolloutDataLoader:
             self.minibatch = (rollout, rows)
             batches, common = self.demonstrations(self.number, step, len(rows))
             common |= {
-                "rollout": self.number,
                 "first": step == 0,
                 "num_tokens": self.reduce(rollout.mask[rows].sum()),
             }

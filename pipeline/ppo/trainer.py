@@ -30,7 +30,7 @@ from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.models.prompts import fit_prompts
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
-from pipeline.ppo.arguments import check_arguments, check_datasets
+from pipeline.ppo.arguments import check_arguments, check_datasets, warn_of_biased_penalty
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.demonstrations import demonstration_batches
@@ -41,6 +41,7 @@ from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_b
 from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
 from pipeline.ppo.scores import normalize_scores, stack_rewards
+from pipeline.ppo.warmup import describe_end, initial_warmup, next_warmup
 from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
 from pipeline.reward.model import RewardModel
 from pipeline.reward.token_rewards import total_reward
@@ -108,6 +109,7 @@ class PPOTrainer(PolicyTrainer):
     ) -> None:
         check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
         check_datasets(args, train_dataset, eval_dataset, demonstrations)
+        warn_of_biased_penalty(args)
         make_savable(getattr(policy, "get_base_model", lambda: policy)())
 
         if generate is PolicyTrainer.generate:
@@ -125,12 +127,15 @@ class PPOTrainer(PolicyTrainer):
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
         self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
+        self._is_warmup = False  # whether this rollout trains the critic alone
 
         model = ActorCritic(policy, args.kl_coef)
         if args.value_init == "reward":
             width = model.value_head.in_features
             state = value_head_from_reward(self.reward, width, args.score_normalization)
             model.value_head.load_state_dict(state)
+        if args.critic_warmup_patience is not None:
+            model.register_buffer("critic_warmup", initial_warmup(args.critic_warmup_rollouts))
 
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, rows in data.items():
@@ -162,16 +167,22 @@ class PPOTrainer(PolicyTrainer):
         """
         self.clock.setdefault("since", time.perf_counter())
         self._skip_rest = False
+        self._is_warmup = number < self._warmup_rollouts()
         rollout = with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(number))
 
         metrics = rollout_metrics(rollout, float(self.actor.kl_coef), self.args, self.ends)
+        if self.args.critic_warmup_patience is not None:
+            metrics["val/critic_warmup"] = float(self._is_warmup)
         for name, value in metrics.items():
             self.running_metrics[name].append(value)
         self.clock["tokens"] += float(rollout.mask.sum()) * self.args.world_size
 
         kl = float(self.accelerator.reduce(rollout.kl.mean(), "mean"))
         check_kl(kl, self.args.max_kl, number, str(self.args.output_dir))
-        self._update_kl_coef(kl)
+        if self._is_warmup:
+            self._update_warmup(number, metrics)
+        else:
+            self._update_kl_coef(kl)
         return rollout
 
     def _collect(self, number: int) -> Rollout:
@@ -182,6 +193,7 @@ class PPOTrainer(PolicyTrainer):
             sample=partial(self._sample_rows, number),
             score=self._score_rows,
             autocast=self.accelerator.autocast,
+            is_warmup=self._is_warmup,
         )
 
     def _prompt_indices(self, rows: list[int]) -> list[int]:
@@ -215,6 +227,23 @@ class PPOTrainer(PolicyTrainer):
         coef = next_kl_coef(float(self.actor.kl_coef), kl, args.kl_target, args.kl_horizon, responses)
         self.actor.kl_coef.fill_(coef)
 
+    def _warmup_rollouts(self) -> int:
+        """Return how many first rollouts train the critic alone, as far as is decided."""
+        if self.args.critic_warmup_patience is None:
+            return self.args.critic_warmup_rollouts
+        return int(self.actor.critic_warmup[-1])
+
+    def _update_warmup(self, number: int, metrics: dict[str, float]) -> None:
+        """Decide whether the warm-up ends with this rollout; all ranks decide alike."""
+        patience = self.args.critic_warmup_patience
+        if patience is None:
+            return
+        state = next_warmup(self.actor.critic_warmup, metrics["val/r_squared"], number, patience)
+        self.actor.critic_warmup.copy_(state)
+        line = describe_end(state, metrics, number, patience)
+        if line is not None and self.args.process_index == 0:
+            print(f"  {line}", flush=True)
+
     def _load_demonstrations(self, rollout: int, step: int, count: int) -> tuple[list[Any], dict[str, Any]]:
         """Return the demonstrations of each micro-batch of a minibatch, and their tokens on all ranks.
 
@@ -241,9 +270,9 @@ class PPOTrainer(PolicyTrainer):
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
 
-        if inputs["last"] and inputs["rollout"] < self.args.critic_warmup_rollouts:
+        if inputs["last"] and self._is_warmup:
             for name, parameter in self.actor.named_parameters():
-                if not name.startswith("value_head."):
+                if not is_critics(name):
                     # Not zeros: Adam would average them in, and weight decay would shrink the weights.
                     parameter.grad = None
 
@@ -257,28 +286,27 @@ class PPOTrainer(PolicyTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Return the loss of a micro-batch (`pipeline.ppo.loss`), and record its metrics."""
-        args, is_warmup = self.args, inputs["rollout"] < self.args.critic_warmup_rollouts
         out = model(
             inputs["query_ids"],
             inputs["query_mask"],
             inputs["response_ids"],
             inputs["response_mask"],
-            args.temperature,
+            self.args.temperature,
             demonstrations=inputs["demonstrations"],
-            value_head_only=is_warmup,
+            value_head_only=self._is_warmup,
         )
         mask = inputs["response_mask"].bool()
         if inputs["first"]:
             self._check_ratio(out.logprobs, inputs["logprobs"], mask)
-        loss, metrics = ppo_loss(out, inputs, args, value_only=is_warmup)
+        loss, metrics = ppo_loss(out, inputs, self.args, value_only=self._is_warmup)
 
         # Metrics of micro-batches and ranks add up to a minibatch; the log has the mean over minibatches.
-        count = args.gradient_accumulation_steps * args.world_size
+        count = self.args.gradient_accumulation_steps * self.args.world_size
         for name, value in metrics.items():
             self.running_metrics[name].append(value.detach() * count)
         ratio = (out.logprobs.detach() - inputs["logprobs"]).exp()[mask].mean()
         self.running_metrics["val/ratio"].append(ratio)
-        return loss * args.world_size  # gradients are averaged over ranks
+        return loss * self.args.world_size  # gradients are averaged over ranks
 
     def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
         """Raise `UserError` if the ratio of a rollout's first minibatch is not 1.
@@ -371,3 +399,8 @@ class PPOTrainer(PolicyTrainer):
         super().write(folder, weights)
         state = submodule_state(weights, "value_head") or self.actor.value_head.state_dict()
         save_file(state, folder / VALUE_HEAD)
+
+
+def is_critics(name: str) -> bool:
+    """Return whether the parameter of this name in `ActorCritic` belongs to the critic."""
+    return name.startswith("value_head.")

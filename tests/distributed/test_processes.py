@@ -25,7 +25,7 @@ pytestmark = pytest.mark.long
 ROOT = RECIPES.parent
 TOGETHER = str(ROOT / "tests/distributed/together.py")
 ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for number in range(5)]
-STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo")
+STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo", "ppo-critic")
 
 
 def start(
@@ -160,17 +160,35 @@ def assert_the_same_samples(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_learn_what_one_does(trained, stage):
     one, two = (learned(trained[processes], stage) for processes in (1, 2))
-    assert len(one[0]) == (3 if stage == "ppo" else 4)
+    assert len(one[0]) == (3 if stage.startswith("ppo") else 4)
     assert_the_same(one, two)
     if stage == "ppo":
         assert_the_same_samples(trained[1], trained[2])
+
+
+def test_two_processes_decide_alike_when_the_critics_warm_up_ends(trained):
+    entries = {
+        processes: [
+            entry
+            for line in (folder / "ppo-critic/log.jsonl").open(encoding="utf-8")
+            if "val/critic_warmup" in (entry := json.loads(line))
+        ]
+        for processes, folder in trained.items()
+    }
+    for name in ("val/critic_warmup", "val/explained_variance", "val/r_squared"):
+        one, two = ([entry[name] for entry in entries[processes]] for processes in (1, 2))
+        assert two == pytest.approx(one, abs=1e-5)
+    lines = [
+        (folder / "printed.txt").read_text().count("the critic's warm-up ends") for folder in trained.values()
+    ]
+    assert lines == [1, 1]
 
 
 def test_two_processes_that_share_the_weights_learn_what_one_does(
     trained, tiny_feedback, tiny_llama, tmp_path
 ):
     """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
-    stages = ("sft", "ranking", "ppo")
+    stages = ("sft", "ranking", "ppo", "ppo-critic")
     launch(
         2,
         str(ROOT / "tests/distributed/sharded.py"),

@@ -39,6 +39,17 @@ OBJECTIVES = {
     "classification": ["positive_label=nothate"],
     "regression": [],
 }
+PPO = {
+    "ppo": {},
+    "ppo-bf16": {"bf16": True},
+    "ppo-critic": {
+        "lam_value": 1.0,
+        "lam_length": 0.5,
+        "clip_value": None,
+        "critic_warmup_rollouts": 2,
+        "critic_warmup_patience": 1,
+    },
+}
 SCORING = {"score": "answers.jsonl", "best-of-n": "prompts.jsonl"}
 ROWS = 8  # of a step, whoever trains on them
 
@@ -61,8 +72,8 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
             "logging_strategy": "steps",
         }
         given += [f"training.{key}={value}" for key, value in trained.items()]
-        if stage in ("ppo", "ppo-bf16"):
-            ppo(folder / stage, model, bf16=stage == "ppo-bf16")
+        if stage in PPO:
+            ppo(folder / stage, model, **PPO[stage])
         elif stage in SCORING:
             scored = ["--input", str(folder / SCORING[stage]), "--output", str(folder / f"{stage}.jsonl")]
             policy = (

@@ -21,6 +21,7 @@ from pipeline.ppo.functional import (
     length_adaptive_lam,
     next_kl_coef,
     policy_loss,
+    r_squared,
     shape_rewards,
     value_loss,
     whiten,
@@ -247,6 +248,17 @@ def test_explained_variance_of_a_perfect_a_mean_and_a_wrong_critic() -> None:
         close(explained_variance(torch.tensor([values]), returns, mask), expected)
 
 
+def test_r_squared_of_a_perfect_a_mean_and_a_biased_critic() -> None:
+    returns, mask = torch.tensor([[1.0, 3.0, 77.0]]), torch.tensor([[True, True, False]])
+    for values, expected in (
+        ([1.0, 3.0, 0.0], 1.0),
+        ([2.0, 2.0, 9.0], 0.0),
+        ([2.0, 4.0, 0.0], 0.0),
+        ([0.0] * 3, -4.0),
+    ):
+        close(r_squared(torch.tensor([values]), returns, mask), expected)
+
+
 # Oracles: one real token after the other
 
 
@@ -379,6 +391,7 @@ MASKED: dict[str, Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]] = {
     "gae": lambda x, mask: gae(x["rewards"], x["values"], mask, 0.99, 0.95),
     "whiten": lambda x, mask: (whiten(x["advantages"], mask),),
     "explained_variance": lambda x, mask: (explained_variance(x["values"], x["returns"], mask),),
+    "r_squared": lambda x, mask: (r_squared(x["values"], x["returns"], mask),),
     "policy_loss": _policy,
     "value_loss": _value,
 }

@@ -178,6 +178,14 @@ def test_running_normalisation_is_exact_far_from_zero(make):
 # The losses
 
 
+@pytest.mark.parametrize(
+    ("kind", "coef", "lines"), [("k1", 0.1, 0), ("k2", 0.1, 1), ("k3", 0.1, 1), ("k3", 0.0, 0)]
+)
+def test_a_penalty_with_a_biased_gradient_is_warned_of(kind, coef, lines, make, capsys):
+    make(kl_estimator=kind, kl_coef=coef)
+    assert capsys.readouterr().out.count(f"kl_estimator: {kind} is a biased penalty") == lines
+
+
 def test_while_the_critic_warms_up_nothing_else_learns(make):
     assert changed(make(critic_warmup_rollouts=1, weight_decay=0.1)) == {
         "value_head.weight",

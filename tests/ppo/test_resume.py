@@ -29,6 +29,13 @@ TRAINING = {
     "eval_steps": 2,
     "value_init": "zero",
 }
+CRITIC = {
+    "lam_value": 1.0,
+    "lam_length": 0.5,
+    "clip_value": None,
+    "critic_warmup_rollouts": 3,
+    "critic_warmup_patience": 1,
+}
 KILLS = 10
 
 
@@ -61,8 +68,8 @@ def ending(folder: Path, digest: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def forms(tiny_records, tiny_gpt2, tmp_path_factory):
-    """In full with a function for its reward, and with LoRA, where the reward model is an adapter of the same
-    backbone.
+    """In full with a function for its reward and a warm-up of the critic, and with LoRA, where the reward
+    model is an adapter of the same backbone.
     """
     common = {
         "run": "t",
@@ -74,7 +81,8 @@ def forms(tiny_records, tiny_gpt2, tmp_path_factory):
         config.RewardStage(model=str(tiny_gpt2), max_length=64, training={"max_steps": 2}, **common)
     )
     on_it = {"lora": {"r": 2}, "reward": str(learned), "one_backbone": "always"}
-    return {"full": {"reward": "pipeline.prepare.demo:gold_reward"}, "lora": on_it}
+    full = {"reward": "pipeline.prepare.demo:gold_reward", "training": TRAINING | CRITIC}
+    return {"full": full, "lora": on_it}
 
 
 @pytest.mark.parametrize("form", ["full", "lora"])

@@ -28,6 +28,15 @@ PROMPTS = Dataset.from_list(
         )
     ]
 )
+# Options that decide how credit is given inside a response, and a warm-up of the critic.
+CREDIT = {
+    "lam": 0.9,
+    "lam_value": 1.0,
+    "lam_length": 0.5,
+    "clip_value": None,
+    "critic_warmup_rollouts": 1,
+    "critic_warmup_patience": 2,
+}
 
 
 def evenness(prompts, completions, completion_ids, ended, **_):
@@ -118,7 +127,8 @@ def test_minibatches_partition_the_rollout(policy, tiny_tokenizer, tmp_path):
     assert plans[0] != plans[1]
 
 
-def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("more", [{}, CREDIT], ids=["plain", "credit"])
+def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(more, tiny_gpt2, tiny_tokenizer, tmp_path):
     weights = []
     for micro, parts in ((8, 1), (2, 4)):
         policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
@@ -132,11 +142,12 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_
             policy,
             tiny_tokenizer,
             tmp_path,
-            num_rollouts=1,
+            num_rollouts=2 if more else 1,
             optim="sgd",
             learning_rate=1.0,
             max_grad_norm=0.0,
             **cut,
+            **more,
         )
         trainer.train()
         weights.append(trainer.actor.state_dict())
@@ -146,15 +157,20 @@ def test_the_gradient_does_not_depend_on_how_a_minibatch_is_cut(tiny_gpt2, tiny_
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapt", [lambda policy: policy, lora], ids=["full", "lora"])
-def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("adapt", "more"),
+    [(lambda policy: policy, {}), (lora, {}), (lora, CREDIT | {"critic_warmup_rollouts": 3})],
+    ids=["full", "lora", "in the warm-up"],
+)
+def test_an_interrupted_run_ends_in_the_same_bits(
+    adapt, more, tiny_gpt2, tiny_tokenizer, tmp_path, monkeypatch
+):
     def make(folder):
         torch.manual_seed(0)
         policy = adapt(load_policy(str(tiny_gpt2), tiny_tokenizer))
-        saved = {"save_strategy": "steps", "save_steps": 4, "score_normalization": "running"}
-        return trainer_of(
-            policy, tiny_tokenizer, folder, evenness_by_token, num_rollouts=4, kl_target=0.1, **saved
-        )
+        saved = {"num_rollouts": 4, "save_strategy": "steps", "save_steps": 4, "kl_target": 0.1}
+        saved |= {"score_normalization": "running"} | more
+        return trainer_of(policy, tiny_tokenizer, folder, evenness_by_token, **saved)
 
     alone = make(tmp_path / "alone")
     alone.train()
@@ -171,6 +187,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(adapt, tiny_gpt2, tiny_tokeniz
     assert expected.keys() == found.keys() >= {"kl_coef", "value_head.weight"}
     assert float(expected["kl_coef"]) != 0.05
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name, state in alone.optimizer.state_dict()["state"].items():
+        assert all(
+            torch.equal(state[key], resumed.optimizer.state_dict()["state"][name][key]) for key in state
+        )
 
 
 @pytest.mark.parametrize("adapt", [lambda policy: policy, lora], ids=["full", "lora"])

@@ -17,11 +17,12 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 _EXPORTS = {
+    "Critic": "pipeline.ppo.critic",
     "RewardModel": "pipeline.reward.model",
     "PPOTrainer": "pipeline.ppo.trainer",
     "PPOConfig": "pipeline.ppo.config",
 }
-__all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
+__all__ = ["Critic", "PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,15 @@
 from typing import Any
 
 from datasets import Dataset
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
+from pipeline.ppo.backbone_compat import modifies_base
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.critic import CRITIC, Critic, critic_lora
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.model import RewardModel
 
@@ -32,6 +35,50 @@ def check_arguments(
         _expect(name, function, function is None or callable(function), "a reward function, or None")
     if isinstance(policy, PeftModel):
         _check_adapters(policy)
+
+
+def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> None:
+    """Raise `UserError` if the critic is no `Critic`, or cannot be trained beside the policy."""
+    _expect("critic", critic, isinstance(critic, Critic), "a pipeline.Critic")
+    if args.value_init == "reward" and (critic.on != "trunk" or critic.value_head is not None):
+        raise UserError(
+            "ppo: value_init: reward gives the value head on the policy's trunk the reward model's weights, "
+            "but the critic has a source or a trunk of its own; use value_init: zero"
+        )
+    if critic.on == "model":
+        _expect("critic.model", critic.model, isinstance(critic.model, nn.Module), "a language model")
+        rows = critic.model.get_input_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            raise UserError(
+                f"ppo: critic: its model reads {rows} token ids, and the policy's tokenizer has "
+                f"{len(tokenizer)}; expected a model of the same vocabulary"
+            )
+    elif critic.on == "adapter":
+        if not isinstance(policy, PeftModel):
+            raise UserError(
+                "ppo: critic.on: adapter needs a policy that is trained with LoRA; add a 'lora:' section, or "
+                "set critic.on: model"
+            )
+        if CRITIC in policy.peft_config:
+            raise UserError(f"ppo: policy: has an adapter named {CRITIC!r} already; give it another name")
+        adapters = {"the policy's": policy.peft_config[str(policy.active_adapter)]}
+        for owner, lora in (adapters | {"the critic's": critic_lora(policy, critic)}).items():
+            if setting := modifies_base(lora):
+                raise UserError(
+                    f"ppo: critic.on: adapter: {owner} adapter has {setting}, which an adapter on a shared "
+                    "base cannot have; set critic.on: model"
+                )
+
+
+def check_launch(critic: Critic, accelerator: Accelerator) -> None:
+    """Raise `UserError` if the launch checkpoints layers itself, without the adapter of their forward."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if critic.on == "adapter" and getattr(plugin, "activation_checkpointing", False):
+        raise UserError(
+            "ppo: fsdp_activation_checkpointing: true computes a layer again with whichever adapter is active "
+            "by then, so critic.on: adapter would get wrong gradients; set it to false, and "
+            "training.gradient_checkpointing: true"
+        )
 
 
 def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demonstrations: Any) -> None:

@@ -96,12 +96,12 @@ def _adapter_mismatch(config: PPOStage, policy: Artifact, adapter: PeftConfig) -
         own = build_lora_config(config, TaskType.CAUSAL_LM)
 
     for owner, lora in (("its", adapter), ("the policy's", own)):
-        if setting := _modifies_base(lora):
+        if setting := modifies_base(lora):
             return f"{owner} adapter has {setting}, which an adapter on a shared base cannot have"
     return None
 
 
-def _modifies_base(adapter: PeftConfig | None) -> str | None:
+def modifies_base(adapter: PeftConfig | None) -> str | None:
     """Return the setting of an adapter that changes the base, or that PEFT allows for one adapter only."""
     if not isinstance(adapter, LoraConfig):
         return f"peft_type={getattr(adapter, 'peft_type', None)}"

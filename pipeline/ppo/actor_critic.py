@@ -132,7 +132,7 @@ class ActorCritic(nn.Module):
         return state_width(self.policy.get_base_model().base_model if self.critic is None else self.critic)
 
     def critic_names(self) -> set[str]:
-        """Return the names of the critic's parameters: the value head's, and those of its adapter or trunk."""
+        """Return the names of the parameters of the value head and of the critic's adapter or trunk."""
         return {
             name
             for name, _ in self.named_parameters()

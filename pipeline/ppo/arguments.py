@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from datasets import Dataset
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -61,13 +61,17 @@ def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> N
             )
         if CRITIC in policy.peft_config:
             raise UserError(f"ppo: policy: has an adapter named {CRITIC!r} already; give it another name")
-        adapters = {"the policy's": policy.peft_config[str(policy.active_adapter)]}
-        for owner, lora in (adapters | {"the critic's": critic_lora(policy, critic)}).items():
-            if setting := modifies_base(lora):
-                raise UserError(
-                    f"ppo: critic.on: adapter: {owner} adapter has {setting}, which an adapter on a shared "
-                    "base cannot have; set critic.on: model"
-                )
+        check_shared_base(policy.peft_config[str(policy.active_adapter)], critic_lora(policy, critic))
+
+
+def check_shared_base(policy: Any, critic: Any) -> None:
+    """Raise `UserError` if the adapter of the policy or the critic cannot share its base with the other."""
+    for owner, lora in (("the policy's", policy), ("the critic's", critic)):
+        if setting := modifies_base(lora):
+            raise UserError(
+                f"ppo: critic.on: adapter: {owner} adapter has {setting}, which an adapter on a shared base "
+                "cannot have; set critic.on: model"
+            )
 
 
 def check_launch(critic: Critic, accelerator: Accelerator) -> None:
@@ -75,8 +79,8 @@ def check_launch(critic: Critic, accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if critic.on == "adapter" and getattr(plugin, "activation_checkpointing", False):
         raise UserError(
-            "ppo: fsdp_activation_checkpointing: true computes a layer again with whichever adapter is active "
-            "by then, so critic.on: adapter would get wrong gradients; set it to false, and "
+            "ppo: fsdp_activation_checkpointing: true computes a layer again with whichever adapter is "
+            "active by then, so critic.on: adapter would get wrong gradients; set it to false, and "
             "training.gradient_checkpointing: true"
         )
 

@@ -13,7 +13,6 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from pipeline.errors import UserError
 
@@ -57,7 +56,7 @@ def _write_active(layers: list[Any], active: list[Any]) -> None:
         layer._active_adapter = adapter
 
 
-def checkpointing_options(policy: nn.Module, options: dict[str, Any] | None) -> dict[str, Any]:
+def checkpointing_options(policy: PeftModel, options: dict[str, Any] | None) -> dict[str, Any]:
     """Return the `gradient_checkpointing_kwargs` for a policy with a second trained adapter.
 
     Raises `UserError` for reentrant checkpointing, which has no contexts.

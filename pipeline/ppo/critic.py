@@ -48,13 +48,15 @@ class Critic(NamedTuple):
     weights: dict[str, Tensor] | None = None
     value_head: dict[str, Tensor] | None = None
     learning_rate: float | None = None
-    origin: dict[str, Any] = {}
+    origin: dict[str, Any] | None = None
 
 
 def critic_lora(policy: PeftModel, critic: Critic) -> LoraConfig:
     """Return the config of the critic's adapter: its own, or a copy of the policy's."""
-    lora: Any = critic.lora or copy.deepcopy(policy.peft_config[str(policy.active_adapter)])
+    own: Any = policy.peft_config[str(policy.active_adapter)]
+    lora: Any = copy.deepcopy(critic.lora or own)
     lora.inference_mode = False
+    lora.base_model_name_or_path, lora.revision = own.base_model_name_or_path, own.revision
     return lora
 
 
@@ -75,13 +77,13 @@ def split_learning_rate(
             moved += len(critic)
     if moved != len(own):
         raise UserError(
-            f"ppo: critic.learning_rate: a {type(optimizer).__name__} has no groups of parameters; remove it, "
-            "or choose another training.optim"
+            f"ppo: critic.learning_rate: a {type(optimizer).__name__} has no groups of parameters; remove "
+            "it, or choose another training.optim"
         )
 
 
 def write_critic(
-    folder: Path, actor: Any, tokenizer: Any, origin: dict[str, Any], weights: dict[str, Any] | None
+    folder: Path, actor: Any, tokenizer: Any, origin: dict[str, Any] | None, weights: dict[str, Any] | None
 ) -> None:
     """Write the critic of an `ActorCritic` into `folder/critic`, beside its policy.
 
@@ -98,7 +100,9 @@ def write_critic(
 
     save_file(submodule_state(weights, "value_head") or actor.value_head.state_dict(), target / VALUE_HEAD)
     description = {"on": actor.critic_on, "width": actor.value_head.in_features}
-    write_json(target / DESCRIPTION, description | {"vocabulary": vocabulary_digest(tokenizer)} | origin)
+    write_json(
+        target / DESCRIPTION, description | {"vocabulary": vocabulary_digest(tokenizer)} | (origin or {})
+    )
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -21,8 +21,18 @@ _EXPORTS = {
     "RewardModel": "pipeline.reward.model",
     "PPOTrainer": "pipeline.ppo.trainer",
     "PPOConfig": "pipeline.ppo.config",
+    "StepRewards": "pipeline.reward.token_rewards",
+    "place_rewards": "pipeline.reward.token_rewards",
 }
-__all__ = ["Critic", "PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
+__all__ = [
+    "Critic",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardModel",
+    "StepRewards",
+    "__version__",
+    "place_rewards",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ class Source(StrictModel):
         "rankings",
         "ratings",
         "labels",
+        "steps",
         "demonstrations",
         "prompts",
     ]

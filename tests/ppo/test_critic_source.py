@@ -127,7 +127,7 @@ def test_an_artifact_of_before_opens_on_the_trunk(published, stage, tmp_path):
     actor = started(stage(tmp_path, {"source": str(old)}), tmp_path).actor
     expected = load_file(old / "value_head.safetensors")["weight"]
     assert torch.equal(actor.value_head.weight, expected)
-    with pytest.raises(UserError, match="is a critic of critic.on: trunk, but critic.on is adapter"):
+    with pytest.raises(UserError, match=r"is a critic of critic.on: trunk, but critic.on is adapter"):
         ppo.run(stage(tmp_path, {"on": "adapter", "source": str(old)}))
 
 
@@ -247,9 +247,9 @@ def test_sections_that_contradict_are_refused(critic, more, message, stage, tmp_
 
 
 def test_its_lora_is_checked_as_the_policys_is(stage, tmp_path):
-    with pytest.raises(UserError, match="ppo: critic.lora.rank: LoraConfig has no such key"):
+    with pytest.raises(UserError, match=r"ppo: critic.lora.rank: LoraConfig has no such key"):
         ppo.check(stage(tmp_path, {"on": "adapter", "lora": {"rank": 4}}))
-    with pytest.raises(UserError, match="the critic's adapter has bias=all|critic.lora.bias=all"):
+    with pytest.raises(UserError, match=r"the critic's adapter has bias=all|critic.lora.bias=all"):
         ppo.check(stage(tmp_path, {"on": "adapter", "lora": {"bias": "all"}}))
     given = stage(tmp_path, {"on": "adapter", "lora": {"r": 3}})
     actor = started(given, tmp_path).actor

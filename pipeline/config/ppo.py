@@ -27,12 +27,12 @@ class CriticSection(StrictModel):
     """PPO's critic, which predicts the return from each token on: where it is and what it starts from."""
 
     on: Literal["trunk", "adapter", "model"] = "trunk"
-    """A value head on the policy's trunk, on the backbone with a LoRA adapter of the critic's own, or on a
-    model of its own, which is trained in full and unquantized."""
+    """The value head reads the policy's trunk, a LoRA adapter of its own on that backbone, or a model of its
+    own, trained in full."""
 
     source: str | None = None
-    """What it starts from: a ppo artifact, whose critic it is, or a critic's folder; for `on: model` also a
-    policy, a reward model or a hub id. Null is a value head of zeros, and the `policy` for `on: model`."""
+    """Ppo artifact or critic's folder to start from; for `model` also a policy or reward model; null is zero
+    values, and the `policy` for `model`."""
 
     learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the critic's parameters, on the same schedule; null is `training.learning_rate`."""

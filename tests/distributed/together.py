@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
-from pipeline import PPOConfig, PPOTrainer, cli
+from pipeline import Critic, PPOConfig, PPOTrainer, cli
 from pipeline.artifacts import files
 from pipeline.distributed.processes import (
     destroy_process_group,
@@ -63,6 +65,14 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
         given += [f"training.{key}={value}" for key, value in trained.items()]
         if stage in ("ppo", "ppo-bf16"):
             ppo(folder / stage, model, bf16=stage == "ppo-bf16")
+        elif stage in ("ppo-adapter", "ppo-model"):
+            ppo(
+                folder / stage,
+                model,
+                critic=stage.removeprefix("ppo-"),
+                critic_warmup_rollouts=1,
+                gradient_checkpointing=True,
+            )
         elif stage in SCORING:
             scored = ["--input", str(folder / SCORING[stage]), "--output", str(folder / f"{stage}.jsonl")]
             policy = (
@@ -98,7 +108,16 @@ def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Respons
     return Responses(*query, *response, tokenizer.batch_decode(ids), [True] * len(ids))
 
 
-def ppo(folder: Path, model: str, **more: object) -> None:
+def start_of(model: str, tokenizer, critic: str) -> tuple[Any, Critic]:
+    """The policy, under LoRA if the critic is an adapter of it, and the critic."""
+    policy, learning_rate = load_policy(model, tokenizer), None if critic == "trunk" else 2e-3
+    if critic == "adapter":
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trunk = load_policy(model, tokenizer) if critic == "model" else None
+    return policy, Critic(critic, model=trunk, learning_rate=learning_rate)
+
+
+def ppo(folder: Path, model: str, critic: str = "trunk", **more: object) -> None:
     init_process_group()
     tokenizer = load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
@@ -126,14 +145,16 @@ def ppo(folder: Path, model: str, **more: object) -> None:
     def evenness(completion_ids, **_):
         return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
+    policy, start = start_of(model, tokenizer, critic)
     trainer = PPOTrainer(
-        load_policy(model, tokenizer),
+        policy,
         evenness,
         args,
         prompts,
         tokenizer,
         eval_dataset=prompts.select(range(5)),
         generate=recorded,
+        critic=start,
     )
     trainer.train()
     trainer.evaluate()

@@ -1,6 +1,6 @@
 """Check what a program passes to `PPOTrainer`, before anything is computed."""
 
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
 from pipeline.ppo.backbone_compat import modifies_base
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.critic import CRITIC, Critic, critic_lora
+from pipeline.ppo.critic import CRITIC, Critic, Place, critic_lora
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.model import RewardModel
 
@@ -40,6 +40,8 @@ def check_arguments(
 def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> None:
     """Raise `UserError` if the critic is no `Critic`, or cannot be trained beside the policy."""
     _expect("critic", critic, isinstance(critic, Critic), "a pipeline.Critic")
+    if critic.on not in get_args(Place):
+        raise UserError(f"ppo: critic.on: expected {' or '.join(get_args(Place))}, found {critic.on!r}")
     if args.value_init == "reward" and (critic.on != "trunk" or critic.value_head is not None):
         raise UserError(
             "ppo: value_init: reward gives the value head on the policy's trunk the reward model's weights, "

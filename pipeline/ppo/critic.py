@@ -20,6 +20,7 @@ from pipeline.training.weights import submodule_state
 
 CRITIC = "critic"  # the adapter's name, the attribute of `ActorCritic`, and the folder in an artifact
 DESCRIPTION, VALUE_HEAD = "critic.json", "value_head.safetensors"  # files of that folder
+Place = Literal["trunk", "adapter", "model"]
 
 
 class Critic(NamedTuple):
@@ -42,7 +43,7 @@ class Critic(NamedTuple):
     'model'
     """
 
-    on: Literal["trunk", "adapter", "model"] = "trunk"
+    on: Place = "trunk"
     model: nn.Module | None = None
     lora: LoraConfig | None = None
     weights: dict[str, Tensor] | None = None

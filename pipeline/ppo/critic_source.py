@@ -6,7 +6,7 @@ start from a policy or a reward model that has no critic.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from peft import LoraConfig, TaskType
 from pydantic import Field, TypeAdapter, ValidationError
@@ -27,7 +27,7 @@ from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_tokenizer, load_trunk
 from pipeline.ppo.arguments import check_shared_base
 from pipeline.ppo.backbone_compat import base_identity, policy_adapter_folder
-from pipeline.ppo.critic import CRITIC, DESCRIPTION, VALUE_HEAD, Critic, vocabulary_digest
+from pipeline.ppo.critic import CRITIC, DESCRIPTION, VALUE_HEAD, Critic, Place, vocabulary_digest
 from pipeline.reward.settings import RewardSettings
 from pipeline.training.arguments import build_lora_config, check_lora
 
@@ -38,7 +38,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class Description(TypedDict, total=False):
     """critic.json: see `pipeline.ppo.critic.write_critic`."""
 
-    on: Literal["trunk", "adapter", "model"]
+    on: Place
     width: Annotated[int, Field(gt=0)]
     vocabulary: str
     base: str | None

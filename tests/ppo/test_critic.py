@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
+from pipeline import Critic, PPOConfig, PPOTrainer
 from pipeline.errors import UserError
+from pipeline.models.loading import load_policy
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.critic import CRITIC, Critic
+from pipeline.ppo.critic import CRITIC, split_learning_rate
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TEMPERATURE = 0.7
@@ -144,3 +147,166 @@ def test_values_send_no_gradient_to_the_policy(on, tiny_llama):
     actor(*batch(), TEMPERATURE, critic_only=True).values.sum().backward()
     assert gradients(actor).keys() == actor.critic_names()
     assert len(actor.critic_names()) > 20
+
+
+PROMPTS = Dataset.from_list(
+    [{"prompt": text} for text in ("Name a colour.", "Hello.", "Why is that?", "Go.")]
+)
+
+
+def evenness(completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def trainer_on(tiny_llama, tiny_tokenizer, tmp_path):
+    """Returns a function of (on, learning rate of the critic, settings): a trainer with such a critic."""
+
+    def make(on, critic_rate=None, name="work", quantization="none", critic=None, **more):
+        settings = {
+            "num_rollouts": 2,
+            "num_ppo_epochs": 1,
+            "num_mini_batches": 1,
+            "per_device_train_batch_size": 4,
+            "response_tokens": 6,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+        args = PPOConfig(output_dir=str(tmp_path / name), **settings | more)
+        torch.manual_seed(0)
+        policy = load_policy(str(tiny_llama), tiny_tokenizer, quantization=quantization)
+        if on == "adapter" or quantization != "none":
+            policy = get_peft_model(policy, LoraConfig(**LORA, lora_dropout=0.5))
+        model = load_policy(str(tiny_llama), tiny_tokenizer) if on == "model" else None
+        critic = critic or Critic(on, model=model, learning_rate=critic_rate)
+        return PPOTrainer(policy, evenness, args, PROMPTS, tiny_tokenizer, critic=critic)
+
+    return make
+
+
+def state(trainer):
+    return {name: value.clone() for name, value in trainer.actor.state_dict().items()}
+
+
+KINDS = ["trunk", "adapter", "model"]
+
+
+@pytest.mark.parametrize("on", KINDS)
+def test_in_the_warm_up_the_critic_alone_learns(on, trainer_on):
+    trainer = trainer_on(on, critic_warmup_rollouts=2, num_rollouts=2, weight_decay=0.1)
+    before = state(trainer)
+    trainer.train()  # its ratio is 1 to the bit, or it stops
+    changed = {name for name, value in state(trainer).items() if not torch.equal(value, before[name])}
+    own = trainer.actor.critic_names()
+    assert changed <= own
+    assert {"value_head.weight", "value_head.bias"} <= changed
+    assert len(changed) == 2 if on == "trunk" else len(changed) > 10
+    assert own <= before.keys()  # all of the critic is in a checkpoint
+
+
+@pytest.mark.parametrize("on", KINDS)
+def test_its_learning_rate_is_its_own_and_follows_the_schedule(on, trainer_on):
+    trainer = trainer_on(on, 4e-3, lr_scheduler_type="linear", num_rollouts=4)
+    names = {id(parameter): name for name, parameter in trainer.actor.named_parameters()}
+    rates = []
+    step = trainer.training_step
+
+    def record(*args, **kwargs):
+        rates.append(
+            {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        )
+        return step(*args, **kwargs)
+
+    trainer.training_step = record
+    trainer.train()
+    trained = {name for name, parameter in trainer.actor.named_parameters() if parameter.requires_grad}
+    for number, found in enumerate(rates):
+        assert found.keys() == trained
+        share = 1 - number / 4
+        for name, rate in found.items():
+            expected = 4e-3 if name in trainer.actor.critic_names() else 1e-3
+            assert rate == pytest.approx(expected * share)
+
+
+def test_with_the_learning_rate_of_all_the_bits_are_those_without_groups(trainer_on):
+    weights = []
+    for learning_rate in (None, 1e-3):
+        trainer = trainer_on("trunk", learning_rate, name=str(learning_rate), weight_decay=0.1)
+        trainer.train()
+        weights.append(state(trainer))
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+def test_an_optimizer_without_groups_is_refused():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights[:1], lr=1.0)
+    with pytest.raises(UserError, match="a SGD has no groups of parameters; remove it"):
+        split_learning_rate(optimizer, weights, 0.1)
+
+
+@pytest.mark.parametrize("on", ["adapter", "model"])
+def test_an_interrupted_run_ends_in_the_same_bits(on, trainer_on, monkeypatch):
+    def make(name):
+        return trainer_on(on, 3e-3, name, num_rollouts=3, save_strategy="steps", save_steps=1)
+
+    alone, killed = make("alone"), make("killed")
+    alone.train()
+    collect = killed.collect
+    monkeypatch.setattr(killed, "collect", lambda n: collect(n) if n < 2 else pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        killed.train()
+    resumed = make("killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    expected, found = state(alone), state(resumed)
+    assert expected.keys() == found.keys() >= alone.actor.critic_names()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("on", ["adapter", "model"])
+def test_micro_batches_add_up_to_their_minibatch(on, trainer_on):
+    weights = []
+    for micro, parts in ((4, 1), (1, 4)):
+        cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts}
+        sgd = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "num_rollouts": 2}
+        trainer = trainer_on(on, 0.5, name=f"by {micro}", **cut, **sgd)
+        before = state(trainer)
+        trainer.train()
+        weights.append(state(trainer))
+    assert any(not torch.equal(before[name], weights[0][name]) for name in trainer.actor.critic_names())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_an_adapter_learns_on_a_quantized_base(quantization, trainer_on):
+    trainer = trainer_on("adapter", quantization=quantization, gradient_checkpointing=True)
+    before = state(trainer)
+    trainer.train()
+    changed = {name for name, value in state(trainer).items() if not torch.equal(value, before[name])}
+    assert changed & trainer.actor.critic_names() > {"value_head.weight", "value_head.bias"}
+    assert changed - trainer.actor.critic_names() - {"kl_coef", "score_sums"}
+
+
+@pytest.mark.parametrize(
+    ("critic", "message"),
+    [
+        ("model", "ppo: critic: expected a pipeline.Critic, found a str"),
+        (Critic("model"), "ppo: critic.model: expected a language model, found None"),
+        (Critic("adapter"), "critic.on: adapter needs a policy that is trained with LoRA"),
+        (Critic("elsewhere"), "ppo: critic.on: expected trunk or adapter or model, found 'elsewhere'"),
+    ],
+)
+def test_a_critic_that_cannot_be_trained_is_named(critic, message, trainer_on):
+    with pytest.raises(UserError, match=message):
+        trainer_on("trunk", critic=critic)
+
+
+def test_an_encoder_is_no_critic(tiny_encoders, trainer_on):
+    encoder = AutoModel.from_pretrained(tiny_encoders["bert"])
+    encoder.resize_token_embeddings(1000, mean_resizing=False)
+    with pytest.raises(UserError, match=r"sees the tokens that it is to predict \(it is an encoder\)"):
+        trainer_on("trunk", critic=Critic("model", model=encoder))

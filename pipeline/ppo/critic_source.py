@@ -57,7 +57,7 @@ class SavedCritic(NamedTuple):
 def check_critic_section(config: PPOStage) -> None:
     """Check the arguments of the critic's adapter. Raises `UserError`."""
     if config.critic.on == "adapter":
-        section = _with_critic_lora(config)
+        section = with_critic_lora(config)
         check_lora(section, "critic.lora")
         policy, critic = (build_lora_config(stage, TaskType.CAUSAL_LM) for stage in (config, section))
         check_shared_base(policy, critic)
@@ -70,8 +70,7 @@ def open_critic(config: PPOStage, policy: Artifact) -> Artifact:
     another vocabulary or base.
     """
     source = config.critic.source or ""
-    kind = "critic" if (Path(source) / DESCRIPTION).is_file() else "model"
-    opened = require_artifact(source, kind, "rlhf run, or name another critic.source")
+    opened = require_artifact(source, source_kind(source), "rlhf run, or name another critic.source")
     saved = find_critic(opened.path)
     if saved is None:
         if config.critic.on != "model":
@@ -90,6 +89,11 @@ def open_critic(config: PPOStage, policy: Artifact) -> Artifact:
     if config.critic.on == "adapter" and saved and saved.base not in (None, _base_digest(config, policy)):
         raise UserError(f"{source}: its adapter is for another base than that of {config.policy}; {REMEDY}")
     return opened
+
+
+def source_kind(source: str) -> str:
+    """Return the kind of artifact that a `critic.source` is opened as."""
+    return "critic" if (Path(source) / DESCRIPTION).is_file() else "model"
 
 
 def find_critic(folder: Path) -> SavedCritic | None:
@@ -125,7 +129,7 @@ def load_critic(
     elif saved and section.on == "adapter":
         parts = _load_adapter(saved.folder)
     elif section.lora is not None:
-        parts["lora"] = build_lora_config(_with_critic_lora(config), TaskType.CAUSAL_LM)
+        parts["lora"] = build_lora_config(with_critic_lora(config), TaskType.CAUSAL_LM)
     if saved:
         model = parts.get("model", policy)
         parts["value_head"] = _load_value_head(saved.folder, model)
@@ -204,7 +208,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _with_critic_lora(config: PPOStage) -> PPOStage:
+def with_critic_lora(config: PPOStage) -> PPOStage:
     """Return the config with the arguments of the critic's adapter as its `lora:` section."""
     lora = config.lora if config.critic.lora is None else config.critic.lora
     return config.model_copy(update={"lora": lora})

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import hash_file, hash_files, hash_value, is_hidden, list_names, read_json
 from pipeline.artifacts.manifest import Artifact, load_manifest, read_manifest, sibling
-from pipeline.artifacts.schema import CHECKPOINT_KINDS, SCHEMA
+from pipeline.artifacts.schema import CHECKPOINT_KINDS, CRITIC_FILE, SCHEMA
 from pipeline.config import StageConfig
 from pipeline.distributed.processes import broadcast
 from pipeline.errors import UserError
@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 EXTERNAL_FILES = {
     "records": ("dataset_dict.json", "dataset_info.json"),
     "evaluation": (),
-    "critic": ("critic.json",),
+    "critic": (CRITIC_FILE,),
 } | dict.fromkeys(CHECKPOINT_KINDS, ("config.json", "adapter_config.json"))
 HALF_WRITTEN = "half-written (no valid manifest.json): its stage was interrupted"
 PARTS = re.compile(

@@ -14,13 +14,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
 from pipeline.models.logprobs import response_logprobs, response_states, scatter_to_mask
 from pipeline.models.patches import disable_dropout, fuse_gelu
 from pipeline.models.probes import reads_padding, state_width
 from pipeline.ppo.backbone import active_adapter, add_trained_adapter, is_of_adapter
 from pipeline.ppo.checkpointing import checkpointing_options
-from pipeline.ppo.critic import CRITIC, Critic, critic_lora
+from pipeline.ppo.critic import Critic, critic_lora
 from pipeline.reward import batching
 from pipeline.reward.functions import RewardSource
 

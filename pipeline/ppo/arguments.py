@@ -7,11 +7,12 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
 from pipeline.ppo.backbone_compat import modifies_base
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.critic import CRITIC, Critic, Place, critic_lora
+from pipeline.ppo.critic import Critic, Place, critic_lora
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.model import RewardModel
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.artifacts.files import hash_value, write_json
+from pipeline.artifacts.schema import CRITIC, CRITIC_FILE, VALUE_HEAD
 from pipeline.errors import UserError
 from pipeline.training.weights import submodule_state
 
-CRITIC = "critic"  # the adapter's name, the attribute of `ActorCritic`, and the folder in an artifact
-DESCRIPTION, VALUE_HEAD = "critic.json", "value_head.safetensors"  # files of that folder
 Place = Literal["trunk", "adapter", "model"]
 
 
@@ -102,7 +101,7 @@ def write_critic(
     save_file(submodule_state(weights, "value_head") or actor.value_head.state_dict(), target / VALUE_HEAD)
     description = {"on": actor.critic_on, "width": actor.value_head.in_features}
     write_json(
-        target / DESCRIPTION, description | {"vocabulary": vocabulary_digest(tokenizer)} | (origin or {})
+        target / CRITIC_FILE, description | {"vocabulary": vocabulary_digest(tokenizer)} | (origin or {})
     )
 
 

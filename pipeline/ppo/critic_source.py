@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from pipeline.artifacts.files import hash_value, read_json
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
-from pipeline.artifacts.schema import first_fault
+from pipeline.artifacts.schema import CRITIC, CRITIC_FILE, VALUE_HEAD, first_fault
 from pipeline.config import PPOStage
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
@@ -27,7 +27,7 @@ from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_tokenizer, load_trunk
 from pipeline.ppo.arguments import check_shared_base
 from pipeline.ppo.backbone_compat import base_identity, policy_adapter_folder
-from pipeline.ppo.critic import CRITIC, DESCRIPTION, VALUE_HEAD, Critic, Place, vocabulary_digest
+from pipeline.ppo.critic import Critic, Place, vocabulary_digest
 from pipeline.reward.settings import RewardSettings
 from pipeline.training.arguments import build_lora_config, check_lora
 
@@ -93,7 +93,7 @@ def open_critic(config: PPOStage, policy: Artifact) -> Artifact:
 
 def source_kind(source: str) -> str:
     """Return the kind of artifact that a `critic.source` is opened as."""
-    return "critic" if (Path(source) / DESCRIPTION).is_file() else "model"
+    return "critic" if (Path(source) / CRITIC_FILE).is_file() else "model"
 
 
 def find_critic(folder: Path) -> SavedCritic | None:
@@ -102,7 +102,7 @@ def find_critic(folder: Path) -> SavedCritic | None:
     Raises `UserError` if its critic.json is not as PPO writes it.
     """
     for place in (folder, folder / CRITIC):
-        file = place / DESCRIPTION
+        file = place / CRITIC_FILE
         if file.is_file():
             try:
                 saved = TypeAdapter(Description).validate_python(read_json(file), strict=True)
@@ -149,7 +149,7 @@ def _check_place(config: PPOStage, opened: Artifact, saved: SavedCritic) -> None
     A model of its own may also start from the policy on whose trunk the critic was, with that value head.
     """
     has_policy = saved.on == "trunk" and (
-        saved.folder != opened.path or not (opened.path / DESCRIPTION).is_file()
+        saved.folder != opened.path or not (opened.path / CRITIC_FILE).is_file()
     )
     if saved.on != config.critic.on and not (config.critic.on == "model" and has_policy):
         raise UserError(

@@ -9,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pipeline import Critic, PPOConfig, PPOTrainer
+from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
 from pipeline.models.loading import load_policy
 from pipeline.ppo.actor_critic import ActorCritic
-from pipeline.ppo.critic import CRITIC, split_learning_rate
+from pipeline.ppo.critic import split_learning_rate
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TEMPERATURE = 0.7

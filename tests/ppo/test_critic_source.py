@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import config
+from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
@@ -82,7 +83,7 @@ def test_a_published_critic_is_where_the_next_run_starts(on, published, stage, t
 
 
 @pytest.mark.parametrize("on", KINDS)
-def test_the_manifest_and_critic_json_say_where_it_came_from(on, published, stage, tmp_path):
+def test_the_manifest_and_critic_json_say_where_it_came_from(on, published, stage, tmp_path, capsys):
     source = published[on] / "critic"
     folder = ppo.run(stage(tmp_path, {"on": on, "source": str(source)}))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -90,6 +91,9 @@ def test_the_manifest_and_critic_json_say_where_it_came_from(on, published, stag
     assert origin == {"path": str(source), "identity": manifest["inputs"]["critic"]["identity"]}
     assert manifest["inputs"]["critic"]["path"] == str(source)
     assert json.loads((folder / "best/critic/critic.json").read_text())["source"] == origin
+    assert main(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"\ncritic\n  on    {on}\n  from  {source}  {origin['identity']}\n" in shown
 
 
 def test_a_model_starts_from_a_policy_a_reward_model_or_the_trunk_of_a_critic(

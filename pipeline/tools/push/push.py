@@ -18,8 +18,8 @@ from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import is_own_base, require_artifact, verify_artifact
 from pipeline.artifacts.manifest import Artifact, load_manifest
+from pipeline.artifacts.schema import CRITIC, VALUE_HEAD
 from pipeline.errors import UserError
-from pipeline.ppo.critic import CRITIC, VALUE_HEAD
 from pipeline.tools.push.policy_card import policy_card_text
 
 # They contain paths of this machine, or people's prompts.

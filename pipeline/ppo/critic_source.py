@@ -8,6 +8,7 @@ start from a policy or a reward model that has no critic.
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from peft import LoraConfig, TaskType
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
@@ -139,6 +140,8 @@ def load_critic(
         "source": {"path": source.path.as_posix(), "identity": source.identity} if source else None
     }
     if section.on == "adapter":
+        # A new adapter does not depend on what was drawn for rewards on the same backbone.
+        torch.manual_seed(config.seed)
         origin["base"] = _base_digest(config, inputs["policy"])
     return Critic(section.on, learning_rate=section.learning_rate, origin=origin, **parts)
 

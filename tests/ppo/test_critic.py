@@ -1,6 +1,7 @@
 """A critic of its own: what it computes and learns, where it starts, and what is written of it."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
 from pipeline.models.loading import load_policy
 from pipeline.ppo.actor_critic import ActorCritic
+from pipeline.ppo.arguments import check_launch
 from pipeline.ppo.critic import split_learning_rate
 
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -311,3 +313,13 @@ def test_an_encoder_is_no_critic(tiny_encoders, trainer_on):
     encoder.resize_token_embeddings(1000, mean_resizing=False)
     with pytest.raises(UserError, match=r"sees the tokens that it is to predict \(it is an encoder\)"):
         trainer_on("trunk", critic=Critic("model", model=encoder))
+
+
+def test_layers_that_the_launch_checkpoints_are_refused_with_an_adapter():
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(UserError, match="fsdp_activation_checkpointing: true computes a layer again"):
+        check_launch(Critic("adapter"), accelerator)
+    for critic in (Critic(), Critic("model")):
+        check_launch(critic, accelerator)
+    check_launch(Critic("adapter"), SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None)))

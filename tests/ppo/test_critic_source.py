@@ -122,6 +122,50 @@ def test_a_model_starts_from_a_policy_a_reward_model_or_the_trunk_of_a_critic(
         assert bool(actor.value_head.weight.any()) == (source == str(published["trunk"]))
 
 
+def test_a_model_starts_from_adapters_merged_into_their_base(
+    published, stage, tiny_records, tiny_llama, tmp_path
+):
+    """The policy's own adapter, and that of a reward model on a quantized base."""
+    common = {"run": "r", "runs": str(tmp_path), "records": str(tiny_records), "max_length": 96}
+    size = {"lora": {"r": 2}, "quantization": "8bit", "training": {"max_steps": 2, "learning_rate": 1e-2}}
+    learned = reward.run(config.RewardStage(model=str(tiny_llama), **size, **common))
+    assert (learned / "adapter_config.json").is_file()
+    key = "layers.0.self_attn.q_proj"
+    base = load_file(tiny_llama / "model.safetensors")[f"model.{key}.weight"]
+    for folder, given in (
+        (published["trunk"], {"policy": str(published["trunk"]), "lora": {}, "critic": {"on": "model"}}),
+        (learned, {"critic": {"on": "model", "source": str(learned)}}),
+    ):
+        actor = started(stage(tmp_path, given.pop("critic"), **given), tmp_path).actor
+        adapter = load_file(folder / "adapter_model.safetensors")
+        down, up = (adapter[f"base_model.model.model.{key}.lora_{name}.weight"] for name in "AB")
+        scale = json.loads((folder / "adapter_config.json").read_text())
+        expected = base + up @ down * scale["lora_alpha"] / scale["r"]
+        assert float((expected - base).abs().max()) > 1e-4
+        torch.testing.assert_close(actor.critic.get_parameter(f"{key}.weight"), expected)
+
+
+def test_merged_policies_keep_the_critic_as_it_was(published, stage, tiny_llama, tmp_path):
+    folder = ppo.run(stage(tmp_path, {"on": "adapter"}, merge=True))
+    for name in ("critic/adapter_model.safetensors", "critic/value_head.safetensors"):
+        assert (folder / name).read_bytes() == (published["adapter"] / name).read_bytes()
+    assert (folder / "model.safetensors").is_file()
+    given = stage(tmp_path / "next", {"on": "adapter", "source": str(folder)})
+    assert started(given, tmp_path).actor.critic_on == "adapter"
+    with pytest.raises(UserError, match="its adapter is for another base than that of"):
+        ppo.open_all_inputs(given.model_copy(update={"policy": str(folder)}))
+
+
+def test_a_critic_in_an_artifact_that_was_altered_is_refused(published, stage, tmp_path):
+    folder = shutil.copytree(published["trunk"], tmp_path / "altered")
+    save_file(
+        {"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}, folder / "critic/value_head.safetensors"
+    )
+    for source in (folder, folder / "critic"):
+        with pytest.raises(UserError, match=r"critic/value_head.safetensors was altered"):
+            ppo.open_all_inputs(stage(tmp_path, {"source": str(source)}))
+
+
 def test_an_artifact_of_before_opens_on_the_trunk(published, stage, tmp_path):
     old = shutil.copytree(published["trunk"], tmp_path / "old")
     (old / "manifest.json").unlink()

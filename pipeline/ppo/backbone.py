@@ -109,6 +109,8 @@ def add_trained_adapter(
             raise UserError(
                 f"ppo: {name}: its adapter is for another base, which has {result.unexpected_keys[0]}"
             )
+        if lacking := [key for key in result.missing_keys if is_of_adapter(key, name)]:
+            raise UserError(f"ppo: {name}: its adapter lacks the weight {lacking[0]}; expected a whole one")
 
     layer = policy.get_output_embeddings()
     unread = {id(parameter) for parameter in layer.parameters()} if layer is not None else set()

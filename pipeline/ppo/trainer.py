@@ -130,6 +130,7 @@ class PPOTrainer(PolicyTrainer):
         self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
 
         model = ActorCritic(policy, args.kl_coef, self.critic)
+        self.critic = self.critic._replace(model=None, weights=None, value_head=None)  # they are in the model
         if args.value_init == "reward":
             width = model.value_head.in_features
             state = value_head_from_reward(self.reward, width, args.score_normalization)

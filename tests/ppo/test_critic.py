@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModel, AutoModelForCausalLM
 
 from pipeline import Critic, PPOConfig, PPOTrainer
@@ -323,3 +323,23 @@ def test_layers_that_the_launch_checkpoints_are_refused_with_an_adapter():
     for critic in (Critic(), Critic("model")):
         check_launch(critic, accelerator)
     check_launch(Critic("adapter"), SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None)))
+
+
+def test_an_adapter_of_another_base_or_without_a_weight_is_named(tiny_llama):
+    policy = lora_policy(tiny_llama)
+    weights = get_peft_model_state_dict(policy)
+    name = next(iter(weights))
+    for changed, message in (
+        (
+            {key: value for key, value in weights.items() if key != name},
+            "critic: its adapter lacks the weight",
+        ),
+        (weights | {"base_model.model.other.lora_A.weight": weights[name]}, "is for another base, which has"),
+        (weights | {name: torch.zeros(4, 7)}, "critic: its adapter is for a base of another shape"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ActorCritic(lora_policy(tiny_llama), 0.1, Critic("adapter", weights=changed))
+    actor = ActorCritic(lora_policy(tiny_llama), 0.1, Critic("adapter", weights=weights))
+    for key, value in weights.items():
+        path = "policy." + key.removesuffix(".weight") + f".{CRITIC}.weight"
+        assert torch.equal(actor.get_parameter(path), value.to(actor.get_parameter(path).dtype))

@@ -17,13 +17,22 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 _EXPORTS = {
+    "Critic": "pipeline.ppo.critic",
     "RewardModel": "pipeline.reward.model",
     "PPOTrainer": "pipeline.ppo.trainer",
     "PPOConfig": "pipeline.ppo.config",
     "StepRewards": "pipeline.reward.token_rewards",
     "place_rewards": "pipeline.reward.token_rewards",
 }
-__all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "StepRewards", "__version__", "place_rewards"]
+__all__ = [
+    "Critic",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardModel",
+    "StepRewards",
+    "__version__",
+    "place_rewards",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder):
         "sft/model.safetensors",
         "reward/model.safetensors",
         "ppo/model.safetensors",
-        "ppo/value_head.safetensors",
+        "ppo/critic/value_head.safetensors",
     ]
     again = folder.parent / "again"
     assert [(again / name).read_bytes() == (folder / name).read_bytes() for name in weights] == [True] * 4

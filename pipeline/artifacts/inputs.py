@@ -15,17 +15,21 @@ from typing import Any, TypeVar
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import hash_file, hash_files, hash_value, is_hidden, list_names, read_json
 from pipeline.artifacts.manifest import Artifact, load_manifest, read_manifest, sibling
-from pipeline.artifacts.schema import CHECKPOINT_KINDS, SCHEMA
+from pipeline.artifacts.schema import CHECKPOINT_KINDS, CRITIC_FILE, SCHEMA
 from pipeline.config import StageConfig
 from pipeline.distributed.processes import broadcast
 from pipeline.errors import UserError
 
 # By kind: a folder that no stage wrote is accepted if it contains one of these files.
-EXTERNAL_FILES = {"records": ("dataset_dict.json", "dataset_info.json"), "evaluation": ()} | dict.fromkeys(
-    CHECKPOINT_KINDS, ("config.json", "adapter_config.json")
-)
+EXTERNAL_FILES = {
+    "records": ("dataset_dict.json", "dataset_info.json"),
+    "evaluation": (),
+    "critic": (CRITIC_FILE,),
+} | dict.fromkeys(CHECKPOINT_KINDS, ("config.json", "adapter_config.json"))
 HALF_WRITTEN = "half-written (no valid manifest.json): its stage was interrupted"
-PARTS = re.compile(r"best|adapter|policies|step-\d+")  # folders of an artifact that hold a model of their own
+PARTS = re.compile(
+    r"best|adapter|critic|policies|step-\d+"
+)  # folders of an artifact that hold a model of their own
 WEIGHTS = re.compile(r"(?!value_head\.|training_args\.)[^/]+\.(safetensors|bin)")
 # `datasets` leaves them beside the records that a user maps; no stage reads them.
 DATASETS_CACHE = re.compile(r"(.*/)?cache-[0-9a-f]+\.arrow")
@@ -39,10 +43,11 @@ def require_artifact(
 ) -> Artifact:
     """Open an input of a stage: an artifact, an external checkpoint or dataset folder, or a hub id.
 
-    `kind` is "records", "policy", "reward", "evaluation" or "model"; a "model" is any checkpoint, also a
-    policy or a reward model. A hub id is accepted for these three kinds of checkpoints, and `revision` is its
-    branch, tag or commit. The hub is queried only for a commit that is not yet known. `make_command` is the
-    command that makes the input, or other instructions on how to get it.
+    `kind` is "records", "policy", "reward", "evaluation", "model" or "critic". A "model" is any checkpoint,
+    also a policy or a reward model; a "critic" is a folder inside a policy that PPO wrote. A hub id is
+    accepted for the three kinds of checkpoints, and `revision` is its branch, tag or commit. The hub is
+    queried only for a commit that is not yet known. `make_command` is the command that makes the input, or
+    other instructions on how to get it.
 
     Raises `UserError`, one line with the path and `make_command`, if the input is missing, half-written,
     altered (with the file's name), of another kind, or of a newer version.
@@ -225,7 +230,7 @@ def find_unlisted(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 def _find_problem_around(path: Path) -> str | None:
     """Return what is wrong with the artifact that a folder such as `ppo/best` is a part of, or None."""
-    for root in path.parents[:2]:
+    for root in path.parents[:3]:
         manifest, fault = load_manifest(root)
         part = path.relative_to(root).as_posix() + "/"
         if not manifest and PARTS.fullmatch(path.name) and (fault or _is_stage_config(root / "config.yaml")):

@@ -20,6 +20,10 @@ Kind = Literal["records", "policy", "reward", "evaluation"]
 Stage = Literal["prepare", "sft", "reward", "ppo", "evaluate"]
 CHECKPOINT_KINDS = ("policy", "reward", "model")
 
+# PPO's critic: the folder in a policy's, and files of that folder. A value head beside the weights is of an
+# older version.
+CRITIC, CRITIC_FILE, VALUE_HEAD = "critic", "critic.json", "value_head.safetensors"
+
 # Files that describe the run rather than the result (training_args.bin pickles output paths and host names).
 NOT_IDENTITY = {
     "README.md",

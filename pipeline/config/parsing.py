@@ -21,7 +21,9 @@ def parse_text(text: str) -> Any:
     """Return the mapping or list that a YAML text spells; an empty text is an empty mapping."""
     try:
         _check_depth(text)
-        return OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
+        return _spell_on(
+            OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
+        )
     except Exception as error:
         raise ValueError(_explain(error)) from None
 
@@ -31,9 +33,16 @@ def parse_value(text: str) -> Any:
     try:
         _check_depth(text)
         values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        return values["value"]
+        return _spell_on(values["value"])
     except Exception as error:
         raise ValueError(_explain(error)) from None
+
+
+def _spell_on(values: Any) -> Any:
+    """Return plain data whose keys `on` are text again: YAML 1.1 reads them as true."""
+    if isinstance(values, dict):
+        return {"on" if key is True else key: _spell_on(value) for key, value in values.items()}
+    return list(map(_spell_on, values)) if isinstance(values, list) else values
 
 
 def resolve(values: dict[str, Any]) -> Any:

@@ -23,6 +23,34 @@ class EvaluationSection(StrictModel):
     _scorer = field_validator("scorer", mode="before")(from_source_string)
 
 
+class CriticSection(StrictModel):
+    """PPO's critic, which predicts the return from each token on: where it is and what it starts from."""
+
+    on: Literal["trunk", "adapter", "model"] = "trunk"
+    """The value head reads the policy's trunk, a LoRA adapter of its own on that backbone, or a model of its
+    own, trained in full."""
+
+    source: str | None = None
+    """Ppo artifact or critic's folder to start from; for `model` also a policy or reward model; null is zero
+    values, and the `policy` for `model`."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of the critic's parameters, on the same schedule; null is `training.learning_rate`."""
+
+    lora: dict[str, Any] | None = None
+    """Arguments of peft.LoraConfig for `on: adapter`; null are those of the policy's adapter."""
+
+    @model_validator(mode="after")
+    def check_lora(self) -> "CriticSection":
+        if self.lora is not None and self.on != "adapter":
+            raise ValueError("critic.lora is only read with critic.on: adapter; remove it")
+        if self.lora is not None and self.source is not None:
+            raise ValueError(
+                "critic.lora is not read with a critic.source, whose adapter has its own; remove it"
+            )
+        return self
+
+
 class PPOStage(PolicyStage):
     """Trains the policy on a reward: with PPO, or with TRL's RLOO or GRPO by `algorithm`."""
 
@@ -50,6 +78,9 @@ class PPOStage(PolicyStage):
     evaluation: EvaluationSection = EvaluationSection()
     """Evaluations while PPO trains."""
 
+    critic: CriticSection = CriticSection()
+    """The critic; only read by `algorithm: ppo`."""
+
     one_backbone: Literal["auto", "always", "never"] = "auto"
     """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails otherwise."""
 
@@ -71,6 +102,29 @@ class PPOStage(PolicyStage):
         self.policy = self.policy or self.upstream("sft")
         self.reward = self.reward or [Reward(source=self.upstream("reward"))]
         self.records = self.records or self.upstream("prepare")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        if self.critic == CriticSection():  # as artifacts have it that are older than the section
+            del resolved["critic"]
+        return resolved
+
+    @model_validator(mode="after")
+    def check_critic(self) -> "PPOStage":
+        critic = self.critic
+        if self.algorithm != "ppo" and critic != CriticSection():
+            raise ValueError(f"'critic:' is only read with algorithm: ppo; {self.algorithm} has no critic")
+        if critic.on == "adapter" and self.lora is None:
+            raise ValueError(
+                "critic.on: adapter needs a policy that is trained with LoRA; add a 'lora:' section, or set "
+                "critic.on: model"
+            )
+        if self.training.get("value_init") == "reward" and (critic.on != "trunk" or critic.source):
+            raise ValueError(
+                "training.value_init: reward is only for a critic on the policy's trunk without a "
+                "critic.source; remove it, or name the reward model as the critic.source of critic.on: model"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,14 @@ Raises `UserError` if either cannot be loaded.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -232,6 +234,36 @@ def _load_merged_classifier(
         str(adapter.base_model_name_or_path), tokenizer, revision=adapter.revision, **options
     )
     return load_and_merge(base, source, adapter, revision).to(DTYPES[precision])  # type: ignore[arg-type]
+
+
+def load_trunk(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: str = "fp32",
+    head: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Load a decoder without its output layer, from a language model, a classifier or such a decoder.
+
+    An adapter is merged into its base first, in fp32; `head` (see `head_config`) is that of a classifier's.
+    The vocabulary is at least as large as the tokenizer's. Raises `UserError` if it cannot be loaded, lacks
+    weights or is an encoder.
+    """
+    options = settle_trust(options)
+    if is_adapter(source, options.get("revision")):
+        load: Any = load_merged_policy if head is None else partial(load_classifier, head=head)
+        return load(source, tokenizer, precision=precision, **options).base_model
+
+    with explain_load_errors(source, "decoder"), _without_load_report():
+        model, loading_info = AutoModel.from_pretrained(
+            source, output_loading_info=True, dtype=DTYPES[precision], **options
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        raise UserError(f"{source}: lacks the weight {missing[0]}; expected a decoder's whole weights")
+    trunk = _finalize(model, tokenizer)
+    require_decoder(trunk, source)
+    return require_finite(trunk, source)
 
 
 def head_config(outputs: Sequence[str], problem_type: str) -> dict[str, Any]:

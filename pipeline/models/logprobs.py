@@ -49,16 +49,53 @@ def response_logprobs(
     the model has no output embeddings, is no decoder, or has too few positions.
     """
     _require_output_layer(model)
+    chunks = _split_rows(model, query_ids, query_mask, response_ids, response_mask)
+    parts = [_logprobs_of_rows(model, temperature, *chunk) for chunk in chunks]
+    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def response_states(
+    trunk: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> Tensor:
+    """Return the last hidden states (N, H) of a model without output layer, as `TokenStats.hidden` has them.
+
+    The arguments are those of `response_logprobs`.
+    """
+    states = []
+    for chunk in _split_rows(trunk, query_ids, query_mask, response_ids, response_mask):
+        inputs, rows, _, positions = _align_rows(trunk, *chunk)
+        with without_router_logits(trunk):
+            states.append(trunk(**inputs, use_cache=False).last_hidden_state[rows, positions])
+    return torch.cat(states)
+
+
+def _split_rows(model: Any, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split the four tensors of a batch into the rows that go through the model together."""
+    query_ids, query_mask, _, response_mask = tensors
     size = CPU_ROWS if query_ids.device.type == "cpu" else len(query_ids)
     longest = int((query_mask.sum(1) + response_mask.sum(1)).max())
     if not reads_padding(model) or not can_mix(model, longest):
         size = 1
-    tensors = (query_ids, query_mask, response_ids, response_mask)
-    parts = [
-        _logprobs_of_rows(model, temperature, *chunk)
-        for chunk in zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    ]
-    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
+    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+
+def _align_rows(
+    model: Any, query_ids: Tensor, query_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Return the model's inputs, without a gap between query and response and padded on the right.
+
+    Also returns, for each of the N real response tokens, its row, its number in the response, and the
+    position in the inputs that predicts it.
+    """
+    mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
+    width = int(mask.sum(1).max())
+    require_positions(model, width)
+    real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
+
+    rows, steps = response_mask.nonzero(as_tuple=True)
+    positions = query_mask.sum(1)[rows] + steps - 1
+    inputs = {"input_ids": ids.gather(1, real_first), "attention_mask": mask.gather(1, real_first)}
+    return inputs, rows, steps, positions
 
 
 def _logprobs_of_rows(
@@ -69,20 +106,12 @@ def _logprobs_of_rows(
     response_ids: Tensor,
     response_mask: Tensor,
 ) -> TokenStats:
-    mask, ids = torch.cat([query_mask, response_mask], 1), torch.cat([query_ids, response_ids], 1)
-    width = int(mask.sum(1).max())
-    require_positions(model, width)
-    real_first = (1 - mask).argsort(dim=1, stable=True)[:, :width]
-
-    rows, steps = response_mask.nonzero(as_tuple=True)
-    positions = query_mask.sum(1)[rows] + steps - 1
+    inputs, rows, steps, positions = _align_rows(model, query_ids, query_mask, response_ids, response_mask)
     with _select_hidden(model, rows, positions) as hidden, without_router_logits(model):
-        logits = model(
-            input_ids=ids.gather(1, real_first), attention_mask=mask.gather(1, real_first), use_cache=False
-        ).logits
+        logits = model(**inputs, use_cache=False).logits
 
     logprobs, entropy = LogProbability.apply(logits, response_ids[rows, steps], temperature)
-    grid = torch.zeros(response_ids.shape, device=logprobs.device)
+    grid = torch.zeros(response_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
     return TokenStats(
         grid.index_put((rows, steps), logprobs), grid.index_put((rows, steps), entropy), hidden[0]
     )

@@ -149,12 +149,26 @@ def _pad_token_id(model: Any) -> int:
     return model.config.get_text_config().pad_token_id or 0
 
 
+def state_width(trunk: Any) -> int:
+    """Return the size of the last hidden state of a model without output layer."""
+    return _state_width(trunk) or int(trunk.config.get_text_config().hidden_size)
+
+
+@ask_once(default=0)
+def _state_width(trunk: Any) -> int:
+    return _read(trunk, torch.tensor(made_up_ids(trunk, 1))).shape[-1]
+
+
 def _read(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the logits (B, L, V) of rows, padded on the right if there is a mask."""
+    """Return the logits (B, L, V) of rows, padded on the right if there is a mask.
+
+    A model without output layer has its last hidden states (B, L, H) instead.
+    """
     inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with without_router_logits(model):
-        return model(**inputs, use_cache=False).logits
+        output = model(**inputs, use_cache=False)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 def _read_alone(model: Any, row: list[int]) -> Tensor:

@@ -1,4 +1,7 @@
-"""`ActorCritic`: the policy, its value head on the policy's trunk, and the frozen reference.
+"""`ActorCritic`: the policy, the critic, and the frozen reference.
+
+The critic is a value head on the last hidden states of the policy's trunk, of the backbone with an adapter of
+its own, or of a model of its own (`pipeline.ppo.critic`).
 
 In full fine-tuning the reference is a frozen copy. Under LoRA it is the same backbone: with the adapter named
 `reference` if the policy started from an adapter, else the bare base.
@@ -11,16 +14,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
-from pipeline.models.logprobs import response_logprobs, scatter_to_mask
+from pipeline.models.logprobs import response_logprobs, response_states, scatter_to_mask
 from pipeline.models.patches import disable_dropout, fuse_gelu
-from pipeline.models.probes import reads_padding
-from pipeline.ppo.backbone import active_adapter
+from pipeline.models.probes import reads_padding, state_width
+from pipeline.ppo.backbone import active_adapter, add_trained_adapter, is_of_adapter
+from pipeline.ppo.checkpointing import checkpointing_options
+from pipeline.ppo.critic import Critic, critic_lora
 from pipeline.reward import batching
 from pipeline.reward.functions import RewardSource
 
 REFERENCE = "reference"
 BUFFERS = {"kl_coef", "score_sums", "critic_warmup"}
+DEFAULT = Critic()
 
 
 class Outputs(NamedTuple):
@@ -40,16 +47,21 @@ class ActorCritic(nn.Module):
     """The module that PPO trains and checkpoints.
 
     `policy` is a causal language model or a `PeftModel` around one. Its dropout is set to 0, so that training
-    computes the log-probabilities that sampling did. Raises `UserError` if it is an encoder.
+    computes the log-probabilities that sampling did. `critic` is the critic that is trained beside it; its
+    dropout is set to 0 too. Raises `UserError` if one of them is an encoder, or if PEFT refuses the critic's
+    adapter.
     """
 
     kl_coef: Tensor
     score_sums: Tensor
     critic_warmup: Tensor  # only with a `critic_warmup_patience`: see `pipeline.ppo.warmup`
 
-    def __init__(self, policy: Any, kl_coef: float):
+    def __init__(self, policy: Any, kl_coef: float, critic: Critic = DEFAULT):
         super().__init__()
         reads_padding(policy)  # asked before training, and before the copy, which keeps the answer
+        self.critic_on = critic.on
+        if critic.on == "adapter":
+            add_trained_adapter(policy, critic_lora(policy, critic), CRITIC, critic.weights)
         disable_dropout(policy)
         fuse_gelu(policy)
         self.policy = policy
@@ -60,12 +72,19 @@ class ActorCritic(nn.Module):
         # The balance loss of a mixture of experts is not used here, and `generate` fails with it.
         if getattr(policy.config, "output_router_logits", False):
             policy.config.output_router_logits = False
+        self.critic = prepare_trunk(critic.model) if critic.on == "model" else None
         # Accelerate reads this name: FSDP shards these layers one by one.
         self._no_split_modules = policy._no_split_modules
+        if self.critic is not None:
+            self._no_split_modules = set(self._no_split_modules or ()) | set(
+                self.critic._no_split_modules or ()
+            )
 
-        self.value_head = nn.Linear(policy.get_output_embeddings().weight.shape[-1], 1)
+        self.value_head = nn.Linear(self._state_width(), 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if critic.value_head is not None:
+            self.value_head.load_state_dict(critic.value_head)
 
         # Buffers are saved and resumed with the weights. `score_sums` is the number, the sum and the sum of
         # squares of all scores so far.
@@ -80,25 +99,48 @@ class ActorCritic(nn.Module):
         response_mask: Tensor,
         temperature: float,
         demonstrations: dict[str, Any] | None = None,
-        value_head_only: bool = False,
+        critic_only: bool = False,
     ) -> Outputs:
         """Return log-probabilities, values and entropies of the response tokens.
 
         Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens.
         `demonstrations` holds the same four tensors of other rows, whose log-probabilities are at temperature
-        1. With `value_head_only` the gradient of the values stops at the head.
+        1. With `critic_only` the values send no gradient to the policy: on its trunk it stops at the head.
         """
-        stats = response_logprobs(
-            self.policy, query_ids, query_mask, response_ids, response_mask, temperature
-        )
-
-        hidden = stats.hidden.detach() if value_head_only else stats.hidden
+        inputs = (query_ids, query_mask, response_ids, response_mask)
+        stats = response_logprobs(self.policy, *inputs, temperature)
+        if self.critic_on == "trunk":
+            hidden = stats.hidden.detach() if critic_only else stats.hidden
+        else:
+            hidden = self._critic_states(*inputs)
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
         values = scatter_to_mask(values, response_mask)
 
         shown = response_logprobs(self.policy, **demonstrations).logprobs if demonstrations else None
         return Outputs(stats.logprobs, values, stats.entropy, shown)
+
+    def _critic_states(self, *inputs: Tensor) -> Tensor:
+        """Return the (N, H) hidden states of a critic that has a trunk or an adapter of its own."""
+        if self.critic is not None:
+            return response_states(self.critic, *inputs)
+        with active_adapter(self.policy, CRITIC):
+            return response_states(self.policy.get_base_model().base_model, *inputs)
+
+    def _state_width(self) -> int:
+        """Return the size of the states that the value head reads."""
+        if self.critic_on == "trunk":
+            return int(self.policy.get_output_embeddings().weight.shape[-1])
+        return state_width(self.policy.get_base_model().base_model if self.critic is None else self.critic)
+
+    def critic_names(self) -> set[str]:
+        """Return the names of the parameters of the value head and of the critic's adapter or trunk."""
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.startswith(("value_head.", "critic."))
+            or (self.critic_on == "adapter" and is_of_adapter(name, CRITIC))
+        }
 
     def reference_logprobs(
         self,
@@ -144,13 +186,35 @@ class ActorCritic(nn.Module):
         return bool(self.policy.is_gradient_checkpointing)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Switch gradient checkpointing of the policy off."""
-        self.policy.gradient_checkpointing_disable()
+        """Switch gradient checkpointing of the policy and the critic off."""
+        for model in filter(None, (self.policy, self.critic)):
+            model.gradient_checkpointing_disable()
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Switch gradient checkpointing of the policy on; `kwargs` go to the policy's own method."""
-        self.policy.enable_input_require_grads()
-        self.policy.gradient_checkpointing_enable(**kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Switch gradient checkpointing of the policy and the critic on; the arguments go to their methods.
+
+        Raises `UserError` if a layer would be computed again with the adapter of the other.
+        """
+        options = gradient_checkpointing_kwargs
+        if self.critic_on == "adapter":
+            options = checkpointing_options(self.policy, options)
+        for model in filter(None, (self.policy, self.critic)):
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+
+def prepare_trunk(model: Any) -> Any:
+    """Return the trunk of a model, without its output layer, ready to be trained as a critic.
+
+    Raises `UserError` if it is an encoder.
+    """
+    trunk = getattr(model, "base_model", model)
+    reads_padding(trunk)
+    disable_dropout(trunk)
+    fuse_gelu(trunk)
+    return trunk.requires_grad_(True)
 
 
 def value_head_from_reward(reward: RewardSource, width: int, normalization: str) -> dict[str, Tensor]:

@@ -1,14 +1,18 @@
 """Check what a program passes to `PPOTrainer`, before anything is computed."""
 
-from typing import Any
+from typing import Any, get_args
 
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from pipeline.artifacts.schema import CRITIC
 from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
+from pipeline.ppo.backbone_compat import modifies_base
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.critic import Critic, Place, critic_lora
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.model import RewardModel
 
@@ -32,6 +36,56 @@ def check_arguments(
         _expect(name, function, function is None or callable(function), "a reward function, or None")
     if isinstance(policy, PeftModel):
         _check_adapters(policy)
+
+
+def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> None:
+    """Raise `UserError` if the critic is no `Critic`, or cannot be trained beside the policy."""
+    _expect("critic", critic, isinstance(critic, Critic), "a pipeline.Critic")
+    if critic.on not in get_args(Place):
+        raise UserError(f"ppo: critic.on: expected {' or '.join(get_args(Place))}, found {critic.on!r}")
+    if args.value_init == "reward" and (critic.on != "trunk" or critic.value_head is not None):
+        raise UserError(
+            "ppo: value_init: reward gives the value head on the policy's trunk the reward model's weights, "
+            "but the critic has a source or a trunk of its own; use value_init: zero"
+        )
+    if critic.on == "model":
+        _expect("critic.model", critic.model, isinstance(critic.model, nn.Module), "a language model")
+        rows = critic.model.get_input_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            raise UserError(
+                f"ppo: critic: its model reads {rows} token ids, and the policy's tokenizer has "
+                f"{len(tokenizer)}; expected a model of the same vocabulary"
+            )
+    elif critic.on == "adapter":
+        if not isinstance(policy, PeftModel):
+            raise UserError(
+                "ppo: critic.on: adapter needs a policy that is trained with LoRA; add a 'lora:' section, or "
+                "set critic.on: model"
+            )
+        if CRITIC in policy.peft_config:
+            raise UserError(f"ppo: policy: has an adapter named {CRITIC!r} already; give it another name")
+        check_shared_base(policy.peft_config[str(policy.active_adapter)], critic_lora(policy, critic))
+
+
+def check_shared_base(policy: Any, critic: Any) -> None:
+    """Raise `UserError` if the adapter of the policy or the critic cannot share its base with the other."""
+    for owner, lora in (("the policy's", policy), ("the critic's", critic)):
+        if setting := modifies_base(lora):
+            raise UserError(
+                f"ppo: critic.on: adapter: {owner} adapter has {setting}, which an adapter on a shared base "
+                "cannot have; set critic.on: model"
+            )
+
+
+def check_launch(critic: Critic, accelerator: Accelerator) -> None:
+    """Raise `UserError` if the launch checkpoints layers itself, without the adapter of their forward."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if critic.on == "adapter" and getattr(plugin, "activation_checkpointing", False):
+        raise UserError(
+            "ppo: fsdp_activation_checkpointing: true computes a layer again with whichever adapter is "
+            "active by then, so critic.on: adapter would get wrong gradients; set it to false, and "
+            "training.gradient_checkpointing: true"
+        )
 
 
 def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demonstrations: Any) -> None:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.artifacts.manifest import Artifact
+from pipeline.errors import UserError, one_line
+from pipeline.models.adapters import check_modules
+from pipeline.models.load_errors import explain_adapter_errors
 from pipeline.ppo.backbone_compat import adapter_folder, head_weight_names
 from pipeline.reward.functions import RewardSource, reward_from_model
 from pipeline.reward.model import RewardModel
@@ -58,7 +61,7 @@ def attach_reward_adapter(
 def active_adapter(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel]:
     """Activate another adapter of the policy, or none, for a block of code.
 
-    Afterwards the adapter that was active is so again, and what was trainable still is.
+    Afterwards the adapter that was active is so again. What was trainable is so all the time.
     """
     active = policy.active_adapter
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -68,12 +71,58 @@ def active_adapter(policy: PeftModel, adapter: str | None) -> Iterator[PeftModel
                 yield policy
         else:
             policy.set_adapter(adapter)
+            _restore_trainable(policy, trainable)
             yield policy
-    finally:  # PEFT changes requires_grad when it switches adapters
+    finally:
         policy.set_adapter(active)
-        policy.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        _restore_trainable(policy, trainable)
+
+
+def _restore_trainable(policy: PeftModel, trainable: list[nn.Parameter]) -> None:
+    """Undo what PEFT does to `requires_grad` when it switches adapters."""
+    policy.requires_grad_(False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def add_trained_adapter(
+    policy: PeftModel, lora: LoraConfig, name: str, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Add an adapter that is trained beside the active one, as new or with `weights`.
+
+    What of it is in the output layer is frozen, because only the trunk is read. Raises `UserError` if PEFT
+    refuses it, or if the weights are those of an adapter of another shape.
+    """
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    where = f"ppo: {name}.lora"
+    check_modules(policy.get_base_model(), lora, where)
+    with explain_adapter_errors(where, lora):
+        policy.add_adapter(name, lora)
+    if weights is not None:
+        try:
+            result: Any = set_peft_model_state_dict(policy, weights, adapter_name=name)
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"ppo: {name}: its adapter is for a base of another shape: {one_line(error)}"
+            ) from error
+        if result.unexpected_keys:
+            raise UserError(
+                f"ppo: {name}: its adapter is for another base, which has {result.unexpected_keys[0]}"
+            )
+        if lacking := [key for key in result.missing_keys if is_of_adapter(key, name)]:
+            raise UserError(f"ppo: {name}: its adapter lacks the weight {lacking[0]}; expected a whole one")
+
+    layer = policy.get_output_embeddings()
+    unread = {id(parameter) for parameter in layer.parameters()} if layer is not None else set()
+    for key, parameter in policy.named_parameters():
+        if is_of_adapter(key, name) and id(parameter) not in unread:
+            trainable.append(parameter)
+    _restore_trainable(policy, trainable)
+
+
+def is_of_adapter(key: str, name: str) -> bool:
+    """Return whether the parameter `key` of a policy belongs to its adapter `name`."""
+    return name in key.split(".")
 
 
 def _add_frozen_adapter(policy: PeftModel, folder: Path, weights: dict[str, Tensor], name: str) -> None:
@@ -86,7 +135,7 @@ def _add_frozen_adapter(policy: PeftModel, folder: Path, weights: dict[str, Tens
     assert not result.unexpected_keys, result.unexpected_keys
 
     for key, parameter in policy.named_parameters():
-        if f".{name}." in key:
+        if is_of_adapter(key, name):
             parameter.requires_grad_(False)
 
 

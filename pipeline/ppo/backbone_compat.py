@@ -83,25 +83,26 @@ def head_weight_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if ".lora_" not in name]
 
 
-def _policy_adapter_folder(policy: Artifact) -> str | None:
+def policy_adapter_folder(policy: Artifact) -> str | None:
+    """Return where the policy's adapter is, or None if it is no adapter."""
     return str(policy.path) if is_adapter(policy.path, policy.revision) else None
 
 
 def _adapter_mismatch(config: PPOStage, policy: Artifact, adapter: PeftConfig) -> str | None:
     """Return why one of the two adapters cannot share its base."""
     own: PeftConfig | None
-    if folder := _policy_adapter_folder(policy):
+    if folder := policy_adapter_folder(policy):
         own = PeftConfig.from_pretrained(folder, revision=policy.revision)
     else:
         own = build_lora_config(config, TaskType.CAUSAL_LM)
 
     for owner, lora in (("its", adapter), ("the policy's", own)):
-        if setting := _modifies_base(lora):
+        if setting := modifies_base(lora):
             return f"{owner} adapter has {setting}, which an adapter on a shared base cannot have"
     return None
 
 
-def _modifies_base(adapter: PeftConfig | None) -> str | None:
+def modifies_base(adapter: PeftConfig | None) -> str | None:
     """Return the setting of an adapter that changes the base, or that PEFT allows for one adapter only."""
     if not isinstance(adapter, LoraConfig):
         return f"peft_type={getattr(adapter, 'peft_type', None)}"
@@ -121,8 +122,8 @@ def _base_mismatch(
     config: PPOStage, policy: Artifact, reward: Artifact, settings: RewardSettings, adapter: PeftConfig
 ) -> str | None:
     """Return how the content, quantization or precision of the two bases differs."""
-    own = _base_identity(reward, str(adapter_folder(reward)))
-    if own != _base_identity(policy, _policy_adapter_folder(policy)):
+    own = base_identity(reward, str(adapter_folder(reward)))
+    if own != base_identity(policy, policy_adapter_folder(policy)):
         return f"its base is {adapter.base_model_name_or_path}, of other content than the policy's"
     if settings.quantization != config.quantization:
         return f"its base has quantization: {settings.quantization}, the policy's {config.quantization}"
@@ -132,7 +133,7 @@ def _base_mismatch(
     return None
 
 
-def _base_identity(source: Artifact, adapter: str | None) -> Any:
+def base_identity(source: Artifact, adapter: str | None) -> Any:
     """Return what is equal for two artifacts if and only if their bases have the same weights.
 
     It is their content, or a repository and its commit. `adapter` is the folder of the artifact's adapter, if
@@ -143,11 +144,11 @@ def _base_identity(source: Artifact, adapter: str | None) -> Any:
     if adapter is not None and "model" not in inputs and "policy" in inputs:
         path = Path(inputs["policy"]["path"])
         start = Artifact(path, read_manifest(path) or inputs["policy"])
-        return _base_identity(start, str(path) if (path / "adapter_config.json").is_file() else None)
+        return base_identity(start, str(path) if (path / "adapter_config.json").is_file() else None)
     # So has that of an SFT stage which trained an adapter further.
     if adapter is not None and "model" in inputs and not is_own_base(Path(adapter), inputs["model"]["path"]):
         path = Path(inputs["model"]["path"])
-        return _base_identity(Artifact(path, read_manifest(path) or inputs["model"]), str(path))
+        return base_identity(Artifact(path, read_manifest(path) or inputs["model"]), str(path))
 
     base = source.manifest if adapter is None else inputs.get("model")
     if base is None:  # no stage wrote this adapter

@@ -25,7 +25,7 @@ from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_fu
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import total_reward
 from pipeline.training.callbacks import REMEDY
-from pipeline.training.weights import publishable_state
+from pipeline.training.weights import publishable_state, submodule_state
 
 EVALUATION = "evaluation"  # replaces the rollout's number in the key of random numbers
 POLICIES = "policies"  # folder of the policies of all evaluations, if they are kept
@@ -186,14 +186,6 @@ class PolicyTrainer(Trainer):
         if self.args.should_save:
             seal_folder(new, self.state.global_step)
             replace_folder(new, folder)
-
-
-def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-    """Return the weights of the submodule `name`, under their names in it; None stays None."""
-    if weights is None:
-        return None
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def prompt_budget(policy: Any, response_tokens: int, max_prompt_tokens: int) -> int:

@@ -4,7 +4,7 @@ In: `prompts` of the prepare artifact, the SFT policy, and the rewards. A reward
 backbone and tokenizer, the URL of a server, or a `module:function`.
 
 Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model). PPO
-adds the critic in `value_head.safetensors`. `best/` has the same of the best evaluation; with
+adds the critic in `critic/`. `best/` has the same of the best evaluation; with
 `evaluation.keep`, `policies/step-N/` has those of all evaluations before the last. `samples.jsonl` has
 responses of each evaluation, `log.jsonl` the metrics.
 
@@ -36,6 +36,7 @@ from pipeline.ppo.backbone import attach_reward_adapter
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.callbacks import EarlyStopping
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.critic_source import check_critic_section, load_critic, open_critic
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
@@ -63,6 +64,7 @@ def check(config: PPOStage) -> None:
         unsupported = _trl_trainers().UNSUPPORTED
     check_training(config, arguments_class(config), unsupported)
     _check_lora_start(config)
+    check_critic_section(config)
 
     functions = [reward.source for reward in named_rewards(config).values() if reward.is_function]
     for function in [config.gold, *functions]:
@@ -86,14 +88,7 @@ def named_rewards(config: PPOStage) -> dict[str, Reward]:
 def run(config: PPOStage) -> Path:
     """Run the stage and return the folder of its artifact. Raises `UserError`."""
     check(config)
-    inputs = open_inputs(config)
-    starting_adapter(config, inputs["policy"].revision)
-    for name, reward in named_rewards(config).items():
-        if not reward.is_function:
-            inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
-            _check_backbone(config, name, inputs)
-    _check_scorer_is_held_out(inputs)
-
+    inputs = open_all_inputs(config)
     return build_artifact(
         config,
         kind="policy",
@@ -101,6 +96,20 @@ def run(config: PPOStage) -> Path:
         make=lambda output, work: train(config, inputs, output, work),
         on_every_rank=True,
     )
+
+
+def open_all_inputs(config: PPOStage) -> dict[str, Artifact]:
+    """Open the records, the policy, the rewards and the critic's source. Raises `UserError`."""
+    inputs = open_inputs(config)
+    starting_adapter(config, inputs["policy"].revision)
+    for name, reward in named_rewards(config).items():
+        if not reward.is_function:
+            inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
+            _check_backbone(config, name, inputs)
+    _check_scorer_is_held_out(inputs)
+    if config.critic.source:
+        inputs["critic"] = open_critic(config, inputs["policy"])
+    return inputs
 
 
 def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Path) -> dict[str, Any]:
@@ -160,7 +169,8 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
         return _trl_trainers().build_trl_trainer(config.algorithm, **options, **common)
     demonstrations = open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None
-    return PPOTrainer(**common, demonstrations=demonstrations)
+    critic = load_critic(config, inputs, policy, tokenizer)
+    return PPOTrainer(**common, demonstrations=demonstrations, critic=critic)
 
 
 def open_reward(config: PPOStage, name: str, inputs: dict[str, Artifact], policy: Any) -> RewardSource:

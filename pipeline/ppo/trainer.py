@@ -30,14 +30,21 @@ from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.models.prompts import fit_prompts
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
-from pipeline.ppo.arguments import check_arguments, check_datasets, warn_of_biased_penalty
+from pipeline.ppo.arguments import (
+    check_arguments,
+    check_critic,
+    check_datasets,
+    check_launch,
+    warn_of_biased_penalty,
+)
 from pipeline.ppo.callbacks import SkipNonFinite, check_kl
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.critic import Critic, split_learning_rate, write_critic
 from pipeline.ppo.demonstrations import demonstration_batches
 from pipeline.ppo.functional import next_kl_coef
 from pipeline.ppo.loss import ppo_loss
 from pipeline.ppo.metrics import rollout_metrics
-from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget, submodule_state
+from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
 from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
 from pipeline.ppo.scores import normalize_scores, stack_rewards
@@ -46,8 +53,6 @@ from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_
 from pipeline.reward.model import RewardModel
 from pipeline.reward.token_rewards import total_reward
 from pipeline.training.callbacks import use_metrics_bar
-
-VALUE_HEAD = "value_head.safetensors"
 
 
 class PPOTrainer(PolicyTrainer):
@@ -64,6 +69,8 @@ class PPOTrainer(PolicyTrainer):
     - `max_prompt_tokens`: the prompt limit. `overlong` is what happens to longer prompts: "truncate_left",
       "truncate_right" or "drop".
     - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
+    - `critic`: a `pipeline.Critic` with a trunk or an adapter of its own; by default a value head on the
+      policy's trunk.
 
     Raises `UserError` if an argument is of another kind, a dataset is empty, demonstrations are missing, no
     prompt fits the policy, or the policy is an encoder.
@@ -105,9 +112,12 @@ class PPOTrainer(PolicyTrainer):
         max_prompt_tokens: int = 256,
         overlong: str = "truncate_left",
         generate: Callable[..., Responses] = generate,
+        critic: Critic | None = None,
         **kwargs: Any,
     ) -> None:
+        self.critic = critic or Critic()
         check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
+        check_critic(self.critic, policy, args, processing_class)
         check_datasets(args, train_dataset, eval_dataset, demonstrations)
         warn_of_biased_penalty(args)
         make_savable(getattr(policy, "get_base_model", lambda: policy)())
@@ -129,7 +139,8 @@ class PPOTrainer(PolicyTrainer):
         self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
         self._is_warmup = False  # whether this rollout trains the critic alone
 
-        model = ActorCritic(policy, args.kl_coef)
+        model = ActorCritic(policy, args.kl_coef, self.critic)
+        self.critic = self.critic._replace(model=None, weights=None, value_head=None)  # they are in the model
         if args.value_init == "reward":
             width = model.value_head.in_features
             state = value_head_from_reward(self.reward, width, args.score_normalization)
@@ -144,6 +155,7 @@ class PPOTrainer(PolicyTrainer):
                 data[name] = fit_prompts(processing_class, rows, *limits)
         super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
         self.actor: ActorCritic = self.model
+        check_launch(self.critic, self.accelerator)
         keep_output_dtype(self)
         self.add_callback(SkipNonFinite(lambda: self.rollouts.minibatch))
         use_metrics_bar(self)
@@ -261,6 +273,16 @@ class PPOTrainer(PolicyTrainer):
 
     # Steps
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer; the critic's parameters are groups of their own if it has a learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.critic.learning_rate is not None:
+            names = self.actor.critic_names()
+            parameters = [value for name, value in self.actor.named_parameters() if name in names]
+            split_learning_rate(optimizer, parameters, self.critic.learning_rate)
+        return optimizer
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of a micro-batch.
 
@@ -271,8 +293,9 @@ class PPOTrainer(PolicyTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
 
         if inputs["last"] and self._is_warmup:
+            critic = self.actor.critic_names()
             for name, parameter in self.actor.named_parameters():
-                if not is_critics(name):
+                if name not in critic:
                     # Not zeros: Adam would average them in, and weight decay would shrink the weights.
                     parameter.grad = None
 
@@ -293,7 +316,7 @@ class PPOTrainer(PolicyTrainer):
             inputs["response_mask"],
             self.args.temperature,
             demonstrations=inputs["demonstrations"],
-            value_head_only=self._is_warmup,
+            critic_only=self._is_warmup,
         )
         mask = inputs["response_mask"].bool()
         if inputs["first"]:
@@ -365,7 +388,7 @@ class PPOTrainer(PolicyTrainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy and its value head as `publish` does, or in a checkpoint one file of both."""
+        """Write the policy and its critic as `publish` does, or in a checkpoint one file of both."""
         folder = Path(output_dir or str(self.args.output_dir))
         if not _internal_call:
             return self.publish(folder)
@@ -395,12 +418,6 @@ class PPOTrainer(PolicyTrainer):
         return push_policy(self, message, token=token, private=private, **options)
 
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
-        """Write the policy, and the value head beside it."""
+        """Write the policy, and the critic in the folder `critic/` of it."""
         super().write(folder, weights)
-        state = submodule_state(weights, "value_head") or self.actor.value_head.state_dict()
-        save_file(state, folder / VALUE_HEAD)
-
-
-def is_critics(name: str) -> bool:
-    """Return whether the parameter of this name in `ActorCritic` belongs to the critic."""
-    return name.startswith("value_head.")
+        write_critic(folder, self.actor, self.processing_class, self.critic.origin, weights)

@@ -51,22 +51,26 @@ def check_training(
         raise UserError(f"{config.stage}: {problem}")
     _check_section(f"{config.stage}: training", config.training, arguments_class)
     trackers.check_trackers(config.stage, config.training)
-    if config.lora is not None:
-        for key in [key for key in RESERVED_LORA if key in config.lora]:
-            raise UserError(f"{config.stage}: lora.{key} is set by the stage; remove it")
-        _check_section(f"{config.stage}: lora", config.lora, LoraConfig)
-        _check_lora(config)
+    check_lora(config)
     rehearse(config.stage, build_arguments(config, arguments_class, Path("unused")))
 
 
-def _check_lora(config: TrainedStage) -> None:
-    """Raise `UserError` for values that PEFT refuses, and for settings with which no stage trains."""
+def check_lora(config: TrainedStage, section: str = "lora") -> None:
+    """Raise `UserError` for values that PEFT refuses, and for settings with which no stage trains.
+
+    `section` is the name of the section in messages.
+    """
+    if config.lora is None:
+        return
+    for key in [key for key in RESERVED_LORA if key in config.lora]:
+        raise UserError(f"{config.stage}: {section}.{key} is set by the stage; remove it")
+    _check_section(f"{config.stage}: {section}", config.lora, LoraConfig)
     try:
         lora = build_lora_config(config, TaskType.CAUSAL_LM)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{config.stage}: lora: {one_line(error)}") from None
+        raise UserError(f"{config.stage}: {section}: {one_line(error)}") from None
     if lora is not None and (problem := unsupported_setting(lora)):
-        raise UserError(f"{config.stage}: lora.{problem}; remove it")
+        raise UserError(f"{config.stage}: {section}.{problem}; remove it")
 
 
 def check_quantization(stage: str, quantization: str) -> None:

@@ -22,3 +22,11 @@ def publishable_state(trainer: Trainer, stage: str) -> dict[str, Any] | None:
             f"nothing is published; {REMEDY}"
         )
     return state
+
+
+def submodule_state(weights: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """Return the weights of the submodule `name`, under their names in it; None stays None."""
+    if weights is None:
+        return None
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

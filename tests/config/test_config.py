@@ -382,3 +382,12 @@ def test_ppo_in_full_goes_on_from_a_merged_policy(tmp_path: Path) -> None:
         else:
             with pytest.raises(UserError, match="sft publishes a LoRA adapter"):
                 config.check_run(configs)
+
+
+@pytest.mark.parametrize("text", ["critic:\n  on: model\n", "critic: {on: model}", 'critic: {"on": model}'])
+def test_the_place_of_the_critic_is_a_key_though_yaml_reads_on_as_true(text: str, tmp_path: Path) -> None:
+    assert load(tmp_path, "ppo", text).critic.on == "model"
+    for override in ("critic.on=model", "critic={on: model}"):
+        assert load(tmp_path, "ppo", "", override).critic.on == "model"
+    with pytest.raises(UserError, match=r"unknown key 'critic.where'"):
+        load(tmp_path, "ppo", "critic: {where: model}")

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.long
 ROOT = RECIPES.parent
 TOGETHER = str(ROOT / "tests/distributed/together.py")
 ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for number in range(5)]
-STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo", "ppo-critic")
+CRITICS = ("ppo-adapter", "ppo-critic")
+STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo", *CRITICS)
 
 
 def start(
@@ -132,9 +133,14 @@ def learned(folder: Path, stage: str) -> tuple[list[float], dict]:
         else folder / stage / ("sft" if stage == "sft" else "reward")
     )
     entries = map(json.loads, (artifact_folder / "log.jsonl").open(encoding="utf-8"))
-    return [entry["loss"] for entry in entries if "loss" in entry], load_file(
-        artifact_folder / "model.safetensors"
-    )
+    files = [artifact_folder / "model.safetensors"]
+    if stage in CRITICS:
+        files = [file for file in artifact_folder.rglob("*.safetensors") if "best" not in file.parts]
+        assert len(files) == 3  # the policy, the critic and its value head
+    weights = {
+        f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()
+    }
+    return [entry["loss"] for entry in entries if "loss" in entry], weights
 
 
 def assert_the_same(one: tuple[list[float], dict], other: tuple[list[float], dict]) -> None:
@@ -188,7 +194,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(
     trained, tiny_feedback, tiny_llama, tmp_path
 ):
     """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
-    stages = ("sft", "ranking", "ppo", "ppo-critic")
+    stages = ("sft", "ranking", "ppo", *CRITICS)
     launch(
         2,
         str(ROOT / "tests/distributed/sharded.py"),

@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
-from pipeline import PPOConfig, PPOTrainer, cli
+from pipeline import Critic, PPOConfig, PPOTrainer, cli
 from pipeline.artifacts import files
 from pipeline.distributed.processes import (
     destroy_process_group,
@@ -42,7 +44,10 @@ OBJECTIVES = {
 PPO = {
     "ppo": {},
     "ppo-bf16": {"bf16": True},
+    "ppo-adapter": {"critic": "adapter", "critic_warmup_rollouts": 1, "gradient_checkpointing": True},
     "ppo-critic": {
+        "critic": "model",
+        "gradient_checkpointing": True,
         "lam_value": 1.0,
         "lam_length": 0.5,
         "clip_value": None,
@@ -110,7 +115,16 @@ def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Respons
     return Responses(*query, *response, texts, [True] * len(ids))
 
 
-def ppo(folder: Path, model: str, **more: object) -> None:
+def start_of(model: str, tokenizer, critic: str) -> tuple[Any, Critic]:
+    """The policy, under LoRA if the critic is an adapter of it, and the critic."""
+    policy, learning_rate = load_policy(model, tokenizer), None if critic == "trunk" else 2e-3
+    if critic == "adapter":
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trunk = load_policy(model, tokenizer) if critic == "model" else None
+    return policy, Critic(critic, model=trunk, learning_rate=learning_rate)
+
+
+def ppo(folder: Path, model: str, critic: str = "trunk", **more: object) -> None:
     init_process_group()
     tokenizer = load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
@@ -142,14 +156,16 @@ def ppo(folder: Path, model: str, **more: object) -> None:
             sum(share) if ids[0] % 2 else share for share, ids in zip(shares, completion_ids, strict=True)
         ]
 
+    policy, start = start_of(model, tokenizer, critic)
     trainer = PPOTrainer(
-        load_policy(model, tokenizer),
+        policy,
         evenness,
         args,
         prompts,
         tokenizer,
         eval_dataset=prompts.select(range(5)),
         generate=recorded,
+        critic=start,
     )
     trainer.train()
     trainer.evaluate()

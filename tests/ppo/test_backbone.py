@@ -118,7 +118,8 @@ def test_log_probabilities_and_gradients_are_those_of_separate_copies(checkpoint
         assert expected.abs().max() > 0
 
 
-def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_records, tmp_path):
+@pytest.mark.parametrize("critic", ["trunk", "adapter"])
+def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(critic, artifacts, tiny_records, tmp_path):
     training = {
         "num_rollouts": 2,
         "num_ppo_epochs": 2,
@@ -131,6 +132,7 @@ def test_a_run_ends_in_the_same_policy_on_one_backbone_or_two(artifacts, tiny_re
         given = {
             "records": str(tiny_records),
             "one_backbone": where,
+            "critic": {"on": critic},
             "training": training | {"learning_rate": 0.1, "eval_strategy": "no"},
         }
         folder = ppo.run(stage(artifacts, tmp_path / str(number), **given))

@@ -563,7 +563,7 @@ def test_the_best_evaluation_is_kept(make, tmp_path):
         assert trainer.evaluate()["eval_reward"] == value
     from safetensors.torch import load_file
 
-    assert load_file(tmp_path / "work" / "best" / "value_head.safetensors")["bias"].item() == 5.0
+    assert load_file(tmp_path / "work" / "best/critic/value_head.safetensors")["bias"].item() == 5.0
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (5.0, 1)
 
 

@@ -106,8 +106,8 @@ def test_killed_ten_times_it_ends_in_the_same_bits(form, forms, killable, tiny_r
         "optimizer",
         "log.jsonl",
         "samples.jsonl",
-        "value_head.safetensors",
-        "best/value_head.safetensors",
+        "critic/value_head.safetensors",
+        "best/critic/value_head.safetensors",
     } <= expected.keys()
 
     written = {

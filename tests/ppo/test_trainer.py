@@ -261,7 +261,7 @@ def test_the_stage_publishes_policy_and_critic(form, tiny_records, tiny_gpt2, tm
         **common,
     )
     folder = ppo.run(stage)
-    assert load_file(folder / "value_head.safetensors").keys() == {"weight", "bias"}
+    assert load_file(folder / "critic/value_head.safetensors").keys() == {"weight", "bias"}
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (
         (folder / "adapter_config.json").exists()

@@ -327,7 +327,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_for_the_older_one(
 
 
 WORK_BREAKS = {
-    "best cut": lambda work: os.truncate(work / "best/value_head.safetensors", 10),
+    "best cut": lambda work: os.truncate(work / "best/critic/value_head.safetensors", 10),
     "best gone": lambda work: shutil.rmtree(work / "best"),
     "policy gone": lambda work: (work / "policies/step-000002/model.safetensors").unlink(),
     "samples cut": lambda work: os.truncate(work / "samples/step-000002.jsonl", 10),
@@ -370,7 +370,9 @@ def test_what_a_checkpoint_relies_on_beside_it_belongs_to_it(
     assert "beside it is missing or was altered; " in capsys.readouterr().out
     assert len(steps) in (2, 4)  # from the first checkpoint, if that did not rely on it
     assert content(folder) == content(expected)
-    assert {"best/value_head.safetensors", "policies/step-000002/model.safetensors"} <= content(folder).keys()
+    assert {"best/critic/value_head.safetensors", "policies/step-000002/model.safetensors"} <= content(
+        folder
+    ).keys()
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,15 @@ import torch
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import list_files
 from pipeline.artifacts.inputs import require_artifact
-from pipeline.config import OBJECTIVES, Reward, StageConfig
+from pipeline.artifacts.manifest import Artifact
+from pipeline.config import OBJECTIVES, PPOStage, Reward, StageConfig
 from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS
 from pipeline.errors import UserError, explain_row, one_line
 from pipeline.models.chat import encode_turn, prompt_ids, split_response
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
+from pipeline.ppo.critic_source import open_critic, source_kind
 from pipeline.reward.dataset import check_records
 from pipeline.reward.functions import require_reward
 from pipeline.tools.doctor import memory
@@ -95,6 +97,8 @@ def _check_inputs(config: Any, recipe: Recipe) -> Iterator[Finding]:
     for name, source, kind, stage in inputs:
         if source != "scratch":
             yield _try(name, _check_input, config, recipe, source, kind, stage)
+    if config.stage == "ppo" and config.critic.source:
+        yield _try("critic", _check_critic, config, recipe)
     for name, reward in rewards.items():
         if reward.is_url:
             yield _try(name, _check_server, config, recipe, reward)
@@ -111,7 +115,19 @@ def _check_input(config: StageConfig, recipe: Recipe, source: str, kind: str, st
     if hub.is_hub_id(source):
         commit = reachable_commit(source)
         return f"{source}: at {commit}" if commit else f"{source}: on the hub, which cannot be reached"
-    opened = require_artifact(source, kind, config.make_command(stage) if stage else "name another")
+    return _describe(require_artifact(source, kind, config.make_command(stage) if stage else "name another"))
+
+
+def _check_critic(config: PPOStage, recipe: Recipe) -> str:
+    """Check what the critic starts from, against the policy if that is there."""
+    source, policy = config.critic.source or "", config.policy or ""
+    if _is_to_come(recipe, source) or _is_to_come(recipe, policy) or hub.is_hub_id(source):
+        return _check_input(config, recipe, source, source_kind(source), "ppo")
+    return _describe(open_critic(config, require_artifact(policy, "policy", config.make_command("sft"))))
+
+
+def _describe(opened: Artifact) -> str:
+    source = opened.path
     origin = "external" if opened.is_external else "as its stage wrote them"
     return f"{source}: {len(list_files(opened.path))} files, {origin}"
 

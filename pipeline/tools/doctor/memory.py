@@ -5,11 +5,13 @@ training step or generation.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.models.heads import unquantized_patterns
@@ -34,8 +36,9 @@ class ModelFootprint(NamedTuple):
     """A model in memory.
 
     `adapters` is the number of its LoRA adapters of the shape `lora`, one of which is trained. A `trained`
-    model without `lora` is trained in full. A sharded launch shards the trained model, and the models that
-    are `in_trained_module` with it.
+    model without `lora` is trained in full. `critic_lora` is the shape of a second adapter that is trained,
+    on states of its own. A sharded launch shards the trained model, and the models that are
+    `in_trained_module` with it.
     """
 
     config: PreTrainedConfig
@@ -44,6 +47,7 @@ class ModelFootprint(NamedTuple):
     quantization: str = "none"
     lora: LoraConfig | None = None
     adapters: int = 1
+    critic_lora: LoraConfig | None = None
     trained: bool = False
     in_trained_module: bool = False
 
@@ -85,7 +89,7 @@ def estimate(
     The parts are `PERMANENT` and `TEMPORARY`. The first of `models` is the one that generates.
     """
     parts = dict.fromkeys((*PERMANENT, *TEMPORARY), 0.0) | {"buffers": BUFFERS}
-    temporary = [0.0]
+    temporary, step_bytes = [0.0], 0.0
     for footprint in models:
         model = build_meta_model(
             footprint.config, footprint.auto, DTYPES[footprint.precision], footprint.lora
@@ -94,20 +98,24 @@ def estimate(
         adapter = sum(p.numel() for p in model.parameters() if footprint.lora is not None and p.requires_grad)
         split = shards if footprint.trained or footprint.in_trained_module else 1
         parts["weights"] += weight_bytes(model, set(base), footprint.quantization) / split
-        parts["adapters"] += 4 * adapter * footprint.adapters / split
+        critic = critic_weights(footprint)
+        parts["adapters"] += 4 * (adapter * footprint.adapters + critic) / split
 
         if footprint.trained and step:
-            trained = adapter if footprint.lora else sum(p.numel() for p in base.values())
+            trained = adapter + critic if footprint.lora else sum(p.numel() for p in base.values())
             parts["optimizer"] += optimizer_bytes(step.optim) * trained / split
             parts["gradients"] += 4 * trained / split
-            parts["activations"], step_bytes = activation_bytes(footprint, step, shards)
-            temporary.append(_step_peak(parts, step) + step_bytes)
+            for saved, meanwhile in step_activations(footprint, step, shards):
+                parts["activations"] += saved
+                step_bytes += meanwhile
         if footprint is models[0] and generation:
             parts["KV cache"] = cache_bytes(footprint.config, generation)
             weights = sum(p.numel() for p in base.values())
             gathered = DTYPES[generation.precision].itemsize * weights if split > 1 else 0
             logits = 3 * 4 * generation.rows * footprint.config.get_text_config().vocab_size
             temporary.append(parts["KV cache"] + logits + gathered)
+    if step:
+        temporary.append(_step_peak(parts, step) + step_bytes)
     return parts | {"peak": sum(parts[name] for name in PERMANENT) + max(temporary)}
 
 
@@ -118,6 +126,28 @@ def _step_peak(parts: dict[str, float], step: StepFootprint) -> float:
     """
     gradients, activations = parts["gradients"], parts["activations"]
     return gradients + activations if step.accumulates else max(gradients, activations)
+
+
+def critic_weights(footprint: ModelFootprint) -> int:
+    """Return the number of weights of the critic's adapter, 0 without one."""
+    if footprint.critic_lora is None:
+        return 0
+    model = build_meta_model(footprint.config, footprint.auto, torch.float32, footprint.critic_lora)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def step_activations(
+    footprint: ModelFootprint, step: StepFootprint, shards: int
+) -> Iterator[tuple[float, float]]:
+    """Yield `activation_bytes` of each trained forward: of the model, and of the critic's adapter on it.
+
+    A critic computes no logits, on an adapter or as a model of its own.
+    """
+    without_logits = step._replace(logit_tokens=0)
+    yield activation_bytes(footprint, without_logits if footprint.auto is AutoModel else step, shards)
+    if footprint.critic_lora is not None:
+        critic = footprint._replace(lora=footprint.critic_lora)
+        yield activation_bytes(critic, without_logits, shards)
 
 
 def optimizer_bytes(optim: str) -> int:

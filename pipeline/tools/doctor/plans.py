@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, TaskType
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.load_errors import CODE_IS_NOT_RUN
 from pipeline.models.scratch import decoder_config, encoder_config
 from pipeline.ppo.backbone_compat import incompatibility
+from pipeline.ppo.critic_source import find_critic, with_critic_lora
 from pipeline.ppo.policy_trainer import prompt_budget
 from pipeline.ppo.stage import arguments_class, named_rewards, starting_adapter
 from pipeline.reward.settings import RewardSettings
@@ -116,10 +118,39 @@ def _ppo_models(config: PPOStage, recipe: Recipe, policy: PreTrainedConfig) -> l
     continues = lora is not None and _continues_adapter(config, config.policy or "", recipe)
     adapters += continues + (config.algorithm != "ppo")
 
-    models = [ModelFootprint(policy, lora=lora, adapters=adapters, trained=True, **_weight_options(config))]
+    models = [
+        ModelFootprint(
+            policy,
+            lora=lora,
+            adapters=adapters,
+            critic_lora=(_critic_lora(config) or lora) if config.critic.on == "adapter" else None,
+            trained=True,
+            **_weight_options(config),
+        )
+    ]
     if lora is None:
         models.append(ModelFootprint(policy, in_trained_module=True))  # the reference
+    if config.critic.on == "model":
+        models.append(_critic_footprint(config, policy, recipe))
     return models + [_scorer_footprint(config, source, recipe) for source in separate]
+
+
+def _critic_lora(config: PPOStage) -> LoraConfig | None:
+    """Return the critic's adapter if it is another than the policy's: that of its source, or a new one."""
+    saved = find_critic(Path(config.critic.source or ""))
+    if config.critic.source and saved is not None:
+        return read_adapter(str(saved.folder), None, TaskType.CAUSAL_LM, "critic")
+    return build_lora_config(with_critic_lora(config), TaskType.CAUSAL_LM) if config.critic.lora else None
+
+
+def _critic_footprint(config: PPOStage, policy: PreTrainedConfig, recipe: Recipe) -> ModelFootprint:
+    """Return a critic's own model, trained in full and unquantized; by default it is the policy's."""
+    architecture = policy
+    if source := config.critic.source:
+        saved = find_critic(Path(source))
+        folder = str(saved.folder) if saved is not None and saved.on == "model" else source
+        architecture = find_architecture(config, folder, recipe)
+    return ModelFootprint(architecture, AutoModel, trained=True)
 
 
 def _plan_evaluate(config: EvaluateStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:

@@ -18,6 +18,7 @@ from pipeline.artifacts import hub
 from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import is_own_base, require_artifact, verify_artifact
 from pipeline.artifacts.manifest import Artifact, load_manifest
+from pipeline.artifacts.schema import CRITIC, VALUE_HEAD
 from pipeline.errors import UserError
 from pipeline.tools.push.policy_card import policy_card_text
 
@@ -77,7 +78,7 @@ def list_contents(opened: Artifact, folder: Path) -> dict[str, Any]:
     for name in map(Path, opened.manifest["files"]):
         if name.is_relative_to(subfolder) and name.suffix not in PICKLES and name.name not in NOT_PUSHED:
             target = name.relative_to(subfolder)
-            if target.parts[0] not in SUBMODELS:
+            if target.parts[0] not in SUBMODELS and not _is_private_critic(target):
                 files[target.as_posix()] = opened.path / name
     if not {"config.json", "adapter_config.json"} & files.keys():
         raise UserError(
@@ -85,6 +86,14 @@ def list_contents(opened: Artifact, folder: Path) -> dict[str, Any]:
             "expected the artifact, or its best/"
         )
     return files
+
+
+def _is_private_critic(file: Path) -> bool:
+    """Return whether a file is of the critic and not its value head.
+
+    critic.json names the folder that it started from, and the config of its adapter the base.
+    """
+    return file.parts[0] == CRITIC and file.name != VALUE_HEAD
 
 
 def _check_base(opened: Artifact, files: dict[str, Any]) -> None:

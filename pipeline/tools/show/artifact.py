@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts.files import read_json
 from pipeline.artifacts.inputs import artifact_status, inspect_artifact
 from pipeline.artifacts.manifest import flatten_keys
+from pipeline.artifacts.schema import CRITIC, CRITIC_FILE
 from pipeline.errors import UserError, printable
 
 SUMMARY_KEYS = ("kind", "stage", "seed", "created_at", "identity")
@@ -33,6 +35,7 @@ def artifact_text(folder: Path, verified: bool) -> str:
     sections: dict[str, dict[str, Any]] = {
         str(folder): summary,
         "inputs": inputs,
+        "critic": _describe_critic(folder),
         "rows": manifest["rows"],
         "metrics": manifest["metrics"],
         "versions": manifest["versions"],
@@ -40,6 +43,14 @@ def artifact_text(folder: Path, verified: bool) -> str:
     return "\n\n".join(
         f"{title}\n{_table(flatten_keys(section))}" for title, section in sections.items() if section
     )
+
+
+def _describe_critic(folder: Path) -> dict[str, Any]:
+    """Return where the critic of a policy is, and the model or critic that it started from."""
+    saved = read_json(folder / CRITIC / CRITIC_FILE)
+    source = saved.get("source") or {}
+    origin = {"from": f"{source['path']}  {source['identity']}"} if source else {}
+    return ({"on": saved.get("on")} | origin) if saved else {}
 
 
 def _table(entries: dict[str, Any]) -> str:

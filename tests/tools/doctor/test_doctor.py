@@ -153,6 +153,29 @@ def test_an_adapter_that_is_there_counts_as_one_to_come(tiny_records, tiny_llama
     assert before["adapters"] == 2 * before["gradients"] > 0
 
 
+def test_the_critic_is_an_input_and_counts(tiny_records, tiny_gpt2, tiny_llama, tmp_path):
+    common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "reward": "math:sqrt"}
+
+    def findings(**critic):
+        stage = config.PPOStage(policy=str(tiny_gpt2), critic=critic, **common)
+        found, wrong = examine(stage, {}, None)
+        return dict(found), wrong, estimate(*plan_stage(stage, {}, stage_arguments(stage), 20))
+
+    _, wrong, alone = findings()
+    found, _, beside = findings(on="model")
+    assert wrong == 0
+    assert "critic" not in found
+    assert beside["weights"] == 1.5 * alone["weights"]  # the policy, the reference, the critic
+    assert beside["gradients"] == 2 * alone["gradients"]
+    found, wrong, larger = findings(on="model", source=str(tiny_llama))
+    assert wrong == 0
+    assert found["critic"].endswith("files, external")
+    assert larger["weights"] != beside["weights"]
+    found, wrong, _ = findings(source=str(tiny_llama))
+    assert wrong == 1
+    assert "has no critic; expected the artifact of a ppo stage" in found["critic"]
+
+
 def test_what_is_no_config_is_told(tmp_path, capsys):
     assert main(["doctor", "--config", str(tmp_path)]) == 2
     assert "expected a recipe's folder, or one of its files: prepare.yaml" in capsys.readouterr().err

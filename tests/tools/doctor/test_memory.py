@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -92,6 +93,29 @@ def test_lora_and_quantized_weights_by_hand():
         assert found["gradients"] == 4 * learned
         assert found["adapters"] == 3 * 4 * learned
         assert found["optimizer"] == 2 * learned
+
+
+def test_a_critic_of_its_own_is_trained_too():
+    lora, critic = (
+        LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM", inference_mode=False)
+        for r in (2, 4)
+    )
+    learned = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # of rank 2, in two layers
+    held = ModelFootprint(LLAMA, lora=lora, trained=True)
+    alone = estimate([held], STEP, None)
+    beside = estimate([held._replace(lora=critic)], STEP._replace(logit_tokens=0), None)
+    found = estimate([held._replace(critic_lora=critic)], STEP, None)
+    assert found["weights"] == alone["weights"]
+    assert found["adapters"] == found["gradients"] == 4 * (learned + 2 * learned)
+    assert found["optimizer"] == 8 * 3 * learned
+    assert found["activations"] == alone["activations"] + beside["activations"]
+
+    policy, model = ModelFootprint(GPT2, trained=True), ModelFootprint(GPT2, AutoModel, trained=True)
+    alone, found = estimate([policy], STEP, None), estimate([policy, model], STEP, None)
+    for part in ("weights", "optimizer", "gradients"):
+        assert found[part] == 2 * alone[part]
+    without_logits = estimate([policy], STEP._replace(logit_tokens=0), None)["activations"]
+    assert found["activations"] == alone["activations"] + without_logits
 
 
 def test_the_kv_cache_counts_the_heads_of_keys():

@@ -150,7 +150,7 @@ class RewardSettings:
 
 
 # Scores of steps -> the score of the response.
-AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+AGGREGATES: dict[str, Callable[[Any], float]] = {
     "min": min,
     "product": math.prod,
     "mean": fmean,

@@ -9,7 +9,12 @@ from datasets import Dataset
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from pipeline import RewardModel, StepRewards, config
+from pipeline.artifacts.inputs import open_external, require_artifact
 from pipeline.errors import UserError
+from pipeline.models.loading import load_tokenizer
+from pipeline.ppo import stage as ppo
+from pipeline.ppo.backbone import attach_reward_adapter
+from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.prepare import stage as prepare
 from pipeline.reward import stage as reward
 from pipeline.reward.functions import reward_from_model
@@ -124,3 +129,35 @@ def test_steps_score_the_same_in_plain_transformers(trained):
         assert one == pytest.approx(other, abs=2e-2 if form == "8bit" else 1e-5)
     assert max(map(max, found)) - min(map(min, found)) > 1e-4  # steps differ
     assert loaded.score_steps(PROMPTS, STEPS) == found
+
+
+def test_one_backbone_rewards_steps_as_the_artifact_does(tiny_llama, step_records, tmp_path):
+    lora = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
+    folder = reward.run(stage(step_records, tmp_path, model=str(tiny_llama), lora=lora))
+    given = config.PPOStage(
+        run="t", runs=str(tmp_path), policy=str(tiny_llama), reward=str(folder), lora={"r": 4}
+    )
+    policy, learned = open_external(tiny_llama, "policy"), require_artifact(folder, "reward", "")
+    assert incompatibility(given, policy, learned) is None
+    trunk = ppo.load_trained_policy(given, load_tokenizer(given.policy))
+    source = attach_reward_adapter(trunk, learned, "reward_0")
+    expected = reward_from_model(RewardModel.load(folder)).score(prompts=PROMPTS, completions=RESPONSES)
+    for one, other in zip(source.score(prompts=PROMPTS, completions=RESPONSES), expected, strict=True):
+        assert one.rewards == pytest.approx(other.rewards, abs=1e-5)
+        assert one.ends == other.ends
+
+
+def test_the_reward_of_a_step_is_what_a_right_one_is_worth_on_average(step_records, tiny_llama, tmp_path):
+    folder = reward.run(stage(step_records, tmp_path, model=str(tiny_llama)))
+    model = RewardModel.load(folder)
+    model.settings.alpha = 2.0
+    source = reward_from_model(model)
+    assert (source.mean, source.std, source.model) == (0.0, 1.0, model)
+    steps = model.score_steps(PROMPTS, RESPONSES)
+    expected = [
+        StepRewards([2.0 * (2 * p - 1) for p in row], ends)
+        for row, ends in zip(steps, ([5, 11, 17], [5, 11, 17], [5, 11]), strict=True)
+    ]
+    assert source.score(PROMPTS, RESPONSES) == expected
+    with pytest.raises(UserError, match="length_penalty: .* is stepwise; set it to 0"):
+        reward_from_model(model, 0.5)

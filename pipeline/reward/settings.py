@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from pipeline.artifacts import hub
 from pipeline.artifacts.schema import first_fault
 from pipeline.config.base import Quantization
 from pipeline.config.reward import OBJECTIVES
@@ -90,6 +91,12 @@ class RewardSettings:
             return head_config(self.outputs, "multi_label_classification")
         is_classifier = self.objective in ("classification", "stepwise")
         return head_config(self.outputs, "single_label_classification" if is_classifier else "regression")
+
+    @classmethod
+    def find(cls, source: str, revision: str | None = None) -> "RewardSettings | None":
+        """Load the settings of a folder or a hub id; see `load`."""
+        path = hub.fetch_file(source, SETTINGS, revision)
+        return cls.load(path.parent) if path else None
 
     @classmethod
     def load(cls, folder: Path) -> "RewardSettings | None":

@@ -2,9 +2,12 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
+import yaml
+from bitsandbytes.functional import has_avx512bf16
 from datasets import Dataset
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
@@ -161,3 +164,21 @@ def test_the_reward_of_a_step_is_what_a_right_one_is_worth_on_average(step_recor
     assert source.score(PROMPTS, RESPONSES) == expected
     with pytest.raises(UserError, match="length_penalty: .* is stepwise; set it to 0"):
         reward_from_model(model, 0.5)
+
+
+def test_the_code_of_the_card_computes_the_scores(trained):
+    form, folder = trained
+    card = (folder / "README.md").read_text()
+    code = re.sub(r'(response = |load\()"[^"]*"', rf'\1"{folder}"', card)  # the card's is relative
+    plain, ours = re.findall(r"```python\n(.*?)```", code, re.DOTALL)
+    model, scope = RewardModel.load(folder), {}
+    exec(plain, scope)
+    texts = [scope["prompt"]], [scope["response"]]
+    assert scope["response"] == "7 + 5 = 12 12 - 3 = 9"
+    tolerance = 5e-3 if form == "4bit" and has_avx512bf16() else 1e-4
+    assert scope["scores"].tolist() == pytest.approx(model.score_steps(*texts)[0], abs=tolerance)
+    assert scope["reward"] == pytest.approx(model.score(*texts)[0], abs=tolerance)
+    exec(ours, scope)
+    assert (scope["scores"], scope["reward"]) == (model.score_steps(*texts)[0], model.score(*texts)[0])
+    assert "the smallest score of its steps" in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "token-classification"

@@ -110,7 +110,8 @@ class RewardSettings:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             # Models that were trained before the encoding had a `turn` keep their scores.
-            encoding = {"turn": "text"} | values["encoding"]
+            turn = "template" if values.get("objective") == "stepwise" else "text"
+            encoding = {"turn": turn} | values["encoding"]
             settings = READER.validate_json(json.dumps(values | {"encoding": encoding}))
             if not 0 <= settings.logit < len(settings.outputs):
                 raise ValueError(f"logit: {settings.logit} is none of the {len(settings.outputs)} outputs")

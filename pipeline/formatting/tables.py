@@ -19,7 +19,7 @@ METRIC_NAMES = {
     "f1_wrong": "F1 of wrong steps",
     "first_error": "first error found",
     "all_right": "right responses without a false alarm",
-    "process_f1": "ProcessBench F1",
+    "first_error_f1": "ProcessBench F1",
     "rmse": "RMSE",
     "spearman": "Spearman ρ",
 }

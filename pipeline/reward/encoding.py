@@ -152,7 +152,9 @@ def _encode_chat(
 ) -> Encoded:
     if encoding.turn == "text":
         if ends is not None:
-            raise UserError("encoding.turn: steps are found in turns of the template alone; set it to template")
+            raise UserError(
+                "encoding.turn: steps are found in turns of the template alone; set it to template"
+            )
         return _encode_chat_text(tokenizer, encoding, prompt, response)
     steps = None
     if is_plain(tokenizer):

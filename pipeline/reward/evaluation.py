@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from pipeline.data.identity import number_questions
 from pipeline.data.schema import KINDS
 from pipeline.models.chat import response_text
 from pipeline.reward import metrics
@@ -77,7 +78,7 @@ def _evaluate_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
 def _evaluate_steps(reward: RewardModel, steps: Dataset) -> dict[str, Any]:
     labels = list(map(KINDS["steps"].target, steps))  # type: ignore[arg-type]
     scores = reward.score_steps(steps["prompt"][:], steps["completions"][:])
-    return step_metrics(scores, labels, steps["prompt"][:])
+    return step_metrics(scores, labels, number_questions(steps["prompt"]))
 
 
 def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:

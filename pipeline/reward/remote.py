@@ -5,8 +5,8 @@ the folder or hub id of the served model. Its tokenizer, config and `reward.json
 and what its logits mean. Without `reads`, they are those of the model that the server reports, if that is a
 folder here or a hub id.
 
-- vLLM receives the same ids that `RewardModel` computes, and serves stepwise models too. It accepts no token types, so it is refused for
-  pairs of a model that uses them.
+- vLLM receives the same ids that `RewardModel` computes, and serves stepwise models too. It accepts no token
+  types, so it is refused for pairs of a model that uses them.
 - Text-embeddings-inference (TEI) receives text, or a pair of texts, which its tokenizer encodes into the same
   ids. A chat has no such text and is refused. A row that was cut, or that spells a special token, may differ
   by a token or two, which is logged.

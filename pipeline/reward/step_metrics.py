@@ -18,7 +18,7 @@ THRESHOLD = 0.5  # of the probability below which a step counts as wrong
 
 
 def step_metrics(
-    scores: Sequence[Numbers], labels: Sequence[Numbers], prompts: Sequence[Any] | None = None
+    scores: Sequence[Numbers], labels: Sequence[Numbers], groups: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Compute the metrics of the scores of steps, the probabilities that they are right.
 
@@ -28,21 +28,20 @@ def step_metrics(
     - `f1_wrong`: F1 of finding the wrong steps.
     - `first_error`: of the responses with an error, the share whose first wrong step was found: it is the
       first one that scores below one half. `all_right`: of the right responses, the share in which no step
-      was called wrong. `process_f1`: the harmonic mean of the two. These are the measures of ProcessBench,
+      was called wrong. `first_error_f1`: the harmonic mean of the two. These are the measures of ProcessBench,
       Zheng et al. 2024 (arXiv 2412.06559).
     - `best_of_n`: see `best_of_n`.
 
-    Without `prompts`, the prompt of each response, there are no intervals and no `best_of_n`.
+    `rows` is the number of responses. Without `groups`, the number of each response's prompt, there are no
+    intervals and no `best_of_n`.
     """
     if not len(scores):
         return {}
     flat, truth = np.concatenate(scores), np.concatenate(labels)
     steps_of = np.repeat(np.arange(len(scores)), [len(row) for row in scores])
-    groups = (
-        None if prompts is None else np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-    )
-    step_groups = None if groups is None else groups[steps_of]
-    metrics: dict[str, Any] = {"responses": len(scores), "steps": len(flat)}
+    numbers = None if groups is None else np.asarray(groups)
+    step_groups = None if numbers is None else numbers[steps_of]
+    metrics: dict[str, Any] = {"rows": len(scores), "steps": len(flat)}
 
     wrong, called = (truth == 0).astype(float), (flat < THRESHOLD).astype(float)
     if 0 < wrong.sum() < len(wrong):
@@ -51,9 +50,9 @@ def step_metrics(
     if wrong.any() or called.any():
         metrics["f1_wrong"] = float(f1_score(wrong, called))
         metrics |= _interval("f1_wrong", weighted.f1, [wrong, called], step_groups, np.maximum(wrong, called))
-    metrics |= _process_bench(scores, labels, groups)
-    if groups is not None:
-        metrics["best_of_n"] = best_of_n(scores, labels, groups)
+    metrics |= _process_bench(scores, labels, numbers)
+    if numbers is not None:
+        metrics["best_of_n"] = best_of_n(scores, labels, numbers)
     return metrics
 
 
@@ -101,8 +100,8 @@ def _process_bench(
             metrics |= _interval(name, weighted.mean, [found[rows]], own)
     if len(metrics) and has_error.any() and not has_error.all():
         columns = [found, has_error.astype(float)]
-        metrics["process_f1"] = float(_harmonic_mean(np.ones((1, len(found))), *columns)[0])
-        metrics |= _interval("process_f1", _harmonic_mean, columns, groups, has_error, ~has_error)
+        metrics["first_error_f1"] = float(_harmonic_mean(np.ones((1, len(found))), *columns)[0])
+        metrics |= _interval("first_error_f1", _harmonic_mean, columns, groups, has_error, ~has_error)
     return metrics
 
 

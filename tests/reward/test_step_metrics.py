@@ -8,12 +8,12 @@ from pipeline.reward.step_metrics import best_of_n, first_wrong, step_metrics
 # Two prompts of two responses. Of each response, the scores of its steps and their labels.
 SCORES = [[0.9, 0.4, 0.2], [0.8, 0.7], [0.6, 0.3], [0.9, 0.45]]
 LABELS = [[1, 0, 0], [1, 1], [0, 1], [1, 1]]
-PROMPTS = ["a", "a", "b", "b"]
+PROMPTS = [0, 0, 1, 1]
 
 
 def test_the_metrics_of_nine_steps():
     found = step_metrics(SCORES, LABELS, PROMPTS)
-    assert (found["responses"], found["steps"]) == (4, 9)
+    assert (found["rows"], found["steps"]) == (4, 9)
     # Right: .9 .8 .7 .3 .9 .45; wrong: .4 .2 .6. Of 18 pairs, .4 wins over .3, .6 over .3 and .45.
     assert found["auroc"] == pytest.approx(15 / 18)
     # Called wrong: .4 .2 .3 .45, of which two are; one wrong step (.6) was not called.
@@ -21,8 +21,8 @@ def test_the_metrics_of_nine_steps():
     # The first error of the first response was found (step 2), that of the third was not (step 1, called 2).
     assert found["first_error"] == 0.5
     assert found["all_right"] == 0.5  # the second response; the fourth has a false alarm
-    assert found["process_f1"] == 0.5
-    for name in ("auroc", "f1_wrong", "first_error", "all_right", "process_f1"):
+    assert found["first_error_f1"] == 0.5
+    for name in ("auroc", "f1_wrong", "first_error", "all_right", "first_error_f1"):
         low, high = found[f"{name}_interval"]
         assert 0 <= low <= found[name] <= high <= 1, name
 
@@ -30,7 +30,7 @@ def test_the_metrics_of_nine_steps():
 def test_the_harmonic_mean_of_unequal_shares():
     found = step_metrics([[0.2], [0.9], [0.9], [0.9]], [[0], [0], [0], [1]])
     assert (found["first_error"], found["all_right"]) == (pytest.approx(1 / 3), 1.0)
-    assert found["process_f1"] == pytest.approx(0.5)  # 2 · ⅓ · 1 / (⅓ + 1)
+    assert found["first_error_f1"] == pytest.approx(0.5)  # 2 · ⅓ · 1 / (⅓ + 1)
     assert not any(name.endswith("_interval") or name == "best_of_n" for name in found)
 
 
@@ -57,8 +57,8 @@ def test_best_of_n_needs_right_and_wrong_responses_to_a_prompt():
 
 
 def test_steps_of_one_class_have_no_auroc():
-    found = step_metrics([[0.9, 0.8]], [[1, 1]], ["a"])
-    assert found == {"responses": 1, "steps": 2, "all_right": 1.0, "best_of_n": {}} | {
+    found = step_metrics([[0.9, 0.8]], [[1, 1]], [0])
+    assert found == {"rows": 1, "steps": 2, "all_right": 1.0, "best_of_n": {}} | {
         "all_right_interval": found["all_right_interval"]
     }
     assert step_metrics([], [], []) == {}

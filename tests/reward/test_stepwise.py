@@ -171,7 +171,7 @@ def test_the_reward_of_a_step_is_what_a_right_one_is_worth_on_average(step_recor
         for row, ends in zip(steps, ([5, 11, 17], [5, 11, 17], [5, 11]), strict=True)
     ]
     assert source.score(PROMPTS, RESPONSES) == expected
-    with pytest.raises(UserError, match="length_penalty: .* is stepwise; set it to 0"):
+    with pytest.raises(UserError, match=r"length_penalty: .* is stepwise; set it to 0"):
         reward_from_model(model, 0.5)
 
 
@@ -423,14 +423,14 @@ def test_training_keys_that_do_not_apply_are_refused(key, tmp_path):
 def test_a_token_classifier_without_reward_json_is_refused(model, tmp_path):
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a token classifier without reward.json") as refused:
+    with pytest.raises(UserError, match=r"is a token classifier without reward.json") as refused:
         RewardModel.load(tmp_path)
     told = re.search(r"\{.*\}", str(refused.value)).group()
     (tmp_path / "reward.json").write_text(told.replace("512", "64"))
     loaded = RewardModel.load(tmp_path)
     responses = [response.replace(" ", "\n") for response in RESPONSES]
     assert list(map(len, loaded.score_steps(PROMPTS, responses))) == [3, 3, 2]
-    with pytest.raises(UserError, match="encoding.turn: steps are found in turns of the template alone"):
+    with pytest.raises(UserError, match=r"encoding.turn: steps are found in turns of the template alone"):
         RewardModel.load(tmp_path, encoding={"turn": "text"}).score_steps(PROMPTS, responses)
 
 
@@ -438,6 +438,6 @@ def test_an_architecture_without_a_token_classifier_is_refused(step_records, tmp
     size = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     OPTForCausalLM(OPTConfig(vocab_size=len(tiny_tokenizer), **size)).save_pretrained(tmp_path / "opt")
     tiny_tokenizer.save_pretrained(tmp_path / "opt")
-    with pytest.raises(UserError, match="opt: .*token classifier") as refused:
+    with pytest.raises(UserError, match=r"opt: .*token classifier") as refused:
         reward.run(stage(step_records, tmp_path, model=str(tmp_path / "opt")))
     assert len(str(refused.value).splitlines()) == 1

@@ -20,7 +20,7 @@ HEADLINES = {
         "metrics.labels.auroc": "AUROC",
         "metrics.ratings.spearman": "Spearman ρ",
         "metrics.steps.auroc": "AUROC of steps",
-        "metrics.steps.process_f1": "ProcessBench F1",
+        "metrics.steps.first_error_f1": "ProcessBench F1",
     },
     "ppo": {
         "metrics.eval_gold_reward": "gold reward",

@@ -219,7 +219,7 @@ def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, mo
             known["rm"].score_response("Name a fruit.", "An apple.")
         ]
     if "step_rm" in known:
-        expected = known["step_rm"].score_steps([known["prompt"]], [known["steps"]])[0]
+        expected = known["step_rm"].score_steps([known["chain"]], [known["steps"]])[0]
         assert known["step_scores"] == pytest.approx(expected, abs=1e-5)
 
 

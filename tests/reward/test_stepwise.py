@@ -31,6 +31,7 @@ from pipeline.reward.functions import reward_from_model
 from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
+from pipeline.tools.doctor.examine import examine
 
 SCRATCH = {"layers": 1, "width": 32, "heads": 2, "vocabulary": 300, "positions": 96}
 FORMS = {
@@ -441,3 +442,16 @@ def test_an_architecture_without_a_token_classifier_is_refused(step_records, tmp
     with pytest.raises(UserError, match=r"opt: .*token classifier") as refused:
         reward.run(stage(step_records, tmp_path, model=str(tmp_path / "opt")))
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_doctor_plans_one_that_has_not_run_and_one_that_has(step_records, tiny_llama, tmp_path):
+    for form in ({"model": str(tiny_llama)}, FORMS["scratch"], FORMS["encoder"]):
+        found, wrong = examine(stage(step_records, tmp_path, **form), {}, None)
+        assert wrong == 0, found
+        assert float(dict(found)["peak"].split()[0]) > 0.1
+    found, _ = examine(stage(step_records, tmp_path, model=str(tiny_llama), max_length=30), {}, None)
+    # A prompt of 8 characters and its line break, a response of 17 or more and EOS.
+    assert re.search(
+        r"first 64 of 96 steps: .* (\d+) prompts with their responses over 30", dict(found)["batch"]
+    )
+    assert dict(found)["model"].startswith("LlamaForTokenClassification reads any number of tokens")

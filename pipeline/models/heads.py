@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 # Names of heads, also of those inside the trunk, such as BERT's pooler, and of language models.
 HEAD_NAMES = [
@@ -35,7 +35,9 @@ def unquantized_patterns(model: nn.Module) -> list[str]:
     return UNQUANTIZED + [f"^{name}" for name in _beside_trunk(model) if name not in HEAD_NAMES]
 
 
-def find_unquantized(source: str, auto_class: Any, **options: Any) -> list[str]:
+def find_unquantized(
+    source: str, auto_class: Any = AutoModelForSequenceClassification, **options: Any
+) -> list[str]:
     """Return the `unquantized_patterns` of the classifier that a checkpoint makes; no weights are read.
 
     `auto_class` is the class of transformers that makes it. `options` go to `AutoConfig.from_pretrained`.

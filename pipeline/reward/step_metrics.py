@@ -28,8 +28,8 @@ def step_metrics(
     - `f1_wrong`: F1 of finding the wrong steps.
     - `first_error`: of the responses with an error, the share whose first wrong step was found: it is the
       first one that scores below one half. `all_right`: of the right responses, the share in which no step
-      was called wrong. `first_error_f1`: the harmonic mean of the two. These are the measures of ProcessBench,
-      Zheng et al. 2024 (arXiv 2412.06559).
+      was called wrong. `first_error_f1`: the harmonic mean of the two. These are the measures of
+      ProcessBench, Zheng et al. 2024 (arXiv 2412.06559).
     - `best_of_n`: see `best_of_n`.
 
     `rows` is the number of responses. Without `groups`, the number of each response's prompt, there are no

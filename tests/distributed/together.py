@@ -1,9 +1,9 @@
 """Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and
 compares.
 
-`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. The records of stepwise are in FOLDER. With KILL=step in the environment rank 1 gets
-SIGKILL at that optimizer step, or the signal of the number in SIGNAL. BEGUN_BY is the number of processes
-that the config is for, if it is another than there are.
+`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. The records of stepwise are in FOLDER.
+With KILL=step in the environment rank 1 gets SIGKILL at that optimizer step, or the signal of the number in
+SIGNAL. BEGUN_BY is the number of processes that the config is for, if it is another than there are.
 """
 
 import gc

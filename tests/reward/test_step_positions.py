@@ -3,6 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
@@ -99,3 +102,42 @@ def test_steps_in_the_chats_of_every_family(family, tmp_path):
     for position, shown in zip(row.steps, ("7+5=2", "2-3=9"), strict=True):
         assert tokenizer.decode(row.ids[: position + 1]).rstrip(" ").endswith(shown)
     assert row.steps[0] < row.steps[1] < len(row.ids)
+
+
+def test_a_character_of_several_byte_tokens_belongs_to_the_last_of_them():
+    """As Llama 2 and Gemma tokenize: a character that is no piece becomes its bytes."""
+    vocabulary = {
+        name: i for i, name in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab"])
+    }
+    core = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    # ▁ a F0 9F 98 80 b ▁ a
+    assert text_positions(tokenizer, "a😀b a", [1, 2, 3, 4, 5]) == [1, 5, 6, 7, 8]
+
+
+def test_the_tokens_of_a_slow_tokenizer_are_decoded():
+    slow = ByT5Tokenizer()  # a token per byte
+    assert not slow.is_fast
+    assert text_positions(slow, "é=2 b", [0, 1, 3, 5]) == [-1, 1, 3, 5]
+    row = encode_response(slow, Encoding("concatenation", eos=False), "ab", "x y", [1, 3])
+    assert (row.steps, slow.decode([row.ids[position] for position in row.positions])) == ([3, 5], "xy")
+
+
+def test_a_slow_tokenizer_that_decodes_to_another_text_is_refused(monkeypatch):
+    slow = ByT5Tokenizer()
+    monkeypatch.setattr(slow, "decode", lambda ids, **_: "?" * len(ids))
+    with pytest.raises(
+        UserError, match="its tokenizer is a slow one, and its ids of 'a b' decode to another text"
+    ):
+        text_positions(slow, "a b", [1])
+
+
+def test_a_template_that_rewrites_a_response_is_refused(tmp_path):
+    make_tokenizer("qwen").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content | upper")
+    with pytest.raises(
+        UserError, match="its chat template rewrites the response 'a b', so the ends of its steps"
+    ):
+        encode_response(tokenizer, Encoding(max_length=100), "Q", "a b", [1, 3])

@@ -32,6 +32,7 @@ from pipeline.reward.metrics import pair_accuracy
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.trainer import RewardTrainer
 from pipeline.tools.doctor.examine import examine
+from pipeline.tools.push.push import render_card
 
 SCRATCH = {"layers": 1, "width": 32, "heads": 2, "vocabulary": 300, "positions": 96}
 FORMS = {
@@ -455,3 +456,11 @@ def test_doctor_plans_one_that_has_not_run_and_one_that_has(step_records, tiny_l
         r"first 64 of 96 steps: .* (\d+) prompts with their responses over 30", dict(found)["batch"]
     )
     assert dict(found)["model"].startswith("LlamaForTokenClassification reads any number of tokens")
+
+
+def test_a_pushed_card_loads_what_was_pushed(trained):
+    _, folder = trained
+    opened = require_artifact(folder, "reward", "")
+    card = render_card(opened, folder, {"README.md": folder / "README.md"}, "me/steps")
+    assert card.count('"me/steps"') == 3
+    assert "reward\")" not in card

@@ -463,4 +463,4 @@ def test_a_pushed_card_loads_what_was_pushed(trained):
     opened = require_artifact(folder, "reward", "")
     card = render_card(opened, folder, {"README.md": folder / "README.md"}, "me/steps")
     assert card.count('"me/steps"') == 3
-    assert "reward\")" not in card
+    assert 'reward")' not in card

@@ -175,13 +175,21 @@ def test_the_named_objectives_are_all_objectives(page):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_records, tiny_gpt2):
-    """A folder with runs/demo/reward, and the policy beside it."""
+    """A folder with runs/demo/reward and runs/sums/reward, and the policy beside it."""
+    from datasets import Dataset, DatasetDict
+
     from pipeline.reward import stage as reward
 
     folder = tmp_path_factory.mktemp("place")
     training = {"max_steps": 1, "per_device_train_batch_size": 2}
     given = {"model": str(tiny_gpt2), "records": str(tiny_records), "max_length": 64, "training": training}
     reward.run(config.RewardStage(run="demo", runs=str(folder / "runs"), precision="fp32", **given))
+
+    steps = [{"prompt": "7+5=", "completions": ["7+5=2"], "labels": [right]} for right in (True, False)]
+    records = DatasetDict({name: Dataset.from_list(steps) for name in ("train", "validation", "test")})
+    records.save_to_disk(folder / "steps")
+    given |= {"records": str(folder / "steps"), "encoding": {"step_separator": " "}, "objective": "stepwise"}
+    reward.run(config.RewardStage(run="sums", runs=str(folder / "runs"), precision="fp32", **given))
     return folder
 
 
@@ -210,6 +218,9 @@ def test_the_python_of_each_page_runs(page, place, tiny_gpt2, tiny_tokenizer, mo
         assert known["rm"].score(["Name a fruit."], ["An apple."]) == [
             known["rm"].score_response("Name a fruit.", "An apple.")
         ]
+    if "step_rm" in known:
+        expected = known["step_rm"].score_steps([known["chain"]], [known["steps"]])[0]
+        assert known["step_scores"] == pytest.approx(expected, abs=1e-5)
 
 
 # Size, links, menu

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -26,7 +27,33 @@ ROOT = RECIPES.parent
 TOGETHER = str(ROOT / "tests/distributed/together.py")
 ANSWERS = [{"prompt": f"Name {number} fruits.", "response": "Apples."} for number in range(5)]
 CRITICS = ("ppo-adapter", "ppo-critic")
-STAGES = ("sft", "pairwise", "ranking", "plackett_luce", "classification", "regression", "ppo", *CRITICS)
+STAGES = (
+    "sft",
+    "pairwise",
+    "ranking",
+    "plackett_luce",
+    "classification",
+    "regression",
+    "stepwise",
+    "ppo",
+    *CRITICS,
+)
+
+
+def write_steps(folder: Path) -> None:
+    """Write records of 1 to 5 steps, so that two processes have other numbers of steps."""
+    rows = [
+        {
+            "prompt": f"Count to {n}.",
+            "completions": list(map(str, range(1, n))),
+            "labels": [n % 2 == 0] * (n - 1),
+        }
+        for n in (2, 6, 3, 5, 2, 4, 6, 2) * 5
+    ]
+    splits = {"train": rows, "validation": rows[:4], "test": rows[:4]}
+    DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()}).save_to_disk(
+        folder / "steps"
+    )
 
 
 def start(
@@ -97,6 +124,7 @@ def trained(tiny_feedback, tiny_llama, tmp_path_factory) -> dict[int, Path]:
     """
     folders = {processes: tmp_path_factory.mktemp(f"by_{processes}") for processes in (1, 2)}
     for processes, folder in folders.items():
+        write_steps(folder)
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
         (folder / "prompts.jsonl").write_text(
             "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ANSWERS)
@@ -194,7 +222,8 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(
     trained, tiny_feedback, tiny_llama, tmp_path
 ):
     """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
-    stages = ("sft", "ranking", "ppo", *CRITICS)
+    stages = ("sft", "ranking", "stepwise", "ppo", *CRITICS)
+    write_steps(tmp_path)
     launch(
         2,
         str(ROOT / "tests/distributed/sharded.py"),

@@ -1,9 +1,9 @@
 """Trains every stage in small, by as many processes as it is started with: `test_processes.py` starts it, and
 compares.
 
-`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. With KILL=step in the environment rank 1 gets
-SIGKILL at that optimizer step, or the signal of the number in SIGNAL. BEGUN_BY is the number of processes
-that the config is for, if it is another than there are.
+`python together.py FOLDER RECORDS MODEL sft ppo pairwise …`. The records of stepwise are in FOLDER.
+With KILL=step in the environment rank 1 gets SIGKILL at that optimizer step, or the signal of the number in
+SIGNAL. BEGUN_BY is the number of processes that the config is for, if it is another than there are.
 """
 
 import gc
@@ -40,6 +40,7 @@ OBJECTIVES = {
     "plackett_luce": [],
     "classification": ["positive_label=nothate"],
     "regression": [],
+    "stepwise": ["encoding.step_separator=' '"],
 }
 PPO = {
     "ppo": {},
@@ -63,7 +64,8 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
     files.CACHE = folder / "hashes"
     gc.freeze()  # each training ends with a collection, which need not look at what the imports made
     for stage in stages:
-        given = [f"runs={folder}", f"run={stage}", f"records={records}", f"model={model}", "max_length=96"]
+        source = folder / "steps" if stage == "stepwise" else records
+        given = [f"runs={folder}", f"run={stage}", f"records={source}", f"model={model}", "max_length=96"]
         trained = {
             "max_steps": 4,
             "save_steps": 1,

@@ -12,6 +12,7 @@ from pipeline.models.probes import describe_sampling, reads_padding
 from pipeline.models.probing import unwrap
 from pipeline.reward import stage as reward
 from pipeline.reward.probes import supports_padding
+from pipeline.reward.settings import RewardSettings
 from pipeline.sft.stage import check_length
 
 MAX_BYTES = 1e9  # of the weights on disk; larger models are not loaded
@@ -62,6 +63,7 @@ def _describe_policy(policy: Any) -> str:
 
 def _describe_classifier(config: Any, source: str, options: dict[str, Any]) -> str:
     tokenizer = load_tokenizer(source, generates=False, **options)
+    options |= {"auto_class": RewardSettings(objective=config.objective).auto_class}
     model = load_classifier(source, tokenizer, head={}, **options)  # with the outputs that it has
     padding = supports_padding(model, config.max_length, source)
     reward.choose_encoding(config, model, tokenizer)

@@ -40,6 +40,11 @@ OBJECTIVES = {
     "regression": Objective(
         "ratings", False, "mean squared error to the ratings, as Wang et al. 2024 (HelpSteer2)"
     ),
+    "stepwise": Objective(
+        "steps",
+        False,
+        "cross-entropy of right and wrong at the last token of each step, as Lightman et al. 2023 (PRM800K)",
+    ),
 }
 
 
@@ -52,6 +57,9 @@ class EncodingSection(StrictModel):
     separator: str = "\n"
     """Text between prompt and response in a concatenation, and between messages that become one text."""
 
+    step_separator: str = Field("\n", min_length=1)
+    """Text between the steps of a response; only read with stepwise."""
+
     eos: bool | None = None
     """End the ids with EOS; null is true on decoders, except for a pair, and false on encoders."""
 
@@ -60,7 +68,7 @@ class EncodingSection(StrictModel):
 
 
 class RewardStage(ModelStage):
-    """Trains a reward model on comparisons, rankings, labels or ratings; `objective` decides which."""
+    """Trains a reward model on comparisons, rankings, labels, ratings or steps; `objective` decides which."""
 
     stage: ClassVar[str] = "reward"
     inputs: ClassVar = {"records": StageInput("records", "prepare"), "model": StageInput("model", "sft")}
@@ -83,6 +91,9 @@ class RewardStage(ModelStage):
     class_weights: list[float] | None = None
     """Weight of each class in the loss, in the order of the classes; only read with classification."""
 
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
+    """How the scores of the steps become that of the response; only read with stepwise."""
+
     ensemble: int = Field(1, gt=0)
     """Number of heads on one backbone, each trained on its own random subset of the rows."""
 
@@ -91,13 +102,17 @@ class RewardStage(ModelStage):
 
     @model_validator(mode="after")
     def check_objective_keys(self) -> "RewardStage":
-        if self.objective == "classification":
-            if self.ensemble > 1:
+        if self.objective in ("classification", "stepwise") and self.ensemble > 1:
+            raise ValueError(
+                "ensemble: an ensemble of heads is for objectives with one score, "
+                f"not for {self.objective}; set ensemble: 1"
+            )
+        for name, section, default in (("aggregate", self, "min"), ("step_separator", self.encoding, "\n")):
+            if self.objective != "stepwise" and getattr(section, name) != default:
                 raise ValueError(
-                    "ensemble: an ensemble of heads is for objectives with one score, "
-                    "not for classification; set ensemble: 1"
+                    f"{name!r} is only read with objective: stepwise, but objective is {self.objective!r}"
                 )
-        else:
+        if self.objective != "classification":
             for key in ("positive_label", "class_weights"):
                 if getattr(self, key) is not None:
                     raise ValueError(

@@ -6,8 +6,28 @@ from typing import Any
 from pipeline.errors import UserError
 
 
+def check_steps(name: str, values: Any) -> None:
+    """Raise `UserError` unless `values` is a list of responses: texts, or lists of the texts of their steps."""
+    _check_list(name, values)
+    for number, value in enumerate(values):
+        is_steps = isinstance(value, list | tuple) and value and isinstance(value[0], str)
+        for step, text in enumerate(value if is_steps else ()):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{name}[{number}][{step}]: expected the text of a step, found {_describe(text)}"
+                )
+        if not is_steps:
+            check_text(f"{name}[{number}]", value)
+
+
 def check_texts(name: str, values: Any) -> None:
     """Raise `UserError` unless `values` is a list of texts, which may be empty. `name` is the argument's."""
+    _check_list(name, values)
+    for number, value in enumerate(values):
+        check_text(f"{name}[{number}]", value)
+
+
+def _check_list(name: str, values: Any) -> None:
     is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")
     if not is_list or isinstance(values, str | bytes | Mapping):
         raise UserError(
@@ -15,8 +35,6 @@ def check_texts(name: str, values: Any) -> None:
         )
     if any(isinstance(value, Mapping) for value in values):
         raise UserError(f"{name}: expected a list of texts, found the messages of one; put them into a list")
-    for number, value in enumerate(values):
-        check_text(f"{name}[{number}]", value)
 
 
 def check_text(name: str, value: Any) -> None:

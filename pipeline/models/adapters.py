@@ -97,7 +97,7 @@ def check_modules(model: torch.nn.Module, lora: LoraConfig | None, where: str = 
         return
     paths = [name for name, _ in model.named_modules()]
     known = {name.rsplit(".", 1)[-1] for name in paths}
-    added = PEFT_HEADS if lora.task_type == TaskType.SEQ_CLS else ()
+    added = PEFT_HEADS if lora.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else ()
     for key in ("target_modules", "modules_to_save"):
         names = getattr(lora, key)
         for name in sorted(names) if isinstance(names, list | set | tuple) else []:

@@ -56,7 +56,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
 
     Raises `UserError` if the template refuses the conversation.
     """
-    return _tokenize(tokenizer, _render(tokenizer, as_messages(prompt), add_generation_prompt=True))
+    return _tokenize(tokenizer, render_messages(tokenizer, as_messages(prompt), add_generation_prompt=True))
 
 
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> list[int]:
@@ -65,7 +65,7 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, completio
     Raises `UserError` if the template refuses the conversation.
     """
     messages = [*as_messages(prompt), as_reply(completion)]
-    return _tokenize(tokenizer, _render(tokenizer, messages))
+    return _tokenize(tokenizer, render_messages(tokenizer, messages))
 
 
 def encode_turn(
@@ -76,13 +76,13 @@ def encode_turn(
     Raises `UserError` if the template refuses the conversation.
     """
     messages, text = as_messages(prompt), completion_text(completion)
-    before = _render(tokenizer, messages, add_generation_prompt=True)
+    before = render_messages(tokenizer, messages, add_generation_prompt=True)
     ids = _tokenize(tokenizer, before)
     if is_plain(tokenizer):
         return ids, [*text_ids(tokenizer, text), tokenizer.eos_token_id]
 
     markup = read_markup(tokenizer)
-    whole = _render(tokenizer, [*messages, as_reply(completion)])
+    whole = render_messages(tokenizer, [*messages, as_reply(completion)])
     all_ids = _tokenize(tokenizer, whole)
     if not whole.startswith(before):
         _warn_of_rewriting(str(tokenizer.name_or_path))
@@ -225,11 +225,14 @@ def _read_markup(tokenizer: PreTrainedTokenizerBase, template: str, size: int) -
     return Markup(ids, end, special, pattern, escaped)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: Any) -> str:
-    """Render messages; in their texts, characters for private use stand for special tokens."""
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: Any) -> str:
+    """Render messages; in their texts, characters for private use stand for special tokens.
+
+    Raises `UserError` if the template refuses the conversation.
+    """
     markup = read_markup(tokenizer)
     escaped = [
-        message | {"content": _escape(markup, message["content"])}
+        message | {"content": escape_special(markup, message["content"])}
         if isinstance(message.get("content"), str)
         else message
         for message in messages
@@ -246,12 +249,13 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **optio
         ) from error
 
 
-def _escape(markup: Markup, text: str) -> str:
+def escape_special(markup: Markup, text: str) -> str:
+    """Return a text in which one character for private use stands for each special token that it spells."""
     return markup.pattern.sub(lambda match: chr(PRIVATE + markup.special.index(match.group())), text)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Return the ids of what `_render` returned: the markup as special tokens, escaped ones as text."""
+    """Return the ids of what `render_messages` returned: the markup as special tokens, escaped ones as text."""
     markup = read_markup(tokenizer)
     ids: list[int] = []
     # A split by a pattern with a group: every second part is an escaped token.

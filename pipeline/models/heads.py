@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 # Names of heads, also of those inside the trunk, such as BERT's pooler, and of language models.
 HEAD_NAMES = [
@@ -35,16 +35,14 @@ def unquantized_patterns(model: nn.Module) -> list[str]:
     return UNQUANTIZED + [f"^{name}" for name in _beside_trunk(model) if name not in HEAD_NAMES]
 
 
-def find_unquantized(source: str, **options: Any) -> list[str]:
+def find_unquantized(source: str, auto_class: Any, **options: Any) -> list[str]:
     """Return the `unquantized_patterns` of the classifier that a checkpoint makes; no weights are read.
 
-    `options` go to `AutoConfig.from_pretrained`.
+    `auto_class` is the class of transformers that makes it. `options` go to `AutoConfig.from_pretrained`.
     """
     config = AutoConfig.from_pretrained(source, **options)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(
-            config, trust_remote_code=options.get("trust_remote_code", False)
-        )
+        model = auto_class.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
     return unquantized_patterns(model)
 
 

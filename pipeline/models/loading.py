@@ -188,9 +188,10 @@ def load_classifier(
     quantization: str = "none",
     precision: str = "fp32",
     head: dict[str, Any] | None = None,
+    auto_class: Any = AutoModelForSequenceClassification,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a sequence classifier; a policy's adapter is merged into its base first.
+    """Load a sequence classifier, or another `auto_class`; a policy's adapter is merged into its base first.
 
     With `head` (see `head_config`) it is one to train, and a head that the checkpoint lacks is randomly
     initialized. Without, it is used as trained. Raises `UserError` if the checkpoint then has no head.
@@ -198,23 +199,29 @@ def load_classifier(
     options = settle_trust(options)
     if is_adapter(source, options.get("revision")):
         _refuse_quantized_merge(source, quantization)
-        return _load_merged_classifier(source, tokenizer, precision=precision, head=head, **options)
+        options |= {"precision": precision, "head": head, "auto_class": auto_class}
+        return _load_merged_classifier(source, tokenizer, **options)
 
+    what = f"{classifier_name(auto_class)} classifier"
     outputs = f" with the outputs {', '.join(head['label2id'])}" if head else ""
-    with explain_load_errors(source, f"sequence classifier{outputs}"), _without_load_report():
-        unquantized = [] if quantization == "none" else find_unquantized(source, **options)
+    with explain_load_errors(source, f"{what}{outputs}"), _without_load_report():
+        unquantized = [] if quantization == "none" else find_unquantized(source, auto_class, **options)
         weights = _weight_options(quantization, precision, unquantized)
-        model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+        model, loading_info = auto_class.from_pretrained(
             source, output_loading_info=True, **(head or {}), **weights, **options
         )
 
     if loading_info["missing_keys"] and head is None:
         missing = ", ".join(sorted(loading_info["missing_keys"]))
         raise UserError(
-            f"{source}: has no reward head (it lacks {missing}); "
-            "expected a sequence classifier, such as runs/demo/reward"
+            f"{source}: has no reward head (it lacks {missing}); expected a {what}, such as runs/demo/reward"
         )
     return require_finite(_finalize(model, tokenizer), source)
+
+
+def classifier_name(auto_class: Any) -> str:
+    """Return what a class of classifiers classifies: `sequence` or `token`."""
+    return "sequence" if auto_class is AutoModelForSequenceClassification else "token"
 
 
 def _load_merged_classifier(

@@ -10,7 +10,9 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GPT2Config,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -58,12 +60,19 @@ def decoder_config(size: Scratch, vocabulary: int, **options: Any) -> GPT2Config
 
 
 def new_classifier(
-    texts: Iterable[str], size: Scratch, separator: str, head: dict[str, Any]
+    texts: Iterable[str],
+    size: Scratch,
+    separator: str,
+    head: dict[str, Any],
+    auto_class: Any = AutoModelForSequenceClassification,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Build a randomly initialized encoder with a sequence classification head, and its tokenizer.
+    """Build a randomly initialized encoder with a head of `auto_class`, and its tokenizer.
 
-    `head` is a `head_config`. Seed torch first. Raises `UserError` if the architecture is no encoder.
+    `head` is a `head_config`. A head for every token may also be on a GPT-2. Seed torch first. Raises
+    `UserError` if the architecture is no encoder.
     """
+    if auto_class is AutoModelForTokenClassification and size.architecture == "gpt2":
+        return _new_decoder(texts, size, separator, head)
     tokenizer = train_tokenizer(texts, size, separator, encoder=True)
     with explain_load_errors(size.architecture, "type of encoder"):
         config = encoder_config(size, len(tokenizer), pad_token_id=tokenizer.pad_token_id, **head)
@@ -71,7 +80,16 @@ def new_classifier(
             raise ValueError(
                 "it is no encoder; a reward model on a decoder starts from a policy: model: runs/demo/sft"
             )
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False), tokenizer
+        return auto_class.from_config(config, trust_remote_code=False), tokenizer
+
+
+def _new_decoder(
+    texts: Iterable[str], size: Scratch, separator: str, head: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = train_tokenizer(texts, size, separator)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = decoder_config(size, len(tokenizer), classifier_dropout=0.0, **ends, **head)
+    return GPT2ForTokenClassification(config), tokenizer
 
 
 def encoder_config(size: Scratch, vocabulary: int, **options: Any) -> PreTrainedConfig:

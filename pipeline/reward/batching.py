@@ -5,13 +5,16 @@ On a decoder, the responses to one prompt share the prefix that their ids have i
 positions of each suffix continue from the prefix. On an encoder, each response is a row.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.probing import unwrap
 from pipeline.reward.encoding import Encoded
 
 MAX_TOKENS = 4096  # of a batch, padding included
@@ -45,16 +48,18 @@ def compute_logits(
     padding: bool = True,
     single_batch: bool = False,
 ) -> Tensor:
-    """Return the logits (responses of all groups, C) in order; a group is the responses to one prompt.
+    """Return the logits (outputs, C) of all responses in order; a group is the responses to one prompt.
 
+    A response has one output, or one for each of its steps that was not cut (`Encoded.positions`).
     `share_prefixes` computes the common prefix of a group once; `pipeline.reward.probes` tells which models
     allow that, and `padding`. Without `padding`, the rows of a batch have one length. At most `batch_size`
     responses are in one forward. `single_batch` puts all responses into one forward, whatever the padding:
     with weights sharded over ranks, every rank must run the same number of forwards.
     """
     encoded = [response for group in groups for response in group]
+    positions = [response.positions for response in encoded]
     if share_prefixes:
-        hidden_size = _unwrap(model).config.get_text_config().hidden_size
+        hidden_size = unwrap(model).config.get_text_config().hidden_size
         rows = list(_prefix_rows(groups, batch_size, hidden_size, use_token_types))
     else:
         rows = [SharedPrefixRow([], [response.ids], [i]) for i, response in enumerate(encoded)]
@@ -66,11 +71,22 @@ def compute_logits(
         order += [response for row in batch for response in row.responses]
         if any(row.prefix for row in batch):
             starts = [response.response_start for response in encoded] if use_token_types else None
-            logits.append(_forward_prefix_rows(model, batch, pad_token_id, starts))
+            logits.append(_forward_prefix_rows(model, batch, pad_token_id, positions, starts))
         else:
             alone = [encoded[row.responses[0]] for row in batch]
             logits.append(_forward_rows(model, alone, pad_token_id, use_token_types))
-    return torch.cat(logits)[torch.tensor(order, device=logits[0].device).argsort()]
+    outputs = expand_order(order, list(map(len, positions)))
+    return torch.cat(logits)[torch.tensor(outputs, device=logits[0].device).argsort()]
+
+
+def expand_order(order: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Return the indices of the outputs of responses in this order; response i has `counts[i]` outputs.
+
+    >>> expand_order([2, 0, 1], [1, 2, 3])
+    [3, 4, 5, 0, 1, 2]
+    """
+    ends = list(accumulate(counts))
+    return [output for i in order for output in range(ends[i] - counts[i], ends[i])]
 
 
 def score_head(model: Any) -> nn.Module | None:
@@ -78,8 +94,12 @@ def score_head(model: Any) -> nn.Module | None:
 
     None for a model that pools first, as encoders do.
     """
-    model = _unwrap(model)
-    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "score", None)
+    return getattr(unwrap(model), "score", None)
+
+
+def scores_tokens(model: Any) -> bool:
+    """Return whether the model is a token classifier, whose forward returns the logits of every token."""
+    return type(unwrap(model)).__name__.endswith("ForTokenClassification")
 
 
 def _prefix_rows(
@@ -170,8 +190,8 @@ def _forward_rows(model: Any, rows: Sequence[Encoded], pad_token_id: int, use_to
     if use_token_types:
         types = [[int(i >= row.response_start) for i in range(len(row.ids))] for row in rows]
         inputs["token_type_ids"] = _pad(types, 0)
-    ends = torch.tensor(lengths) - 1
-    return _gather_logits(model, inputs, torch.arange(len(rows)), ends)
+    outputs = [(i, position) for i, row in enumerate(rows) for position in row.positions]
+    return _gather_logits(model, inputs, outputs)
 
 
 def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
@@ -180,16 +200,23 @@ def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
 
 
 def _forward_prefix_rows(
-    model: Any, rows: Sequence[SharedPrefixRow], pad_token_id: int, response_starts: list[int] | None
+    model: Any,
+    rows: Sequence[SharedPrefixRow],
+    pad_token_id: int,
+    wanted: Sequence[Sequence[int]],
+    response_starts: list[int] | None,
 ) -> Tensor:
-    """Return the logits of the responses in `rows`; `response_starts` of all of them are for token types."""
+    """Return the logits of the responses in `rows` at their `wanted` positions.
+
+    `wanted` has those of all responses, and so has `response_starts`, for token types.
+    """
     width = max(row.width for row in rows)
     ids = torch.full((len(rows), width), pad_token_id)
     positions, types = torch.zeros_like(ids), torch.zeros_like(ids)
     segments = torch.full_like(
         ids, -1
     )  # of each token: 0 in the prefix, 1 to K in the suffixes, -1 in the padding
-    end_rows, ends = [], []
+    outputs: list[tuple[int, int]] = []
     for i, row in enumerate(rows):
         start = 0
         for segment, part in enumerate([row.prefix, *row.suffixes]):
@@ -200,18 +227,19 @@ def _forward_prefix_rows(
             if response_starts is not None:
                 response_start = response_starts[row.responses[max(segment - 1, 0)]]
                 types[i, place] = (positions[i, place] >= response_start).long()
+            if segment:  # a position may be in the shared prefix
+                shift = start - len(row.prefix)
+                own = wanted[row.responses[segment - 1]]
+                outputs += [(i, p + shift if p >= len(row.prefix) else p) for p in own]
             start += len(part)
-            if segment:
-                end_rows.append(i)
-                ends.append(start - 1)
     inputs = {
         "input_ids": ids,
-        "attention_mask": _segment_mask(_unwrap(model), segments),
+        "attention_mask": _segment_mask(unwrap(model), segments),
         "position_ids": positions,
     }
     if response_starts is not None:
         inputs["token_type_ids"] = types
-    return _gather_logits(model, inputs, torch.tensor(end_rows), torch.tensor(ends))
+    return _gather_logits(model, inputs, outputs)
 
 
 def _segment_mask(model: Any, segments: Tensor) -> Tensor:
@@ -225,24 +253,23 @@ def _segment_mask(model: Any, segments: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
-def _gather_logits(model: Any, inputs: dict[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:
-    """Return the logits (len(rows), C).
+def _gather_logits(model: Any, inputs: dict[str, Tensor], outputs: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the logits (len(outputs), C) at pairs of a row and a token, whatever the pad token.
 
-    A decoder's are those at `ends`, whatever its pad token. An encoder's are its pooled output, one per row.
+    An encoder that pools has one output per row instead.
     """
     device = _device(model)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    rows, tokens = torch.tensor(outputs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
+    if scores_tokens(model):
+        has_cache = "use_cache" in inspect.signature(unwrap(model).forward).parameters
+        return model(**inputs, **{"use_cache": False} if has_cache else {}).logits[rows, tokens]
     head = score_head(model)
     if head is None:
         return model(**inputs).logits
-    with _capture_outputs(head) as outputs:
+    with _capture_outputs(head) as captured:
         model(**inputs, use_cache=False)
-    return outputs[0][rows.to(device), ends.to(device)]
-
-
-def _unwrap(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel."""
-    return getattr(model, "module", model)
+    return captured[0][rows, tokens]
 
 
 def _device(model: Any) -> torch.device:

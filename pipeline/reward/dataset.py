@@ -4,7 +4,8 @@ Each row has these columns:
 
 - `ids`: K lists of token ids.
 - `response_start`: K indices, where the response begins in each list.
-- `target`: K ranks, a class index or a rating.
+- `target`: K ranks, a class index, a rating, or 1 for each right step of one response and 0 for each wrong.
+- `steps`: of a response in steps, the index of the token at which each step ends.
 - `margin`: if the record has one.
 - `length`: the number of all tokens.
 
@@ -21,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.schema import KINDS, Record
 from pipeline.errors import UserError, explain_row
-from pipeline.reward.encoding import Encoded, Encoding, encode_response
+from pipeline.reward.encoding import CUT, Encoded, Encoding, encode_response
+from pipeline.reward.steps import read_steps
 
+STEP_OUTPUTS = ("wrong", "right")  # of a step, by its label
 COUNTED = ("cut", "dropped", "alike once cut")  # outcomes that are reported, in this order
 
 
@@ -31,7 +34,8 @@ def tokenize_records(
 ) -> tuple[Dataset, dict[str, int]]:
     """Return the rows, and the counts of those that did not fit by outcome.
 
-    `drop` omits overlong records. A record is also omitted if its responses have different ranks but are
+    `drop` omits overlong records. So is a record none of whose steps remains once it is cut; a step that was
+    cut is not trained on. A record is also omitted if its responses have different ranks but are
     equal once cut: their order would be a wrong label. Raises `UserError` if a number or the ranks of a
     record are invalid.
     """
@@ -39,7 +43,8 @@ def tokenize_records(
     rows = []
     for number, record in enumerate(data):
         with explain_row(f"{kind}: row {number}"):
-            row, outcome = _tokenize_record(record, kind, tokenizer, encoding)
+            tokenize = _tokenize_steps if kind == "steps" else _tokenize_record
+            row, outcome = tokenize(record, kind, tokenizer, encoding)
         if outcome == "cut" and drop:
             outcome = "dropped"
         counts[outcome] += 1
@@ -63,6 +68,9 @@ def require_contrast(kind: str, examples: Iterable[tuple[Any, Sequence[Any]]]) -
 
     So it is if all labels or ratings are equal, or if no record has different responses of different rank.
     """
+    if kind == "steps":
+        _require_two_verdicts([label for target, _ in examples for label in target])
+        return
     first, count = None, 0
     for target, responses in examples:
         count += 1
@@ -108,6 +116,43 @@ def _tokenize_record(
 
     _check_row(row, kind)
     return row, _outcome(encoded, row["target"])
+
+
+def _require_two_verdicts(labels: list[int]) -> None:
+    if labels and len(set(labels)) == 1:
+        raise UserError(
+            f"reward: all {len(labels):,} steps to train on are {STEP_OUTPUTS[labels[0]]}, which teaches nothing; "
+            "give prepare records with right and with wrong steps"
+        )
+
+
+def _tokenize_steps(
+    record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> tuple[Record, str]:
+    """Return the row of one response in steps, and its outcome: whole, cut, or dropped if no step remains."""
+    steps, labels = KINDS[kind].responses(record), KINDS[kind].target(record)
+    _check_labels(steps, record["labels"])
+    text, ends = read_steps(steps, encoding.step_separator)
+    encoded = encode_response(tokenizer, encoding, record["prompt"], text, ends)
+    kept = [i for i, position in enumerate(encoded.steps or ()) if position != CUT]
+    row = {
+        "ids": [encoded.ids],
+        "response_start": [encoded.response_start],
+        "steps": encoded.positions,
+        "target": [labels[i] for i in kept],
+        "length": len(encoded.ids),
+    }
+    return row, "dropped" if not kept else "cut" if encoded.overlong else "whole"
+
+
+def _check_labels(steps: Any, labels: Any) -> None:
+    """Check records that prepare did not make: there is a step, and one verdict for each."""
+    if not steps:
+        raise UserError("completions is empty; expected a step or more")
+    if len(steps) != len(labels):
+        raise UserError(f"{len(labels)} labels for {len(steps)} steps; expected one for each")
+    if wrong := [label for label in labels if label not in (0, 1)]:
+        raise UserError(f"a step has the label {wrong[0]!r}; expected true (right) or false (wrong)")
 
 
 def _check_row(row: Record, kind: str) -> None:

@@ -9,6 +9,7 @@ forms:
   tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -28,9 +29,16 @@ from pipeline.models.chat import (
     prompt_ids,
     read_markup,
     split_response,
+    text_ids,
     truncated_lengths,
 )
 from pipeline.models.templates import is_plain
+from pipeline.reward.step_positions import (
+    conversation_positions,
+    last_tokens,
+    text_positions,
+    token_starts,
+)
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Encoding:
     prompt by the template, the text of the response and EOS, and special tokens in a text are not text.
     `date` is what the template prints as today's, None if it prints no date. `trim_pad` leaves out the pad
     tokens at the end of a chat: plain transformers takes the score of the token before them.
+    `step_separator` is the text between the steps of a response, for a stepwise model.
 
     Raises `UserError` if `form` or `truncation` is unknown.
     """
@@ -62,6 +71,7 @@ class Encoding:
     turn: str = "template"
     date: str | None = None
     trim_pad: bool = False
+    step_separator: Annotated[str, Field(min_length=1)] = "\n"
 
     def __post_init__(self) -> None:
         allowed_values = {
@@ -79,25 +89,41 @@ class Encoding:
 class Encoded(NamedTuple):
     """Token ids, the index where the response's segment begins, and whether something was cut.
 
-    Models with token types need `response_start`.
+    Models with token types need `response_start`. `steps` has for each step of the response the index of the
+    token that holds its last character, or `CUT` if that was cut; None if no steps were asked for.
     """
 
     ids: list[int]
     response_start: int
     overlong: bool
+    steps: list[int] | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """The tokens whose outputs are wanted: those of the steps that were not cut, or the last one."""
+        return [len(self.ids) - 1] if self.steps is None else [step for step in self.steps if step != CUT]
+
+
+CUT = -1  # the position of a step that was cut
 
 
 def encode_response(
-    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    prompt: Text,
+    response: Text,
+    ends: Sequence[int] | None = None,
 ) -> Encoded:
     """Encode one prompt and one response.
 
     The prompt is a string or messages, and "" if there is none. The response is a string or one assistant
-    message. If it is the rest of a conversation, its last message is the response to all before it. Raises
-    `UserError` if the template refuses the conversation.
+    message. If it is the rest of a conversation, its last message is the response to all before it. `ends`
+    are the offsets at which the steps of a response end, see `pipeline.reward.steps`; a step before which the
+    response has no token is judged at the token before it. Raises `UserError` if the template refuses the
+    conversation, or if the tokens of the steps are not known.
     """
     prompt, response = split_response(prompt, response)
-    return FORMS[encoding.form](tokenizer, encoding, prompt, response)
+    return FORMS[encoding.form](tokenizer, encoding, prompt, response, ends)
 
 
 def prompt_text(text: Text, separator: str) -> str:
@@ -118,15 +144,25 @@ def concatenated_text(encoding: Encoding, prompt: Text, response: Text) -> str:
 
 
 def _encode_chat(
-    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    prompt: Text,
+    response: Text,
+    ends: Sequence[int] | None,
 ) -> Encoded:
     if encoding.turn == "text":
         return _encode_chat_text(tokenizer, encoding, prompt, response)
+    steps = None
     if is_plain(tokenizer):
         before, turn = encode_turn(tokenizer, prompt, response)
         ids = [*before, *(turn if encoding.eos else turn[:-1])]
+        if ends is not None:
+            own = text_positions(tokenizer, completion_text(response), ends)
+            steps = [max(0, len(before) + position) for position in own]
     else:
         ids = conversation_ids(tokenizer, prompt, response)
+        if ends is not None:
+            steps = [max(0, p) for p in conversation_positions(tokenizer, prompt, response, ids, ends)]
         if encoding.eos and read_markup(tokenizer).end is None:
             ids = _end(tokenizer, encoding, ids)
         while encoding.trim_pad and ids[-1] == tokenizer.pad_token_id:
@@ -134,7 +170,7 @@ def _encode_chat(
         if len(ids) > encoding.max_length:
             before = prompt_ids(tokenizer, prompt)
     if len(ids) <= encoding.max_length:
-        return Encoded(ids, len(ids), False)
+        return Encoded(ids, len(ids), False, steps)
 
     start = common_prefix_length(before, ids)
     end = closing_ids(tokenizer, ids)
@@ -142,7 +178,17 @@ def _encode_chat(
     lengths = (start, len(body), encoding.max_length - len(end))
     first, second = truncated_lengths(*lengths, encoding.truncation)
     kept = [*cut_prompt(tokenizer, ids[:start], first, encoding.truncation), *body[:second], *end]
-    return Encoded(kept, len(kept), True)
+    if steps is not None:  # one before the response is at the prompt's last token
+        steps = _kept([max(-1, step - start) for step in steps], first, second)
+    return Encoded(kept, len(kept), True, steps)
+
+
+def _kept(positions: Sequence[int], start: int, tokens: int) -> list[int]:
+    """Return positions in a response as those in a row where so many of its tokens remain, from `start` on.
+
+    A position of -1 is that of the token before the response.
+    """
+    return [max(0, start + position) if position < tokens else CUT for position in positions]
 
 
 def _encode_chat_text(
@@ -161,13 +207,18 @@ def _encode_chat_text(
 
 
 def _encode_pair(
-    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    prompt: Text,
+    response: Text,
+    ends: Sequence[int] | None,
 ) -> Encoded:
     texts = prompt_text(prompt, encoding.separator), completion_text(response)
     before, after = (
         tokenizer(text, add_special_tokens=False, verbose=False, **_text_options(encoding)).encodings[0]
         for text in texts
     )
+    positions = None if ends is None else last_tokens(token_starts(after.offsets), ends)
 
     budget = encoding.max_length - tokenizer.num_special_tokens_to_add(pair=True)
     first, second = truncated_lengths(len(before), len(after), budget, encoding.truncation)
@@ -176,23 +227,42 @@ def _encode_pair(
     after.truncate(second)
 
     joined = tokenizer.backend_tokenizer.post_process(before, after)
-    return Encoded(joined.ids, joined.sequence_ids.index(1) if second else len(joined.ids), overlong)
+    start = joined.sequence_ids.index(1) if second else len(joined.ids)
+    steps = None if positions is None else _kept(positions, start, second)
+    return Encoded(joined.ids, start, overlong, steps)
 
 
 def _encode_concatenation(
-    tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prompt: Text, response: Text
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    prompt: Text,
+    response: Text,
+    ends: Sequence[int] | None,
 ) -> Encoded:
     text, options = concatenated_text(encoding, prompt, response), _text_options(encoding)
-    ids = _end(tokenizer, encoding, tokenizer(text, verbose=False, **options)["input_ids"])
-    if len(ids) <= encoding.max_length:
-        return Encoded(ids, len(ids), False)
+    if ends is not None:
+        options["return_special_tokens_mask"] = True
+    row = tokenizer(text, verbose=False, **options)
+    ids = _end(tokenizer, encoding, row["input_ids"])
+    is_cut = len(ids) > encoding.max_length
+    if is_cut:
+        tokenizer.truncation_side = encoding.truncation  # the tokenizer itself keeps its special tokens
+        budget = encoding.max_length - encoding.eos
+        options |= {"truncation": True, "max_length": budget}
+        row = tokenizer(text, **options)
+        ids = _end(tokenizer, encoding, row["input_ids"])
+    if ends is None:
+        return Encoded(ids, len(ids), is_cut)
 
-    tokenizer.truncation_side = encoding.truncation  # the tokenizer itself keeps its special tokens
-    budget = encoding.max_length - encoding.eos
-    ids = _end(
-        tokenizer, encoding, tokenizer(text, truncation=True, max_length=budget, **options)["input_ids"]
-    )
-    return Encoded(ids, len(ids), True)
+    # The row has special tokens around those of the text, and may lack the first or the last of these.
+    offset, special = len(text) - len(completion_text(response)), row["special_tokens_mask"]
+    tokens = special.count(0)
+    lost = len(text_ids(tokenizer, text)) - tokens if encoding.truncation == "left" else 0
+    own = text_positions(tokenizer, text, [offset + end for end in ends])
+    kept = [max(0, position) - lost for position in own]
+    start = special.index(0) if tokens else 0
+    steps = [start + position if 0 <= position < max(1, tokens) else CUT for position in kept]
+    return Encoded(ids, len(ids), is_cut, steps)
 
 
 def _text_options(encoding: Encoding) -> dict[str, Any]:

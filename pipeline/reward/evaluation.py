@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from pipeline.data.schema import KINDS
 from pipeline.models.chat import response_text
 from pipeline.reward import metrics
 from pipeline.reward.model import RewardModel
+from pipeline.reward.step_metrics import step_metrics
+from pipeline.reward.steps import read_steps
 
 REFERENCE_ROWS = 256
 
@@ -20,19 +23,22 @@ def held_out_split(data: DatasetDict) -> Dataset:
 def evaluate_reward_model(reward: RewardModel, records: dict[str, Dataset]) -> dict[str, Any]:
     """Return the metrics of each kind of records that has rows.
 
-    Labels are evaluated only for a classifier with these classes, ratings only for a regression.
+    Labels are evaluated only for a classifier with these classes, ratings only for a regression, steps only
+    for a stepwise model.
     """
     applies = {
         "comparisons": True,
         "rankings": True,
         "ratings": reward.settings.objective == "regression",
         "labels": reward.settings.objective == "classification",
+        "steps": reward.settings.is_stepwise,
     }
     evaluations = {
         "comparisons": _evaluate_pairs,
         "rankings": _evaluate_rankings,
         "ratings": _evaluate_ratings,
         "labels": _evaluate_labels,
+        "steps": _evaluate_steps,
     }
     return {
         kind: evaluations[kind](reward, rows)
@@ -68,6 +74,12 @@ def _evaluate_labels(reward: RewardModel, labels: Dataset) -> dict[str, Any]:
     return metrics.label_metrics(logits, labels["label"][:], reward.settings.outputs, reward.settings.logit)
 
 
+def _evaluate_steps(reward: RewardModel, steps: Dataset) -> dict[str, Any]:
+    labels = list(map(KINDS["steps"].target, steps))  # type: ignore[arg-type]
+    scores = reward.score_steps(steps["prompt"][:], steps["completions"][:])
+    return step_metrics(scores, labels, steps["prompt"][:])
+
+
 def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:
     """Return statistics over all responses of the first 256 rows, named as in `RewardSettings`.
 
@@ -76,6 +88,11 @@ def reference_statistics(reward: RewardModel, rows: Dataset) -> dict[str, Any]:
     within each prompt for the slope.
     """
     sample = rows.select(range(min(REFERENCE_ROWS, len(rows))))
+    if "completions" in sample.column_names:
+        responses = [
+            read_steps(row, reward.settings.encoding.step_separator)[0] for row in sample["completions"]
+        ]
+        sample = sample.add_column("completion", responses)
     columns = [
         sample[name][:] for name in ("chosen", "rejected", "completion") if name in sample.column_names
     ]

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function, describe_failure
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
-from pipeline.reward.token_rewards import spread_reward, total_reward
+from pipeline.reward.token_rewards import StepRewards, spread_reward, total_reward
 
 
 class RewardSource(NamedTuple):
@@ -69,10 +69,16 @@ def load_reward(reward: Reward, opened: Artifact, **options: Any) -> RewardModel
 def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> RewardSource:
     """Return a reward model as a source; it encodes the text with its own tokenizer.
 
+    A stepwise model rewards each step with alpha · (2p − 1) for the probability p that it is right: the mean
+    of +1 for a right step and −1 for a wrong one. These rewards are used as they are, with mean 0 and
+    standard deviation 1.
+
     `length_penalty` is the share of length's effect on the reward to subtract, by the slope on the reference
-    sample; 1 is all of it. Raises `UserError` if the slope is unknown.
+    sample; 1 is all of it. Raises `UserError` if the slope is unknown, or if the model is stepwise.
     """
     settings, alpha = model.settings, model.settings.alpha
+    if settings.is_stepwise:
+        return _reward_steps(model, length_penalty)
     if length_penalty and (settings.length_slope is None or settings.length_mean is None):
         raise UserError(
             "length_penalty: this reward model has no reference sample for the slope; "
@@ -93,6 +99,21 @@ def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> Reward
         std=abs(alpha) * (settings.reward_std or 1.0),
         model=model,
     )
+
+
+def _reward_steps(model: RewardModel, length_penalty: float) -> RewardSource:
+    if length_penalty:
+        raise UserError(
+            "length_penalty: it is subtracted from the reward of a whole response, but this reward model is "
+            "stepwise; set it to 0"
+        )
+    alpha = model.settings.alpha
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[StepRewards]:
+        judged = model.judge_steps(prompts, completions)
+        return [StepRewards([alpha * (2 * p - 1) for p in steps.rewards], steps.ends) for steps in judged]
+
+    return RewardSource(score, model=model)
 
 
 def combine_rewards(

@@ -1,39 +1,45 @@
 """`RewardModel`: loads a reward artifact and scores responses.
 
 Its scores are what plain `transformers` computes, times `alpha`. The artifact is a sequence-classification
-checkpoint plus `reward.json`, which contains `RewardSettings`.
+checkpoint (token-classification for a stepwise model) plus `reward.json`, which contains `RewardSettings`.
 """
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import hub
 from pipeline.data.schema import Text
-from pipeline.data.texts import check_count, check_text, check_texts
+from pipeline.data.texts import check_count, check_steps, check_text, check_texts
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError, explain_row
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import response_text, text_ids
 from pipeline.models.load_errors import explain_load_errors
-from pipeline.models.loading import load_classifier, load_tokenizer, settle_trust
+from pipeline.models.loading import classifier_name, load_classifier, load_tokenizer, settle_trust
 from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching, probes
-from pipeline.reward.encoding import Encoded, Encoding, check_encoding, encode_response
+from pipeline.reward.encoding import CUT, Encoded, Encoding, check_encoding, encode_response
 from pipeline.reward.settings import SETTINGS, RewardSettings
+from pipeline.reward.steps import read_steps
+from pipeline.reward.token_rewards import StepRewards
 
 logger = logging.getLogger(__name__)
 
+Response = Text | Sequence[str]  # a list of strings is the steps of a response
+
+UNREAD = 0.5  # the score of a step whose end was cut: nothing is known of it
 RESPONSES_PER_UPDATE = 512  # of the progress bar
 
 
@@ -51,6 +57,7 @@ class RewardModel:
     """
 
     overlong = 0  # inputs that were cut so far
+    _warned_of_single_steps = False
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
@@ -131,7 +138,11 @@ class RewardModel:
         artifact's own. Neither the order nor `batch_size` changes a score. Raises `UserError` if the two are
         no lists of texts, if their numbers differ, or if there is no reference sample to normalize by.
         """
-        raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
+        if self.settings.is_stepwise:
+            steps = self.score_steps(prompts, responses, batch_size=batch_size)
+            raw = [self.settings.aggregated(row) for row in steps]
+        else:
+            raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
         if normalize:
             if self.settings.reward_mean is None or self.settings.reward_std is None:
                 raise UserError(
@@ -140,6 +151,37 @@ class RewardModel:
                 )
             raw = [(value - self.settings.reward_mean) / self.settings.reward_std for value in raw]
         return [(self.settings.alpha if alpha is None else alpha) * value for value in raw]
+
+    def score_steps(
+        self, prompts: Sequence[Text], responses: Sequence[Response], *, batch_size: int = 64
+    ) -> list[list[float]]:
+        """Return for each response the probability of each step that it is right; for a stepwise model.
+
+        A response is a text, which `encoding.step_separator` splits, or the list of its steps. A step whose
+        end was cut at `max_length` has the score 0.5, since the model did not read it. Raises `UserError` if
+        the model is not stepwise, the two are no lists of texts, or their numbers differ.
+        """
+        return [list(steps.rewards) for steps in self.judge_steps(prompts, responses, batch_size=batch_size)]
+
+    def judge_steps(
+        self, prompts: Sequence[Text], responses: Sequence[Response], *, batch_size: int = 64
+    ) -> list[StepRewards]:
+        """Return the scores of `score_steps`, and the offset in its response at which each step ends."""
+        if not self.settings.is_stepwise:
+            raise UserError(
+                f"score_steps: {self.model.name_or_path} has the objective {self.settings.objective}, which "
+                "scores whole responses; use score, or a model of the objective stepwise"
+            )
+        check_texts("prompts", prompts)
+        check_steps("responses", responses)
+        check_count("batch_size", batch_size)
+        _check_counts(prompts, responses)
+        separator = self.settings.encoding.step_separator
+        read = [read_steps(response, separator) for response in responses]
+        if len(read) > 1 and all(len(ends) == 1 for _, ends in read):
+            self._warn_of_single_steps(len(read))
+        scores = self._step_scores(prompts, read, batch_size) if read else []
+        return [StepRewards(row, ends) for row, (_, ends) in zip(scores, read, strict=True)]
 
     def score_response(self, prompt: Text, response: Text) -> float:
         """Return the score of one response. Raises `UserError` if one of the two is no text."""
@@ -151,9 +193,13 @@ class RewardModel:
     def logits(self, prompts: Sequence[Text], responses: Sequence[Text], *, batch_size: int = 64) -> Tensor:
         """Return the head's outputs (N, C) in fp32 on the CPU; C is 1 for a scalar model.
 
-        Raises `UserError` if the two are no lists of texts, or their numbers differ.
+        Raises `UserError` if the two are no lists of texts, their numbers differ, or the model is stepwise.
         """
         _check_pairs(prompts, responses, batch_size)
+        if self.settings.is_stepwise:
+            raise UserError(
+                "logits: a stepwise model has outputs for each step of a response; use score_steps"
+            )
         if not len(prompts):
             return torch.zeros(0, self.model.config.num_labels)
         return self._logits(prompts, responses, batch_size)
@@ -174,6 +220,26 @@ class RewardModel:
     def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> Tensor:
         encoded = list(map(self.encode, prompts, responses))
         self._count_overlong(encoded)
+        return self._compute(prompts, responses, encoded, batch_size)
+
+    @torch.inference_mode()
+    def _step_scores(
+        self, prompts: Sequence[Text], responses: Sequence[tuple[Text, list[int]]], batch_size: int
+    ) -> list[list[float]]:
+        """Return the score of each step; a response is what `read_steps` returns."""
+        encoded = [
+            encode_response(self.tokenizer, self.settings.encoding, prompt, text, ends)
+            for prompt, (text, ends) in zip(prompts, responses, strict=True)
+        ]
+        self._count_overlong(encoded)
+        logits = self._compute(prompts, [text for text, _ in responses], encoded, batch_size)
+        scores = iter(self.settings.reward(logits).tolist())
+        return [[UNREAD if step == CUT else next(scores) for step in row.steps or ()] for row in encoded]
+
+    def _compute(
+        self, prompts: Sequence[Text], responses: Sequence[Text], encoded: Sequence[Encoded], batch_size: int
+    ) -> Tensor:
+        """Return the logits (outputs, C) of the encoded responses, in fp32 on the CPU."""
         # The responses to one prompt form a group, even if they are not adjacent.
         keys = [str(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=keys.__getitem__)
@@ -187,7 +253,19 @@ class RewardModel:
             use_token_types=self._use_token_types,
             padding=self._padding,
         )
-        return logits[torch.tensor(order).argsort().to(logits.device)].float().cpu()
+        outputs = batching.expand_order(order, [len(row.positions) for row in encoded])
+        return logits[torch.tensor(outputs, dtype=torch.long).argsort().to(logits.device)].float().cpu()
+
+    def _warn_of_single_steps(self, count: int) -> None:
+        """Log once that no response of a call has the separator, so that each is one step."""
+        if not self._warned_of_single_steps:
+            self._warned_of_single_steps = True
+            logger.warning(
+                "%s: none of %d responses contains the separator of steps %r, so each is one step",
+                self.model.name_or_path,
+                count,
+                self.settings.encoding.step_separator,
+            )
 
     def _count_overlong(self, encoded: Sequence[Encoded]) -> None:
         """Log the first time that inputs were cut, since what was cut does not count in their scores."""
@@ -253,32 +331,51 @@ class DistributedRewardModel(RewardModel):
         Raises `UserError` if one is not finite: no metric would be.
         """
         _check_pairs(prompts, responses, batch_size)
-        local_logits = super().logits
+        rows = self._spread(super().logits, prompts, responses, batch_size)
+        return torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
+
+    def _step_scores(
+        self, prompts: Sequence[Text], responses: Sequence[tuple[Text, list[int]]], batch_size: int
+    ) -> list[list[float]]:
+        return self._spread(super()._step_scores, prompts, responses, batch_size)
+
+    def _spread(
+        self, score: Callable[..., Any], prompts: Sequence[Any], responses: Sequence[Any], batch_size: int
+    ) -> list[list[float]]:
+        """Return one list of numbers for each row, of which this process computes its share."""
 
         def compute(rows: Sequence[int]) -> list[list[float]]:
-            logits: list[list[float]] = []
+            scores: list[list[float]] = []
             with progress_bar("scoring", "responses", total=len(rows)) as bar:
                 for start in range(0, len(rows), RESPONSES_PER_UPDATE):
                     chunk = rows[start : start + RESPONSES_PER_UPDATE]
                     texts = ([column[row] for row in chunk] for column in (prompts, responses))
-                    logits += local_logits(*texts, batch_size=batch_size).tolist()
-                    bar.update(len(logits) - start)
-            return logits
+                    scores += _as_lists(score(*texts, batch_size=batch_size))
+                    bar.update(len(scores) - start)
+            return scores
 
         rows = map_across_processes(compute, range(len(prompts)))
-        logits = torch.tensor(rows).reshape(len(prompts), self.model.config.num_labels)
-        if not logits.isfinite().all():
+        if not all(math.isfinite(value) for row in rows for value in row):
             raise UserError(
                 f"{self.model.name_or_path}: the reward of a response is not finite (NaN or infinite): its "
                 "weights are broken; train it again with a lower training.learning_rate, and add --force"
             )
-        return logits
+        return rows
+
+
+def _as_lists(scores: Any) -> list[list[float]]:
+    rows: list[list[float]] = scores.tolist() if isinstance(scores, Tensor) else scores
+    return rows
 
 
 def _check_pairs(prompts: Any, responses: Any, batch_size: Any) -> None:
     check_texts("prompts", prompts)
     check_texts("responses", responses)
     check_count("batch_size", batch_size)
+    _check_counts(prompts, responses)
+
+
+def _check_counts(prompts: Any, responses: Any) -> None:
     if len(prompts) != len(responses):
         raise UserError(
             f"score: {len(prompts)} prompts but {len(responses)} responses; expected equal numbers"
@@ -297,15 +394,29 @@ def _load(
         "precision": precision,
     }
     revision = options.get("revision")
+    head = settings or RewardSettings()
     if not is_adapter(source, revision):
-        return load_classifier(source, tokenizer, **weights, **options)
+        if settings is None:
+            _refuse_token_classifier(source, options)
+        return load_classifier(source, tokenizer, auto_class=head.auto_class, **weights, **options)
 
     # Trained on a quantized base: the artifact is the adapter with the head.
-    adapter = read_adapter(source, revision, TaskType.SEQ_CLS, "reward")
-    options = options | {"revision": adapter.revision, "head": (settings or RewardSettings()).head}
+    adapter = read_adapter(source, revision, head.task_type, "reward")
+    options = options | {"revision": adapter.revision, "head": head.head, "auto_class": head.auto_class}
     base: Any = load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
-    with explain_load_errors(source, "LoRA adapter of a sequence classifier"):
+    with explain_load_errors(source, f"LoRA adapter of a {classifier_name(head.auto_class)} classifier"):
         return PeftModel.from_pretrained(base, source, revision=revision)
+
+
+def _refuse_token_classifier(source: str, options: dict[str, Any]) -> None:
+    with explain_load_errors(source, "sequence classifier"):
+        names = AutoConfig.from_pretrained(source, **options).architectures or []
+    if any(name.endswith("ForTokenClassification") for name in names):
+        raise UserError(
+            f"{source}: is a token classifier without reward.json, which says where its steps end; write one "
+            'into a copy of its folder: {"objective": "stepwise", "outputs": ["wrong", "right"], "logit": 1, '
+            '"output": "probability", "encoding": {"step_separator": "\\n", "max_length": 512}}'
+        )
 
 
 def _external_settings(
@@ -315,7 +426,7 @@ def _external_settings(
 
     With several labels, `logit` is -1: none is the reward yet.
     """
-    is_decoder = batching.score_head(model) is not None
+    is_decoder = probes.is_decoder(model)
     if not is_decoder and tokenizer.is_fast:
         form = "pair"
     elif is_decoder and not is_plain(tokenizer):

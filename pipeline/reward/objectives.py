@@ -65,6 +65,17 @@ def regression(scores: Tensor, ratings: Tensor) -> Tensor:
     return F.mse_loss(scores, ratings)
 
 
+def stepwise(logits: Tensor, labels: Tensor, steps: Tensor | float | None = None) -> Tensor:
+    """Compute the cross-entropy of softmax(logits (S, 2)) with labels (S,), 1 for right and 0 for wrong.
+
+    Lightman et al. 2023 ("Let's Verify Step by Step"). It is the mean over the S steps, whatever their length
+    and whichever responses they are of. With `steps`, it is their sum divided by that number: of all steps
+    of a batch that is computed in parts.
+    """
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return total / (max(len(labels), 1) if steps is None else steps)
+
+
 def centring(scores: Tensor, mask: Tensor) -> Tensor:
     """Compute (score + score)² of two responses, averaged over a prompt's pairs, then over prompts.
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from pipeline.errors import UserError
 from pipeline.models.patches import forget_earlier_rows
 from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.probes import model_name
 from pipeline.models.probing import ask_once, differs, eval_mode, explain, made_up_ids, remember, unwrap
-from pipeline.reward.batching import compute_logits, score_head
+from pipeline.reward.batching import compute_logits, score_head, scores_tokens
 from pipeline.reward.encoding import Encoded
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,30 @@ def _scores_together(model: Any, rows: list[list[int]]) -> Tensor:
     return compute_logits(model, groups, pad_token_id, share_prefixes=False, single_batch=True)
 
 
+def is_decoder(model: Any) -> bool:
+    """Return whether a classifier reads from left to right: no token changes the output of an earlier one."""
+    if not scores_tokens(model):
+        return score_head(model) is not None
+    is_causal = _is_causal(model)
+    config = unwrap(model).config.get_text_config()
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING if is_causal is None else is_causal
+
+
+@ask_once(default=None)
+def _is_causal(model: Any) -> bool | None:
+    forget_earlier_rows(model)
+    (row,) = made_up_ids(model, min(limit or SHORT for limit in (SHORT, max_positions(model))))
+    positions = list(range(len(row) - 1))
+    ids = [row, [*row[:-1], row[-1] + 1]]
+    try:
+        groups = [[Encoded(row, 0, False, positions)] for row in ids]
+        logits = compute_logits(model, groups, 0, share_prefixes=False, single_batch=True)
+    except Exception as error:
+        explain(error)
+        return None
+    return not differs(logits[: len(positions)], logits[len(positions) :], model)
+
+
 def accepts_token_types(model: Any) -> bool:
     """Return whether the model reads token types, and has both: a RoBERTa has one, and fails with another."""
     model = unwrap(model)
@@ -117,7 +142,7 @@ def supports_prefix_sharing(model: Any, pad_token_id: int, max_length: int) -> b
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     row_window = getattr(config, "window_size", None)  # GPT-Neo's counts indices in the row, not positions
-    if score_head(model) is None or row_window is not None or (window is not None and window < max_length):
+    if not is_decoder(model) or row_window is not None or (window is not None and window < max_length):
         return False
 
     ids = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -56,9 +56,9 @@ class RemoteRewardModel(RewardModel):
         row = self._row("Hello.", "Hello.", self.encode("Hello.", "Hello."))
         self._request([row], tries=FAIL_FAST)
 
-    def _logits(self, prompts: Sequence[Text], responses: Sequence[Text], batch_size: int) -> torch.Tensor:
-        encoded = list(map(self.encode, prompts, responses))
-        self._count_overlong(encoded)
+    def _compute(
+        self, prompts: Sequence[Text], responses: Sequence[Text], encoded: Sequence[Encoded], batch_size: int
+    ) -> torch.Tensor:
         rows = list(map(self._row, prompts, responses, encoded))
         size = min(batch_size, self.server.rows or batch_size)
         batches = [self._request(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -4,12 +4,18 @@ The types and ranges of its values are those of the fields below, and they are c
 """
 
 import json
+import math
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
+from peft import TaskType
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.artifacts.schema import first_fault
 from pipeline.config.base import Quantization
@@ -36,6 +42,8 @@ class RewardSettings:
     - `reward_mean` and `reward_std` are the mean and standard deviation of the rewards on a reference sample.
     - `length_mean` is the mean length in tokens of the responses in that sample. `length_slope` is the slope
       of the reward on the length.
+    - A `stepwise` model has an output for every token. The score of a step is the probability that it is
+      right, and `aggregate` makes that of the response from them.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -48,6 +56,7 @@ class RewardSettings:
     output: Output = "logit"
     logit: int = 0
     multi_label: bool = False
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
     sign: Literal[1, -1] = 1
     uncertainty_penalty: NotNegative = 0.0
     alpha: float = 1.0
@@ -57,6 +66,21 @@ class RewardSettings:
     length_slope: float | None = None
 
     @property
+    def is_stepwise(self) -> bool:
+        """Whether the model scores the steps of a response."""
+        return self.objective == "stepwise"
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads the checkpoint."""
+        return AutoModelForTokenClassification if self.is_stepwise else AutoModelForSequenceClassification
+
+    @property
+    def task_type(self) -> TaskType:
+        """PEFT's task of the adapter."""
+        return TaskType.TOKEN_CLS if self.is_stepwise else TaskType.SEQ_CLS
+
+    @property
     def head(self) -> dict[str, Any]:
         """The config of the head.
 
@@ -64,7 +88,7 @@ class RewardSettings:
         """
         if self.multi_label:
             return head_config(self.outputs, "multi_label_classification")
-        is_classifier = self.objective == "classification"
+        is_classifier = self.objective in ("classification", "stepwise")
         return head_config(self.outputs, "single_label_classification" if is_classifier else "regression")
 
     @classmethod
@@ -100,6 +124,8 @@ class RewardSettings:
         values = asdict(self)
         if not self.multi_label:  # no stage trains one, and an older version does not know the field
             del values["multi_label"]
+        if not self.is_stepwise:
+            del values["aggregate"], values["encoding"]["step_separator"]
         (folder / SETTINGS).write_text(json.dumps(values, indent=2) + "\n")
 
     def reward(self, logits: Tensor) -> Tensor:
@@ -114,9 +140,20 @@ class RewardSettings:
             chosen = chosen - logits[:, others].logsumexp(1)
         return self.sign * chosen
 
+    def aggregated(self, scores: Sequence[float]) -> float:
+        """Return the score of a response from those of its steps, of which there is at least one."""
+        return float(AGGREGATES[self.aggregate](scores))
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities (N, C) of logits (N, C), as transformers' `pipeline()` does."""
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
+# Scores of steps -> the score of the response.
+AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "product": math.prod,
+    "mean": fmean,
+    "last": operator.itemgetter(-1),
+}
 READER = TypeAdapter(RewardSettings)

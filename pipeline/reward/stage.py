@@ -18,7 +18,7 @@ from typing import Any
 
 import trl
 from datasets import Dataset, DatasetDict
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pipeline.artifacts.build import build_artifact
@@ -37,9 +37,9 @@ from pipeline.models.loading import load_classifier, load_tokenizer
 from pipeline.models.positions import max_positions
 from pipeline.models.scratch import new_classifier
 from pipeline.models.templates import fixed_date
-from pipeline.reward import batching
+from pipeline.reward import probes
 from pipeline.reward.card import describe_architecture, write_card
-from pipeline.reward.dataset import check_records, require_contrast, tokenize_records
+from pipeline.reward.dataset import STEP_OUTPUTS, check_records, require_contrast, tokenize_records
 from pipeline.reward.encoding import Encoding, check_encoding, prompt_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split, reference_statistics
 from pipeline.reward.model import DistributedRewardModel
@@ -181,7 +181,7 @@ def build_trainer(
     """Build the trainer. Raises `UserError` if PEFT refuses the adapter of the `lora:` section."""
     validation = splits["validation"][0] if "validation" in splits else None
     train_rows = assign_bootstrap_rows(config, splits["train"][0])
-    lora = build_lora_config(config, TaskType.SEQ_CLS, config.revision, head_module_names(model))
+    lora = build_lora_config(config, settings.task_type, config.revision, head_module_names(model))
     where = f"{config.stage}: lora"
     check_modules(model, lora, where)
     with explain_adapter_errors(where, lora):
@@ -230,6 +230,9 @@ def build_settings(config: RewardStage, data: DatasetDict) -> RewardSettings:
                 f"reward: class_weights has {len(config.class_weights)} numbers "
                 f"for the classes {', '.join(settings.outputs)}; give one for each"
             )
+    elif config.objective == "stepwise":
+        settings.outputs, settings.logit, settings.output = list(STEP_OUTPUTS), 1, "probability"
+        settings.aggregate = config.aggregate
     elif config.ensemble > 1:
         settings.outputs = [f"reward_{i}" for i in range(config.ensemble)]
         settings.output, settings.uncertainty_penalty = "ensemble", config.uncertainty_penalty
@@ -271,7 +274,9 @@ def load_base(
             for record in data["train"]
             for text in (record["prompt"], *kind.responses(record))
         ]
-        return new_classifier(texts, config.scratch, config.encoding.separator, settings.head)
+        return new_classifier(
+            texts, config.scratch, config.encoding.separator, settings.head, settings.auto_class
+        )
     # If no EOS ends the ids, the pad token may be EOS: it hides nothing, and the base keeps its vocabulary.
     tokenizer = load_tokenizer(
         config.model,
@@ -281,7 +286,7 @@ def load_base(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    options = load_options(config, config.revision)
+    options = load_options(config, config.revision) | {"auto_class": settings.auto_class}
     return load_classifier(config.model, tokenizer, head=settings.head, **options), tokenizer
 
 
@@ -291,15 +296,17 @@ def choose_encoding(config: RewardStage, model: Any, tokenizer: PreTrainedTokeni
     The tokenizer gets the settings that plain `transformers` needs to encode the same way. Raises `UserError`
     if the model or its tokenizer does not support the encoding.
     """
-    is_decoder = batching.score_head(model) is not None
+    is_decoder = probes.is_decoder(model)
     form = config.encoding.form or ("chat" if is_decoder else "pair")
     eos = config.encoding.eos if config.encoding.eos is not None else form != "pair" and is_decoder
     side = "right" if config.overlong == "truncate_right" else "left"
     date = fixed_date(tokenizer) if form == "chat" else None
-    encoding = Encoding(form, config.encoding.separator, eos, side, config.max_length, date=date)
+    separator = config.encoding.separator
+    options: dict[str, Any] = {"date": date, "step_separator": config.encoding.step_separator}
+    encoding = Encoding(form, separator, eos, side, config.max_length, **options)
     check_encoding(tokenizer, encoding, config.model, max_positions(model))
 
-    options: dict[str, Any] = {
+    options = {
         "model_max_length": config.max_length,
         "truncation_side": side,
         "padding_side": "right",
@@ -358,7 +365,7 @@ def reload_adapter(
     adapter: Path, config: RewardStage, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
     """Load the unsharded base in this process, with the adapter and head that were trained on its shards."""
-    options = load_options(config, config.revision)
+    options = load_options(config, config.revision) | {"auto_class": settings.auto_class}
     base: Any = load_classifier(config.model, tokenizer, head=settings.head, **options)
     return PeftModel.from_pretrained(base, str(adapter))
 

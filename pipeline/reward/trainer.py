@@ -20,9 +20,10 @@ from pipeline.config import OBJECTIVES
 from pipeline.errors import UserError
 from pipeline.reward import batching, metrics, objectives, probes
 from pipeline.reward.encoding import Encoded
-from pipeline.reward.objectives import bradley_terry, centring, classification, regression
+from pipeline.reward.objectives import bradley_terry, centring, classification, regression, stepwise
+from pipeline.reward.step_metrics import step_metrics
 
-ABSENT = -100  # a rank that pads a prompt with fewer responses
+ABSENT = -100  # a rank that pads a prompt with fewer responses, or a label a response with fewer steps
 
 
 @dataclass
@@ -76,6 +77,8 @@ class RewardTrainer(trl.RewardTrainer):
                 parameter.data = parameter.data.float()
 
         self.label_names = ["labels"]
+        if objective == "stepwise":  # counts the steps of all parts of a batch, which the loss is divided by
+            self.model_accepts_loss_kwargs = True
         self._tokens = 0  # seen in training, if every rank sees as many as this one
         self.pad_token_id = self.processing_class.pad_token_id
         names_types = "token_type_ids" in self.processing_class.model_input_names
@@ -100,7 +103,10 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups = [
-            [Encoded(ids, start, False) for ids, start in zip(row["ids"], row["response_start"], strict=True)]
+            [
+                Encoded(ids, start, False, row.get("steps"))
+                for ids, start in zip(row["ids"], row["response_start"], strict=True)
+            ]
             for row in rows
         ]
         margins = torch.tensor([row["margin"] for row in rows]) if "margin" in rows[0] else None
@@ -110,7 +116,7 @@ class RewardTrainer(trl.RewardTrainer):
             members = torch.ones(len(rows), len(self.classes))
 
         targets = [row["target"] for row in rows]
-        if OBJECTIVES[self.objective].compares:
+        if isinstance(targets[0], list):
             most = max(map(len, targets))
             targets = [[*ranks, *[ABSENT] * (most - len(ranks))] for ranks in targets]
         return {"batch": Batch(groups, margins, members.bool()), "labels": torch.tensor(targets)}
@@ -120,7 +126,9 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> Any:
         """Return the loss of a batch, and with `return_outputs` the logits.
 
-        Logits are (N, C) for classification, (N, K) for objectives that compare, (N,) for others.
+        Logits are (N, C) for classification, (N, K) for objectives that compare, (N,) for others. For
+        stepwise they are log-odds of right (N, steps). Its loss is the mean over all steps of a batch: those
+        of all ranks and all parts of which gradients are accumulated.
         """
         batch, targets = inputs["batch"], inputs["labels"]
         tokens = sum(len(response.ids) for group in batch.groups for response in group)
@@ -140,6 +148,17 @@ class RewardTrainer(trl.RewardTrainer):
             loss = classification(logits, targets, weights, self.args.label_smoothing_factor)
             return (loss, {"logits": logits}) if return_outputs else loss
 
+        if self.objective == "stepwise":
+            labels = targets[targets != ABSENT].to(logits.device)
+            # Gradients are averaged over ranks, and the number of steps is that of all ranks.
+            steps = None if num_items_in_batch is None else num_items_in_batch / self.args.world_size
+            loss = stepwise(logits, labels, steps)
+            return (
+                (loss, {"logits": self._to_grid(logits[:, 1] - logits[:, 0], targets)})
+                if return_outputs
+                else loss
+            )
+
         # (N, K) for each output of an ensemble, or (N,) for an objective that scores each response alone
         scores = [self._to_grid(output, targets) for output in logits.unbind(1)]
         rows = batch.members.to(targets.device).unbind(1)
@@ -155,7 +174,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Return the scores in the shape of the targets, 0 in the padding."""
         if targets.ndim != 2:
             return scores
-        return torch.zeros(targets.shape, device=scores.device).masked_scatter(targets > 0, scores)
+        return torch.zeros(targets.shape, device=scores.device).masked_scatter(targets != ABSENT, scores)
 
     def _loss(self, scores: Tensor, targets: Tensor, batch: Batch, rows: Tensor) -> Tensor:
         """Return the objective on the rows (a mask) that one member of an ensemble learns from."""
@@ -180,6 +199,12 @@ class RewardTrainer(trl.RewardTrainer):
             computed = metrics.label_metrics(scores, targets, self.classes, self.positive)
         elif self.objective == "regression":
             computed = metrics.rating_metrics(scores, targets)
+        elif self.objective == "stepwise":
+            present = [row != ABSENT for row in targets]
+            computed = step_metrics(
+                [1 / (1 + np.exp(-row[mask])) for row, mask in zip(scores, present, strict=True)],
+                [row[mask] for row, mask in zip(targets, present, strict=True)],
+            )
         else:
             present = [ranks > 0 for ranks in targets]
             computed = metrics.ranking_metrics(

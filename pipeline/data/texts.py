@@ -7,7 +7,7 @@ from pipeline.errors import UserError
 
 
 def check_steps(name: str, values: Any) -> None:
-    """Raise `UserError` unless `values` is a list of responses: texts, or lists of the texts of their steps."""
+    """Raise `UserError` unless `values` is a list of responses: texts, or lists of texts of steps."""
     _check_list(name, values)
     for number, value in enumerate(values):
         is_steps = isinstance(value, list | tuple) and value and isinstance(value[0], str)

@@ -16,6 +16,10 @@ METRIC_NAMES = {
     "top_1": "top-1",
     "auroc": "AUROC",
     "f1": "F1",
+    "f1_wrong": "F1 of wrong steps",
+    "first_error": "first error found",
+    "all_right": "right responses without a false alarm",
+    "process_f1": "ProcessBench F1",
     "rmse": "RMSE",
     "spearman": "Spearman ρ",
 }
@@ -35,8 +39,8 @@ class Table(NamedTuple):
 def metric_tables(metrics: dict[str, Any]) -> list[Table]:
     """Return the metrics of one kind of records as tables.
 
-    The first table contains each metric with its interval. If there are any, a table by source and the
-    confusion matrix follow.
+    The first table contains each metric with its interval. If there are any, a table by source, the best
+    responses by aggregate and the confusion matrix follow.
     """
     rows = [
         [METRIC_NAMES.get(name, name.replace("_", " ")), format_metric(value), format_interval(metrics, name)]
@@ -49,6 +53,19 @@ def metric_tables(metrics: dict[str, Any]) -> list[Table]:
         rows = [[name, *_source_row(source_metrics)] for name, source_metrics in sources.items()]
         head = ("source", "pairs", "accuracy", "95 % interval", "“longer wins”")
         tables.append(Table("By source", head, rows))
+
+    if best := metrics.get("best_of_n"):
+        rows = [
+            [
+                name,
+                *(format_metric(result[key]) for key in ("prompts", "accuracy")),
+                format_interval(result, "accuracy"),
+                format_metric(result["chance"]),
+            ]
+            for name, result in best.items()
+        ]
+        head = ("aggregate", "prompts", "best response is right", "95 % interval", "at random")
+        tables.append(Table("Best of n", head, rows))
 
     if confusion := metrics.get("confusion"):
         rows = [[label, *map(format_metric, counts.values())] for label, counts in confusion.items()]

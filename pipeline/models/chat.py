@@ -255,7 +255,7 @@ def escape_special(markup: Markup, text: str) -> str:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Return the ids of what `render_messages` returned: the markup as special tokens, escaped ones as text."""
+    """Return the ids of what `render_messages` returned: markup as special tokens, escaped ones as text."""
     markup = read_markup(tokenizer)
     ids: list[int] = []
     # A split by a pattern with a group: every second part is an escaped token.

@@ -16,7 +16,6 @@ from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from pipeline.artifacts.manifest import Artifact
 from pipeline.ppo.backbone_compat import adapter_folder, head_weight_names
@@ -93,16 +92,14 @@ def _add_frozen_adapter(policy: PeftModel, folder: Path, weights: dict[str, Tens
 def _build_classifier(
     base: Any, settings: RewardSettings, head_weights: dict[str, Tensor], trust_remote_code: bool
 ) -> tuple[Any, nn.Module]:
-    """Build a sequence classifier on the language model's own trunk; return it and its head.
+    """Build the classifier on the language model's own trunk; return it and its head.
 
     The head computes in the precision of its own weights.
     """
     config = copy.deepcopy(base.config)
     config.update(settings.head)
     with init_empty_weights():
-        classifier = AutoModelForSequenceClassification.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+        classifier = settings.auto_class.from_config(config, trust_remote_code=trust_remote_code)
     setattr(classifier, classifier.base_model_prefix, base.base_model)
 
     head = nn.ModuleList()

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, TaskType
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.artifacts.inputs import is_own_base
 from pipeline.artifacts.manifest import Artifact, read_manifest
@@ -169,7 +169,7 @@ def _head_mismatch(
     with init_empty_weights():
         policy = AutoModelForCausalLM.from_config(base, **options)
         base.update(settings.head)
-        classifier = AutoModelForSequenceClassification.from_config(base, **options)
+        classifier = settings.auto_class.from_config(base, **options)
 
     trained = set(getattr(adapter, "modules_to_save", None) or [])
     # PEFT adds names of heads that this model does not have.

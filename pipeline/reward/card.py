@@ -34,6 +34,12 @@ from pipeline.training.arguments import resolve_precision
 LORA_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 COMMIT = re.compile("[0-9a-f]{7,40}")
 MAX_LOSS_ROWS = 20  # of the table of losses
+AGGREGATE_NAMES = {
+    "min": "the smallest score of its steps",
+    "product": "the product of the scores of its steps",
+    "mean": "the mean score of its steps",
+    "last": "the score of its last step",
+}
 TEMPLATES = {"README.md": "card.md.j2", "summary.md": "summary.md.j2"}
 
 
@@ -58,6 +64,9 @@ def write_card(
     values = {
         "config": config,
         "settings": settings,
+        "auto_class": settings.auto_class.__name__,
+        "aggregate": AGGREGATE_NAMES[settings.aggregate],
+        "reads_types": trainer.use_token_types,
         "encoding": settings.encoding,
         "turn": describe_turn(cast(PreTrainedTokenizerBase, trainer.processing_class), settings.encoding),
         "kind": objective.kind,
@@ -124,7 +133,7 @@ def front_matter(config: RewardStage) -> str:
     """Return the metadata of the card for the hub, as YAML."""
     base = {"base_model": config.model} if config.model != "scratch" and hub.is_hub_id(config.model) else {}
     fixed = {
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": f"{'token' if config.objective == 'stepwise' else 'text'}-classification",
         "library_name": "transformers",
         "tags": ["reward-model", "trl"],
     }
@@ -253,6 +262,12 @@ def known_limits(config: RewardStage, settings: RewardSettings, metrics: dict[st
             "A softmax determines the logits of a response only up to a constant, "
             "so the logit of one class is not identified. "
             "`reward_output: log_odds` and `probability` are identified, and they compare responses."
+        )
+    if config.objective == "stepwise":
+        limits.append(
+            "A score is the probability that a step is labelled right after those before it. "
+            "Steps that are cut in another way than in training, or follow an error where those of training "
+            "did not, may have a meaningless one."
         )
     if config.objective == "regression":
         limits.append(

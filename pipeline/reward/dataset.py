@@ -121,8 +121,8 @@ def _tokenize_record(
 def _require_two_verdicts(labels: list[int]) -> None:
     if labels and len(set(labels)) == 1:
         raise UserError(
-            f"reward: all {len(labels):,} steps to train on are {STEP_OUTPUTS[labels[0]]}, which teaches nothing; "
-            "give prepare records with right and with wrong steps"
+            f"reward: all {len(labels):,} steps to train on are {STEP_OUTPUTS[labels[0]]}, which teaches "
+            "nothing; give prepare records with right and with wrong steps"
         )
 
 
@@ -130,8 +130,9 @@ def _tokenize_steps(
     record: Record, kind: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Record, str]:
     """Return the row of one response in steps, and its outcome: whole, cut, or dropped if no step remains."""
-    steps, labels = KINDS[kind].responses(record), KINDS[kind].target(record)
+    steps = record["completions"]
     _check_labels(steps, record["labels"])
+    labels = list(map(int, record["labels"]))
     text, ends = read_steps(steps, encoding.step_separator)
     encoded = encode_response(tokenizer, encoding, record["prompt"], text, ends)
     kept = [i for i, position in enumerate(encoded.steps or ()) if position != CUT]

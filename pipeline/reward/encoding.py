@@ -151,6 +151,8 @@ def _encode_chat(
     ends: Sequence[int] | None,
 ) -> Encoded:
     if encoding.turn == "text":
+        if ends is not None:
+            raise UserError("encoding.turn: steps are found in turns of the template alone; set it to template")
         return _encode_chat_text(tokenizer, encoding, prompt, response)
     steps = None
     if is_plain(tokenizer):

@@ -1,7 +1,8 @@
 """Clients of inference servers: which engine serves a URL, and the logits of rows in its wire format.
 
 - vLLM (`vllm serve MODEL --runner pooling`): `POST /classify` with rows of token ids and `use_activation:
-  false`, which every version that accepts ids supports.
+  false`, which every version that accepts ids supports. A token classifier is asked by `POST /pooling` for
+  `task: token_classify`, and answers with the logits of each token.
 - Text-embeddings-inference, TEI (`text-embeddings-router --model-id MODEL`): `POST /predict` with rows of one
   text or a pair and `raw_scores: true`. The response has each row's labels, the highest score first.
 
@@ -99,29 +100,37 @@ def _as_count(value: Any) -> int:
 
 
 def request_logits(
-    server: Server, rows: Sequence[Any], labels: Sequence[str], timeout: float, tries: int = TRIES
+    server: Server,
+    rows: Sequence[Any],
+    labels: Sequence[str],
+    timeout: float,
+    tries: int = TRIES,
+    *,
+    per_token: bool = False,
 ) -> list[list[float]]:
-    """Return a logit for each label of each row.
+    """Return a logit for each label of each row, or of each token of the rows, one after the other.
 
-    Rows are token ids for vLLM, one or two texts for TEI. Raises `UserError` if the server does not send one
-    finite logit for each.
+    Rows are token ids for vLLM, one or two texts for TEI, which has no `per_token`. Raises `UserError` if the
+    server does not send one finite logit for each.
     """
-    path, build_body, parse = FORMATS[server.engine]
-    max_bytes = MAX_INFO + len(rows) * sum(200 + 6 * len(label) for label in labels)
+    path, build_body, parse = FORMATS[f"{server.engine} tokens" if per_token else server.engine]
+    counts = [len(row) if per_token else 1 for row in rows]
+    max_bytes = MAX_INFO + sum(counts) * sum(200 + 6 * len(label) for label in labels)
     reply = send_request(server.url + path, timeout, max_bytes, build_body(server, rows), tries)
     if reply.status in TOO_LARGE and len(rows) > 1:
         half = len(rows) // 2
         return [
             row
             for part in (rows[:half], rows[half:])
-            for row in request_logits(server, part, labels, timeout, tries)
+            for row in request_logits(server, part, labels, timeout, tries, per_token=per_token)
         ]
 
     with suppress(*WRONG_SHAPE):
-        logits = parse(reply.json(), labels) if reply.status == 200 else []
-        if [len(row) for row in logits] == [len(labels)] * len(rows):
+        outputs = parse(reply.json(), labels) if reply.status == 200 else []
+        logits = [values for row in outputs for values in row]
+        if [len(row) for row in outputs] == counts and all(len(row) == len(labels) for row in logits):
             return [[_as_logit(value) for value in row] for row in logits]
-    expected = f"{len(rows)} × {len(labels)} finite logits ({', '.join(labels)})"
+    expected = f"{sum(counts)} × {len(labels)} finite logits ({', '.join(labels)})"
     raise UserError(f"{server.url}{path}: {reply.preview()}; expected {expected}; {START_COMMANDS}")
 
 
@@ -132,27 +141,50 @@ def _as_logit(value: Any) -> float:
 
 
 def _parse_vllm_logits(response: Any, _: Sequence[str]) -> list[list[Any]]:
-    """Return the logits in the order of the rows. Raises an error if an index is missing or given twice."""
-    rows = {_as_count(row["index"]): row["probs"] for row in response["data"]}
+    """Return the logits of each row, in a list of one. See `_order_rows` for errors."""
+    return [[row] for row in _order_rows(response, "probs")]
+
+
+def _parse_vllm_tokens(response: Any, _: Sequence[str]) -> list[list[Any]]:
+    """Return the logits of each token of each row. See `_order_rows` for errors."""
+    rows = _order_rows(response, "data")
+    if not all(isinstance(token, list) for row in rows for token in row):
+        raise ValueError("has a token whose logits are no list")
+    return rows
+
+
+def _order_rows(response: Any, field: str) -> list[list[Any]]:
+    """Return the lists in a field of vLLM's rows. Raises an error if an index is missing or given twice."""
+    rows = {_as_count(row["index"]): row[field] for row in response["data"]}
     if len(rows) != len(response["data"]) or not all(isinstance(row, list) for row in rows.values()):
         raise ValueError("has an index twice, or a row that is no list")
     return [rows[index] for index in range(len(rows))]
 
 
 def _parse_tei_logits(response: Any, labels: Sequence[str]) -> list[list[Any]]:
-    """Return the logits in the order of the labels. Raises an error if a row has a label twice."""
+    """Return the logits of each row, in a list of one. Raises an error if a row has a label twice."""
     scores = [{entry["label"]: entry["score"] for entry in row} for row in response]
     if list(map(len, scores)) != list(map(len, response)):
         raise ValueError("has a label twice")
-    return [[row[label] for label in labels] for row in scores if len(row) == len(labels)]
+    return [[[row[label] for label in labels]] for row in scores if len(row) == len(labels)]
 
 
-# By engine: the path, the body of a request, and the logits of a response.
+# By engine, and for the outputs of tokens: the path, the body of a request, and the logits of a response.
 FORMATS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "vllm": (
         "/classify",
         lambda server, rows: {"model": server.model, "input": rows, "use_activation": False},
         _parse_vllm_logits,
+    ),
+    "vllm tokens": (
+        "/pooling",
+        lambda server, rows: {
+            "model": server.model,
+            "input": rows,
+            "task": "token_classify",
+            "use_activation": False,
+        },
+        _parse_vllm_tokens,
     ),
     "tei": (
         "/predict",

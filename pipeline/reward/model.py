@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import hub
 from pipeline.data.schema import Text
 from pipeline.data.texts import check_count, check_steps, check_text, check_texts
 from pipeline.distributed.processes import map_across_processes
@@ -31,7 +30,7 @@ from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import batching, probes
 from pipeline.reward.encoding import CUT, Encoded, Encoding, check_encoding, encode_response
-from pipeline.reward.settings import SETTINGS, RewardSettings
+from pipeline.reward.settings import RewardSettings
 from pipeline.reward.steps import read_steps
 from pipeline.reward.token_rewards import StepRewards
 
@@ -101,8 +100,7 @@ class RewardModel:
         Raises `UserError` if `source` is no such checkpoint, or if a label or an encoding field is unknown.
         """
         options = settle_trust(options)
-        path = hub.fetch_file(str(source), SETTINGS, options.get("revision"))
-        settings = RewardSettings.load(path.parent) if path else None
+        settings = RewardSettings.find(str(source), options.get("revision"))
         tokenizer = load_tokenizer(
             str(source),
             generates=False,

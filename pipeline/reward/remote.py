@@ -5,7 +5,7 @@ the folder or hub id of the served model. Its tokenizer, config and `reward.json
 and what its logits mean. Without `reads`, they are those of the model that the server reports, if that is a
 folder here or a hub id.
 
-- vLLM receives the same ids that `RewardModel` computes. It accepts no token types, so it is refused for
+- vLLM receives the same ids that `RewardModel` computes, and serves stepwise models too. It accepts no token types, so it is refused for
   pairs of a model that uses them.
 - Text-embeddings-inference (TEI) receives text, or a pair of texts, which its tokenizer encodes into the same
   ids. A chat has no such text and is refused. A row that was cut, or that spells a special token, may differ
@@ -16,12 +16,13 @@ The wire formats are in `pipeline.reward.inference_servers`.
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from pipeline.artifacts import hub
 from pipeline.artifacts.files import hash_value
@@ -37,6 +38,7 @@ from pipeline.reward import inference_servers
 from pipeline.reward.encoding import Encoded, concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel
 from pipeline.reward.server_requests import FAIL_FAST
+from pipeline.reward.settings import RewardSettings
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +64,16 @@ class RemoteRewardModel(RewardModel):
         rows = list(map(self._row, prompts, responses, encoded))
         size = min(batch_size, self.server.rows or batch_size)
         batches = [self._request(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return torch.tensor([row for batch in batches for row in batch])
+        logits = torch.tensor([row for batch in batches for row in batch])
+        if not self.settings.is_stepwise:
+            return logits
+        starts = accumulate((len(row.ids) for row in encoded), initial=0)
+        wanted = [start + p for start, row in zip(starts, encoded, strict=False) for p in row.positions]
+        return logits[torch.tensor(wanted, dtype=torch.long)]
 
     def _request(self, rows: Sequence[Any], **options: Any) -> list[list[float]]:
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        options["per_token"] = self.settings.is_stepwise
         return inference_servers.request_logits(self.server, rows, labels, self.timeout, **options)
 
     def _row(self, prompt: Text, response: Text, encoded: Encoded) -> list[int] | list[str]:
@@ -144,9 +152,10 @@ def load_remote(reward: Reward, opened: Artifact, **options: Any) -> RemoteRewar
         )
 
     code = {"trust_remote_code": options.get("trust_remote_code", False)}
-    with explain_load_errors(source, "sequence classifier"), init_empty_weights():
+    settings = RewardSettings.find(source, revision) or RewardSettings()
+    with explain_load_errors(source, "classifier"), init_empty_weights():
         config = AutoConfig.from_pretrained(source, revision=revision, **code)
-        empty = AutoModelForSequenceClassification.from_config(config, **code)
+        empty = settings.auto_class.from_config(config, **code)
     model: Any = RemoteRewardModel.load(
         source, model=empty, revision=revision, positive_label=reward.positive_label, **options
     )
@@ -166,6 +175,8 @@ def load_remote(reward: Reward, opened: Artifact, **options: Any) -> RemoteRewar
 def _unsupported_input(engine: str, model: RewardModel) -> str | None:
     """Return the input of a model that an engine does not support, or None."""
     form = model.settings.encoding.form
+    if model.settings.is_stepwise and engine != "vllm":
+        return "steps, but text-embeddings-inference serves no token classifier; serve it with vLLM"
     has_types = getattr(model.model.config, "type_vocab_size", 0) > 1
     uses_types = "token_type_ids" in model.tokenizer.model_input_names
     if engine == "vllm":

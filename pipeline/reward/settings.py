@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from pipeline.artifacts import hub
 from pipeline.artifacts.schema import first_fault
 from pipeline.config.base import Quantization
 from pipeline.config.reward import OBJECTIVES
@@ -92,6 +93,12 @@ class RewardSettings:
         return head_config(self.outputs, "single_label_classification" if is_classifier else "regression")
 
     @classmethod
+    def find(cls, source: str, revision: str | None = None) -> "RewardSettings | None":
+        """Load the settings of a folder or a hub id; see `load`."""
+        path = hub.fetch_file(source, SETTINGS, revision)
+        return cls.load(path.parent) if path else None
+
+    @classmethod
     def load(cls, folder: Path) -> "RewardSettings | None":
         """Load the settings of `folder`, or return None if it has none.
 
@@ -103,7 +110,8 @@ class RewardSettings:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             # Models that were trained before the encoding had a `turn` keep their scores.
-            encoding = {"turn": "text"} | values["encoding"]
+            turn = "template" if values.get("objective") == "stepwise" else "text"
+            encoding = {"turn": turn} | values["encoding"]
             settings = READER.validate_json(json.dumps(values | {"encoding": encoding}))
             if not 0 <= settings.logit < len(settings.outputs):
                 raise ValueError(f"logit: {settings.logit} is none of the {len(settings.outputs)} outputs")
@@ -150,7 +158,7 @@ class RewardSettings:
 
 
 # Scores of steps -> the score of the response.
-AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+AGGREGATES: dict[str, Callable[[Any], float]] = {
     "min": min,
     "product": math.prod,
     "mean": fmean,

@@ -81,8 +81,8 @@ def conversation_positions(
     # A template may strip a text.
     if not rendered.startswith(before) or not rendered.endswith(after) or content not in escaped:
         raise UserError(
-            f"{tokenizer.name_or_path}: its chat template rewrites the response {quote(text)}, so the ends of "
-            "its steps are not known; use encoding.form: concatenation, or another template"
+            f"{tokenizer.name_or_path}: its chat template rewrites the response {quote(text)}, so the ends "
+            "of its steps are not known; use encoding.form: concatenation, or another template"
         )
     if not tokenizer.is_fast:
         return _align(tokenizer, text, ids, markup.closing_ids, ends)
@@ -98,8 +98,8 @@ def _align(
     own = [*text_ids(tokenizer, text), *closing]
     if list(ids[len(ids) - len(own) :]) != own:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer is a slow one, and in a chat its ids of {quote(text)} are "
-            "others than alone, so the ends of steps are not known; use a model with a fast tokenizer"
+            f"{tokenizer.name_or_path}: its tokenizer is a slow one, and in a chat its ids of {quote(text)} "
+            "are others than alone, so the ends of steps are not known; use a model with a fast tokenizer"
         )
     return [len(ids) - len(own) + position for position in text_positions(tokenizer, text, ends)]
 

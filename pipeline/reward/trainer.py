@@ -77,8 +77,8 @@ class RewardTrainer(trl.RewardTrainer):
                 parameter.data = parameter.data.float()
 
         self.label_names = ["labels"]
-        if objective == "stepwise":  # counts the steps of all parts of a batch, which the loss is divided by
-            self.model_accepts_loss_kwargs = True
+        if objective == "stepwise":  # the loss is divided by the number of steps in all parts of a batch
+            self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._tokens = 0  # seen in training, if every rank sees as many as this one
         self.pad_token_id = self.processing_class.pad_token_id
         names_types = "token_type_ids" in self.processing_class.model_input_names

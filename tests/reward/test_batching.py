@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.models.loading import head_config
 from pipeline.reward import batching, probes
@@ -225,3 +225,45 @@ def test_the_head_is_found_under_an_adapter():
             rtol=0,
         )
     assert head_config(["a", "b"], "regression")["id2label"] == {0: "a", 1: "b"}
+
+
+TOKEN_DECODERS = {"gpt2": {}, "llama": {"num_key_value_heads": 2}, "gpt_neox": {}}
+
+
+def make_token_classifier(architecture, **more):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ids = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 2}
+    config = AutoConfig.for_model(architecture, **size | ids | more)
+    return AutoModelForTokenClassification.from_config(config).eval()
+
+
+@pytest.mark.parametrize("architecture", [*TOKEN_DECODERS, "bert"])
+def test_several_outputs_of_a_response_are_those_of_it_alone(architecture):
+    model = make_token_classifier(architecture, **TOKEN_DECODERS.get(architecture, {}))
+    assert probes.is_decoder(model) == (architecture in TOKEN_DECODERS)
+    rng = random.Random(0)
+    # Some steps end in the prefix that two responses share, some responses have none.
+    found = [
+        [
+            row._replace(
+                steps=sorted(rng.sample(range(-1, len(row.ids)), rng.randrange(min(4, len(row.ids)))))
+            )
+            for row in group
+        ]
+        for group in groups()
+    ]
+    with torch.no_grad():
+        expected = torch.cat(
+            [
+                model(input_ids=torch.tensor([row.ids])).logits[0][row.positions]
+                for group in found
+                for row in group
+            ]
+        )
+        for shares in {False, architecture in TOKEN_DECODERS}:
+            for size in (1, 2, 64):
+                computed = batching.compute_logits(model, found, 0, share_prefixes=shares, batch_size=size)
+                torch.testing.assert_close(computed, expected, atol=1e-5, rtol=0)
+    assert len(expected) == sum(len(row.positions) for group in found for row in group) > 10
+    assert probes.supports_prefix_sharing(model, 0, 64) == (architecture in TOKEN_DECODERS)

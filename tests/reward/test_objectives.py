@@ -14,6 +14,7 @@ from pipeline.reward.objectives import (
     plackett_luce,
     ranking,
     regression,
+    stepwise,
 )
 
 LOG3 = math.log(3)
@@ -151,3 +152,11 @@ def test_what_lies_behind_the_mask_has_no_gradient(loss):
     assert scores.grad[1, 2] == 0
     assert scores.grad[mask].abs().sum() > 0
     assert torch.isfinite(scores.grad).all()
+
+
+def test_every_step_counts_once():
+    logits, labels = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]), torch.tensor([1, 0])
+    # The probabilities of the labels are 1/2 and 1/4.
+    assert stepwise(logits, labels).item() == pytest.approx(1.5 * math.log(2))
+    assert stepwise(logits, labels, 4).item() == pytest.approx(0.75 * math.log(2))  # half of four steps
+    assert stepwise(logits[:0], labels[:0]).item() == 0

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, tuple):
             self.send(*fault)
         else:
-            answer = self.server.classify(body) if self.path == "/classify" else self.server.predict(body)
+            servers = {"/classify": self.server.classify, "/pooling": self.server.pool}
+            answer = servers.get(self.path, self.server.predict)(body)
             self.send(200, fault(answer)) if fault else self.send(*answer) if isinstance(
                 answer, tuple
             ) else self.send(200, answer)
@@ -90,7 +92,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, engine, folder, rows=2, name=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.tokenizer = (
-            AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+            (RewardSettings.load(Path(folder)) or RewardSettings()).auto_class.from_pretrained(folder).eval(),
             AutoTokenizer.from_pretrained(folder),
         )
         self.rows, self.faults, self.asked, self.over = rows, [], [], threading.Event()
@@ -125,6 +127,16 @@ class StandIn(ThreadingHTTPServer):
             {"index": i, "label": None, "probs": each.tolist(), "num_classes": len(each)}
             for i, each in enumerate(logits)
         ]
+        return {"object": "list", "model": "rm", "data": data[::-1]}
+
+    @torch.inference_mode()
+    def pool(self, body):
+        """vLLM: the outputs of every token, squashed unless told not to."""
+        assert (body["model"], body["task"]) == ("rm", "token_classify")
+        logits = [self.model(input_ids=torch.tensor([ids])).logits[0] for ids in body["input"]]
+        if body.get("use_activation") is not False:
+            logits = [each.softmax(-1) for each in logits]
+        data = [{"index": i, "object": "pooling", "data": each.tolist()} for i, each in enumerate(logits)]
         return {"object": "list", "model": "rm", "data": data[::-1]}
 
     @torch.inference_mode()
@@ -173,10 +185,9 @@ def serve(monkeypatch):
 
 def reward_folder(base, folder, labels=("reward",), **known):
     torch.manual_seed(0)
-    settings = RewardSettings(
-        outputs=list(labels), objective="classification" if len(labels) > 1 else "pairwise", **known
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(base, **settings.head)
+    known = {"objective": "classification" if len(labels) > 1 else "pairwise"} | known
+    settings = RewardSettings(outputs=list(labels), **known)
+    model = settings.auto_class.from_pretrained(base, **settings.head)
     for (
         name,
         weight,
@@ -651,3 +662,40 @@ def test_evaluate_takes_one_as_its_scorer(serve, decoder, tiny_feedback, tiny_gp
     assert (
         json.loads((folder / "manifest.json").read_text())["inputs"]["scorer"]["served"]["engine"] == "vllm"
     )
+
+
+def test_steps_from_vllm_are_those_of_the_model(serve, tiny_gpt2, tmp_path):
+    known = {"objective": "stepwise", "logit": 1, "output": "probability", "aggregate": "mean"}
+    how = Encoding(max_length=60, step_separator=" ")
+    folder = reward_folder(tiny_gpt2, tmp_path / "steps", ("wrong", "right"), encoding=how, **known)
+    server = serve("vllm", folder)
+    remote, local = opened(server), RewardModel.load(folder)
+    expected = local.score_steps(PROMPTS, ANSWERS)
+    found = remote.score_steps(PROMPTS, ANSWERS)
+    assert [len(row) for row in found] == [1, 2, 4, 81]
+    assert found[3][-1] == 0.5  # it was cut
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert len({round(p, 3) for row in expected for p in row}) > 10
+    assert remote.score(PROMPTS, ANSWERS) == pytest.approx(local.score(PROMPTS, ANSWERS), abs=1e-5)
+    assert reward_from_model(remote).score(PROMPTS, ANSWERS)[0].ends == [6]
+
+    def drop_token(answer):
+        answer["data"][0]["data"].pop()
+        return answer
+
+    server.faults = [drop_token]
+    with pytest.raises(UserError, match=r"/pooling: .*; expected \d+ × 2 finite logits \(wrong, right\)"):
+        remote.score_steps(["Hello."], ["Hello."])
+
+
+def test_steps_are_refused_by_tei(serve, tiny_encoders, tmp_path):
+    known = {"objective": "stepwise", "logit": 1, "output": "probability"}
+    how = Encoding(form="concatenation", eos=False, max_length=60)
+    folder = reward_folder(
+        tiny_encoders["bert"], tmp_path / "steps", ("wrong", "right"), encoding=how, **known
+    )
+    with pytest.raises(
+        UserError, match="reads steps, but text-embeddings-inference serves no token classifier"
+    ):
+        opened(serve("tei", folder))

@@ -26,6 +26,7 @@ from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
 from pipeline.reward.dataset import check_records
 from pipeline.reward.functions import require_reward
+from pipeline.reward.steps import read_steps
 from pipeline.tools.doctor import memory
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
 from pipeline.tools.doctor.small_models import check_model
@@ -173,6 +174,9 @@ def _row_lengths(config: Any, tokenizer: Any, row: Any) -> list[int]:
     """Return the tokens of a row's prompt with each of its responses, for the stages that read them."""
     if config.stage == "sft":
         return [sum(map(len, encode_turn(tokenizer, row["prompt"], row["completion"])))]
+    if config.stage == "reward" and config.objective == "stepwise":
+        text, _ = read_steps(row["completions"], config.encoding.step_separator)
+        return [sum(map(len, encode_turn(tokenizer, row["prompt"], text)))]
     if config.stage == "reward":
         responses = KINDS[OBJECTIVES[config.objective].kind].responses
         assert responses, f"{config.objective} learns from responses"

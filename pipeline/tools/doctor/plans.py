@@ -11,7 +11,6 @@ from peft import LoraConfig, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
 
@@ -72,10 +71,11 @@ def _plan_sft(config: SFTStage, recipe: Recipe, args: Any, longest: int | None) 
 
 
 def _plan_reward(config: RewardStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
+    settings = RewardSettings(objective=config.objective)
     model = ModelFootprint(
         find_architecture(config, config.model, recipe),
-        AutoModelForSequenceClassification,
-        lora=build_lora_config(config, TaskType.SEQ_CLS),
+        settings.auto_class,
+        lora=build_lora_config(config, settings.task_type),
         trained=True,
         **_weight_options(config),
     )
@@ -208,9 +208,10 @@ def _scorer_footprint(config: Any, source: str, recipe: Recipe) -> ModelFootprin
     if settings:
         quantization = settings.quantization
     elif isinstance(stage, RewardStage) and source == str(stage.folder):
-        quantization = stage.quantization
+        quantization, settings = stage.quantization, RewardSettings(objective=stage.objective)
     architecture = find_architecture(config, source, recipe)
-    return ModelFootprint(architecture, AutoModelForSequenceClassification, quantization=quantization)
+    auto_class = (settings or RewardSettings()).auto_class
+    return ModelFootprint(architecture, auto_class, quantization=quantization)
 
 
 def _policy_lora(config: SFTStage | PPOStage, source: str, recipe: Recipe) -> LoraConfig | None:

@@ -19,6 +19,8 @@ HEADLINES = {
         "metrics.rankings.kendall_tau": "Kendall τ",
         "metrics.labels.auroc": "AUROC",
         "metrics.ratings.spearman": "Spearman ρ",
+        "metrics.steps.auroc": "AUROC of steps",
+        "metrics.steps.process_f1": "ProcessBench F1",
     },
     "ppo": {
         "metrics.eval_gold_reward": "gold reward",

@@ -67,6 +67,7 @@ KINDS = {
     "prompts": RecordKind(("prompt",), optional=("answer",)),
     # Rows of a file that `rlhf score` reads; no stage learns from them.
     "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
+    "step_answers": RecordKind(("prompt", "completions"), prompt_may_be_empty=True),
 }
 LEARNABLE = tuple(name for name, kind in KINDS.items() if kind.responses is not None)
 

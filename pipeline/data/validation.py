@@ -22,7 +22,7 @@ from pipeline.data.labels import parse_label, parse_verdict
 from pipeline.data.messages import is_target, preview, read_message
 from pipeline.data.readers import ParsedRecord, digest
 from pipeline.data.schema import KINDS, Record, RowError
-from pipeline.data.serialized import read_messages_cell
+from pipeline.data.serialized import read_list_cell, read_messages_cell
 from pipeline.distributed.progress import progress_bar
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # the readers put one for each byte that is not UTF-8
@@ -118,8 +118,6 @@ def _check_ranking(record: Record) -> None:
 
 def _check_steps(record: Record) -> None:
     steps, labels = len(record["completions"]), len(record["labels"])
-    if not steps:
-        raise RowError("no-steps", "completions: the response has no step")
     if steps != labels:
         raise RowError("label-count", f"{steps} steps, {labels} labels; expected one label for each step")
 
@@ -194,7 +192,9 @@ def _parse_each(parse: Callable[[Any], Any], reason: str, value: Any) -> list[An
 
 
 def _parse_steps(value: Any) -> list[str]:
-    steps = _parse_each(lambda step: step, "no-steps", value)
+    steps = _parse_each(lambda step: step, "no-steps", read_list_cell(value))
+    if not steps:
+        raise RowError("no-steps", "the response has no step")
     for number, step in enumerate(steps, 1):
         if not isinstance(step, str):
             raise RowError("not-text", f"step {number}: expected text, found {type(step).__name__}")

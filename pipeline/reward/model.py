@@ -56,7 +56,7 @@ class RewardModel:
     """
 
     overlong = 0  # inputs that were cut so far
-    _warned_of_single_steps = False
+    warned_of_single_steps = False  # that no response of a call has the separator of steps
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
@@ -138,9 +138,17 @@ class RewardModel:
         """
         if self.settings.is_stepwise:
             steps = self.score_steps(prompts, responses, batch_size=batch_size)
-            raw = [self.settings.aggregated(row) for row in steps]
-        else:
-            raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
+            return self.aggregate(steps, alpha=alpha, normalize=normalize)
+        raw = self.settings.reward(self.logits(prompts, responses, batch_size=batch_size)).tolist()
+        return self._scaled(raw, alpha, normalize)
+
+    def aggregate(
+        self, steps: Sequence[Sequence[float]], *, alpha: float | None = None, normalize: bool = False
+    ) -> list[float]:
+        """Return what `score` returns for responses with these scores of their steps."""
+        return self._scaled([self.settings.aggregated(row) for row in steps], alpha, normalize)
+
+    def _scaled(self, raw: list[float], alpha: float | None, normalize: bool) -> list[float]:
         if normalize:
             if self.settings.reward_mean is None or self.settings.reward_std is None:
                 raise UserError(
@@ -256,8 +264,8 @@ class RewardModel:
 
     def _warn_of_single_steps(self, count: int) -> None:
         """Log once that no response of a call has the separator, so that each is one step."""
-        if not self._warned_of_single_steps:
-            self._warned_of_single_steps = True
+        if not self.warned_of_single_steps:
+            self.warned_of_single_steps = True
             logger.warning(
                 "%s: none of %d responses contains the separator of steps %r, so each is one step",
                 self.model.name_or_path,

@@ -530,8 +530,8 @@ def test_a_bad_row_is_quarantined_with_its_line(
         (
             "out.csv",
             "prompt,respnse\na,b\n",
-            "in.csv: score needs a column 'response' or 'completion' or 'text', found prompt, "
-            "respnse; did you mean",
+            "in.csv: score needs a column 'response' or 'completion' or 'text' or 'completions', found "
+            "prompt, respnse; did you mean",
         ),
         (
             "out.csv",

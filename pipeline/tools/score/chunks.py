@@ -28,7 +28,7 @@ from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError
 from pipeline.tools.score.done import Done, quarantine_file, read_done, write_done
 from pipeline.tools.score.encoders import Columns, encode_output
-from pipeline.tools.score.job import OUTPUT_COLUMNS, ScoringJob
+from pipeline.tools.score.job import ScoringJob
 
 HEAD = b'{"command": '  # a partial file begins with it
 CHUNK = 256  # responses between two writes: the most that an interruption loses
@@ -149,7 +149,7 @@ def _resume(job: ScoringJob, partial: Path, settings: dict[str, Any]) -> list[Co
 
 
 def _is_chunk(job: ScoringJob, part: Any) -> bool:
-    names = set(OUTPUT_COLUMNS[job.command])
+    names = set(job.columns)
     return isinstance(part, list) and all(isinstance(row, dict) and row.keys() == names for row in part)
 
 
@@ -197,7 +197,7 @@ def publish(job: ScoringJob, columns: list[Columns], settings: dict[str, Any]) -
         path.unlink(missing_ok=True)
     rows = [item.rows[0].data | new for item, new in zip(job.valid, columns, strict=True)]
     with output.open("xb") as stream:
-        stream.write(encode_output(job.output, rows, OUTPUT_COLUMNS[job.command], job.source))
+        stream.write(encode_output(job.output, rows, job.columns, job.source))
     if len(rows) < len(job.items):
         write_quarantine([(item.rows[0], item.fault) for item in job.items], quarantine)
     written = [path for path in (output, quarantine) if path.exists()]

@@ -13,7 +13,6 @@ import statistics
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,10 +21,12 @@ from pipeline.config import Reward
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RowError
 from pipeline.data.validation import clean_record
+from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError, as_line
+from pipeline.reward.steps import read_steps
 from pipeline.tools.score import chunks
 from pipeline.tools.score.encoders import Columns
-from pipeline.tools.score.job import KINDS, ScoringJob, check_rows
+from pipeline.tools.score.job import KINDS, STEP_COLUMN, ScoringJob, check_rows
 
 MAKE_COMMAND = "rlhf run --until"
 
@@ -39,25 +40,40 @@ def score_file(
     normalize: bool,
     overlong: str | None,
 ) -> None:
-    """Write the rows of the job with the reward of each response.
+    """Write the rows of the job with the reward of each response, and of each step if the model is stepwise.
 
     `overlong` is what happens to rows that the model cannot read whole; None cuts them as in its training.
     Raises `UserError`.
     """
     identity, model = _load_scorer(reward, overlong)
     how = model.settings.encoding
+
+    def is_overlong(record: Columns) -> bool:
+        text, _ = read_steps(_response(record), how.step_separator)
+        return bool(model.encode(record["prompt"], text).overlong)
+
     model.overlong = check_rows(
-        job,
-        lambda record: model.encode(record["prompt"], record["response"]).overlong,
-        f"max_length={how.max_length}",
-        overlong or f"truncate_{how.truncation}",
+        job, is_overlong, f"max_length={how.max_length}", overlong or f"truncate_{how.truncation}"
     )
-    score = partial(_finite_scores, model, batch_size=batch_size, alpha=alpha, normalize=normalize)
+    if model.settings.is_stepwise:
+        job = job.with_step_scores()
+        _warn_of_single_steps(job, model)
+    elif job.has_steps:
+        raise UserError(
+            f"{job.source}: 'completions' has the steps of responses, and {reward.source} scores whole "
+            "responses; name a stepwise model, or write each response into a column 'response'"
+        )
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items]
-        responses = [item.record["response"] for item in items]
-        return [{"reward": value} for value in score(prompts, responses)]
+        responses = [_response(item.record) for item in items]
+        options = {"alpha": alpha, "normalize": normalize}
+        if not model.settings.is_stepwise:
+            scores = _finite_scores(model, prompts, responses, batch_size=batch_size, **options)
+            return [{"reward": value} for value in scores]
+        steps = model.score_steps(prompts, responses, batch_size=batch_size)
+        rewards = _require_finite(model, model.aggregate(steps, **options))
+        return [{"reward": value, STEP_COLUMN: row} for value, row in zip(rewards, steps, strict=True)]
 
     settings = {
         "reward": identity,
@@ -67,6 +83,24 @@ def score_file(
         "overlong": overlong,
     }
     chunks.score_rows(job, settings, compute, chunks.CHUNK)
+
+
+def _response(record: Columns) -> Any:
+    """Return the response of a record: a text, messages, or the list of its steps."""
+    return record["completions"] if "completions" in record else record["response"]
+
+
+def _warn_of_single_steps(job: ScoringJob, model: Any) -> None:
+    """Print that no response of a file has two steps, which a wrong separator would explain."""
+    separator = model.settings.encoding.step_separator
+    model.warned_of_single_steps = True  # it sees a part of the file at a time
+    steps = (read_steps(_response(item.record), separator)[1] for item in job.valid)
+    if is_main_process() and not job.has_steps and all(len(ends) == 1 for ends in steps):
+        print(
+            f"{job.command}: each response is one step: none has the separator {separator!r} between two "
+            "steps, see encoding.step_separator",
+            flush=True,
+        )
 
 
 def best_of_n_file(
@@ -150,7 +184,7 @@ def compare_responses(
     """
     for number, response in enumerate(responses, 1):
         try:
-            record = clean_record(KINDS["score"], {"prompt": prompt, "response": response}, [])
+            record = clean_record(KINDS["response"], {"prompt": prompt, "response": response}, [])
         except RowError as fault:
             detail = fault.detail.removeprefix("response: ")
             raise UserError(f"response {number} of {len(responses)}: {detail}") from None
@@ -191,7 +225,10 @@ def _load_scorer(reward: Reward, overlong: str | None = None) -> tuple[str, Any]
 def _finite_scores(
     model: Any, prompts: Sequence[Any], responses: Sequence[Any], **options: Any
 ) -> list[float]:
-    rewards: list[float] = model.score(prompts, responses, **options)
+    return _require_finite(model, model.score(prompts, responses, **options))
+
+
+def _require_finite(model: Any, rewards: list[float]) -> list[float]:
     if wrong := [value for value in rewards if not math.isfinite(value)]:
         raise UserError(
             f"{model.model.name_or_path}: gives the reward {wrong[0]}, expected a finite number; "

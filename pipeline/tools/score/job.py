@@ -14,24 +14,42 @@ from pipeline.errors import UserError
 from pipeline.tools.score.done import check_in_the_way
 from pipeline.tools.score.encoders import ENCODERS, Columns, encode_output
 
-KINDS = {"score": "answers", "best-of-n": "prompts"}  # kind of record, as pipeline.data.schema names it
+# Column that a command reads -> kind of record, as pipeline.data.schema names it.
+KINDS = {"response": "answers", "completions": "step_answers", "prompt": "prompts"}
 OUTPUT_COLUMNS = {"score": ("reward",), "best-of-n": ("response", "reward", "reward_mean")}
-RESPONSE_COLUMNS = ("response", "completion", "text")  # the first that a file has contains the response
+STEP_COLUMN = "step_scores"  # `score` also writes it with a stepwise model
+# The first that a file has contains the response; `completions` is the list of its steps.
+RESPONSE_COLUMNS = ("response", "completion", "text", "completions")
 
 
 class ScoringJob(NamedTuple):
-    """A file to score: an item for each row, whose `record` is what the models read."""
+    """A file to score: an item for each row, whose `record` is what the models read.
+
+    `names` are the columns that the file has, and `columns` those that the command writes.
+    """
 
     command: str
     source: Path
     output: Path
     items: list[ParsedRecord]
+    names: list[str]
+    columns: tuple[str, ...]
     force: bool = False
 
     @property
     def valid(self) -> list[ParsedRecord]:
         """The rows without a fault."""
         return [item for item in self.items if not item.fault]
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether the responses are lists of steps."""
+        return any(item.kind == "step_answers" for item in self.items)
+
+    def with_step_scores(self) -> "ScoringJob":
+        """Return the job with a column for the scores of the steps. Raises `UserError` if the file has it."""
+        _check_free(self.command, self.source, self.names, (STEP_COLUMN,))
+        return self._replace(columns=(*self.columns, STEP_COLUMN))
 
 
 def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJob:
@@ -43,17 +61,18 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
     names = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
     column = _find_column(command, source, names)
 
-    items = [ParsedRecord(KINDS[command], {}, [row], row.fault) for row in rows]
+    field = column if command == "best-of-n" or column == "completions" else "response"
+    items = [ParsedRecord(KINDS[field], {}, [row], row.fault) for row in rows]
     for number, item in enumerate(items):
         if not item.fault:
             data = item.rows[0].data
-            fields = {"prompt": data.get("prompt"), "response": data.get(column)}
             try:
+                fields = {"prompt": data.get("prompt"), field: data.get(column)}
                 item.record = clean_record(item.kind, fields, []) | {"number": number}
             except RowError as fault:
                 item.fault = fault
 
-    job = ScoringJob(command, source, output, items, force)
+    job = ScoringJob(command, source, output, items, names, OUTPUT_COLUMNS[command], force)
     _check_writable(job)
     if not job.valid:
         first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
@@ -69,7 +88,7 @@ def _check_writable(job: ScoringJob) -> None:
 
     def encode(items: list[ParsedRecord]) -> None:
         rows = [item.rows[0].data for item in items]
-        encode_output(job.output, rows, OUTPUT_COLUMNS[job.command], job.source)
+        encode_output(job.output, rows, job.columns, job.source)
 
     for item in job.valid:
         if _has_lone_surrogate(item.rows[0].data):
@@ -107,11 +126,16 @@ def _find_column(command: str, source: Path, names: list[str]) -> str:
             f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, "
             f"found {', '.join(names)}{hint}"
         )
-    if taken := [name for name in OUTPUT_COLUMNS[command] if name in names]:
+    _check_free(command, source, names, OUTPUT_COLUMNS[command])
+    return column
+
+
+def _check_free(command: str, source: Path, names: list[str], columns: tuple[str, ...]) -> None:
+    """Raise `UserError` if the file has a column that the command would write."""
+    if taken := [name for name in columns if name in names]:
         raise UserError(
             f"{source}: already has a column {taken[0]!r}, which {command} would write; rename or remove it"
         )
-    return column
 
 
 def _check_paths(source: Path, output: Path, force: bool) -> Reader:

@@ -20,8 +20,10 @@ _EXPORTS = {
     "RewardModel": "pipeline.reward.model",
     "PPOTrainer": "pipeline.ppo.trainer",
     "PPOConfig": "pipeline.ppo.config",
+    "StepRewards": "pipeline.reward.token_rewards",
+    "place_rewards": "pipeline.reward.token_rewards",
 }
-__all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "__version__"]
+__all__ = ["PPOConfig", "PPOTrainer", "RewardModel", "StepRewards", "__version__", "place_rewards"]
 
 
 def __getattr__(name: str) -> Any:

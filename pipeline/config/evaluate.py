@@ -7,6 +7,14 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
 from pipeline.config.reward import Reward, from_source_string
 
+# The metrics of a policy: no measure may have one of these names, or one that begins as a win rate's does.
+POLICY_METRICS = {
+    *("gold_reward", "scorer_reward", "well_formed", "reward", "kl", "kl_bound", "response_tokens"),
+    *("ended_fraction", "distinct_1", "distinct_2", "reward_length_correlation"),
+}
+WIN_RATE = "win_rate"
+OTHER_COLUMNS = {"prompt", "text", "ids", "ended", "name", "line", "bound"}  # of tables that hold metrics
+
 
 class EvaluateStage(StageConfig):
     """Compares PPO's policy with SFT's, and with best-of-n, on held-out prompts.
@@ -46,6 +54,9 @@ class EvaluateStage(StageConfig):
     well_formed: str | None = None
     """A `module:function` that returns 1 for a well-formed response and 0 for others."""
 
+    measures: dict[str, str] = Field({})
+    """More functions whose mean over responses is reported for each policy: name -> `module:function`."""
+
     prompts: int = Field(100, gt=0)
     """Maximum number of test prompts."""
 
@@ -80,6 +91,16 @@ class EvaluateStage(StageConfig):
     """Run model code that comes with a hub repository."""
 
     _scorer = field_validator("scorer", mode="before")(from_source_string)
+
+    @field_validator("measures")
+    @classmethod
+    def check_measures(cls, measures: dict[str, str]) -> dict[str, str]:
+        for name in measures:
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is no name of a metric; expected letters, digits and _")
+            if name in POLICY_METRICS | OTHER_COLUMNS or name.startswith(WIN_RATE):
+                raise ValueError(f"{name!r} is a name that evaluate uses already; choose another")
+        return measures
 
     @model_validator(mode="after")
     def set_defaults(self) -> "EvaluateStage":

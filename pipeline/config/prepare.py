@@ -20,6 +20,7 @@ class Source(StrictModel):
         "rankings",
         "ratings",
         "labels",
+        "steps",
         "demonstrations",
         "prompts",
     ]

@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.data.messages import read_message
@@ -62,6 +62,16 @@ def question(prompt: Any) -> str:
         return visible_text(prompt)
     turns = [message for message in prompt if message["role"] != "system"]
     return visible_identity(turns or prompt)
+
+
+def number_questions(prompts: Iterable[Any]) -> list[int]:
+    """Return for each row the number of its `question`, from 0 in order of appearance.
+
+    A row whose prompt is empty or missing responds to nothing: it has a number of its own.
+    """
+    numbers: dict[str | int, int] = {}
+    keys = [(question(prompt) if prompt else "") or row for row, prompt in enumerate(prompts)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def _read_messages(value: Any) -> list[Record] | None:

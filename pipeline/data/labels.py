@@ -24,6 +24,9 @@ NUMBER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")
 # Pairs of names that say no and yes: two of one column of this table are the same class, or may be.
 POLAR = (("false", "true"), ("0", "1"), ("no", "yes"), ("n", "y"), ("f", "t"), ("off", "on"))
 
+# How the verdict on a step is spelled: wrong, right.
+VERDICTS = (*POLAR, ("wrong", "right"), ("incorrect", "correct"), ("-", "+"))
+
 # Class -> the counts of its labels, each as (its name, how it is spelled).
 Spellings = dict[str, Counter[tuple[str, str]]]
 
@@ -101,6 +104,15 @@ def parse_label(value: Any, classes: list[str]) -> int:
             f"{preview(value)} may be {classes[index]!r}, class {index}, or its opposite; write the names",
         )
     return index
+
+
+def parse_verdict(value: Any) -> bool:
+    """Return whether a label says right. Raises `RowError` if it says neither right nor wrong."""
+    key = _key(_label_name(value))
+    for wrong, right in VERDICTS:
+        if key in (wrong, right):
+            return key == right
+    raise RowError("unknown-label", f"expected true (right) or false (wrong); found {preview(value)}")
 
 
 def preview_names(names: str) -> str:

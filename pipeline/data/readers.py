@@ -46,7 +46,8 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 # Format -> the kind of records it yields, if the two names differ.
 FORMAT_KINDS = {"dialogues": "comparisons"}
 
-LISTS = ("messages", "responses", "ranks", "history")  # columns that a CSV file has as the text of a list
+# Columns that a CSV file has as the text of a list.
+LISTS = ("messages", "responses", "ranks", "completions", "labels", "history")
 MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 
 
@@ -197,7 +198,8 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> ParsedR
         if row.fault:
             raise row.fault
         check_columns(source, row.data)
-        named = {name: source.columns.get(name, name) for name in (*columns, *KINDS[kind].optional)}
+        optional = [name for name in KINDS[kind].optional if name in source.columns or name in row.data]
+        named = {name: source.columns.get(name, name) for name in (*columns, *optional)}
         named |= context_columns(source, row.data)
         values = {name: _column_value(row.data, column) for name, column in named.items()} | source.values
         values = {name: drop_ignored(source, _read_cell(name, value)) for name, value in values.items()}

@@ -21,8 +21,9 @@ ROLES = {
 class RecordKind(NamedTuple):
     """The columns of a kind, the K responses of a record, and the target that an objective learns for them.
 
-    A target is K ranks (1 is best), the index of a class, or a rating. A kind without `responses` trains no
-    reward model. `prompt_may_be_empty` is set for texts that respond to nothing.
+    A target is K ranks (1 is best), the index of a class, a rating, or 1 for each right step and 0 for each
+    wrong one. A kind without `responses` trains no reward model. `prompt_may_be_empty` is set for texts that
+    respond to nothing.
     """
 
     columns: tuple[str, ...]
@@ -56,7 +57,13 @@ KINDS = {
         responses=lambda record: [record["completion"]],
         target=lambda record: record["rating"],
     ),
-    "prompts": RecordKind(("prompt",)),
+    # A record is one response, cut into steps. Its `responses` are the steps, and `labels` judges each.
+    "steps": RecordKind(
+        ("prompt", "completions", "labels"),
+        responses=lambda record: record["completions"],
+        target=lambda record: [int(label) for label in record["labels"]],
+    ),
+    "prompts": RecordKind(("prompt",), optional=("answer",)),
     # Rows of a file that `rlhf score` reads; no stage learns from them.
     "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
 }

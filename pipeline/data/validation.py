@@ -2,7 +2,8 @@
 
 Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answer`, `identical-answers`,
 `not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`,
-`not-a-target`, and those of `pipeline.data.messages` and `pipeline.data.serialized`.
+`no-steps`, `label-count`, `not-a-target`, and those of `pipeline.data.messages` and
+`pipeline.data.serialized`.
 Reasons between records: `contradiction` (all of them go) and `duplicate` (the first stays).
 The readers add `unreadable-line`, `unreadable-value`, `repeated-key`, `repeated-header` and `not-a-dialogue`;
 the splits add `held-out`.
@@ -17,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.data.identity import canonical_text, is_blank, visible_identity
-from pipeline.data.labels import parse_label
+from pipeline.data.labels import parse_label, parse_verdict
 from pipeline.data.messages import is_target, preview, read_message
 from pipeline.data.readers import ParsedRecord, digest
 from pipeline.data.schema import KINDS, Record, RowError
@@ -61,7 +62,7 @@ def ordered_pairs(record: Record) -> Iterator[tuple[Any, Any]]:
 
 
 def record_identity(kind: str, record: Record) -> Hashable:
-    """Return what duplicates share: all columns but margin, source and the order of ranked responses."""
+    """Return what duplicates share: all columns but optional ones and the order of ranked responses."""
     if kind == "rankings":
         ranked = zip(record["ranks"], map(canonical_text, record["responses"]), strict=True)
         return kind, canonical_text(record["prompt"]), tuple(sorted(ranked))
@@ -96,6 +97,8 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
         raise RowError("identical-answers", "chosen and rejected are the same")
     if kind == "rankings":
         _check_ranking(cleaned)
+    if kind == "steps":
+        _check_steps(cleaned)
     return cleaned
 
 
@@ -111,6 +114,14 @@ def _check_ranking(record: Record) -> None:
     for rank, response in zip(ranks, responses, strict=True):
         if rank_of.setdefault(visible_identity(response), rank) != rank:
             raise RowError("identical-answers", "the same response has two ranks")
+
+
+def _check_steps(record: Record) -> None:
+    steps, labels = len(record["completions"]), len(record["labels"])
+    if not steps:
+        raise RowError("no-steps", "completions: the response has no step")
+    if steps != labels:
+        raise RowError("label-count", f"{steps} steps, {labels} labels; expected one label for each step")
 
 
 def _parse_text(value: Any) -> str | list[Record]:
@@ -182,6 +193,18 @@ def _parse_each(parse: Callable[[Any], Any], reason: str, value: Any) -> list[An
     return [parse(item) for item in value]
 
 
+def _parse_steps(value: Any) -> list[str]:
+    steps = _parse_each(lambda step: step, "no-steps", value)
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, str):
+            raise RowError("not-text", f"step {number}: expected text, found {type(step).__name__}")
+        try:
+            _check_string(step)
+        except RowError as fault:
+            raise RowError(fault.reason, f"step {number} {fault.detail}") from None
+    return steps
+
+
 def _parse_number(value: Any) -> float:
     """Return a finite number; CSV has it as text."""
     try:
@@ -217,6 +240,12 @@ def _parse_origin(value: Any) -> str | None:
     return None if is_blank(text) else _check_string(text)
 
 
+def _parse_answer(value: Any) -> str | None:
+    if not isinstance(value, str | int | float | None):
+        raise RowError("not-text", f"expected text or a number, found {type(value).__name__}")
+    return _parse_origin(value)
+
+
 _PARSERS: dict[str, Callable[..., Any]] = {
     "prompt": _parse_text,
     "completion": _parse_response,
@@ -229,6 +258,9 @@ _PARSERS: dict[str, Callable[..., Any]] = {
     "rating": _parse_number,
     "margin": _parse_margin,
     "source": _parse_origin,
+    "completions": _parse_steps,
+    "labels": partial(_parse_each, parse_verdict, "label-count"),
+    "answer": _parse_answer,
 }
 
 
@@ -279,6 +311,10 @@ def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple
     match item.kind:
         case "labels" | "ratings":
             yield number(record["completion"]), record[item.kind[:-1]]
+        case "steps":
+            yield number(record["completions"]), tuple(record["labels"])
+        case "prompts" if "answer" in record:
+            yield "answer", record["answer"]
         case "comparisons":
             pair = number(record["chosen"]), number(record["rejected"])
             yield (min(pair), max(pair)), pair[0]

@@ -16,6 +16,7 @@ from pipeline.evaluate.statistics import (
     length_correlation,
     win_rate,
 )
+from pipeline.evaluate.summary import measure_names
 from pipeline.models.chat import response_text
 from pipeline.reward.evaluation import evaluate_reward_model, held_out_split
 from pipeline.reward.functions import RewardFunction
@@ -116,7 +117,7 @@ def mean_metrics(columns: dict[str, list[Any]]) -> dict[str, float]:
 
 
 def reward_kl_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the points of the reward-KL curves, each with `POINT_KEYS`.
+    """Return the points of the reward-KL curves, each with `POINT_KEYS` and the config's measures.
 
     They are SFT, best-of-n for each n, the intermediate policies that PPO kept, and PPO's final policy.
     """
@@ -129,4 +130,5 @@ def reward_kl_points(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         if name.startswith("ppo_"):
             points.append({"name": f"PPO, step {name.removeprefix('ppo_')}", "line": "PPO"} | section)
     points.append({"name": "PPO"} | metrics["ppo"])
-    return [{key: point.get(key) for key in POINT_KEYS} for point in points]
+    keys = (*POINT_KEYS, *measure_names(metrics))
+    return [{key: point.get(key) for key in keys} for point in points]

@@ -20,13 +20,19 @@ from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import reward_kl_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
-from pipeline.evaluate.summary import summary_rows
+from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
+from pipeline.evaluate.summary import measure_names, summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
 from pipeline.formatting.tables import metric_tables
 
 MAX_SAMPLES = 40  # prompts whose responses the report shows
 MAX_DIFF_WORDS = 1_000  # of texts that are compared word by word
 MAX_DIFF_PAIRS = 20_000  # of equal words in two such texts, by which the time of the comparison grows
+
+TEST_PROMPTS = {  # by the format of prepare's source: what training has seen of its test prompts
+    "demo": "The test prompts of the demo world are other wordings of facts that training has seen.",
+    "sums": "The test prompts of the sums world are expressions that training has not seen.",
+}
 
 Words = list[tuple[str, bool]]  # parts of a text, each with whether the other text has other words there
 
@@ -44,23 +50,30 @@ def collect_report(
         "title": config.run,
         "command": config.command,
         "summary": summary_rows(metrics),
+        "test_prompts": describe_test_prompts(inputs["records"]),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "records": records_by_split(inputs["records"]),
         "curves": {name: log for name, source in inputs.items() if (log := read_log(source))},
         "reward_kl": reward_kl_points(metrics),
+        "measures": measure_names(metrics),
         "fits": metrics["fits"],
         "lengths": {name: samples[name]["response_tokens"] for name in ("sft", "ppo")},
         "measured": metrics["reward"],
         "calibration": reliability,
         "samples": paired_samples(config, samples),
+        "strips": last_evaluation(_read_json_lines(inputs["ppo"], "samples.jsonl")),
         "lineage": [*lineage, _own_lineage(config, inputs)],
     }
 
 
 def read_log(source: Artifact) -> list[dict[str, float]]:
     """Return the entries of a training log; none if the artifact has no log."""
-    file = source.path / "log.jsonl"
+    return _read_json_lines(source, "log.jsonl")
+
+
+def _read_json_lines(source: Artifact, name: str) -> list[dict[str, Any]]:
+    file = source.path / name
     return [json.loads(line) for line in file.open(encoding="utf-8")] if file.is_file() else []
 
 
@@ -88,6 +101,10 @@ def _prompt_as_text(prompt: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def _shorten_prompt(prompt: Text | None) -> str:
+    return shorten_middle(_prompt_as_text(prompt or "–"))
+
+
 def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
     """Return the number of records by kind and split; it is unknown for records that no stage made."""
     counts: dict[str, dict[str, int]] = {}
@@ -95,6 +112,15 @@ def records_by_split(records: Artifact) -> dict[str, dict[str, int]]:
         kind, _, split = key.partition(".")
         counts.setdefault(kind, {})[split] = count
     return counts
+
+
+def describe_test_prompts(records: Artifact) -> str:
+    """Return what training has seen of the test prompts, if prepare made them from a synthetic world."""
+    if records.manifest.get("stage") != "prepare":
+        return ""
+    settings = yaml.safe_load((records.path / "config.yaml").read_text(encoding="utf-8"))
+    formats = {source["format"] for source in settings["source"]}
+    return " ".join(text for world, text in TEST_PROMPTS.items() if world in formats)
 
 
 def _own_lineage(config: EvaluateStage, inputs: dict[str, Artifact]) -> dict[str, Any]:
@@ -127,6 +153,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
 
     title, command: str
     summary: [{name, value, note}], already formatted
+    test_prompts: str, what training has seen of the test prompts; shown with the summary
     metrics: nested dict, shown with dotted keys
     rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}},
         derived: {kind: count}}
@@ -135,17 +162,22 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         logs `objective/…`, as PPO does, or TRL's `raw_reward`
     reward_kl: [{name, kl (nats), reward, gold_reward, scorer_reward, bound, line}]; `bound` says that `kl`
         is an upper bound; the points of a line are joined, or follow a curve of `fits`
+    measures: names of more metrics that the points of reward_kl have
     fits: {line: {reward: {start, alpha, beta}}}
     lengths: {name: response tokens, one per response}
     measured: {kind of records: metrics, as in the reward stage's metrics.json}, first the kind that it
         learned from
     calibration: [{confidence, accuracy, count}], one per bin
     samples: [{prompt, sft, ppo, sft_reward, ppo_reward, sft_gold, ppo_gold}]
+    strips: [{step, prompt, reward, gold_reward, tokens, token_rewards, token_values}], rows of a ppo
+        artifact's samples.jsonl; the critic's values are left out if no row has them
     lineage: [{stage, path, identity, created_at, inputs: {name: identity}, config: YAML text}]
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_format_value, sort_key=as_finite, sha256=_hash_source)
+    environment.filters.update(
+        number=_format_value, sort_key=as_finite, sha256=_hash_source, prompt_text=_shorten_prompt
+    )
     page = environment.get_template("report.html.j2").render(_template_values(data))
     # A model's bytes can decode to half of a surrogate pair, which UTF-8 cannot encode.
     path.write_bytes(page.encode("utf-8", "replace"))
@@ -162,6 +194,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "title": data.get("title") or "run",
         "command": data.get("command"),
         "summary": data.get("summary"),
+        "test_prompts": data.get("test_prompts"),
         "metrics": list(dotted_metrics(data.get("metrics") or {})),
         "rows": data.get("rows"),
         "records": records,
@@ -170,11 +203,13 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "curves": {stage: plots for stage, plots in curves.items() if plots},
         "reward_kl": points,
         "reward_kl_plots": draw_reward_kl(points, data.get("fits") or {}),
+        "measures": data.get("measures") or [],
         "has_scorer": _has_number(points, "scorer_reward"),
         "lengths": draw_lengths(data.get("lengths") or {}),
         "measured": {kind: metric_tables(metrics) for kind, metrics in (data.get("measured") or {}).items()},
         "calibration": draw_calibration(data.get("calibration") or []),
         "samples": samples,
+        "strips": draw_strips(data.get("strips") or []),
         "has_gold": _has_number(samples, "sft_gold", "ppo_gold"),
         "lineage": lineage,
         "stages": {artifact.get("identity"): artifact.get("stage") for artifact in lineage or []},

@@ -22,6 +22,7 @@ from pipeline.ppo.functional import sequence_kl
 from pipeline.ppo.policy_trainer import prompt_budget
 from pipeline.reward.calls import RewardFunction, call_reward_function
 from pipeline.reward.evaluation import held_out_split
+from pipeline.reward.token_rewards import total_reward
 from pipeline.training.arguments import load_options
 
 # The keys of the config that decide a response.
@@ -153,6 +154,7 @@ def score_samples(scorer: RewardFunction, columns: dict[str, list[Any]], prompts
     def score_rows(rows: Sequence[int]) -> list[float]:
         records = prompts.select([row // repeats for row in rows])[:]
         texts, ids, ended = ([columns[name][row] for row in rows] for name in ("text", "ids", "ended"))
-        return call_reward_function(scorer, records.pop("prompt"), texts, ids, ended, records)
+        rewards = call_reward_function(scorer, records.pop("prompt"), texts, ids, ended, records)
+        return list(map(total_reward, rewards))
 
     return map_across_processes(score_rows, range(len(columns["text"])))

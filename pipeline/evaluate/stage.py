@@ -36,7 +36,7 @@ def check(config: EvaluateStage) -> None:
     check_quantization(config.stage, config.quantization)
     resolve_precision(config.precision)
     scorer = config.scorer.source if config.scorer and config.scorer.is_function else None
-    for spec in filter(None, (config.gold, config.well_formed, scorer)):
+    for spec in filter(None, (config.gold, config.well_formed, scorer, *config.measures.values())):
         import_function(spec)
 
 
@@ -92,8 +92,8 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
 
 
 def load_scorers(config: EvaluateStage, opened_scorer: Artifact | None) -> dict[str, RewardFunction]:
-    """Return by column the scorers that the config names: gold, well-formedness and the held-out scorer."""
-    specs = {"gold_reward": config.gold, "well_formed": config.well_formed}
+    """Return by column the scorers that the config names: gold, form, measures and the held-out scorer."""
+    specs = {"gold_reward": config.gold, "well_formed": config.well_formed} | config.measures
     scorers = {name: import_function(spec) for name, spec in specs.items() if spec}
     if config.scorer:
         scorers["scorer_reward"] = load_scorer(config, config.scorer, opened_scorer)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.evaluate import POLICY_METRICS
 from pipeline.formatting.tables import format_interval
 
 # The rows for a reward model that learned from other records than comparisons: row -> metric of its kind.
@@ -39,6 +40,11 @@ def summary_rows(metrics: dict[str, Any]) -> list[Row]:
         *_policy_rows(metrics),
         *_ppo_rows(metrics["ppo"]),
     ]
+
+
+def measure_names(metrics: dict[str, Any]) -> list[str]:
+    """Return the metrics of SFT's policy that come from the config's `measures`."""
+    return [name for name in metrics["sft"] if name not in POLICY_METRICS]
 
 
 def summary_table(folder: Path) -> str:
@@ -91,9 +97,10 @@ def _count_rows(metrics: dict[str, Any], metric: str, count: int, what: str) -> 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
     best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
     shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
+    titles = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
     return [
         _row(f"{title}, {policy.replace('_', '-')}", f"{metrics[policy][metric]:.{decimals}f}")
-        for metric, (title, decimals) in POLICY_ROWS.items()
+        for metric, (title, decimals) in (POLICY_ROWS | titles).items()
         for policy in ("sft", *shown, "ppo")
         if metric in metrics[policy]
     ]

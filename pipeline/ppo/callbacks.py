@@ -129,7 +129,9 @@ def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]
     responses = rollout.responses
     for row in rows:
         real = rollout.mask[row]
-        per_token = {name: getattr(rollout, name)[row][real].tolist() for name in TRAINED_ON}
+        per_token = {
+            name: getattr(rollout, name)[row][real].tolist() for name in ("token_scores", *TRAINED_ON)
+        }
         yield {
             "query_ids": responses.query_ids[row][responses.query_mask[row].bool()].tolist(),
             "response_ids": responses.response_ids[row][real].tolist(),

@@ -85,12 +85,19 @@ POSITIVE = (
     "eval_samples",
     "kl_horizon",
 )
-POSITIVE_OR_NONE = ("kl_target", "target_kl", "score_clip", "dual_clip", "max_kl")
+POSITIVE_OR_NONE = (
+    "kl_target",
+    "target_kl",
+    "score_clip",
+    "dual_clip",
+    "max_kl",
+    "lam_length",
+    "critic_warmup_patience",
+)
 NOT_NEGATIVE = (
     "kl_coef",
     "clip_low",
     "clip_high",
-    "clip_value",
     "vf_coef",
     "entropy_coef",
     "ptx_coef",
@@ -215,6 +222,16 @@ class PPOConfig(TrainingArguments):
         default=0.95,
         metadata={"help": "GAE's lambda: 1 is Monte-Carlo returns, 0 one-step temporal differences."},
     )
+    lam_value: float | None = field(
+        default=None,
+        metadata={"help": "Lambda of the returns that the critic learns; no value is lam."},
+    )
+    lam_length: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lambda of the policy is 1 − 1 / (this · response tokens), at least 0; no value is lam."
+        },
+    )
     clip_low: float = field(default=0.2, metadata={"help": "Clip the probability ratio below 1 − this."})
     clip_high: float = field(default=0.2, metadata={"help": "Clip the probability ratio above 1 + this."})
     dual_clip: float | None = field(
@@ -223,8 +240,11 @@ class PPOConfig(TrainingArguments):
             "help": "Bound the loss of negative advantages A at −dual_clip · A (Ye et al. 2020, eq. 5)."
         },
     )
-    clip_value: float = field(
-        default=0.2, metadata={"help": "Clip new values to the old ones ± this in the value loss."}
+    clip_value: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "Clip new values to the old ones ± this in the value loss; no value does not clip."
+        },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Coefficient of the entropy bonus."})
@@ -236,7 +256,14 @@ class PPOConfig(TrainingArguments):
         default="zero", metadata={"help": "Initial value head: zero, or the reward model's head."}
     )
     critic_warmup_rollouts: int = field(
-        default=0, metadata={"help": "Number of first rollouts that train the value head alone."}
+        default=0, metadata={"help": "Number of first rollouts that train the critic alone."}
+    )
+    critic_warmup_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fit Monte-Carlo returns in the warm-up, and end it early: once the explained variance "
+            "on new rollouts has not risen for so many."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -277,11 +304,18 @@ class PPOConfig(TrainingArguments):
             self._expect(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
         for name in NOT_NEGATIVE:
             self._expect(name, getattr(self, name) >= 0, "0 or more")
+        self._expect("clip_value", self.clip_value is None or self.clip_value >= 0, "0 or more, or none")
         for name in ("gamma", "lam"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        in_range = self.lam_value is None or 0 <= self.lam_value <= 1
+        self._expect("lam_value", in_range, "a number from 0 to 1, or none")
         self._expect("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1")
         self._expect("clip_low", self.clip_low < 1, "less than 1")
         self._expect("dual_clip", self.dual_clip is None or self.dual_clip > 1, "more than 1, or none")
+        if self.critic_warmup_patience is not None:
+            at_most, learns = self.critic_warmup_rollouts, self.vf_coef > 0
+            self._expect("critic_warmup_rollouts", at_most > 0, "more than 0, with critic_warmup_patience")
+            self._expect("vf_coef", learns, "more than 0, with critic_warmup_patience")
         in_range = 0 <= self.min_response_tokens <= self.response_tokens
         self._expect("min_response_tokens", in_range, "at most response_tokens")
 

@@ -57,29 +57,39 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: Tensor | float) -> Tensor:
-    """Return (B, T) rewards: −kl_coef · kl on each real token, plus the (B,) score on the last real token.
+    """Return (B, T) rewards: the score of each real token, less kl_coef · kl.
 
-    This is eq. 2 of Ziegler et al. 2019. A row without real tokens gets no reward.
+    With a score on the last real token alone this is eq. 2 of Ziegler et al. 2019. `scores` and `kl` are
+    (B, T), and nothing off the mask is read.
     """
-    rewards = _zero_off_mask(-kl_coef * kl, mask)
-    last = mask.cumsum(1).argmax(1, keepdim=True)
-    return rewards.scatter_add(1, last, torch.where(mask.any(1), scores.to(rewards), 0.0).unsqueeze(1))
+    return _zero_off_mask(-kl_coef * kl, mask) + _zero_off_mask(scores.to(kl), mask)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns), both (B, T) and zero off the mask (Schulman et al. 2016, eq. 16).
 
-    The value after the last real token is 0, and nothing off the mask is read. Returns are advantages +
-    values, before any whitening.
+    `lam` is one number, or (B,) one for each response. The value after the last real token is 0, and nothing
+    off the mask is read. Returns are advantages + values, before any whitening.
     """
     rewards, values = _zero_off_mask(rewards, mask), _zero_off_mask(values, mask)
+    decay = torch.as_tensor(gamma * lam, dtype=rewards.dtype, device=rewards.device)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
+        advantages[:, t] = torch.where(mask[:, t], delta + decay * next_advantage, 0.0)
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, advantages + values
+
+
+def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
+    """Return (B,) λ = 1 − 1 / (alpha · l) for responses of l real tokens, and 0 where that is negative.
+
+    The weights of GAE's temporal differences then sum to alpha · l (VAPO, arXiv:2504.05118).
+    """
+    return (1 - 1 / (alpha * mask.sum(1).double())).clamp_min(0)
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -134,18 +144,21 @@ def value_loss(
     old_values: Tensor,
     returns: Tensor,
     mask: Tensor,
-    clip: float,
+    clip: float | None,
     num_tokens: Tensor | float | None = None,
 ) -> ValueLoss:
     """Return ½ · max((v − R)², (clip(v, v_old ± clip) − R)²) and the fraction of clipped values.
 
-    The loss is summed over real tokens and divided by `num_tokens` (default: the mask's sum).
+    Without a `clip` it is ½ · (v − R)². The loss is summed over real tokens and divided by `num_tokens`
+    (default: the mask's sum).
     """
     count = mask.sum() if num_tokens is None else num_tokens
     values, old_values, returns = (_zero_off_mask(x, mask) for x in (values, old_values, returns))
 
-    near = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
-    plain, clipped = (values - returns).square(), (near - returns).square()
+    plain = clipped = (values - returns).square()
+    if clip is not None:
+        near = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
+        clipped = (near - returns).square()
     clip_fraction = _masked_sum(clipped > plain, mask).detach() / count
     return ValueLoss(0.5 * _masked_sum(torch.maximum(plain, clipped), mask) / count, clip_fraction)
 

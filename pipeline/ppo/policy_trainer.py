@@ -21,8 +21,9 @@ from pipeline.models.prompts import prepare_prompts, truncation_side
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.evaluation import kl_to_reference, overoptimization_warning, share_rows
 from pipeline.ppo.samples import write_samples
-from pipeline.reward.calls import RewardFunction, call_reward_function
+from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function
 from pipeline.reward.functions import RewardSource
+from pipeline.reward.token_rewards import total_reward
 from pipeline.training.callbacks import REMEDY
 from pipeline.training.weights import publishable_state
 
@@ -111,11 +112,12 @@ class PolicyTrainer(Trainer):
 
     def score(
         self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]
-    ) -> list[float]:
-        """Return the function's score of each response, given the record of its prompt."""
+    ) -> list[ResponseReward]:
+        """Return the function's reward of each response or its tokens, given the record of its prompt."""
         columns = data.select(indices)[:]
         prompts, ids = columns.pop("prompt"), responses.token_lists()
-        return call_reward_function(function, prompts, responses.texts, ids, responses.ended, columns)
+        batch = (prompts, responses.texts, ids, responses.ended, columns)
+        return call_reward_function(function, *batch, tokenizer=self.processing_class)
 
     def publish(self, folder: Path) -> None:
         """Write the policy (under LoRA its adapter) as other libraries load it, and its tokenizer.
@@ -145,7 +147,7 @@ class PolicyTrainer(Trainer):
         columns: dict[str, Any] = {"prompt": data[indices]["prompt"], "answer": responses.texts}
         for name, scorer in scorers.items():
             if scorer is not None:
-                columns[name] = self.score(scorer, responses, data, indices)
+                columns[name] = list(map(total_reward, self.score(scorer, responses, data, indices)))
         with self.accelerator.autocast():
             columns["kl"] = kl_to_reference(self.actor, responses, self.generation.options["temperature"])
         columns["response_tokens"] = responses.response_mask.sum(1).tolist()

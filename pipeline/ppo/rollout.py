@@ -3,7 +3,7 @@
 1. Sample a response to each prompt.
 2. Score the responses.
 3. Compute log-probabilities under the policy and its reference, and values.
-4. Shape the rewards: a KL penalty on every token, the score on the last.
+4. Shape the rewards: a KL penalty on every token, and the scores: one on the last, or some inside.
 5. Estimate advantages and returns.
 6. Split the rollout into minibatches, one optimizer step each.
 
@@ -36,13 +36,13 @@ TRAINED_ON = ("logprobs", "values", "advantages", "returns")
 class Rollout:
     """A scored rollout of B responses.
 
-    `raw_scores` are the rewards as the reward function returned them. `scores`, (B,), are normalized; PPO
-    learns from them. Every other tensor is (B, T) over response tokens.
+    `raw_scores` are the rewards of the responses as the reward function returned them, summed over tokens.
+    `token_scores` are normalized; PPO learns from them. Every tensor is (B, T) over response tokens.
     """
 
     responses: Responses
     raw_scores: list[float]
-    scores: Tensor
+    token_scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
@@ -54,6 +54,11 @@ class Rollout:
     def mask(self) -> Tensor:
         """(B, T), True on real response tokens."""
         return self.responses.response_mask.bool()
+
+    @property
+    def scores(self) -> Tensor:
+        """(B,) normalized scores of the responses: the sums of `token_scores`."""
+        return self.token_scores.sum(1)
 
     @property
     def kl(self) -> Tensor:
@@ -73,28 +78,31 @@ def collect_rollout(
     """Sample and score the responses of one rollout, and estimate their advantages.
 
     `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process and
-    returns B responses. `score` gets the responses and these rows; it returns raw and normalized scores.
+    returns B responses. `score` gets the responses and these rows; it returns the raw reward of each response
+    and the (B, T) normalized scores of their tokens.
     """
     # 1. Sample a response to each prompt.
     rows = global_rows(args, number)
     responses = sample(rows)
 
     # 2. Score the responses.
-    raw_scores, scores = score(responses, rows)
+    raw_scores, token_scores = score(responses, rows)
 
     # 3. Compute log-probabilities under the policy and its reference, and values.
     logprobs, ref_logprobs, values, entropy = _compute_token_stats(actor, responses, args, number, autocast)
 
-    # 4. Shape the rewards: a KL penalty on every token, the score on the last.
+    # 4. Shape the rewards: a KL penalty on every token, and the scores.
     mask = responses.response_mask.bool()
     kl = functional.kl_estimate(logprobs, ref_logprobs, args.kl_estimator)
-    rewards = functional.shape_rewards(scores, kl, mask, float(actor.kl_coef))
+    rewards = functional.shape_rewards(token_scores, kl, mask, float(actor.kl_coef))
 
     # 5. Estimate advantages and returns. Whitening comes last: returns keep the scale of the rewards.
-    advantages, returns = functional.gae(rewards, values, mask, args.gamma, args.lam)
+    lam, lam_value = _lambdas(mask, args)
+    advantages, _ = functional.gae(rewards, values, mask, args.gamma, lam)
+    _, returns = functional.gae(rewards, values, mask, args.gamma, lam_value)
     advantages = functional.whiten(advantages, mask)
     return Rollout(
-        responses, raw_scores, scores, logprobs, ref_logprobs, values, entropy, advantages, returns
+        responses, raw_scores, token_scores, logprobs, ref_logprobs, values, entropy, advantages, returns
     )
 
 
@@ -105,6 +113,12 @@ def global_rows(args: PPOConfig, number: int) -> list[int]:
     """
     start = (number * args.world_size + args.process_index) * args.rollout_rows
     return list(range(start, start + args.rollout_rows))
+
+
+def _lambdas(mask: Tensor, args: PPOConfig) -> tuple[Tensor | float, float]:
+    """Return GAE's λ of the policy's advantages, one number or one per response, and that of the returns."""
+    lam = args.lam if args.lam_length is None else functional.length_adaptive_lam(mask, args.lam_length)
+    return lam, args.lam if args.lam_value is None else args.lam_value
 
 
 @torch.no_grad()

@@ -141,7 +141,9 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
 
     common: dict[str, Any] = {
         "policy": policy,
-        "reward": combine_rewards(list(rewards.values()), weights or None, config.uncertainty_penalty),
+        "reward": combine_rewards(
+            list(rewards.values()), weights or None, config.uncertainty_penalty, tokenizer
+        ),
         "args": args,
         "train_dataset": prompts["train"],
         "eval_dataset": _evaluation_prompts(prompts),

@@ -40,9 +40,10 @@ from pipeline.ppo.metrics import rollout_metrics
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget, submodule_state
 from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
-from pipeline.ppo.scores import normalize_scores
+from pipeline.ppo.scores import normalize_scores, token_rewards
 from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
 from pipeline.reward.model import RewardModel
+from pipeline.reward.token_rewards import total_reward
 from pipeline.training.callbacks import use_metrics_bar
 
 VALUE_HEAD = "value_head.safetensors"
@@ -192,19 +193,21 @@ class PPOTrainer(PolicyTrainer):
             return self.sample(self.train_dataset, self._prompt_indices(rows), number, rows)
 
     def _score_rows(self, responses: Responses, rows: list[int]) -> tuple[list[float], Tensor]:
-        """Return the rewards of the responses, raw and as PPO learns from them."""
+        """Return the raw rewards of the responses, and the (B, T) scores that PPO learns from."""
         with self._timed("score"):
             indices = self._prompt_indices(rows)
-            raw = self.score(self.reward.score, responses, self.train_dataset, indices)
+            rewards = self.score(self.reward.score, responses, self.train_dataset, indices)
+            mask = responses.response_mask.bool().cpu()
             scores = normalize_scores(
-                torch.tensor(raw, dtype=torch.float64),
+                token_rewards(rewards, mask),
+                mask,
                 responses.ended,
                 self.args,
                 self.reward,
                 self.actor.score_sums,
                 self._sum_over_ranks,
             )
-        return raw, scores.to(responses.query_ids.device)
+        return list(map(total_reward, rewards)), scores.to(responses.query_ids.device)
 
     def _update_kl_coef(self, kl: float) -> None:
         args, responses = self.args, self.args.rollout_rows * self.args.world_size

@@ -34,6 +34,7 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
 from pipeline.reward.calls import RewardFunction, call_reward_function
 from pipeline.reward.functions import RewardSource
+from pipeline.reward.token_rewards import total_reward
 
 MISSING_EOS_PENALTY = PPOConfig.missing_eos_penalty
 RECORD = (
@@ -197,8 +198,9 @@ def as_reward_func(
 ) -> RewardFunction:
     """Return the reward as TRL calls it: with messages as prompts, and texts without their end token.
 
-    `ends` are the ids that end a response.
+    `ends` are the ids that end a response. Rewards inside a response are summed, which is printed once.
     """
+    printed: list[str] = []
 
     def reward_function(
         prompts: Any,
@@ -217,7 +219,13 @@ def as_reward_func(
         records = columns[RECORD]
         original = {name: [record[name] for record in records] for name in records[0]}
         original_prompts = original.pop("prompt")
-        raw = call_reward_function(reward.score, original_prompts, texts, completion_ids, ended, original)
+        batch = (original_prompts, texts, completion_ids, ended, original)
+        rewards = call_reward_function(reward.score, *batch, tokenizer=tokenizer)
+        if not printed and any(isinstance(entry, list) for entry in rewards):
+            printed.append("  rewards of tokens and steps are summed: RLOO and GRPO have one per response")
+            if is_main_process():
+                print(printed[0], flush=True)
+        raw = list(map(total_reward, rewards))
         log_metric("raw_reward", statistics.fmean(raw))
 
         scores = [(score - reward.mean) / (reward.std or 1.0) for score in raw]

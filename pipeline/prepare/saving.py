@@ -63,10 +63,13 @@ def _to_features(columns: list[str], classes: list[str], as_messages: bool) -> A
         **dict.fromkeys(ROLES, text),
         "responses": datasets.List(text),
         "ranks": datasets.List(datasets.Value("int64")),
+        "completions": datasets.List(string),
+        "labels": datasets.List(datasets.Value("bool")),
         "label": datasets.ClassLabel(names=classes),
         "rating": datasets.Value("float64"),
         "margin": datasets.Value("float64"),
         "source": string,
+        "answer": string,
     }
     return datasets.Features({name: types[name] for name in columns})
 
@@ -109,7 +112,9 @@ def _count_chars(text: Any) -> int:
 
 
 def _texts_of(record: Record) -> list[Any]:
-    return [record[name] for name in ROLES if name in record] + record.get("responses", [])
+    """Return the texts of a record: steps are strings, and the others may be messages."""
+    texts = [record[name] for name in ROLES if name in record]
+    return texts + record.get("responses", []) + record.get("completions", [])
 
 
 def _with_messages(record: Record) -> Record:

@@ -1,4 +1,4 @@
-"""Call a reward function: copies go in, one finite number per response comes out, and errors name their line.
+"""Call a reward function: copies go in, finite rewards of each response come out, and errors name their line.
 
 The function is the user's own code. It gets copies, so that what it changes is not what is trained on.
 """
@@ -8,18 +8,26 @@ import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError, one_line
+from pipeline.reward.token_rewards import (
+    FINITE,
+    StepRewards,
+    as_number,
+    check_steps,
+    place_rewards,
+    quote,
+    total_reward,
+)
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[Any]]
+ResponseReward = float | list[float]  # of the whole response, or of each of its tokens
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "ended")
-LARGEST = torch.finfo(torch.float32).max  # scores become fp32
-MAX_QUOTED = 200  # characters of a text in an error
 OWN_MODULES = ("pipeline.reward.", "pipeline.ppo.")  # an error there is no error of the user's function
 
 
@@ -30,11 +38,14 @@ def call_reward_function(
     completion_ids: Sequence[Sequence[int]],
     ended: Sequence[bool],
     columns: dict[str, Any],
-) -> list[float]:
-    """Return the scores of a function, one for each response.
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[ResponseReward]:
+    """Return the rewards of a function: for each response one number, or one per token of `completion_ids`.
 
-    It may return a list or a tuple of numbers, or a one-dimensional array or tensor. Raises `UserError` if it
-    fails, or returns anything else than one number for each response that is finite in fp32.
+    The function may return a list, a tuple, an array or a tensor. Each entry is a number, a row of one number
+    per token, or `StepRewards`, which the policy's `tokenizer` places on tokens; without one they become
+    their sum. Raises `UserError` if the function fails or returns anything else, or if a number or the sum of
+    a response is not finite in fp32.
     """
     kwargs = copy.deepcopy(columns) | {
         "prompts": copy.deepcopy(list(prompts)),
@@ -44,11 +55,13 @@ def call_reward_function(
     }
     try:
         returned = function(**kwargs)
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
         if str(getattr(function, "__module__", "")).startswith(OWN_MODULES):
             raise
+        if isinstance(error, UserError):  # of this package, which the function calls
+            raise UserError(f"{function_name(function)}: {error}") from error
         names = ", ".join([*ARGUMENTS, *columns])
         problem = f"the reward failed with {describe_failure(error, _source_file(function))}"
         if len(list(traceback.walk_tb(error.__traceback__))) == 1:  # it was not entered
@@ -61,7 +74,8 @@ def call_reward_function(
         raise UserError(
             f"{name}: the reward returned {len(values)} scores for {len(prompts)} responses; expected as many"
         )
-    return [_as_score(name, *row) for row in zip(values, prompts, completions, strict=True)]
+    rows = zip(values, prompts, completions, completion_ids, strict=True)
+    return [_read_entry(name, tokenizer, *row) for row in rows]
 
 
 def function_name(function: Any) -> str:
@@ -94,11 +108,16 @@ def _unwrap(function: Any) -> Any:
 
 
 def _as_list(name: str, returned: Any, rows: int) -> Sequence[Any]:
-    """Return a list, tuple, array or tensor of one dimension as a sequence. Raises `UserError` for others."""
-    if getattr(returned, "ndim", None) == 1 and hasattr(returned, "tolist"):
+    """Return a list, a tuple, or an array or tensor of one or two dimensions as a sequence.
+
+    Raises `UserError` for others.
+    """
+    if getattr(returned, "ndim", None) in (1, 2) and hasattr(returned, "tolist"):
         values: list[Any] = returned.tolist()
         return values
-    if isinstance(returned, Sequence) and not isinstance(returned, str | bytes | bytearray | memoryview):
+    if isinstance(returned, Sequence) and not isinstance(
+        returned, str | bytes | bytearray | memoryview | StepRewards
+    ):
         return returned
     shape = f" of shape {tuple(returned.shape)}" if hasattr(returned, "shape") else ""
     raise UserError(
@@ -106,20 +125,58 @@ def _as_list(name: str, returned: Any, rows: int) -> Sequence[Any]:
     )
 
 
-def _as_score(name: str, value: Any, prompt: Any, completion: str) -> float:
-    """Return one score as a float; True counts 1. Raises `UserError` if it is no number, or not finite."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
-        value = value.item()
-    if isinstance(value, Real) and -LARGEST <= value <= LARGEST:  # type: ignore[operator]
-        return float(value)
-    texts = [_quote(text) for text in (completion, prompt)]
-    found = str(value) if isinstance(value, float) else f"{_quote(value)}, a {type(value).__name__}"
-    raise UserError(
-        f"{name}: the reward of the response {texts[0]} to {texts[1]} is {found}; "
-        "expected a finite number of at most 3.4e38"
-    )
+def _read_entry(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    entry: Any,
+    prompt: Any,
+    completion: str,
+    ids: Sequence[int],
+) -> ResponseReward:
+    """Return the reward of one response, or those of its tokens. Raises `UserError` if the entry is wrong."""
+    number = as_number(entry)
+    if number is not None:
+        return number
+    response = f"the response {quote(completion)} to {quote(prompt)}"
+    try:
+        if isinstance(entry, StepRewards):
+            reward = _read_steps(tokenizer, entry, completion, ids)
+        else:
+            reward = _read_tokens(entry, len(ids), response)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if as_number(total_reward(reward)) is None:
+        raise UserError(f"{name}: the rewards of {response} sum to {total_reward(reward)}; expected {FINITE}")
+    return reward
 
 
-def _quote(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
+def _read_steps(
+    tokenizer: PreTrainedTokenizerBase | None, entry: StepRewards, completion: str, ids: Sequence[int]
+) -> ResponseReward:
+    """Return the rewards of steps on their tokens, or their sum without a tokenizer."""
+    if tokenizer is None:
+        return total_reward(check_steps(completion, entry.ends, entry.rewards)[1])
+    return place_rewards(tokenizer, ids, completion, entry.ends, entry.rewards)
+
+
+def _read_tokens(entry: Any, tokens: int, response: str) -> list[float]:
+    """Return one float per token."""
+    if getattr(entry, "ndim", None) in (0, 1) and hasattr(entry, "tolist"):
+        entry = entry.tolist()
+    if not isinstance(entry, list | tuple):
+        found = str(entry) if isinstance(entry, float) else f"{quote(entry)}, a {type(entry).__name__}"
+        raise UserError(f"the reward of {response} is {found}; expected {FINITE}")
+    if len(entry) != tokens:
+        raise UserError(
+            f"the reward of {response} has {len(entry)} numbers for {tokens} tokens; expected one number, or "
+            "one per token of its completion_ids"
+        )
+    numbers = []
+    for index, value in enumerate(entry, 1):
+        number = as_number(value)
+        if number is None:
+            raise UserError(
+                f"the reward of token {index} of {tokens} of {response} is {quote(value)}; expected {FINITE}"
+            )
+        numbers.append(number)
+    return numbers

@@ -1,11 +1,14 @@
 """Reward sources: everything that scores responses, behind TRL's signature of a reward function.
 
-`(prompts, completions, completion_ids, ended, **columns) -> list[float]`:
+`(prompts, completions, completion_ids, ended, **columns) -> list`:
 
 - `prompts`: the user's prompts, never with the policy's markup.
 - `completions`, `completion_ids`: the responses as text, and their token ids.
 - `ended`: whether each response ended by itself.
 - `columns`: the other columns of the prompt's record.
+
+Each entry of the list is the reward of a response: a number, which counts on its last token, one number per
+token of its `completion_ids`, or `StepRewards`.
 """
 
 import operator
@@ -14,13 +17,16 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
-from pipeline.reward.calls import RewardFunction, call_reward_function, describe_failure
+from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function, describe_failure
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
+from pipeline.reward.token_rewards import spread_reward, total_reward
 
 
 class RewardSource(NamedTuple):
@@ -90,33 +96,59 @@ def reward_from_model(model: RewardModel, length_penalty: float = 0.0) -> Reward
 
 
 def combine_rewards(
-    sources: Sequence[RewardSource], weights: Sequence[float] | None = None, uncertainty_penalty: float = 0.0
+    sources: Sequence[RewardSource],
+    weights: Sequence[float] | None = None,
+    uncertainty_penalty: float = 0.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardSource:
     """Combine sources into one: their weighted sum, less `uncertainty_penalty` standard deviations of them.
 
     `weights` defaults to 1/n for n sources. Penalty: Coste et al. 2023, "Reward Model Ensembles Help Mitigate
     Overoptimization". Only differences of a reward are meaningful, so each score is centred on its reference
     sample before the standard deviation is taken.
+
+    If a source gives rewards inside a response, the sum is per token, and the penalty, of the sums over
+    tokens, is on the last token. The policy's `tokenizer` places the rewards of steps; without one they count
+    as their sum.
     """
     if len(sources) == 1 and weights is None:
         return sources[0]
     weights = weights or [1 / len(sources)] * len(sources)
 
-    def score(prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any) -> list[float]:
-        batch = (prompts, completions, completion_ids, ended, columns)
-        scores = [call_reward_function(source.score, *batch) for source in sources]
+    def score(
+        prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any
+    ) -> list[ResponseReward]:
+        batch = (prompts, completions, completion_ids, ended, columns, tokenizer)
+        rewards = [call_reward_function(source.score, *batch) for source in sources]
         combined = []
-        for row in zip(*scores, strict=True):
+        for row, ids in zip(zip(*rewards, strict=True), completion_ids, strict=True):
             disagreement = statistics.pstdev(
-                value - source.mean for value, source in zip(row, sources, strict=True)
+                total_reward(value) - source.mean for value, source in zip(row, sources, strict=True)
             )
-            combined.append(sum(map(operator.mul, weights, row)) - uncertainty_penalty * disagreement)
+            penalty = uncertainty_penalty * disagreement
+            combined.append(_weighted_sum(weights, row, len(ids), penalty))
         return combined
 
     mean = sum(weight * source.mean for weight, source in zip(weights, sources, strict=True))
     # An upper bound: the standard deviation of the sum of perfectly correlated rewards.
     std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
     return RewardSource(score, mean, std)
+
+
+def _weighted_sum(
+    weights: Sequence[float], rewards: Sequence[ResponseReward], tokens: int, penalty: float
+) -> ResponseReward:
+    """Return the weighted sum of the rewards of one response, less a penalty on its last token.
+
+    It is a number if all rewards are, else one number per token.
+    """
+    if not any(isinstance(reward, list) for reward in rewards):
+        return sum(map(operator.mul, weights, rewards)) - penalty
+    rows = [spread_reward(reward, tokens) for reward in rewards]
+    combined = [sum(map(operator.mul, weights, column)) for column in zip(*rows, strict=True)]
+    if combined:
+        combined[-1] -= penalty
+    return combined
 
 
 def import_function(spec: str) -> RewardFunction:

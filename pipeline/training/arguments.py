@@ -8,6 +8,7 @@ import dataclasses
 import os
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -281,13 +282,19 @@ def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training
 
 
 def _convert(hint: Any, value: Any, may_be_no: bool = True) -> Any:
-    """Return `value` as the type of a field; with `may_be_no`, false is the text that YAML reads as false."""
+    """Return `value` as the type of a field; with `may_be_no`, false is the text that YAML reads as false.
+
+    The text "none" is None if the field is an optional number.
+    """
     adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value)
     except ValidationError:
         if value is False and may_be_no:  # a bare `no`, where a strategy may be "no"
             return adapter.validate_python("no")
+        if value == "none":  # of a number, where errors say "or none"; a text stays a text
+            with suppress(ValidationError):
+                return adapter.validate_python(None)
         raise
 
 

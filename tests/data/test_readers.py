@@ -64,7 +64,6 @@ def test_comparisons_with_mapped_and_joined_columns(tmp_path: Path) -> None:
         "chosen": "2",
         "rejected": "3",
         "margin": 0.5,
-        "source": None,
     }
     assert [record["prompt"] for record in found] == ["Add.\n\n1 + 1", "Greet.", "Wave."]
 
@@ -508,7 +507,7 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
             "a.csv",
             "prompt\nQ\n",
             {"promt": "prompt"},
-            r"columns maps 'promt', expected one of prompt, system, history; did you mean 'prompt'\?",
+            r"columns maps 'promt', expected one of prompt, answer, system, history; did you mean 'prompt'\?",
         ),
         (
             "a.csv",

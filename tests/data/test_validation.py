@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.labels import class_names
 from pipeline.data.readers import ParsedRecord
+from pipeline.data.schema import KINDS as KINDS_OF_RECORDS
 from pipeline.data.schema import RawRow
 from pipeline.data.validation import ordered_pairs, record_identity, validate_records
 from pipeline.errors import UserError
@@ -38,6 +39,10 @@ def cleaned(kind: str, record: Any, classes: tuple[str, ...] = ("no", "yes")) ->
 
 def pair(**changes: Any) -> dict[str, Any]:
     return {"prompt": "Q", "chosen": "a", "rejected": "b"} | changes
+
+
+def steps(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]} | changes
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,22 @@ def pair(**changes: Any) -> dict[str, Any]:
         ("labels", {"prompt": "Q", "completion": "a", "label": None}, "unknown-label"),
         ("labels", {"prompt": "Q", "completion": "a", "label": ["no"]}, "unknown-label"),
         ("labels", {"prompt": 5, "completion": "a", "label": "no"}, "not-text"),
+        ("steps", steps(labels=None), "label-count"),
+        ("steps", steps(labels=[]), "label-count"),
+        ("steps", steps(labels=[True]), "label-count"),
+        ("steps", steps(labels=[1, 0, 1]), "label-count"),
+        ("steps", steps(labels=[1, -1]), "unknown-label"),
+        ("steps", steps(labels=[1, 0.5]), "unknown-label"),
+        ("steps", steps(labels=[1, None]), "unknown-label"),
+        ("steps", steps(labels=["right", "maybe"]), "unknown-label"),
+        ("steps", steps(completions=["a", " \n"]), "empty-text"),
+        ("steps", steps(completions=["a", "b\udc80"]), "not-unicode"),
+        ("steps", steps(completions=["a", [ANSWER]]), "not-text"),
+        ("steps", steps(completions=[], labels=[]), "no-steps"),
+        ("steps", steps(completions="ab"), "no-steps"),
+        ("steps", steps(prompt=""), "empty-text"),
+        ("prompts", {"prompt": "Q", "answer": ["7"]}, "not-text"),
+        ("prompts", {"prompt": "Q", "answer": "\udc80"}, "not-unicode"),
     ],
 )
 def test_reasons(kind: str, record: Any, reason: str) -> None:
@@ -153,6 +174,42 @@ def test_contradictory_labels_and_ratings() -> None:
     assert judged("labels", "label", "yes", 1, "no") == ["contradiction"] * 3
     assert judged("ratings", "rating", 1, "1.0") == [None, "duplicate"]
     assert judged("ratings", "rating", 1, 2) == ["contradiction"] * 2
+
+
+@pytest.mark.parametrize(
+    "labels", [[True, False], [1, 0.0], ["+", "-"], ["1", "0"], [" Right", "WRONG"], ["True", "no"]]
+)
+def test_labels_of_steps_are_right_or_wrong(labels: list[Any]) -> None:
+    record = cleaned("steps", steps(labels=labels, prompt=[USER]))
+    assert record == steps(prompt=[USER])
+    assert all(type(label) is bool for label in record["labels"])
+    assert KINDS_OF_RECORDS["steps"].target(record) == [1, 0]
+    assert KINDS_OF_RECORDS["steps"].responses(record) == ["a", "b"]
+
+
+def test_the_detail_names_the_step() -> None:
+    rows = items("steps", steps(completions=["a", ""]), steps(labels=[True]))
+    validate_records(rows, [])
+    assert [item.fault and item.fault.detail for item in rows] == [
+        "completions: step 2 is empty or blank",
+        "2 steps, 1 labels; expected one label for each step",
+    ]
+
+
+def test_steps_contradict_each_other_as_whole_responses() -> None:
+    rows = [steps(), steps(labels=[True, True]), steps(labels=[1, 0])]
+    assert reasons("steps", *rows) == ["contradiction"] * 3
+    # A step may be right in one response and wrong in another one, even after the same steps.
+    longer = steps(completions=["a", "b", "c"], labels=[True, True, True])
+    assert reasons("steps", steps(), longer, steps()) == [None, None, "duplicate"]
+
+
+def test_an_answer_is_text_and_two_of_one_prompt_contradict_each_other() -> None:
+    assert cleaned("prompts", {"prompt": "Q", "answer": 7}) == {"prompt": "Q", "answer": "7"}
+    assert cleaned("prompts", {"prompt": "Q", "answer": " "}) == {"prompt": "Q"}
+    both = [{"prompt": "Q", "answer": "7"}, {"prompt": "Q", "answer": "8"}, {"prompt": "R", "answer": "8"}]
+    assert reasons("prompts", *both) == ["contradiction", "contradiction", None]
+    assert reasons("prompts", both[0], {"prompt": "Q"}) == [None, "duplicate"]
 
 
 def test_contradictory_rankings_disagree_on_a_pair() -> None:
@@ -258,7 +315,8 @@ KINDS = {
     "rankings": ("prompt", "responses", "ranks"),
     "labels": ("prompt", "completion", "label"),
     "ratings": ("prompt", "completion", "rating"),
-    "prompts": ("prompt",),
+    "steps": ("prompt", "completions", "labels"),
+    "prompts": ("prompt", "answer"),
 }
 RECORDS = st.sampled_from(sorted(KINDS)).flatmap(
     lambda kind: st.tuples(st.just(kind), st.fixed_dictionaries(dict.fromkeys(KINDS[kind], JUNK)))

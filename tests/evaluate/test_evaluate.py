@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 from datasets import Dataset
+from pydantic import ValidationError
 
 from pipeline import config
 from pipeline.artifacts.manifest import Artifact
+from pipeline.config.evaluate import POLICY_METRICS
 from pipeline.errors import UserError
 from pipeline.evaluate import sampling
 from pipeline.evaluate import stage as evaluate
+from pipeline.evaluate.report import describe_test_prompts, write_report
 from pipeline.evaluate.summary import summary_table
 from pipeline.ppo import stage as ppo
 from pipeline.prepare import stage as prepare
@@ -91,6 +94,7 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
         "response_tokens": 4,
         "sft": str(tiny_gpt2),
         "reward": str(scored),
+        "measures": {"tokens_said": f"{__name__}:length"},
     }
     metrics = {}
     for scorer in (str(other), f"{__name__}:length"):
@@ -112,6 +116,12 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
         assert metrics["fits"]["best-of-n"].keys() == {"reward", "scorer_reward"}
     assert metrics["ppo_1"] != metrics["ppo_2"]
     assert metrics["sft"]["scorer_reward"] == metrics["sft"]["response_tokens"]
+    for policy in ("sft", "best_of_2", "best_of_8", "ppo_1", "ppo"):
+        assert metrics[policy]["tokens_said"] == metrics[policy]["response_tokens"]
+    assert set(metrics["sft"]) <= POLICY_METRICS | {"tokens_said"}  # no measure can replace a metric
+    assert set(metrics["best_of_8"]) <= POLICY_METRICS | {"tokens_said"}
+    said = [line.split() for line in summary_table(folder).splitlines()]
+    assert ["tokens", "said,", "ppo", f"{metrics['ppo']['tokens_said']:.3f}"] in said
     assert [folder.name for folder in sorted((tuned / "policies").iterdir())] == [
         "step-000001",
         "step-000002",
@@ -119,5 +129,43 @@ def test_the_policies_on_the_way_and_a_scorer_that_looks_on(tmp_path, tiny_gpt2,
     page = (folder / "report.html").read_text()
     assert 'aria-label="Held-out reward against KL. ' in page
     assert "PPO, step 2" in page
+    assert '<th scope="col" class="number">Tokens said</th>' in page
+    assert '<section id="strips">' in page
     with pytest.raises(UserError, match="is of kind 'policy', expected 'reward'"):
         evaluate.run(config.EvaluateStage(scorer=str(tuned), **few, **common))
+
+
+@pytest.mark.parametrize(
+    ("measures", "problem"),
+    [
+        ({"right-steps": "m:f"}, "'right-steps' is no name of a metric; expected letters, digits and _"),
+        ({"kl": "m:f"}, "'kl' is a name that evaluate uses already; choose another"),
+        ({"win_rate_mine": "m:f"}, "'win_rate_mine' is a name that evaluate uses already; choose another"),
+        ({"text": "m:f"}, "'text' is a name that evaluate uses already; choose another"),
+    ],
+)
+def test_a_measure_needs_a_name_of_its_own(measures, problem):
+    with pytest.raises(ValidationError) as error:
+        config.EvaluateStage(run="t", measures=measures)
+    assert problem in str(error.value)
+
+
+def test_a_measure_that_is_no_function_is_refused_before_the_first_stage():
+    with pytest.raises(UserError, match=r"^pipeline\.prepare\.demo:right_steps: .*expected module:function"):
+        evaluate.check(config.EvaluateStage(run="t", measures={"right": "pipeline.prepare.demo:right_steps"}))
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [
+        (["demo"], "The test prompts of the demo world are other wordings of facts that training has seen."),
+        (["comparisons", "prompts"], ""),
+    ],
+)
+def test_the_report_says_what_training_has_seen_of_the_test_prompts(tmp_path, formats, expected):
+    sources = "".join(f"- format: {name}\n" for name in formats)
+    (tmp_path / "config.yaml").write_text(f"source:\n{sources}")
+    assert describe_test_prompts(Artifact(tmp_path, {"stage": "prepare"})) == expected
+    assert describe_test_prompts(Artifact(tmp_path, {})) == ""  # a dataset that no stage made
+    write_report(tmp_path / "report.html", {"summary": [{"name": "a"}], "test_prompts": expected})
+    assert (f'<p class="hint">{expected}</p>' in (tmp_path / "report.html").read_text()) == bool(expected)

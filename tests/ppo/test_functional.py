@@ -18,6 +18,7 @@ from pipeline.ppo.functional import (
     explained_variance,
     gae,
     kl_estimate,
+    length_adaptive_lam,
     next_kl_coef,
     policy_loss,
     shape_rewards,
@@ -47,13 +48,13 @@ class Ragged:
         "old_values",
         "returns",
         "rewards",
+        "scores",
     )
 
     def __init__(self, lengths: list[int], seed: int):
         self.lengths, self.width = lengths, max(lengths) + 1
         random = np.random.default_rng(seed)
         self.arrays = {name: random.normal(0, 0.7, (len(lengths), self.width)) for name in self.NAMES}
-        self.scores = random.normal(0, 2, len(lengths))
         self.mask = torch.tensor([[t < length for t in range(self.width)] for length in lengths])
 
     def real(self, name: str) -> list[list[float]]:
@@ -72,8 +73,7 @@ class Ragged:
             name: torch.where(self.mask, torch.from_numpy(array), behind)
             for name, array in self.arrays.items()
         }
-        scores = torch.where(self.mask.any(1), torch.from_numpy(self.scores), fill[0])
-        return tensors | {"kl": tensors["logprobs"] - tensors["ref_logprobs"], "scores": scores}
+        return tensors | {"kl": tensors["logprobs"] - tensors["ref_logprobs"]}
 
 
 def close(found: Tensor, expected: Any) -> None:
@@ -104,15 +104,30 @@ def test_k1_and_k3_are_unbiased_and_other_kinds_are_refused() -> None:
 
 
 @pytest.mark.parametrize("coef", [0.5, torch.tensor(0.5, dtype=torch.float64)])
-def test_the_score_lands_on_the_last_real_token(coef: Any) -> None:
-    mask = torch.tensor(
-        [[True, True, False], [True, True, True], [False, False, False], [True, False, False]]
-    )
-    kl = torch.tensor([[1.0, 2.0, 9.0]] * 4)
+def test_each_token_gets_its_score_less_its_kl(coef: Any) -> None:
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    scores = torch.tensor([[0.0, 10.0, 0.0], [3.0, 0.0, 20.0], [0.0, 0.0, 0.0]])
     close(
-        shape_rewards(torch.tensor([10.0, 20.0, 30.0, 40.0]), kl, mask, coef),
-        [[-0.5, 9, 0], [-0.5, -1, 15.5], [0, 0, 0], [39.5, 0, 0]],
+        shape_rewards(scores, torch.tensor([[1.0, 2.0, 9.0]] * 3), mask, coef),
+        [[-0.5, 9, 0], [2.5, -1, 15.5], [0, 0, 0]],
     )
+
+
+def test_rewards_inside_a_response_count_for_the_tokens_up_to_them() -> None:
+    """A step that ends in the second of four tokens earns 4, and the last one −2."""
+    rewards, mask = torch.tensor([[0.0, 4.0, 0.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
+    values = torch.tensor([[1.0, 2.0, -1.0, 0.0]])
+    # γ = λ = 1: what is still to come (2, 2, −2, −2) less the values
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    close(returns, [[2.0, 2.0, -2.0, -2.0]])
+    close(advantages, [[1.0, 0.0, -1.0, -2.0]])
+    # λ = 0: one step ahead, r + v' − v
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.0)
+    close(advantages, [[1.0, 1.0, 1.0, -2.0]])
+    close(returns, [[2.0, 3.0, 0.0, -2.0]])
+    # γ = λ = ½: δ = (0, 1.5, 1, −2), and a quarter of what follows
+    advantages, _ = gae(rewards, values, mask, 0.5, 0.5)
+    close(advantages, [[0 + 1.625 / 4, 1.5 + 0.5 / 4, 1 - 2 / 4, -2.0]])
 
 
 def test_gae_by_hand() -> None:
@@ -122,6 +137,22 @@ def test_gae_by_hand() -> None:
     )
     close(advantages, [[0.875, -0.5, 2.0]])
     close(returns, [[2.875, 3.5, 8.0]])
+
+
+def test_gae_takes_a_lambda_for_each_response() -> None:
+    """δ = (1, −1, 2) as above: λ = ½ gives the numbers above, and λ = 0 the differences themselves."""
+    rewards, values = torch.tensor([[1.0, 0, 8]] * 2), torch.tensor([[2.0, 4, 6]] * 2)
+    lam = torch.tensor([0.5, 0.0])
+    advantages, returns = gae(rewards, values, torch.ones(2, 3, dtype=torch.bool), 0.5, lam)
+    close(advantages, [[0.875, -0.5, 2.0], [1.0, -1.0, 2.0]])
+    close(returns, [[2.875, 3.5, 8.0], [3.0, 3.0, 8.0]])
+
+
+def test_the_length_adaptive_lambda_by_hand() -> None:
+    """At alpha ½: 1 − 1/(½·l) is ½ at 4 tokens, 0 at 2, and −1 at one token, which becomes 0."""
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False], [False] * 4])
+    close(length_adaptive_lam(mask, 0.5), [0.5, 0.0, 0.0, 0.0])
+    close(length_adaptive_lam(torch.ones(1, 1000, dtype=torch.bool), 0.05), [0.98])
 
 
 @pytest.mark.parametrize(("shift_mean", "expected"), [(True, [[-1, 1, 0]]), (False, [[1, 3, 0]])])
@@ -178,6 +209,16 @@ def test_value_loss_by_hand(value: float, loss: float, clipped: int, gradient: f
     out.loss.backward()
     close(torch.stack(out), [loss, clipped])
     close(values.grad, [[gradient]])
+
+
+def test_an_unclipped_value_loss_by_hand() -> None:
+    """½ · ((3 − 2)² + (0 − 2)²) / 2, however far the values have moved; the gradient is (v − R) / 2."""
+    values = torch.tensor([[3.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 2, dtype=torch.float64)
+    out = value_loss(values, one, 2 * one, one.bool(), None)
+    out.loss.backward()
+    close(torch.stack(out), [1.25, 0.0])
+    close(values.grad, [[0.5, -1.0]])
 
 
 def test_entropy_by_hand() -> None:
@@ -253,12 +294,9 @@ def test_rewards_and_advantages_agree_with_plain_loops(
     data = Ragged(lengths, seed)
     x, mask, width = data.tensors(), data.mask, data.width
     rewards = [
-        [-gamma * (p - q) for p, q in zip(*rows, strict=True)]
-        for rows in zip(data.real("logprobs"), data.real("ref_logprobs"), strict=True)
+        [score - gamma * (p - q) for p, q, score in zip(*rows, strict=True)]
+        for rows in zip(*map(data.real, ("logprobs", "ref_logprobs", "scores")), strict=True)
     ]
-    for row, score in zip(rewards, data.scores, strict=True):
-        if row:
-            row[-1] += float(score)
     close(shape_rewards(x["scores"], x["kl"], mask, gamma), padded(rewards, width))
 
     expected = [
@@ -281,6 +319,26 @@ def test_rewards_and_advantages_agree_with_plain_loops(
     mean, spread = flat.mean(), math.sqrt(flat.var() + 1e-8)
     white = [[(v - mean) / spread + (0 if shift else mean) for v in row] for row in data.real("advantages")]
     close(whiten(x["advantages"], mask, shift), padded(white, width))
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, SEEDS, st.floats(0, 1), st.floats(0.01, 2))
+def test_lambda_of_each_response_agrees_with_plain_loops(
+    lengths: list[int], seed: int, gamma: float, alpha: float
+) -> None:
+    """λ by length: sums over all later tokens, row by row. λ = 1: discounted sums. λ = 0: one step."""
+    data = Ragged(lengths, seed)
+    x, mask, width = data.tensors(GARBAGE), data.mask, data.width
+    rows = list(zip(data.real("rewards"), data.real("values"), strict=True))
+    lams = [max(0.0, 1 - 1 / (alpha * length)) if length else 0.0 for length in lengths]
+    expected = [oracle_gae(*row, gamma, lam) for row, lam in zip(rows, lams, strict=True)]
+    advantages, _ = gae(x["rewards"], x["values"], mask, gamma, length_adaptive_lam(mask, alpha))
+    close(advantages, padded(expected, width))
+
+    sums = [[sum(gamma**i * r for i, r in enumerate(r[t:])) for t in range(len(r))] for r, _ in rows]
+    close(gae(x["rewards"], x["values"], mask, gamma, 1.0)[1], padded(sums, width))
+    steps = [[a + gamma * b for a, b in zip(r, [*v, 0.0][1:], strict=True)] for r, v in rows]
+    close(gae(x["rewards"], x["values"], mask, gamma, 0.0)[1], padded(steps, width))
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,11 +8,13 @@ import torch
 from datasets import Dataset
 
 from pipeline.errors import UserError
-from pipeline.models.chat import prompt_ids
+from pipeline.models.chat import pad_rows, prompt_ids
 from pipeline.models.ends import declared_ends
+from pipeline.models.generation import Responses
 from pipeline.models.loading import head_config, load_classifier, load_policy
 from pipeline.ppo.callbacks import check_kl
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.functional import gae, whiten
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.functions import RewardSource
 
@@ -241,6 +243,63 @@ def test_the_clips_are_handed_on_to_the_loss(make, monkeypatch):
     monkeypatch.setattr(functional, "policy_loss", lambda *a, **k: (seen.add(a[4:]), original(*a, **k))[1])
     make(clip_low=0.1, clip_high=0.3, dual_clip=2.0).train()
     assert seen == {(0.1, 0.3, 2.0)}
+
+
+# Credit inside a response
+
+
+def ragged(policy, tokenizer, prompts, noise, **_):
+    """Responses of 1, 2, 3, … tokens."""
+    ids = [[5 + row] * row + [tokenizer.eos_token_id] for row in range(len(prompts))]
+    queries, responses = pad_rows(prompts, 0, side="left"), pad_rows(ids, 0)
+    return Responses(*queries, *responses, tokenizer.batch_decode(ids), [True] * len(ids))
+
+
+def learned_from(make, monkeypatch, **more):
+    """A rollout, and the rewards and values from which its advantages and returns came."""
+    from pipeline.ppo import functional
+
+    given, original = [], functional.gae
+    monkeypatch.setattr(functional, "gae", lambda *a: (given.append(a), original(*a))[1])
+    trainer = make(gamma=0.9, **more)
+    torch.nn.init.normal_(trainer.actor.value_head.weight)
+    rollout = trainer.collect(0)
+    monkeypatch.undo()
+    return rollout, given[0][:3]
+
+
+def test_the_policy_and_the_critic_have_a_lambda_each(make, monkeypatch):
+    rollout, (rewards, values, mask) = learned_from(make, monkeypatch, lam=0.3, lam_value=1.0)
+    expected = whiten(gae(rewards, values, mask, 0.9, 0.3)[0], mask)
+    assert torch.equal(rollout.advantages, expected)
+    assert torch.equal(rollout.returns, gae(rewards, values, mask, 0.9, 1.0)[1])
+    same, _ = learned_from(make, monkeypatch, lam=0.3)
+    assert torch.equal(same.advantages, expected)
+    assert torch.equal(same.returns, gae(rewards, values, mask, 0.9, 0.3)[1])
+
+
+def test_the_policys_lambda_can_grow_with_the_length(make, monkeypatch):
+    options = {"lam": 0.3, "lam_length": 0.5, "generate": ragged}
+    rollout, (rewards, values, mask) = learned_from(make, monkeypatch, **options)
+    rows = [
+        gae(rewards[i:][:1], values[i:][:1], mask[i:][:1], 0.9, max(0.0, 1 - 2 / n))
+        for i, n in enumerate(mask.sum(1).tolist())
+    ]
+    assert mask.sum(1).tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(rollout.advantages, whiten(torch.cat([row[0] for row in rows]), mask))
+    assert torch.equal(rollout.returns, gae(rewards, values, mask, 0.9, 0.3)[1])
+
+
+def test_values_move_freely_without_a_clip(make):
+    """A reward of 100 pulls the values far from their start, 0, and 0.2 is soon too narrow a clip."""
+
+    def clipped(**more):
+        trainer = make(scripted(*[100.0] * 4), num_ppo_epochs=30, learning_rate=0.01, **more)
+        trainer.train()
+        return trainer.state.log_history[0]["val/clipfrac_avg"]
+
+    assert clipped() > 0
+    assert clipped(clip_value=None) == 0
 
 
 # Rollouts
@@ -497,6 +556,18 @@ def test_samples_of_each_evaluation_are_kept(make, tmp_path):
         (
             {"kl_target": 1.0, "kl_horizon": 10, "per_device_train_batch_size": 64},
             "expected more than a fifth of the 64 responses",
+        ),
+        ({"lam_value": 1.1}, "lam_value=1.1: expected a number from 0 to 1, or none"),
+        ({"lam_length": 0.0}, "lam_length=0.0: expected more than 0, or none"),
+        ({"clip_value": -0.1}, "clip_value=-0.1: expected 0 or more, or none"),
+        ({"critic_warmup_patience": 0}, "critic_warmup_patience=0: expected more than 0, or none"),
+        (
+            {"critic_warmup_patience": 1},
+            "critic_warmup_rollouts=0: expected more than 0, with critic_warmup_patience",
+        ),
+        (
+            {"critic_warmup_patience": 1, "critic_warmup_rollouts": 5, "vf_coef": 0.0},
+            "vf_coef=0.0: expected more than 0, with critic_warmup_patience",
         ),
         ({"value_init": "one"}, "value_init='one': expected one of zero, reward"),
     ],

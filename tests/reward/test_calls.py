@@ -15,6 +15,7 @@ from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.reward.calls import call_reward_function
 from pipeline.reward.functions import RewardSource, combine_rewards, import_function
+from pipeline.reward.token_rewards import StepRewards
 
 BATCH = {
     "prompts": [[{"role": "user", "content": "Hi."}], "q"],
@@ -80,8 +81,8 @@ def test_truth_values_are_scores():
         (b"12", "a bytes"),
         ((score for score in (1.0, 2.0)), "a generator"),
         (map(float, (1, 2)), "a map"),
-        (np.ones((2, 1)), r"a ndarray of shape \(2, 1\)"),
-        (torch.ones(2, 2), r"a Tensor of shape \(2, 2\)"),
+        (np.ones((2, 1, 1)), r"a ndarray of shape \(2, 1, 1\)"),
+        (StepRewards([1.0, 1.0], [1, 2]), "a StepRewards"),
         (torch.tensor(1.0), r"a Tensor of shape \(\)"),
     ],
 )
@@ -97,11 +98,10 @@ def test_what_is_no_list_is_named(returned, found):
         (None, "None, a NoneType"),
         ("1.5", "'1.5', a str"),
         (b"1", "b'1', a bytes"),
-        ([1.0], r"\[1.0\], a list"),
         ({"score": 1}, r"\{'score': 1\}, a dict"),
         (1 + 2j, r"\(1\+2j\), a complex"),
         (np.str_("1"), "'1', a str"),
-        (torch.ones(1), r"tensor\(\[1.\]\), a Tensor"),
+        (torch.ones(1, 1), r"tensor\(\[\[1.\]\]\), a Tensor"),
         (float("nan"), "nan"),
         (float("-inf"), "-inf"),
         (1e300, r"1e\+300"),
@@ -112,6 +112,69 @@ def test_what_is_no_list_is_named(returned, found):
 def test_what_is_no_number_is_named_with_its_response(value, found):
     with pytest.raises(UserError, match=f"the reward of the response 'bb' to 'q' is {found}; expected a fin"):
         call([1.0, value])
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [[1], [2, 3.5]],
+        ([1.0], (2.0, 3.5)),
+        [np.array([1.0]), torch.tensor([2.0, 3.5])],
+        [[torch.tensor(1.0)], [np.float32(2), Fraction(7, 2)]],
+    ],
+)
+def test_one_number_per_token_is_rewards_inside_the_response(returned):
+    rewards = call(returned)
+    assert rewards == [[1.0], [2.0, 3.5]]
+    assert {type(value) for row in rewards for value in row} == {float}
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_rows_of_an_array_are_token_rewards(array):
+    batch = BATCH | {"completion_ids": [[1, 2], [3, 4]]}
+    rows = [[1.0, 2.0], [0.0, -1.0]]
+    assert call_reward_function(lambda **_: array(rows), *batch.values(), COLUMNS) == rows
+
+
+def test_each_response_has_its_own_kind_of_reward():
+    assert call([0.5, [1, 2]]) == [0.5, [1.0, 2.0]]
+    assert call([[0.5], StepRewards([1, 2], [1, 2])]) == [[0.5], 3.0]  # no tokenizer places them
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([1.0], "the reward of the response 'bb' to 'q' has 1 numbers for 2 tokens; expected one number, or"),
+        (torch.ones(3), "the reward of the response 'bb' to 'q' has 3 numbers for 2 tokens"),
+        ([], "the reward of the response 'bb' to 'q' has 0 numbers for 2 tokens"),
+        (
+            [1.0, float("nan")],
+            "the reward of token 2 of 2 of the response 'bb' to 'q' is nan; expected a fin",
+        ),
+        ([[1.0], [2.0]], r"the reward of token 1 of 2 of the response 'bb' to 'q' is \[1.0\]; expected"),
+        ([3e38, 3e38], r"the rewards of the response 'bb' to 'q' sum to 6e\+38; expected a finite number"),
+        (
+            StepRewards([1.0], [3]),
+            "step 1 of 1 of the response 'bb': it ends at character 3; expected 0 to 2",
+        ),
+        (StepRewards([3e38, 3e38], [1, 2]), r"the rewards of the response 'bb' to 'q' sum to 6e\+38"),
+    ],
+)
+def test_wrong_token_rewards_are_named_with_their_response(value, problem):
+    with pytest.raises(UserError, match=f"^{__name__}:call.*<lambda>: {problem}"):
+        call([1.0, value])
+
+
+def test_a_mistake_inside_the_function_names_the_function(module):
+    module.write_text(
+        "from pipeline import place_rewards\n"
+        "def score(completions, completion_ids, **_):\n"
+        "    return [place_rewards(None, completion_ids[0], completions[0], ['b'], [1.0])]\n"
+    )
+    with pytest.raises(
+        UserError, match=r"^their_rewards:score: step 1 of 1 of the response 'a': its text 'b'"
+    ):
+        call_reward_function(import_function("their_rewards:score"), ["q"], ["a"], [[1]], [True], {})
 
 
 def test_a_long_response_is_cut_in_an_error():

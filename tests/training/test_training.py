@@ -17,7 +17,14 @@ from pipeline.training.arguments import _convert, build_arguments, resolve_preci
 
 
 @pytest.mark.parametrize(
-    ("hint", "value", "expected"), [(str, False, "no"), (bool, False, False), (float, "5e-5", 5e-5)]
+    ("hint", "value", "expected"),
+    [
+        (str, False, "no"),
+        (bool, False, False),
+        (float, "5e-5", 5e-5),
+        (float | None, "none", None),
+        (str | None, "none", "none"),
+    ],
 )
 def test_yaml_values_become_what_the_field_wants(hint, value, expected):
     assert _convert(hint, value) == expected

@@ -28,6 +28,7 @@ TRAINING = (
     *("num_rollouts", "num_ppo_epochs", "num_mini_batches", "num_generations", "num_iterations"),
     *("response_tokens", "max_completion_length", "temperature", "top_k", "top_p", "min_p"),
     *("kl_coef", "kl_target", "kl_horizon", "kl_estimator", "target_kl", "beta", "gamma", "lam"),
+    *("lam_value", "lam_length", "critic_warmup_patience"),
     *("clip_low", "clip_high", "clip_value", "dual_clip", "epsilon", "epsilon_high", "max_kl"),
     *("vf_coef", "ptx_coef", "min_response_tokens"),
     *("value_init", "critic_warmup_rollouts", "score_normalization", "score_clip", "missing_eos_penalty"),

@@ -1,13 +1,13 @@
 """The world of sums: chains of one-digit operations modulo 10, worked out step by step.
 
-The world was written for this project. A prompt is `7+5-3*8=`, evaluated from left to right. A response has a
-step for each operation: `7+5=2 2-3=9 9*8=2`. A step is right if it takes the result of the step before it (the
-first takes the first digit), applies the prompt's next operation, and gives its result modulo 10. So a step
-that carries on a wrong result is right; one that copies, skips or goes on after the last operation is wrong.
-If every step is right, so is the final answer.
+The world was written for this project. A prompt is `7+5-3*8=`, evaluated from left to right. A response has
+a step for each operation: `7+5=2 2-3=9 9*8=2`. A step is right if it takes the result of the step before it
+(the first takes the first digit), applies the prompt's next operation, and gives the result modulo 10. So a
+step that carries on a wrong result is right, and one that copies, skips or goes on after the last operation
+is wrong. If every step is right, so is the final answer.
 
 The writer of the data knows the tables, and gives a random wrong result at a known rate. A policy trained on
-its responses knows the tables too: sampled, it errs as often as the writer, and its most likely digit is right.
+its responses knows the tables too: sampled, it errs as often as the writer; its most likely digit is right.
 No prompt occurs twice, so those of the test split are new.
 """
 

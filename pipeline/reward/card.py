@@ -166,7 +166,7 @@ def reward_lines(settings: RewardSettings) -> list[str]:
 def source_table(manifest: dict[str, Any]) -> Table | None:
     """Return the table of the records' sources, with the rows that prepare quarantined, by reason.
 
-    `manifest` is that of the records. Only sources on the hub, and built-in worlds, are named; local files are
+    `manifest` is that of the records. Sources on the hub and built-in worlds are named; local files are
     numbered. Returns None for records that prepare did not make.
     """
     inputs = manifest.get("inputs") or {}

@@ -28,7 +28,7 @@ DEMONSTRATIONS_PER_PROMPT = 2
 STEPWISE_PER_PROMPT = 2
 PAIRS_PER_PROMPT = 1
 
-WRONG_STEP_RATE = 0.25  # share of the writer's steps with a wrong result
+WRONG_STEP_RATE = 0.3  # share of the writer's steps with a wrong result
 MISSHAPEN_RATE = 0.2  # share of stepwise responses that also skip, copy, add or misread a step
 LABEL_FLIP_RATE = 0.05  # share of step labels that are wrong
 LABELLER_SHARPNESS = 6.0  # log-odds of a labeller's preference for each unit of `right_steps`

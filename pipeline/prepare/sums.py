@@ -6,8 +6,9 @@ a step for each operation: `7+5=2 2-3=9 9*8=2`. A step is right if it takes the 
 step that carries on a wrong result is right, and one that copies, skips or goes on after the last operation
 is wrong. If every step is right, so is the final answer.
 
-The writer of the data knows the tables, and gives a random wrong result at a known rate. A policy trained on
-its responses knows the tables too: sampled, it errs as often as the writer; its most likely digit is right.
+The writer of the data knows the tables but for a few facts, and slips at a known rate. A policy trained on
+its responses does too: sampled, it errs as often as the writer, and its most likely digits are mostly right.
+So RL brings out what the policy knows, and must correct the facts that it has learned wrong.
 No prompt occurs twice, so those of the test split are new.
 """
 
@@ -28,12 +29,16 @@ DEMONSTRATIONS_PER_PROMPT = 2
 STEPWISE_PER_PROMPT = 2
 PAIRS_PER_PROMPT = 1
 
-WRONG_STEP_RATE = 0.3  # share of the writer's steps with a wrong result
+WRONG_STEP_RATE = 0.25  # share of wrong results among the writer's steps, each wrong digit as often
+MISTAKEN_FACTS = 15  # of the 300 facts of the tables: the writer believes in one wrong result of each
+MISTAKE_RATE = 0.7  # share of that result among the writer's steps with such a fact
 MISSHAPEN_RATE = 0.2  # share of stepwise responses that also skip, copy, add or misread a step
 LABEL_FLIP_RATE = 0.05  # share of step labels that are wrong
 LABELLER_SHARPNESS = 6.0  # log-odds of a labeller's preference for each unit of `right_steps`
 
 SEPARATOR = " "  # between steps
+Mistakes = dict[str, str]
+
 _PROMPT = re.compile(r"[0-9](?:[-+*][0-9])+=", re.ASCII)
 _RESULT = re.compile(r"=([0-9])\Z", re.ASCII)
 _NOT_SEPARATOR = re.compile(f"[^{SEPARATOR}]+")
@@ -134,16 +139,20 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     `source` is not read: the world has no options.
     """
     rng = random.Random(seed)
+    mistakes = sample_mistakes(rng)
     for prompt in sample_prompts(rng, PROMPTS):
         for _ in range(DEMONSTRATIONS_PER_PROMPT):
-            yield "demonstrations", {"prompt": prompt, "completion": SEPARATOR.join(write_steps(rng, prompt))}
+            yield (
+                "demonstrations",
+                {"prompt": prompt, "completion": SEPARATOR.join(write_steps(rng, prompt, mistakes))},
+            )
 
         for _ in range(PAIRS_PER_PROMPT):
-            chosen, rejected = _sample_ranked(rng, prompt)
+            chosen, rejected = _sample_ranked(rng, prompt, mistakes)
             yield "comparisons", {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
         for _ in range(STEPWISE_PER_PROMPT):
-            steps = write_steps(rng, prompt)
+            steps = write_steps(rng, prompt, mistakes)
             if rng.random() < MISSHAPEN_RATE:
                 _misshape(rng, steps)
             labels = [label != (rng.random() < LABEL_FLIP_RATE) for label in label_steps(prompt, steps)]
@@ -161,15 +170,25 @@ def sample_prompts(rng: random.Random, count: int) -> list[str]:
     return list(prompts)
 
 
-def write_steps(rng: random.Random, prompt: str) -> list[str]:
-    """Return a response as the writer gives it; each result is wrong at `WRONG_STEP_RATE`, and carried on."""
+def sample_mistakes(rng: random.Random) -> Mistakes:
+    """Return the facts that the writer has learned wrong, such as `7+5`, and the result it believes in."""
+    facts = [
+        f"{left}{operator}{right}" for operator in OPERATORS for left in range(10) for right in range(10)
+    ]
+    return {fact: _other_digit(rng, compute(fact[0], fact[1:])) for fact in rng.sample(facts, MISTAKEN_FACTS)}
+
+
+def write_steps(rng: random.Random, prompt: str, mistakes: Mistakes) -> list[str]:
+    """Return a response as the writer gives it; what a step gives, right or wrong, is carried on."""
     digit, operations = parse_prompt(prompt)
     steps = []
     for operation in operations:
-        steps.append(_step(digit, operation))
-        if rng.random() < WRONG_STEP_RATE:
-            steps[-1] = _with_other_result(rng, steps[-1])
-        digit = steps[-1][-1]
+        fact, result = digit + operation, compute(digit, operation)
+        if fact in mistakes:
+            digit = mistakes[fact] if rng.random() < MISTAKE_RATE else result
+        else:
+            digit = _other_digit(rng, result) if rng.random() < WRONG_STEP_RATE else result
+        steps.append(f"{fact}={digit}")
     return steps
 
 
@@ -177,8 +196,8 @@ def _step(digit: str, operation: str) -> str:
     return f"{digit}{operation}={compute(digit, operation)}"
 
 
-def _with_other_result(rng: random.Random, step: str) -> str:
-    return step[:-1] + str((int(step[-1]) + rng.randint(1, 9)) % 10)
+def _other_digit(rng: random.Random, digit: str) -> str:
+    return str((int(digit) + rng.randint(1, 9)) % 10)
 
 
 def _misshape(rng: random.Random, steps: list[str]) -> None:
@@ -196,11 +215,11 @@ def _misshape(rng: random.Random, steps: list[str]) -> None:
         steps[place] = _step(digit, operation)
 
 
-def _sample_ranked(rng: random.Random, prompt: str) -> tuple[str, str]:
+def _sample_ranked(rng: random.Random, prompt: str, mistakes: Mistakes) -> tuple[str, str]:
     """Return two distinct responses, the better first by a Bradley-Terry labeller on `right_steps`."""
-    first = second = write_steps(rng, prompt)
+    first = second = write_steps(rng, prompt, mistakes)
     while second == first:
-        second = write_steps(rng, prompt)
+        second = write_steps(rng, prompt, mistakes)
     texts = [SEPARATOR.join(steps) for steps in (first, second)]
     scores = right_steps([prompt] * 2, texts)
     probability = 1 / (1 + math.exp(LABELLER_SHARPNESS * (scores[1] - scores[0])))

@@ -141,13 +141,21 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
     assert len({record["prompt"] for record in records["prompts"]}) == 3000
     assert all(record["answer"] == sums.answer(record["prompt"]) for record in records["prompts"])
 
-    right = Counter(
-        label
-        for record in records["demonstrations"]
-        for label in sums.label_steps(record["prompt"], record["completion"].split(" "))
-    )
-    assert right.total() == 30_000
-    assert right[False] / right.total() == pytest.approx(sums.WRONG_STEP_RATE, abs=0.01)
+    mistakes = sums.sample_mistakes(random.Random(3))
+    assert len(mistakes) == 15
+    results: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for record in records["demonstrations"]:
+        for step in record["completion"].split(" "):
+            fact, result = step.split("=")
+            if result == sums.compute(fact[0], fact[1:]):
+                kind = "right"
+            else:
+                kind = "mistaken" if result == mistakes.get(fact) else "slip"
+            results[fact in mistakes][kind] += 1
+    assert results[True].total() + results[False].total() == 30_000
+    assert results[False]["slip"] / results[False].total() == pytest.approx(0.25, abs=0.01)
+    assert results[True]["mistaken"] / results[True].total() == pytest.approx(0.7, abs=0.03)
+    assert results[True]["slip"] == 0
 
     flipped = Counter(
         label != truth

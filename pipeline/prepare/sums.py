@@ -23,14 +23,14 @@ from pipeline.errors import UserError
 from pipeline.prepare.demo import text_pairs
 
 OPERATORS = "+-*"
-OPERATIONS = 5  # of a prompt
+OPERATIONS = 8  # of a prompt
 PROMPTS = 3000
 DEMONSTRATIONS_PER_PROMPT = 2
 STEPWISE_PER_PROMPT = 2
 PAIRS_PER_PROMPT = 1
 
 WRONG_STEP_RATE = 0.25  # share of wrong results among the writer's steps, each wrong digit as often
-MISTAKEN_FACTS = 15  # of the 300 facts of the tables: the writer believes in one wrong result of each
+MISTAKEN_FACTS = 6  # of the 300 facts of the tables: the writer believes in one wrong result of each
 MISTAKE_RATE = 0.7  # share of that result among the writer's steps with such a fact
 MISSHAPEN_RATE = 0.2  # share of stepwise responses that also skip, copy, add or misread a step
 LABEL_FLIP_RATE = 0.05  # share of step labels that are wrong

@@ -142,7 +142,7 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
     assert all(record["answer"] == sums.answer(record["prompt"]) for record in records["prompts"])
 
     mistakes = sums.sample_mistakes(random.Random(3))
-    assert len(mistakes) == 15
+    assert len(mistakes) == 6
     results: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for record in records["demonstrations"]:
         for step in record["completion"].split(" "):
@@ -152,7 +152,7 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
             else:
                 kind = "mistaken" if result == mistakes.get(fact) else "slip"
             results[fact in mistakes][kind] += 1
-    assert results[True].total() + results[False].total() == 30_000
+    assert results[True].total() + results[False].total() == 48_000
     assert results[False]["slip"] / results[False].total() == pytest.approx(0.25, abs=0.01)
     assert results[True]["mistaken"] / results[True].total() == pytest.approx(0.7, abs=0.03)
     assert results[True]["slip"] == 0
@@ -165,17 +165,17 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
         )
     )
     assert flipped[True] / flipped.total() == pytest.approx(sums.LABEL_FLIP_RATE, abs=0.01)
-    assert {len(record["completions"]) for record in records["steps"]} == {4, 5, 6}
+    assert {len(record["completions"]) for record in records["steps"]} == {7, 8, 9}
 
 
 def test_a_labeller_prefers_right_steps_most_of_the_time(records: dict[str, list[dict]]) -> None:
-    # Of two responses that differ by one step of five, the better wins with 1 / (1 + exp(-6 / 5)) = 0.77.
+    # Of two responses that differ by one step of eight, the better wins with 1 / (1 + exp(-6 / 8)) = 0.679.
     wins: Counter[int] = Counter()
     for record in records["comparisons"]:
         chosen, rejected = sums.right_steps([record["prompt"]] * 2, [record["chosen"], record["rejected"]])
-        wins[round(5 * (chosen - rejected))] += 1
-    assert wins[1] / (wins[1] + wins[-1]) == pytest.approx(0.77, abs=0.03)
-    assert wins[2] / (wins[2] + wins[-2]) == pytest.approx(0.917, abs=0.03)
+        wins[round(8 * (chosen - rejected))] += 1
+    assert wins[1] / (wins[1] + wins[-1]) == pytest.approx(0.679, abs=0.04)
+    assert wins[2] / (wins[2] + wins[-2]) == pytest.approx(0.818, abs=0.04)
 
 
 def test_no_expression_is_in_two_splits(tmp_path: Path) -> None:

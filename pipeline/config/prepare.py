@@ -6,12 +6,15 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import StageConfig, StrictModel
 
+WORLDS = ("demo", "sums")  # formats that are generated here
+
 
 class Source(StrictModel):
     """Where raw rows come from, and how their columns map to ours."""
 
     format: Literal[
         "demo",
+        "sums",
         "comparisons",
         "dialogues",
         "rankings",
@@ -21,7 +24,7 @@ class Source(StrictModel):
         "demonstrations",
         "prompts",
     ]
-    """Kind of rows in the source; `demo` is the built-in world and has no origin."""
+    """Kind of rows in the source; `demo` and `sums` are built-in worlds and have no origin."""
 
     path: str | None = None
     """A CSV, TSV, JSON, JSONL or Parquet file, a folder of these, or a `save_to_disk` folder."""
@@ -56,17 +59,17 @@ class Source(StrictModel):
     @model_validator(mode="after")
     def check_origin(self) -> "Source":
         origins = [name for name in ("path", "hub") if getattr(self, name)]
-        if len(origins) != (self.format != "demo"):
+        if len(origins) != (self.format not in WORLDS):
             raise ValueError(
-                "format 'demo' takes no path or hub"
-                if self.format == "demo"
+                f"format {self.format!r} takes no path or hub"
+                if self.format in WORLDS
                 else "needs either 'path' or 'hub'"
             )
         return self
 
     @model_validator(mode="after")
     def check_unread_keys(self) -> "Source":
-        has_origin = self.format != "demo"
+        has_origin = self.format not in WORLDS
         is_read = {
             "subset": self.hub,
             "revision": self.hub,
@@ -77,7 +80,7 @@ class Source(StrictModel):
         }
         for key, read in is_read.items():
             if getattr(self, key) and not read:
-                origin = self.hub or self.path or "the demo world"
+                origin = self.hub or self.path or f"the {self.format} world"
                 raise ValueError(f"{key!r} is not read with format {self.format!r} from {origin}; remove it")
         if len(set(self.classes or [])) < len(self.classes or []):
             raise ValueError(f"classes {self.classes} contains a duplicate; name each class once")

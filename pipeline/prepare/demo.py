@@ -179,19 +179,19 @@ def gold(prompt: str, response: str) -> float:
 
 def gold_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """Return `gold` of each response; the signature is that of a TRL reward function."""
-    return [gold(*texts) for texts in _text_pairs(prompts, completions)]
+    return [gold(*texts) for texts in text_pairs(prompts, completions)]
 
 
 def well_formed(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """Return 1.0 for each response that has only this world's sentences about its question, else 0.0."""
-    return [float(traits(*texts) is not None) for texts in _text_pairs(prompts, completions)]
+    return [float(traits(*texts) is not None) for texts in text_pairs(prompts, completions)]
 
 
 def without_insults(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """Return 1.0 for each response without an insult, else 0.0: the target of a toxicity classifier."""
     return [
         float(not any(insult in response for insult in INSULTS))
-        for _, response in _text_pairs(prompts, completions)
+        for _, response in text_pairs(prompts, completions)
     ]
 
 
@@ -292,7 +292,7 @@ def _invalid_rows() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "ratings", {"prompt": prompt, "completion": good, "rating": float("nan")}
 
 
-def _text_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> Iterator[tuple[str, str]]:
+def text_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> Iterator[tuple[str, str]]:
     """Yield the texts of each prompt and completion, which are strings or TRL messages."""
     for prompt, completion in zip(prompts, completions, strict=True):
         yield _last_text(prompt), _last_text(completion)

@@ -1,7 +1,7 @@
 """Convert raw preference data to records.
 
 In: the sources of a config, each in one `format`, with its `columns` mapped. A source is a local file or
-folder, a hub dataset, or the demo world.
+folder, a hub dataset, or a built-in world.
 Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows.
 quarantine.jsonl has {source, line, reason, detail, row} for each row left out. For each source and in total,
 kept + quarantined == read. A row that gives several records is kept if one of them is.
@@ -34,12 +34,13 @@ from pipeline.data.sources import describe_reading, source_files
 from pipeline.data.validation import clean_records, compare_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
-from pipeline.prepare import demo
+from pipeline.prepare import demo, sums
 from pipeline.prepare.derived import derive_kinds
 from pipeline.prepare.saving import RecordsByKind, Survey, save_kind
 from pipeline.prepare.splits import assign_splits, narrow_splits, split_group
 
 CROSS_RECORD = ("duplicate", "contradiction", "held-out")  # faults that depend on other sources too
+WORLDS = {"demo": demo.rows, "sums": sums.rows}
 TRAINING_KINDS = ("demonstrations", "comparisons", "prompts")  # later stages train on these
 
 
@@ -107,13 +108,14 @@ def _resolve_revision(source: Source) -> Source:
 
 
 def read(source: Source, seed: int, folder: Path | None = None) -> list[ParsedRecord]:
-    """Read a source of any format, with temporary files in `folder`; `seed` generates the demo world."""
-    if source.format != "demo":
+    """Read a source of any format, with temporary files in `folder`; `seed` generates a world."""
+    if source.format not in WORLDS:
         return read_source(source, folder)
 
-    generated = enumerate(islice(demo.rows(source, seed), source.limit), 1)
+    generated = enumerate(islice(WORLDS[source.format](source, seed), source.limit), 1)
     return [
-        ParsedRecord(kind, record, [RawRow("demo", number, record)]) for number, (kind, record) in generated
+        ParsedRecord(kind, record, [RawRow(source.format, number, record)])
+        for number, (kind, record) in generated
     ]
 
 
@@ -156,7 +158,7 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
 def _print_notes(config: PrepareStage, items_by_source: list[list[ParsedRecord]], labels: list[Any]) -> None:
     """Print what was not read, what became a turn, and which labels are one class in several spellings."""
     for source, items in zip(config.source, items_by_source, strict=True):
-        for note in reading_notes(source, items) if source.format != "demo" else ():
+        for note in reading_notes(source, items) if source.format not in WORLDS else ():
             print(f"  {note}")
     if not any(source.classes for source in config.source):
         for merged in merged_spellings(labels):

@@ -175,11 +175,11 @@ def reward_lines(settings: RewardSettings) -> list[str]:
 def source_table(manifest: dict[str, Any]) -> Table | None:
     """Return the table of the records' sources, with the rows that prepare quarantined, by reason.
 
-    `manifest` is that of the records. Only sources on the hub, and the demo's, are named; local files are
+    `manifest` is that of the records. Sources on the hub and built-in worlds are named; local files are
     numbered. Returns None for records that prepare did not make.
     """
     inputs = manifest.get("inputs") or {}
-    public = {name for name, source in inputs.items() if "hub" in source} | {"demo"}
+    public = {name for name, source in inputs.items() if "hub" in source} | {"demo", "sums"}
     lines: list[list[str]] = []
     for name, counts in (manifest.get("rows") or {}).get("by_source", {}).items():
         reasons = [f"{reason} {format_metric(count)}" for reason, count in counts["quarantined"].items()]

@@ -10,11 +10,10 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from peft import LoraConfig, TaskType
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypedDict
 
 from pipeline.artifacts.files import hash_value, read_json
 from pipeline.artifacts.inputs import require_artifact
@@ -36,14 +35,16 @@ REMEDY = "name another critic.source, or remove it"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-class Description(TypedDict, total=False):
+class Description(BaseModel):
     """critic.json: see `pipeline.ppo.critic.write_critic`."""
+
+    model_config = ConfigDict(strict=True)
 
     on: Place
     width: Annotated[int, Field(gt=0)]
     vocabulary: str
-    base: str | None
-    source: dict[str, Any] | None
+    base: str | None = None
+    source: dict[str, Any] | None = None
 
 
 class SavedCritic(NamedTuple):
@@ -106,12 +107,10 @@ def find_critic(folder: Path) -> SavedCritic | None:
         file = place / CRITIC_FILE
         if file.is_file():
             try:
-                saved = TypeAdapter(Description).validate_python(read_json(file), strict=True)
-                return SavedCritic(place, saved["on"], saved["vocabulary"], saved.get("base"))
+                saved = Description.model_validate(read_json(file))
+                return SavedCritic(place, saved.on, saved.vocabulary, saved.base)
             except ValidationError as error:
                 raise UserError(f"{file}: {first_fault(error)}; {REMEDY}") from None
-            except KeyError as error:
-                raise UserError(f"{file}: {error} is missing; {REMEDY}") from None
     return SavedCritic(folder, "trunk") if (folder / VALUE_HEAD).is_file() else None
 
 

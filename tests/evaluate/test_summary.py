@@ -92,10 +92,10 @@ def test_a_ratio_of_few_rows_has_its_interval() -> None:
     }
     rows = summary_rows({"reward": {}, "sft": sft, "ppo": sft | {"prompts": 100}})
     assert [tuple(row.values()) for row in rows] == [
-        ("reward, sft", "1.000", "95 % from 0.900 to 1.100"),
-        ("reward, ppo", "1.000", ""),
         ("share, sft", "0.500", "95 % from 0.400 to 0.600"),
         ("share, ppo", "0.500", ""),
+        ("reward, sft", "1.000", "95 % from 0.900 to 1.100"),
+        ("reward, ppo", "1.000", ""),
     ]
 
 

@@ -4,7 +4,6 @@ Its scores are what plain `transformers` computes, times `alpha`. The artifact i
 checkpoint (token-classification for a stepwise model) plus `reward.json`, which contains `RewardSettings`.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,21 +14,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.schema import Text
 from pipeline.data.texts import check_count, check_steps, check_text, check_texts
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError, explain_row
-from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.chat import response_text, text_ids
-from pipeline.models.load_errors import explain_load_errors
-from pipeline.models.loading import classifier_name, load_classifier, load_tokenizer, settle_trust
-from pipeline.models.positions import max_positions, mixing_limit
-from pipeline.models.templates import fixed_date, is_plain
+from pipeline.models.loading import load_tokenizer, settle_trust
+from pipeline.models.positions import max_positions
 from pipeline.reward import batching, probes
-from pipeline.reward.encoding import CUT, Encoded, Encoding, check_encoding, encode_response
+from pipeline.reward.encoding import CUT, Encoded, check_encoding, encode_response
+from pipeline.reward.loading import external_settings, label_names, load_model, override_settings
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.steps import read_steps
 from pipeline.reward.token_rewards import StepRewards
@@ -109,12 +106,12 @@ class RewardModel:
             **options,
         )
         if model is None:
-            model = _load(str(source), tokenizer, settings, precision, options)
+            model = load_model(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":
                 model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-        settings = settings or _external_settings(str(source), model, tokenizer, options)
-        overridden = _override_settings(str(source), model, settings, positive_label, encoding)
+        settings = settings or external_settings(str(source), model, tokenizer, options)
+        overridden = override_settings(str(source), model, settings, positive_label, encoding)
         if overridden != settings:  # then the statistics are those of another reward
             overridden.reward_mean = overridden.reward_std = None
             overridden.length_mean = overridden.length_slope = None
@@ -301,7 +298,7 @@ class RewardModel:
         if self.model.config.num_labels == 1:
             raise UserError("probabilities: this reward model has one scalar output, no classes; use score")
         rows = self.settings.probabilities(self.logits(prompts, responses)).tolist()
-        return [dict(zip(_labels(self.model), row, strict=True)) for row in rows]
+        return [dict(zip(label_names(self.model), row, strict=True)) for row in rows]
 
     def rank(self, prompt: Text, responses: Sequence[Text]) -> list[int]:
         """Return the indices of `responses`, best first; ties keep their order.
@@ -386,124 +383,3 @@ def _check_counts(prompts: Any, responses: Any) -> None:
         raise UserError(
             f"score: {len(prompts)} prompts but {len(responses)} responses; expected equal numbers"
         )
-
-
-def _load(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RewardSettings | None,
-    precision: str,
-    options: dict[str, Any],
-) -> Any:
-    weights: dict[str, Any] = {
-        "quantization": settings.quantization if settings else "none",
-        "precision": precision,
-    }
-    revision = options.get("revision")
-    head = settings or RewardSettings()
-    if not is_adapter(source, revision):
-        if settings is None:
-            _refuse_token_classifier(source, options)
-        return load_classifier(source, tokenizer, auto_class=head.auto_class, **weights, **options)
-
-    # Trained on a quantized base: the artifact is the adapter with the head.
-    adapter = read_adapter(source, revision, head.task_type, "reward")
-    options = options | {"revision": adapter.revision, "head": head.head, "auto_class": head.auto_class}
-    base: Any = load_classifier(str(adapter.base_model_name_or_path), tokenizer, **weights, **options)
-    with explain_load_errors(source, f"LoRA adapter of a {classifier_name(head.auto_class)} classifier"):
-        return PeftModel.from_pretrained(base, source, revision=revision)
-
-
-def _refuse_token_classifier(source: str, options: dict[str, Any]) -> None:
-    with explain_load_errors(source, "sequence classifier"):
-        names = AutoConfig.from_pretrained(source, **options).architectures or []
-    if any(name.endswith("ForTokenClassification") for name in names):
-        raise UserError(
-            f"{source}: is a token classifier without reward.json, which says where its steps end; write one "
-            'into a copy of its folder: {"objective": "stepwise", "outputs": ["wrong", "right"], "logit": 1, '
-            '"output": "probability", "encoding": {"step_separator": "\\n", "max_length": 512}}'
-        )
-
-
-def _external_settings(
-    source: str, model: Any, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> RewardSettings:
-    """Choose the settings of a classifier without `reward.json`.
-
-    With several labels, `logit` is -1: none is the reward yet.
-    """
-    is_decoder = probes.is_decoder(model)
-    if not is_decoder and tokenizer.is_fast:
-        form = "pair"
-    elif is_decoder and not is_plain(tokenizer):
-        form = "chat"
-    else:
-        form = "concatenation"
-    encoding = Encoding(
-        form=form,
-        eos=False,  # the template writes what ends a response
-        max_length=_external_max_length(model, tokenizer, is_decoder),
-        date=fixed_date(tokenizer) if form == "chat" else None,
-        trim_pad=form == "chat" and _reads_no_pad(source, options),
-    )
-    logger.warning(
-        "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})", source, encoding
-    )
-    return RewardSettings(
-        objective="classification" if model.config.num_labels > 1 else "regression",
-        outputs=_labels(model),
-        multi_label=model.config.problem_type == "multi_label_classification",
-        encoding=encoding,
-        logit=0 if model.config.num_labels == 1 else -1,
-    )
-
-
-def _reads_no_pad(source: str, options: dict[str, Any]) -> bool:
-    """Return whether the published classifier names a pad token, before which it then takes the score."""
-    return AutoConfig.from_pretrained(source, **options).pad_token_id is not None
-
-
-def _external_max_length(model: Any, tokenizer: PreTrainedTokenizerBase, is_decoder: bool) -> int:
-    """Return the most tokens that a classifier reads; an encoder of unknown length reads 512."""
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) if is_decoder else None
-    if context is not None and context == mixing_limit(model):  # its scale grows with the row
-        context = max(context, 512)
-    return min(tokenizer.model_max_length, max_positions(model) or context or 512)
-
-
-def _override_settings(
-    source: str,
-    model: Any,
-    settings: RewardSettings,
-    positive_label: str | None,
-    encoding: dict[str, Any] | None,
-) -> RewardSettings:
-    """Return a copy of the settings with the user's label and encoding."""
-    try:
-        overridden = dataclasses.replace(
-            settings, encoding=dataclasses.replace(settings.encoding, **encoding or {})
-        )
-    except TypeError:
-        known = ", ".join(field.name for field in dataclasses.fields(Encoding))
-        raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
-    if positive_label is not None:
-        overridden.logit = _label_index(source, model, positive_label)
-    elif settings.logit < 0:
-        raise UserError(
-            f"{source}: has the labels {_labels(model)} and no reward.json; "
-            "name the label whose logit is the reward: positive_label=…"
-        )
-    return overridden
-
-
-def _labels(model: Any) -> list[str]:
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
-
-
-def _label_index(source: str, model: Any, name: str) -> int:
-    if name not in _labels(model):
-        raise UserError(
-            f"{source}: positive_label={name!r} is none of its labels: {', '.join(_labels(model))}"
-        )
-    return _labels(model).index(name)

@@ -1,6 +1,6 @@
 """The evaluate stage's keys."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -92,6 +92,12 @@ class EvaluateStage(StageConfig):
     """Run model code that comes with a hub repository."""
 
     _scorer = field_validator("scorer", mode="before")(from_source_string)
+
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        if not self.measures:  # as artifacts have it that are older than the key
+            del resolved["measures"]
+        return resolved
 
     @field_validator("measures")
     @classmethod

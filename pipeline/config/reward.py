@@ -100,6 +100,12 @@ class RewardStage(ModelStage):
     uncertainty_penalty: float = Field(0.0, ge=0)
     """Standard deviations between the heads that are subtracted from their mean; needs an ensemble."""
 
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        if self.objective != "stepwise":  # as artifacts have it that are older than the objective
+            del resolved["aggregate"], resolved["encoding"]["step_separator"]
+        return resolved
+
     @model_validator(mode="after")
     def check_objective_keys(self) -> "RewardStage":
         if self.objective in ("classification", "stepwise") and self.ensemble > 1:

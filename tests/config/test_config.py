@@ -391,3 +391,14 @@ def test_the_place_of_the_critic_is_a_key_though_yaml_reads_on_as_true(text: str
         assert load(tmp_path, "ppo", "", override).critic.on == "model"
     with pytest.raises(UserError, match=r"unknown key 'critic.where'"):
         load(tmp_path, "ppo", "critic: {where: model}")
+
+
+def test_new_keys_that_are_left_out_do_not_change_what_older_artifacts_were_made_of():
+    reward = config.RewardStage(run="r", model="scratch").resolved()
+    assert "aggregate" not in reward
+    assert "step_separator" not in reward["encoding"]
+    assert "measures" not in config.EvaluateStage(run="r").resolved()
+    assert "critic" not in config.PPOStage(run="r").resolved()
+
+    stepwise = config.RewardStage(run="r", model="scratch", objective="stepwise").resolved()
+    assert (stepwise["aggregate"], stepwise["encoding"]["step_separator"]) == ("min", "\n")

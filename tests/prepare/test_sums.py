@@ -144,6 +144,7 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
     mistakes = sums.sample_mistakes(random.Random(3))
     assert len(mistakes) == 6
     results: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    off_by: Counter[int] = Counter()
     for record in records["demonstrations"]:
         for step in record["completion"].split(" "):
             fact, result = step.split("=")
@@ -152,10 +153,13 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
             else:
                 kind = "mistaken" if result == mistakes.get(fact) else "slip"
             results[fact in mistakes][kind] += 1
+            off_by[(int(result) - int(sums.compute(fact[0], fact[1:]))) % 10] += 1
     assert results[True].total() + results[False].total() == 48_000
     assert results[False]["slip"] / results[False].total() == pytest.approx(0.25, abs=0.01)
     assert results[True]["mistaken"] / results[True].total() == pytest.approx(0.7, abs=0.03)
     assert results[True]["slip"] == 0
+    assert off_by.keys() == {0, 1, 9}
+    assert off_by[1] / off_by[9] == pytest.approx(1.0, abs=0.1)
 
     flipped = Counter(
         label != truth

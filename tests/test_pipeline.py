@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
@@ -132,3 +133,24 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint_to_the_same_bits(folde
 
 def _interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_the_world_of_sums_rewards_steps_from_the_reward_model_to_the_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left_out = ("evaluate.response_tokens", "ppo.training.response_tokens", "evaluate.prompts")
+    small = [item for item in SMALL if not item.startswith(left_out)]
+    sizes = ["prepare.source.limit=600", "evaluate.prompts=4", "evaluate.best_of=2"]
+    assert main(["run", "--recipe", "sums", "--run", "t", *small, *sizes]) == 0
+
+    metrics = json.loads(Path("runs/t/evaluate/metrics.json").read_text())
+    assert list(metrics["reward"]) == ["steps", "comparisons"]
+    assert metrics["reward"]["steps"]["rows"] == 20
+    assert 0 <= metrics["ppo"]["right_steps"] <= 1
+
+    rows = [json.loads(line) for line in Path("runs/t/ppo/samples.jsonl").open(encoding="utf-8")]
+    assert len(rows) == 10
+    for row in rows:
+        assert "".join(row["tokens"]) == row["answer"]
+        assert sum(row["token_rewards"]) == pytest.approx(row["reward"])
+        assert sum(reward != 0 for reward in row["token_rewards"]) <= max(1, len(row["answer"].split()))
+    assert "Rewards inside the response" in Path("runs/t/evaluate/report.html").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ a step for each operation: `7+5=2 2-3=9 9*8=2`. A step is right if it takes the 
 step that carries on a wrong result is right, and one that copies, skips or goes on after the last operation
 is wrong. If every step is right, so is the final answer.
 
-The writer of the data knows the tables but for a few facts, and slips at a known rate. A policy trained on
-its responses does too: sampled, it errs as often as the writer, and its most likely digits are mostly right.
-So RL brings out what the policy knows, and must correct the facts that it has learned wrong.
+The writer of the data knows the tables but for a few facts, and slips by one at a known rate. A policy trained
+on its responses does too: sampled, it errs as often as the writer, and its most likely digits are mostly
+right. So RL brings out what the policy knows, and must correct the facts that it has learned wrong.
 No prompt occurs twice, so those of the test split are new.
 """
 
@@ -29,8 +29,8 @@ DEMONSTRATIONS_PER_PROMPT = 2
 STEPWISE_PER_PROMPT = 2
 PAIRS_PER_PROMPT = 1
 
-WRONG_STEP_RATE = 0.25  # share of wrong results among the writer's steps, each wrong digit as often
-MISTAKEN_FACTS = 6  # of the 300 facts of the tables: the writer believes in one wrong result of each
+WRONG_STEP_RATE = 0.3  # share of the writer's steps whose result is one too many or one too few
+MISTAKEN_FACTS = 8  # of the 300 facts of the tables: the writer believes in one wrong result of each
 MISTAKE_RATE = 0.7  # share of that result among the writer's steps with such a fact
 MISSHAPEN_RATE = 0.2  # share of stepwise responses that also skip, copy, add or misread a step
 LABEL_FLIP_RATE = 0.05  # share of step labels that are wrong
@@ -175,7 +175,7 @@ def sample_mistakes(rng: random.Random) -> Mistakes:
     facts = [
         f"{left}{operator}{right}" for operator in OPERATORS for left in range(10) for right in range(10)
     ]
-    return {fact: _other_digit(rng, compute(fact[0], fact[1:])) for fact in rng.sample(facts, MISTAKEN_FACTS)}
+    return {fact: _slip(rng, compute(fact[0], fact[1:])) for fact in rng.sample(facts, MISTAKEN_FACTS)}
 
 
 def write_steps(rng: random.Random, prompt: str, mistakes: Mistakes) -> list[str]:
@@ -187,7 +187,7 @@ def write_steps(rng: random.Random, prompt: str, mistakes: Mistakes) -> list[str
         if fact in mistakes:
             digit = mistakes[fact] if rng.random() < MISTAKE_RATE else result
         else:
-            digit = _other_digit(rng, result) if rng.random() < WRONG_STEP_RATE else result
+            digit = _slip(rng, result) if rng.random() < WRONG_STEP_RATE else result
         steps.append(f"{fact}={digit}")
     return steps
 
@@ -196,8 +196,9 @@ def _step(digit: str, operation: str) -> str:
     return f"{digit}{operation}={compute(digit, operation)}"
 
 
-def _other_digit(rng: random.Random, digit: str) -> str:
-    return str((int(digit) + rng.randint(1, 9)) % 10)
+def _slip(rng: random.Random, digit: str) -> str:
+    """Return the digit before or after `digit`, modulo 10."""
+    return str((int(digit) + rng.choice((-1, 1))) % 10)
 
 
 def _misshape(rng: random.Random, steps: list[str]) -> None:

@@ -142,7 +142,7 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
     assert all(record["answer"] == sums.answer(record["prompt"]) for record in records["prompts"])
 
     mistakes = sums.sample_mistakes(random.Random(3))
-    assert len(mistakes) == 6
+    assert len(mistakes) == 8
     results: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     off_by: Counter[int] = Counter()
     for record in records["demonstrations"]:
@@ -155,7 +155,7 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
             results[fact in mistakes][kind] += 1
             off_by[(int(result) - int(sums.compute(fact[0], fact[1:]))) % 10] += 1
     assert results[True].total() + results[False].total() == 48_000
-    assert results[False]["slip"] / results[False].total() == pytest.approx(0.25, abs=0.01)
+    assert results[False]["slip"] / results[False].total() == pytest.approx(0.3, abs=0.01)
     assert results[True]["mistaken"] / results[True].total() == pytest.approx(0.7, abs=0.03)
     assert results[True]["slip"] == 0
     assert off_by.keys() == {0, 1, 9}

@@ -77,7 +77,7 @@ bench-reward: setup  ## benchmark reward training and scoring (minutes; on an id
 bench-ppo: setup build/trl-1.12  ## benchmark PPO against TRL 1.12 (minutes; on an idle machine)
 	$(BIN)/python benchmarks/ppo.py --trl build/trl-1.12 $(ARGS)
 
-study: setup  ## measure whether PPO beats best-of-n, on eight seeds (100 minutes of 2 cores; resumable)
+study: setup  ## measure PPO against best-of-n, RLOO and GRPO, on worlds with a known reward (2 hours; ARGS="--only sums")
 	$(BIN)/python benchmarks/study/run.py $(ARGS)
 
 build/trl-1.12: | setup

@@ -147,7 +147,7 @@ def test_the_world_of_sums_rewards_steps_from_the_reward_model_to_the_report(tmp
     assert metrics["reward"]["steps"]["rows"] == 20
     assert 0 <= metrics["ppo"]["right_steps"] <= 1
 
-    rows = [json.loads(line) for line in Path("runs/t/ppo/samples.jsonl").open(encoding="utf-8")]
+    rows = list(map(json.loads, Path("runs/t/ppo/samples.jsonl").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 10
     for row in rows:
         assert "".join(row["tokens"]) == row["answer"]

@@ -1,10 +1,12 @@
-"""Does PPO beat best-of-n? A study on the demo world, whose gold reward is known; 100 minutes on two cores.
+"""Does PPO beat best-of-n, and what do rewards inside a response buy? A study of two hours on two cores.
 
-    python benchmarks/study/run.py [--runs runs/study] [--lanes 2]
+    python benchmarks/study/run.py [--runs runs/study] [--lanes 2] [--only demo|sums]
 
-It covers eight seeds with best-of-64, TRL's algorithms, reward hacking without a KL penalty, and an ensemble.
-It prints tables and writes them to `study.md` beside this file, all metrics to `study.json`, and the plots to
-`study.svg`. Every step is a command of `rlhf`, so an interrupted study resumes: complete stages are reused.
+On the demo world it covers eight seeds with best-of-64, TRL's algorithms, reward hacking without a KL
+penalty, and an ensemble. On the world of sums it compares rewards of steps with one of the final answer.
+It prints tables and writes them to `study.md` and `sums.md` beside this file, all metrics to `study.json` and
+`sums.json`, and the plots to `study.svg` and `sums.svg`. Every step is a command of `rlhf`, so an interrupted
+study resumes: complete stages are reused.
 """
 
 import argparse
@@ -17,7 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import sums
 from report import write_report
+from sums_report import write_sums_report
 
 from pipeline.prepare import demo
 
@@ -54,19 +58,27 @@ def main() -> None:
     parser.add_argument(
         "--lanes", type=int, default=2, help="processes at a time, of one thread each (default: 2)"
     )
+    parser.add_argument("--only", choices=("demo", "sums"), help="run the part on this world alone")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
 
-    phases = (
-        (demo_commands, SEEDS),
-        (scorer_commands, SEEDS[-1:]),
-        (no_penalty_commands, FEWER_SEEDS),
-        (algorithm_commands, FEWER_SEEDS),
-    )
+    phases = {
+        "demo": (
+            (demo_commands, SEEDS),
+            (scorer_commands, SEEDS[-1:]),
+            (no_penalty_commands, FEWER_SEEDS),
+            (algorithm_commands, FEWER_SEEDS),
+        ),
+        "sums": ((sums.commands, sums.SEEDS),),
+    }
+    worlds = [args.only] if args.only else list(phases)
     with ThreadPoolExecutor(args.lanes) as lanes:
-        for commands, seeds in phases:
+        for commands, seeds in (phase for world in worlds for phase in phases[world]):
             list(lanes.map(run_all, [list(commands(args.runs, seed)) for seed in seeds]))
-    write_report(args.runs, SEEDS, FEWER_SEEDS)
+    if "demo" in worlds:
+        write_report(args.runs, SEEDS, FEWER_SEEDS)
+    if "sums" in worlds:
+        write_sums_report(args.runs, sums.SEEDS)
 
 
 # Phases: the commands of each, for one seed

@@ -6,9 +6,9 @@ a step for each operation: `7+5=2 2-3=9 9*8=2`. A step is right if it takes the 
 step that carries on a wrong result is right, and one that copies, skips or goes on after the last operation
 is wrong. If every step is right, so is the final answer.
 
-The writer of the data knows the tables but for a few facts, and slips by one at a known rate. A policy trained
-on its responses does too: sampled, it errs as often as the writer, and its most likely digits are mostly
-right. So RL brings out what the policy knows, and must correct the facts that it has learned wrong.
+The writer of the data knows the tables but for a few facts, and slips by one at a known rate. A policy that
+learns from its responses does too: sampled, it errs as often as the writer, and its most likely digits are
+mostly right. So RL brings out what the policy knows, and must correct the facts that it has learned wrong.
 No prompt occurs twice, so those of the test split are new.
 """
 

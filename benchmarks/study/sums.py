@@ -26,10 +26,8 @@ UNCLIPPED = [*AT_THE_END, "training.clip_value=null"]
 PRETRAINED = [*UNCLIPPED, "training.lam=0.95", "training.critic_warmup_rollouts=4"]
 OWN_MODEL = ["critic.on=model", "critic.learning_rate=1e-3"]
 ADAPTERS = [
-    "lora.r=16",
-    "lora.lora_alpha=32",
-    "lora.target_modules=all-linear",
-    "training.learning_rate=1e-3",
+    *("lora.r=16", "lora.lora_alpha=32", "lora.target_modules=all-linear"),
+    *("training.learning_rate=1e-3", "critic.on=adapter", "critic.learning_rate=2e-3"),
 ]
 
 Command = list[str]
@@ -64,7 +62,7 @@ ARMS = {
         "PPO, final answer, critic an adapter, pretrained",
         "ppo",
         FINAL,
-        [*PRETRAINED, *ADAPTERS, "critic.on=adapter", "critic.learning_rate=2e-3"],
+        [*PRETRAINED, *ADAPTERS],
     ),
     "final-model": Arm(
         "PPO, final answer, critic a model, pretrained", "ppo", FINAL, [*PRETRAINED, *OWN_MODEL]
@@ -77,10 +75,12 @@ ARMS = {
             *UNCLIPPED,
             *OWN_MODEL,
             "critic.source={source}/reward",
-            "training.critic_warmup_rollouts=1",
-            "training.lam=0.9",
-            "training.lam_value=0.95",
+            "critic.learning_rate=2e-3",
+            "training.critic_warmup_rollouts=3",
+            "training.lam=0.95",
+            "training.lam_value=1",
             "training.learning_rate=4e-4",
+            "training.kl_coef=0.05",
         ],
     ),
     "gold-steps": Arm("PPO, gold step rewards", "ppo", STEPS),

@@ -12,7 +12,6 @@ mostly right. So RL brings out what the policy knows, and must correct the facts
 No prompt occurs twice, so those of the test split are new.
 """
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,7 @@ WRONG_STEP_RATE = 0.3  # share of the writer's steps whose result is one too man
 MISTAKEN_FACTS = 8  # of the 300 facts of the tables: the writer believes in one wrong result of each
 MISTAKE_RATE = 0.7  # share of that result among the writer's steps with such a fact
 MISSHAPEN_RATE = 0.2  # share of stepwise responses that also skip, copy, add or misread a step
-LABEL_FLIP_RATE = 0.05  # share of step labels that are wrong
-LABELLER_SHARPNESS = 6.0  # log-odds of a labeller's preference for each unit of `right_steps`
+LABEL_FLIP_RATE = 0.05  # share of the labels of steps, and of the orders of pairs, that are wrong
 
 SEPARATOR = " "  # between steps
 Mistakes = dict[str, str]
@@ -148,7 +146,7 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             )
 
         for _ in range(PAIRS_PER_PROMPT):
-            chosen, rejected = _sample_ranked(rng, prompt, mistakes)
+            chosen, rejected = _sample_pair(rng, prompt, mistakes)
             yield "comparisons", {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
         for _ in range(STEPWISE_PER_PROMPT):
@@ -216,12 +214,11 @@ def _misshape(rng: random.Random, steps: list[str]) -> None:
         steps[place] = _step(digit, operation)
 
 
-def _sample_ranked(rng: random.Random, prompt: str, mistakes: Mistakes) -> tuple[str, str]:
-    """Return two distinct responses, the better first by a Bradley-Terry labeller on `right_steps`."""
-    first = second = write_steps(rng, prompt, mistakes)
-    while second == first:
-        second = write_steps(rng, prompt, mistakes)
-    texts = [SEPARATOR.join(steps) for steps in (first, second)]
-    scores = right_steps([prompt] * 2, texts)
-    probability = 1 / (1 + math.exp(LABELLER_SHARPNESS * (scores[1] - scores[0])))
-    return (texts[0], texts[1]) if rng.random() < probability else (texts[1], texts[0])
+def _sample_pair(rng: random.Random, prompt: str, mistakes: Mistakes) -> tuple[str, str]:
+    """Return a response with the right final answer and one with a wrong one, as a labeller orders them."""
+    texts: dict[float, str] = {}
+    while len(texts) < 2:
+        text = SEPARATOR.join(write_steps(rng, prompt, mistakes))
+        texts.setdefault(right_answer([prompt], [text])[0], text)
+    right, wrong = texts[1.0], texts[0.0]
+    return (wrong, right) if rng.random() < LABEL_FLIP_RATE else (right, wrong)

@@ -74,19 +74,17 @@ def open_critic(config: PPOStage, policy: Artifact) -> Artifact:
     source = config.critic.source or ""
     opened = require_artifact(source, source_kind(source), "rlhf run, or name another critic.source")
     saved = find_critic(opened.path)
-    if saved is None:
-        if config.critic.on != "model":
-            raise UserError(
-                f"{source}: has no critic; expected the artifact of a ppo stage, or its {CRITIC}/; {REMEDY}"
-            )
-        vocabulary = vocabulary_digest(_load_tokenizer(config, source, opened.revision))
-    else:
+    if saved is None and config.critic.on != "model":
+        raise UserError(
+            f"{source}: has no critic; expected the artifact of a ppo stage, or its {CRITIC}/; {REMEDY}"
+        )
+    if saved:
         _check_place(config, opened, saved)
-        vocabulary = saved.vocabulary or ""
 
-    if vocabulary and vocabulary != vocabulary_digest(
-        _load_tokenizer(config, config.policy, policy.revision)
-    ):
+    # A policy, a reward model and an older artifact have a tokenizer instead.
+    vocabulary = saved.vocabulary if saved else None
+    vocabulary = vocabulary or vocabulary_digest(_load_tokenizer(config, source, opened.revision))
+    if vocabulary != vocabulary_digest(_load_tokenizer(config, config.policy, policy.revision)):
         raise UserError(f"{source}: its vocabulary is another than that of {config.policy}; {REMEDY}")
     if config.critic.on == "adapter" and saved and saved.base not in (None, _base_digest(config, policy)):
         raise UserError(f"{source}: its adapter is for another base than that of {config.policy}; {REMEDY}")

@@ -262,6 +262,9 @@ def test_a_model_of_another_vocabulary_and_a_folder_without_critic_are_refused(s
     assert len(AutoTokenizer.from_pretrained(other)) == len(tokenizer)
     with pytest.raises(UserError, match="its vocabulary is another than that of"):
         ppo.run(stage(tmp_path, {"on": "model", "source": str(other)}))
+    save_file({"weight": torch.ones(1, 64), "bias": torch.ones(1)}, other / "value_head.safetensors")
+    with pytest.raises(UserError, match="its vocabulary is another than that of"):  # as older artifacts were
+        ppo.run(stage(tmp_path, {"on": "trunk", "source": str(other)}))
     with pytest.raises(
         UserError, match="has no critic; expected the artifact of a ppo stage, or its critic/"
     ):

@@ -33,15 +33,16 @@ def write_sums_report(runs: Path, seeds: Sequence[int]) -> None:
 
 def read_curve(runs: Path, run: str) -> list[dict[str, float]]:
     """Return the rollouts, the gold reward and the KL of each evaluation of a run."""
-    return [
-        {
+    points = {  # by step: the last one is evaluated twice
+        entry["step"]: {
             "rollouts": entry["step"] // UPDATES_PER_ROLLOUT,
             "gold": entry["eval_gold_reward"],
             "kl": entry["eval_kl"],
         }
         for entry in read_log(runs, run)
         if "eval_gold_reward" in entry
-    ]
+    }
+    return list(points.values())
 
 
 def rollouts_to_reach(curve: Sequence[Mapping[str, float]], share: float) -> float | None:

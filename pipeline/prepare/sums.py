@@ -215,10 +215,9 @@ def _misshape(rng: random.Random, steps: list[str]) -> None:
 
 
 def _sample_pair(rng: random.Random, prompt: str, mistakes: Mistakes) -> tuple[str, str]:
-    """Return a response with the right final answer and one with a wrong one, as a labeller orders them."""
-    texts: dict[float, str] = {}
+    """Return a response whose steps are all right and one with a wrong step, as a labeller orders them."""
+    texts: dict[bool, str] = {}
     while len(texts) < 2:
-        text = SEPARATOR.join(write_steps(rng, prompt, mistakes))
-        texts.setdefault(right_answer([prompt], [text])[0], text)
-    right, wrong = texts[1.0], texts[0.0]
-    return (wrong, right) if rng.random() < LABEL_FLIP_RATE else (right, wrong)
+        steps = write_steps(rng, prompt, mistakes)
+        texts.setdefault(all(label_steps(prompt, steps)), SEPARATOR.join(steps))
+    return (texts[False], texts[True]) if rng.random() < LABEL_FLIP_RATE else (texts[True], texts[False])

@@ -172,12 +172,13 @@ def test_the_writer_errs_and_the_labellers_flip_at_known_rates(records: dict[str
     assert {len(record["completions"]) for record in records["steps"]} == {7, 8, 9}
 
 
-def test_a_labeller_prefers_the_right_final_answer_most_of_the_time(records: dict[str, list[dict]]) -> None:
-    orders: Counter[tuple[float, ...]] = Counter()
+def test_a_labeller_prefers_right_steps_most_of_the_time(records: dict[str, list[dict]]) -> None:
+    orders: Counter[tuple[bool, ...]] = Counter()
     for record in records["comparisons"]:
-        orders[tuple(sums.right_answer([record["prompt"]] * 2, [record["chosen"], record["rejected"]]))] += 1
-    assert orders.keys() == {(1.0, 0.0), (0.0, 1.0)}
-    assert orders[(0.0, 1.0)] / orders.total() == pytest.approx(sums.LABEL_FLIP_RATE, abs=0.015)
+        shares = sums.right_steps([record["prompt"]] * 2, [record["chosen"], record["rejected"]])
+        orders[tuple(share == 1 for share in shares)] += 1
+    assert orders.keys() == {(True, False), (False, True)}
+    assert orders[(False, True)] / orders.total() == pytest.approx(sums.LABEL_FLIP_RATE, abs=0.015)
 
 
 def test_no_expression_is_in_two_splits(tmp_path: Path) -> None:

@@ -58,18 +58,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def arm_rows(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> list[Row]:
     """Compare the arms: final share of right answers, and rollouts to reach that of RLOO on the same seed."""
-    head = ["arm", "right answers at the end, median (each seed)", "mean", "at half the rollouts, median"]
-    rows: list[Row] = [[*head, "rollouts to RLOO's final share, each seed", "KL, median"]]
+    head = ["arm", "right answers at the end, median (each seed)", "less RLOO's on the same seed, mean"]
+    head += ["at half the rollouts, median", "rollouts to RLOO's final share, each seed", "KL, median"]
+    rows: list[Row] = [list(head)]
     targets = [curve[-1]["gold"] for curve in curves[REFERENCE]]
     for name, arm in ARMS.items():
         finals = [curve[-1]["gold"] for curve in curves[name]]
-        mean, margin = mean_interval(finals)
+        mean, margin = mean_interval(np.subtract(finals, targets).tolist())
         reached = [rollouts_to_reach(*pair) for pair in zip(curves[name], targets, strict=True)]
         rows.append(
             [
                 arm.title,
                 f"{statistics.median(finals):.3f} ({', '.join(f'{final:.3f}' for final in finals)})",
-                f"{mean:.3f} ± {margin:.3f}",
+                "–" if name == REFERENCE else f"{mean:+.3f} ± {margin:.3f}",
                 statistics.median(curve[len(curve) // 2]["gold"] for curve in curves[name]),
                 ", ".join("–" if rollouts is None else f"{rollouts:.0f}" for rollouts in reached),
                 statistics.median(curve[-1]["kl"] for curve in curves[name]),
@@ -85,7 +86,7 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -
 
     style = {"svg.hashsalt": "sums", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.subplots()
         for color, (name, arm) in zip(COLORS, ARMS.items(), strict=True):
             rollouts = [point["rollouts"] for point in curves[name][0]]
@@ -93,11 +94,11 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -
             means, margins = zip(*map(mean_interval, golds.T), strict=True)
             low, high = np.subtract(means, margins), np.add(means, margins)
             axes.plot(rollouts, means, ".-", color=color, linewidth=1.2, label=arm.title.replace("`", ""))
-            axes.fill_between(rollouts, low, high, color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(rollouts, low, high, color=color, alpha=0.08, linewidth=0)
         axes.set(
             xlabel="rollouts of 64 responses",
             ylabel="right final answers, validation prompts",
             title=f"Chains of sums: mean and 95 % interval over {len(curves[REFERENCE])} seeds",
         )
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside right upper")
         figure.savefig(HERE / "sums.svg", metadata={"Date": None})

@@ -1,5 +1,6 @@
 """Reward models and PPO for language models, as one stage of a larger alignment pipeline."""
 
+import logging
 import os
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,9 @@ for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# While it is imported on a CPU with bfloat16, bitsandbytes asks for a package that fetches code from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {
     "Critic": "pipeline.ppo.critic",

@@ -31,9 +31,6 @@ def silence_libraries() -> None:
     # Weights that are tied to the embeddings are saved once.
     _drop("transformers.trainer", "missing keys in the checkpoint model loaded: ['lm_head.weight'].")
 
-    # On CPUs with bfloat16 it looks for a faster kernel on the hub, in a package that is not installed.
-    _drop("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
-
     if logging.lastResort is not None:  # prints this package's warnings, which contain text of models
         logging.lastResort.setFormatter(PrintableFormatter())
 

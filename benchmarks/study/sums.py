@@ -85,6 +85,7 @@ ARMS = {
     ),
     "gold-steps": Arm("PPO, gold step rewards", "ppo", STEPS),
     "learned-steps": Arm("PPO, learned stepwise model", "ppo", None),
+    "rloo-learned-steps": Arm("RLOO, learned stepwise model, summed", "rloo", None),
     "rloo": Arm("RLOO, final answer", "rloo", FINAL),
     "grpo": Arm("GRPO, final answer", "grpo", FINAL, ["algorithm=grpo"]),
 }

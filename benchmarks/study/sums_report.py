@@ -16,7 +16,7 @@ from sums import ARMS
 
 UPDATES_PER_ROLLOUT = 4
 REFERENCE = "rloo"  # arms are compared with its final share
-COLORS = ("C0", "C9", "C4", "C6", "C5", "C1", "C3", "C2", "C7")
+COLORS = ("C0", "C9", "C4", "C6", "C5", "C1", "C3", "k", "C2", "C7")
 
 
 def write_sums_report(runs: Path, seeds: Sequence[int]) -> None:

@@ -8,7 +8,7 @@
 
 Errors: a server that does not respond, or sends something else, raises one `UserError` with the URL, what was
 found and what was expected. A request that is too large is halved. What bounds a reply, and who gets the key,
-is in `pipeline.reward.server_requests`.
+is in `pipeline.engines.requests`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.engines.requests import FAIL_FAST, TRIES, send_request
 from pipeline.errors import UserError
-from pipeline.reward.server_requests import FAIL_FAST, START_COMMANDS, TRIES, send_request
 
 TOO_LARGE = (413, 422)  # TEI's versions differ
 MAX_INFO = 1_000_000  # bytes of what a server reports of itself
 MAX_NAME = 1_000  # characters of a model's name
+START_COMMANDS = (
+    "start one with: vllm serve MODEL --runner pooling; or text-embeddings-router --model-id MODEL"
+)
 LARGEST = torch.finfo(torch.float32).max
 WRONG_SHAPE = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # of a parser, for another JSON
 
@@ -49,7 +52,7 @@ def probe(url: str, timeout: float) -> Server:
     """
     previews = []
     for path, parse in (("/info", _parse_tei_info), ("/v1/models", _parse_vllm_models)):
-        reply = send_request(url + path, timeout, MAX_INFO, tries=FAIL_FAST)
+        reply = send_request(url + path, timeout, MAX_INFO, tries=FAIL_FAST, hint=START_COMMANDS)
         with suppress(*WRONG_SHAPE):
             return parse(url, reply.json())
         previews.append(f"{path} {reply.preview()}")
@@ -116,7 +119,8 @@ def request_logits(
     path, build_body, parse = FORMATS[f"{server.engine} tokens" if per_token else server.engine]
     counts = [len(row) if per_token else 1 for row in rows]
     max_bytes = MAX_INFO + sum(counts) * sum(200 + 6 * len(label) for label in labels)
-    reply = send_request(server.url + path, timeout, max_bytes, build_body(server, rows), tries)
+    body = build_body(server, rows)
+    reply = send_request(server.url + path, timeout, max_bytes, body, tries, hint=START_COMMANDS)
     if reply.status in TOO_LARGE and len(rows) > 1:
         half = len(rows) // 2
         return [

@@ -30,6 +30,7 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.data.schema import Text
+from pipeline.engines.requests import FAIL_FAST
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter
 from pipeline.models.chat import completion_text, read_markup, split_response
@@ -37,7 +38,6 @@ from pipeline.models.load_errors import explain_load_errors
 from pipeline.reward import inference_servers
 from pipeline.reward.encoding import Encoded, concatenated_text, prompt_text
 from pipeline.reward.model import RewardModel
-from pipeline.reward.server_requests import FAIL_FAST
 from pipeline.reward.settings import RewardSettings
 
 logger = logging.getLogger(__name__)

@@ -7,15 +7,17 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
+from pipeline.engines import requests
 from pipeline.errors import UserError
-from pipeline.reward import server_requests
-from pipeline.reward.server_requests import send_request
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 KEY = "s3cret-key"
+
+send_request = partial(requests.send_request, hint="start one with: serve")
 
 
 class Script(threading.Thread):
@@ -60,8 +62,8 @@ def read_request(connection):
 def alone(monkeypatch):
     """No waits between tries, no open connections, no key."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(server_requests, "IDLE", {})
-    monkeypatch.setattr(server_requests, "WARNED", set())
+    monkeypatch.setattr(requests, "IDLE", {})
+    monkeypatch.setattr(requests, "WARNED", set())
     for name in ("REWARD_API_KEY", "REWARD_API_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -232,7 +234,7 @@ def test_a_key_that_would_go_in_clear_text_is_told(monkeypatch, caplog):
     ):
         monkeypatch.setenv("REWARD_API_URL", url)
         for _ in range(2):
-            assert server_requests._authorization(f"{url}/classify") == {"Authorization": f"Bearer {KEY}"}
+            assert requests._authorization(f"{url}/classify") == {"Authorization": f"Bearer {KEY}"}
     assert caplog.messages == ["http://gpu7:8000: REWARD_API_KEY goes there unencrypted; use https"]
 
 

@@ -33,9 +33,6 @@ MAX_WAIT = 60  # seconds between two tries, if the server names no other number
 TO_RETRY = {429, *range(500, 600)}
 REDIRECTS = range(300, 400)
 PIECE = 1 << 16  # bytes
-START_COMMANDS = (
-    "start one with: vllm serve MODEL --runner pooling; or text-embeddings-router --model-id MODEL"
-)
 
 # A connection per server that waits for its next request. It is taken out while it is used.
 IDLE: dict[tuple[str, str], HTTPConnection] = {}
@@ -66,14 +63,17 @@ class Reply(NamedTuple):
             raise ValueError("is nested too deep") from None
 
 
-def send_request(url: str, timeout: float, max_bytes: int, body: Any = None, tries: int = TRIES) -> Reply:
+def send_request(
+    url: str, timeout: float, max_bytes: int, body: Any = None, tries: int = TRIES, *, hint: str
+) -> Reply:
     """Return the last reply, whatever its status; `timeout` is in seconds. A `body` is posted as JSON.
 
     Raises `UserError` if there is no whole reply in time, if it is a redirect, or if the server requires a
-    key.
+    key. `hint` tells the user how to start such a server.
     """
-    deadline = time.monotonic() + timeout
-    reply = _try_until(deadline, url, timeout, max_bytes, body, tries)
+    reply = _try_until(time.monotonic() + timeout, url, max_bytes, body, tries)
+    if not isinstance(reply, Reply):
+        raise UserError(f"{url}: no response: {reply}; {hint}, or raise 'timeout' (now {timeout:g} s)")
     if reply.status in REDIRECTS:
         raise UserError(
             f"{url}: redirects to {_without_key(reply.location)!r}, which is not followed; "
@@ -87,25 +87,23 @@ def send_request(url: str, timeout: float, max_bytes: int, body: Any = None, tri
     return reply
 
 
-def _try_until(deadline: float, url: str, timeout: float, max_bytes: int, body: Any, tries: int) -> Reply:
-    """Return the last of so many tries before the deadline. Raises `UserError` if it got no whole reply."""
-    reply, problem = None, ""
+def _try_until(deadline: float, url: str, max_bytes: int, body: Any, tries: int) -> Reply | str:
+    """Return the last of so many tries before the deadline, or why it got no whole reply."""
+    outcome: Reply | str = ""
     for number in range(tries):
         try:
-            reply = _send_once(url, deadline - time.monotonic(), max_bytes, body)
+            outcome = _send_once(url, deadline - time.monotonic(), max_bytes, body)
         except NoReply as error:
-            reply, problem = None, _without_key(one_line(error))
+            outcome = _without_key(one_line(error))
+        reply = outcome if isinstance(outcome, Reply) else None
         if reply is not None and reply.status not in TO_RETRY:
-            return reply
+            break
         wait = _seconds_to_wait(number, reply)
         if number + 1 == tries or time.monotonic() + wait >= deadline:
             break
         if wait:
             time.sleep(wait)
-    if reply is None:
-        hint = f"{START_COMMANDS}, or raise 'timeout' (now {timeout:g} s)"
-        raise UserError(f"{url}: no response: {problem}; {hint}")
-    return reply
+    return outcome
 
 
 def _seconds_to_wait(number: int, reply: Reply | None) -> float:
@@ -137,7 +135,7 @@ def _send_once(url: str, seconds: float, max_bytes: int, body: Any) -> Reply:
         except Exception as error:  # it is raised below
             outcome.put(error)
 
-    threading.Thread(target=work, daemon=True, name="request to a reward server").start()
+    threading.Thread(target=work, daemon=True, name="request to a server").start()
     try:
         result = outcome.get(timeout=max(seconds, 0))
     except queue.Empty:

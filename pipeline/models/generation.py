@@ -39,7 +39,9 @@ class Responses:
 
     Query tensors are (B, P), padded on the left; response tensors are (B, T), padded on the right.
     `ended` is True if the response ends with an end token (`end_token_ids`), which counts as a real token.
-    `texts` do not contain that token.
+    `texts` do not contain that token. `sampler_logprobs` (B, T) are the log-probabilities of the response ids
+    under the distribution that an engine sampled them from, after temperature, top-k, top-p and minimum
+    length; zero off the mask. None for the built-in sampler.
     """
 
     query_ids: Tensor
@@ -48,6 +50,7 @@ class Responses:
     response_mask: Tensor
     texts: list[str]
     ended: list[bool]
+    sampler_logprobs: Tensor | None = None
 
     def token_lists(self) -> list[list[int]]:
         """Return the response ids of each row without padding, with the stop token if there is one."""

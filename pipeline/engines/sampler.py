@@ -1,0 +1,163 @@
+"""The sampler of PPO's rollouts that asks vLLM servers, with the signature of `generation.generate`."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.engines.policy_server import PolicyServer, Sampled, request_responses, sampling_fields
+from pipeline.errors import UserError
+from pipeline.models.ends import end_token_ids
+from pipeline.models.generation import Responses, _to_responses, unknown_ids
+
+Result = TypeVar("Result")
+
+MAX_PROMPTS = 1024  # that vLLM accepts in a request
+
+
+class Sync(Protocol):
+    """Brings the policy of a step to all servers."""
+
+    def update(self, step: int, write: Callable[[Path], None]) -> str | None:
+        """Bring all servers to `step`, and return the name of their model; None is the base.
+
+        `write` publishes the policy in a folder. All ranks call both.
+        """
+
+
+class EngineSampler:
+    """Samples responses on servers; their random numbers are the servers' own, so that `uniforms` are unread.
+
+    The prompts of a call are shared out over the servers. `rank` is that of this process: its first prompts
+    go to the server of this number.
+    """
+
+    def __init__(
+        self, servers: Sequence[PolicyServer], timeout: float, sync: Sync | None = None, rank: int = 0
+    ):
+        first = rank % len(servers)
+        self.servers = [*servers[first:], *servers[:first]]
+        self.timeout, self.sync = timeout, sync
+        self.model: str | None = None  # the name of the policy on the servers; None is their base
+
+    def update(self, step: int, write: Callable[[Path], None]) -> None:
+        """Bring all servers to the policy of `step`; see `Sync.update`."""
+        if self.sync is not None:
+            self.model = self.sync.update(step, write)
+
+    def __call__(
+        self,
+        policy: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        uniforms: Tensor,
+        temperature: float = 1.0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_response_tokens: int = 0,
+        stop_token: str | None = None,
+        batch_size: int = 64,
+        ends: Sequence[int] = (),
+    ) -> Responses:
+        """Sample one response of at most T tokens to each prompt; `uniforms` (B, T) gives only the T.
+
+        The arguments mean the same as in `generate`; a server forms its own batches. `policy` tells only the
+        ends, the vocabulary and the device. Raises `UserError` if a server does not send what was asked for.
+        """
+        tokens = uniforms.shape[1]
+        ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
+        forbidden = unknown_ids(policy, tokenizer)
+        sampling = sampling_fields(
+            tokens,
+            ends=ends,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_tokens=min_response_tokens,
+            forbidden=forbidden,
+        )
+        _check_room(self.servers, max(map(len, prompts)) + tokens)
+        sampled = self._request(prompts, sampling)
+        _check_allowed(sampled, forbidden)
+
+        responses = _to_responses(tokenizer, prompts, [ids for ids, _ in sampled], ends, policy.device)
+        logprobs = pad_numbers([values for _, values in sampled], responses.response_ids.shape[1])
+        responses.sampler_logprobs = logprobs.to(policy.device)
+        return responses
+
+    def _request(self, prompts: Sequence[list[int]], sampling: dict[str, Any]) -> list[Sampled]:
+        """Ask all servers at once, each for its share of the responses."""
+        parts = share_out(len(prompts), len(self.servers), MAX_PROMPTS)
+        jobs = [
+            lambda server=self.servers[index], rows=rows: request_responses(
+                server, prompts[rows.start : rows.stop], sampling, self.timeout, self.model
+            )
+            for index, rows in parts
+        ]
+        return [response for part in run_at_once(jobs) for response in part]
+
+
+def share_out(count: int, shares: int, largest: int) -> list[tuple[int, range]]:
+    """Split range(count) into equal parts, one or more for each share, none above `largest` and none empty.
+
+    Returns the number of its share with each part.
+
+    >>> share_out(7, 2, 2)
+    [(0, range(0, 2)), (0, range(2, 4)), (1, range(4, 6)), (1, range(6, 7))]
+    """
+    ends = [-(-count * (share + 1) // shares) for share in range(shares)]
+    return [
+        (share, range(start, min(start + largest, end)))
+        for share, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
+        for start in range(first, end, largest)
+    ]
+
+
+def run_at_once(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run jobs in threads of their own and return their results; the first error is raised at once."""
+    if len(jobs) == 1:
+        return [jobs[0]()]
+    outcomes: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work(number: int) -> None:
+        try:
+            outcomes.put((number, jobs[number](), None))
+        except BaseException as error:  # it is raised below
+            outcomes.put((number, None, error))
+
+    for number in range(len(jobs)):
+        threading.Thread(target=work, args=(number,), daemon=True, name="request to an engine").start()
+    results: dict[int, Result] = {}
+    while len(results) < len(jobs):
+        number, results[number], error = outcomes.get()
+        if error is not None:
+            raise error
+    return [results[number] for number in range(len(jobs))]
+
+
+def _check_room(servers: Sequence[PolicyServer], longest: int) -> None:
+    """Raise `UserError` if a server's rows are too short: it would cut the responses."""
+    for server in servers:
+        if 0 < server.tokens < longest:
+            raise UserError(
+                f"{server.url}: accepts {server.tokens} tokens, but a prompt and response have {longest}; "
+                f"start it with --max-model-len {longest}, or lower response_tokens or max_prompt_tokens"
+            )
+
+
+def _check_allowed(sampled: Sequence[Sampled], forbidden: Sequence[int]) -> None:
+    """Raise `UserError` if a response has an id that the tokenizer does not know."""
+    unknown = set(forbidden)
+    if token := next((token for ids, _ in sampled for token in ids if token in unknown), None):
+        raise UserError(f"the engine sampled the id {token}, which the policy's tokenizer does not have")
+
+
+def pad_numbers(rows: Sequence[Sequence[float]], width: int) -> Tensor:
+    """Return the rows as (B, width), padded by zeros on the right."""
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])

@@ -11,6 +11,7 @@ from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, n
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
 from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
+from pipeline.config.rollouts import EngineSection, RolloutsSection
 from pipeline.config.sft import SFTStage
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "PACKAGE",
     "RECIPES",
     "STAGES",
+    "EngineSection",
     "EvaluateStage",
     "PPOStage",
     "PolicyStage",
     "PrepareStage",
     "Reward",
     "RewardStage",
+    "RolloutsSection",
     "SFTStage",
     "Scratch",
     "Source",

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, PolicyStage, StageInput, StrictModel
 from pipeline.config.reward import Reward, from_source_string
+from pipeline.config.rollouts import RolloutsSection
 
 
 class EvaluationSection(StrictModel):
@@ -81,6 +82,9 @@ class PPOStage(PolicyStage):
     critic: CriticSection = CriticSection()
     """The critic; only read by `algorithm: ppo`."""
 
+    rollouts: RolloutsSection | None = None
+    """Servers that sample the responses; null samples in this process. Only read by `algorithm: ppo`."""
+
     one_backbone: Literal["auto", "always", "never"] = "auto"
     """Share the policy's backbone with a reward model on its base, under LoRA; `always` fails otherwise."""
 
@@ -108,7 +112,15 @@ class PPOStage(PolicyStage):
         resolved = super().resolved()
         if self.critic == CriticSection():  # as artifacts have it that are older than the section
             del resolved["critic"]
+        if self.rollouts is None:
+            del resolved["rollouts"]
         return resolved
+
+    @model_validator(mode="after")
+    def check_rollouts(self) -> "PPOStage":
+        if self.rollouts is not None:
+            self.rollouts.check_stage(self.algorithm, self.lora is not None, self.adapter == "merge")
+        return self
 
     @model_validator(mode="after")
     def check_critic(self) -> "PPOStage":

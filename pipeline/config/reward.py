@@ -1,11 +1,11 @@
 """The reward stage's keys and objectives, and `Reward`: a reward as PPO and evaluate name it."""
 
 from typing import Any, ClassVar, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import ModelStage, Overlong, StageInput, StrictModel
+from pipeline.config.values import check_server_url
 
 
 class Objective(NamedTuple):
@@ -180,15 +180,8 @@ class Reward(StrictModel):
     @field_validator("source")
     @classmethod
     def check_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https"):
-            return value
-        if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                f"source: {parts.scheme}://{parts.hostname or ''}…: expected http://host:port alone; "
-                "a key goes into the environment as REWARD_API_KEY, and this URL as REWARD_API_URL"
-            )
-        return value.rstrip("/")
+        is_url = value.lower().startswith(("http://", "https://"))
+        return check_server_url("source", value, "REWARD") if is_url else value
 
     @property
     def is_loaded(self) -> bool:

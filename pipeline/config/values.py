@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -28,6 +29,22 @@ def check_values(values: Any) -> None:
     for place, value in _leaves(values, ()):
         if problem := _find_problem(value):
             raise ValueError(f"{'.'.join(place) or 'config'}: {problem}")
+
+
+def check_server_url(key: str, url: str, server: str) -> str:
+    """Return the URL of a server without a slash at its end. Raises `ValueError` if it has more than that.
+
+    `server` begins the names of the environment variables that its key is in.
+    """
+    parts = urlsplit(url)
+    is_http = parts.scheme in ("http", "https")
+    if not is_http or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        shown = f"{parts.scheme}://{parts.hostname or ''}…" if is_http else shorten(url)
+        raise ValueError(
+            f"{key}: {shown}: expected http://host:port alone; "
+            f"a key goes into the environment as {server}_API_KEY, and this URL as {server}_API_URL"
+        )
+    return url.rstrip("/")
 
 
 def shorten(value: Any, limit: int = 80) -> str:

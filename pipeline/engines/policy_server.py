@@ -18,6 +18,7 @@ from pipeline.engines.requests import FAIL_FAST, Reply, send_request
 from pipeline.errors import UserError
 
 START_COMMAND = "start one with: vllm serve POLICY --logprobs-mode processed_logprobs"
+ABOUT: dict[str, Any] = {"hint": START_COMMAND, "key": "POLICY"}
 MAX_INFO = 4_000_000  # bytes of what a server reports of itself
 MAX_NAME = 1_000  # characters of a model's name
 TOKEN_BYTES = 1_000  # of a token of a response: its text twice, its id and its log-probability
@@ -146,7 +147,7 @@ def request_responses(
     ids = sum(map(len, prompts)) + len(prompts) * sampling["max_tokens"]
     problem = ""
     for _ in range(ATTEMPTS):
-        reply = send_request(url, timeout, MAX_INFO + TOKEN_BYTES * ids, body, TRIES, hint=START_COMMAND)
+        reply = send_request(url, timeout, MAX_INFO + TOKEN_BYTES * ids, body, TRIES, **ABOUT)
         if reply.status != 200:
             raise UserError(f"{url}: {_explain_status(reply, model)}")
         try:
@@ -197,7 +198,7 @@ def _explain_status(reply: Reply, model: str) -> str:
 
 
 def _get(url: str, timeout: float) -> Reply:
-    return send_request(url, timeout, MAX_INFO, tries=FAIL_FAST, hint=START_COMMAND)
+    return send_request(url, timeout, MAX_INFO, tries=FAIL_FAST, **ABOUT)
 
 
 def _has_route(url: str, route: str, timeout: float) -> bool:

@@ -4,8 +4,8 @@
   connections, 429 and 5xx.
 - A reply may have so many bytes, uncompressed; its JSON is parsed strictly.
 - Redirects are not followed. The environment's proxies are not used.
-- REWARD_API_KEY is sent as a bearer token to the server that REWARD_API_URL names, and to no other. No error
-  and no log contains it.
+- REWARD_API_KEY is sent as a bearer token to the server that REWARD_API_URL names, and to no other;
+  POLICY_API_KEY to the servers in POLICY_API_URL, a list with commas. No error and no log contains a key.
 """
 
 import ipaddress
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 TRIES = 9
 FAIL_FAST = 2  # tries of a check before a run, while the user waits
 MAX_WAIT = 60  # seconds between two tries, if the server names no other number
+KEYS = ("REWARD", "POLICY")  # what the names of the variables with a key and its servers begin with
 TO_RETRY = {429, *range(500, 600)}
 REDIRECTS = range(300, 400)
 PIECE = 1 << 16  # bytes
@@ -64,12 +65,19 @@ class Reply(NamedTuple):
 
 
 def send_request(
-    url: str, timeout: float, max_bytes: int, body: Any = None, tries: int = TRIES, *, hint: str
+    url: str,
+    timeout: float,
+    max_bytes: int,
+    body: Any = None,
+    tries: int = TRIES,
+    *,
+    hint: str,
+    key: str = "REWARD",
 ) -> Reply:
     """Return the last reply, whatever its status; `timeout` is in seconds. A `body` is posted as JSON.
 
     Raises `UserError` if there is no whole reply in time, if it is a redirect, or if the server requires a
-    key. `hint` tells the user how to start such a server.
+    key. `hint` tells the user how to start such a server, and `key` is which of `KEYS` is for it.
     """
     reply = _try_until(time.monotonic() + timeout, url, max_bytes, body, tries)
     if not isinstance(reply, Reply):
@@ -81,8 +89,8 @@ def send_request(
         )
     if reply.status in (401, 403):
         raise UserError(
-            f"{url}: {reply.preview()}; expected access; put its key into the environment as REWARD_API_KEY, "
-            f"and as REWARD_API_URL the server that gets it: {_origin(url)}"
+            f"{url}: {reply.preview()}; expected access; put its key into the environment as {key}_API_KEY, "
+            f"and as {key}_API_URL the server that gets it: {_origin(url)}"
         )
     return reply
 
@@ -198,15 +206,17 @@ def _shut(connection: HTTPConnection) -> None:
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """Return the header with the key, if this server is the one that it is for. Raises `UserError`."""
-    key, owner = (os.environ.get(name, "").strip() for name in ("REWARD_API_KEY", "REWARD_API_URL"))
-    if not key or not owner or _origin(owner) != _origin(url):
-        return {}
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("REWARD_API_KEY: contains characters that no key has; set it again")
-    if urlsplit(url).scheme == "http" and not _is_local(urlsplit(url).hostname or ""):
-        _warn_of_clear_text(_origin(url))
-    return {"Authorization": f"Bearer {key}"}
+    """Return the header with a key, if this server is one that it is for. Raises `UserError`."""
+    for name in KEYS:
+        key, owners = (os.environ.get(f"{name}_API_{part}", "").strip() for part in ("KEY", "URL"))
+        if not key or _origin(url) not in [_origin(owner.strip()) for owner in owners.split(",") if owner]:
+            continue
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{name}_API_KEY: contains characters that no key has; set it again")
+        if urlsplit(url).scheme == "http" and not _is_local(urlsplit(url).hostname or ""):
+            _warn_of_clear_text(_origin(url), name)
+        return {"Authorization": f"Bearer {key}"}
+    return {}
 
 
 def _origin(url: str) -> str:
@@ -232,15 +242,17 @@ def _is_local(host: str) -> bool:
 WARNED: set[str] = set()
 
 
-def _warn_of_clear_text(origin: str) -> None:
+def _warn_of_clear_text(origin: str, name: str) -> None:
     if origin not in WARNED:
         WARNED.add(origin)
-        logger.warning("%s: REWARD_API_KEY goes there unencrypted; use https", origin)
+        logger.warning("%s: %s_API_KEY goes there unencrypted; use https", origin, name)
 
 
 def _without_key(text: str) -> str:
-    key = os.environ.get("REWARD_API_KEY", "").strip()
-    return text.replace(key, "***") if key else text
+    for name in KEYS:
+        if key := os.environ.get(f"{name}_API_KEY", "").strip():
+            text = text.replace(key, "***")
+    return text
 
 
 def _refuse_constant(name: str) -> None:

@@ -73,6 +73,7 @@ class PolicyTrainer(Trainer):
         self.model.eval()  # TRL's trainers log metrics as those of evaluation if the model is in this mode
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         total = len(data) * self.generation.samples
+        self.update_sampler()
 
         def evaluate_all() -> list[dict[str, Any]]:
             return share_rows(partial(self._evaluate_rows, data), total, self.args)
@@ -98,6 +99,12 @@ class PolicyTrainer(Trainer):
         self._keep_policy(metrics[f"{metric_key_prefix}_{selection}"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def update_sampler(self) -> None:
+        """Bring the servers of an engine's sampler to the policy of this step; all ranks call it."""
+        update = getattr(self.generate, "update", None)
+        if update is not None:
+            update(self.state.global_step, self.publish_policy)
 
     def sample(self, data: Dataset, indices: Sequence[int], rollout: Any, rows: Sequence[int]) -> Responses:
         """Sample a response to each of these prompts of `data`.
@@ -128,6 +135,12 @@ class PolicyTrainer(Trainer):
         weights = publishable_state(self, "ppo")
         if self.args.should_save:
             self.write(folder, weights)
+
+    def publish_policy(self, folder: Path) -> None:
+        """Write what a server loads: the policy without its critic. All ranks call it, and one writes."""
+        weights = publishable_state(self, "ppo")
+        if self.args.should_save:
+            PolicyTrainer.write(self, folder, weights)
 
     def write(self, folder: Path, weights: dict[str, Any] | None) -> None:
         """Write on rank 0 what `publish` publishes; `weights` is the full state if the model is sharded."""

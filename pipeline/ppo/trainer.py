@@ -68,7 +68,9 @@ class PPOTrainer(PolicyTrainer):
     - `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`.
     - `max_prompt_tokens`: the prompt limit. `overlong` is what happens to longer prompts: "truncate_left",
       "truncate_right" or "drop".
-    - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`.
+    - `generate`: samples the responses, with the signature of `pipeline.models.generation.generate`. If it
+      has `update(step, write)`, that is called before each rollout and evaluation; `write(folder)` publishes
+      the policy of this step.
     - `critic`: a `pipeline.Critic` with a trunk or an adapter of its own; by default a value head on the
       policy's trunk.
 
@@ -180,6 +182,8 @@ class PPOTrainer(PolicyTrainer):
         self.clock.setdefault("since", time.perf_counter())
         self._skip_rest = False
         self._is_warmup = number < self._warmup_rollouts()
+        with self._timed("generate"):
+            self.update_sampler()
         rollout = with_full_params(self, self.actor, self.actor.policy, lambda: self._collect(number))
 
         metrics = rollout_metrics(rollout, float(self.actor.kl_coef), self.args, self.ends)

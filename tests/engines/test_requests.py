@@ -64,7 +64,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(requests, "IDLE", {})
     monkeypatch.setattr(requests, "WARNED", set())
-    for name in ("REWARD_API_KEY", "REWARD_API_URL"):
+    for name in ("REWARD_API_KEY", "REWARD_API_URL", "POLICY_API_KEY", "POLICY_API_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -202,6 +202,19 @@ def test_the_key_goes_to_the_named_server_alone(monkeypatch):
         monkeypatch.setenv("REWARD_API_URL", owner.format(port=server.port))
         send_request(server.url, 5, 5000)
         assert (f"Authorization: Bearer {KEY}\r\n".encode() in server.requests[0]) == is_sent, owner
+
+
+def test_a_key_for_several_servers_goes_to_each_of_them_and_the_other_key_to_none(monkeypatch):
+    monkeypatch.setenv("POLICY_API_KEY", KEY)
+    monkeypatch.setenv("REWARD_API_KEY", "another")
+    monkeypatch.setenv("POLICY_API_URL", "http://127.0.0.1:1/v1, http://127.0.0.1:2")
+    monkeypatch.setenv("REWARD_API_URL", "http://127.0.0.1:4")
+    sent = [requests._authorization(f"http://127.0.0.1:{port}/v1/completions") for port in (1, 2, 3, 4)]
+    keys = [header.get("Authorization", "").removeprefix("Bearer ") for header in sent]
+    assert keys == [KEY, KEY, "", "another"]
+    denied = b"HTTP/1.1 401 No\r\nContent-Length: 20\r\n\r\nno key " + KEY.encode() + b"..."
+    with pytest.raises(UserError, match=r"'no key \*\*\*...'; .* as POLICY_API_KEY, and as POLICY_API_URL "):
+        send_request(Script([denied]).url, 5, 5000, key="POLICY")
 
 
 def test_the_key_is_in_no_error(monkeypatch, caplog):

@@ -1,0 +1,77 @@
+"""The servers that sample PPO's rollouts: what they must serve, and the command that starts them right."""
+
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+
+from pipeline.config import PPOStage
+from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
+from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter, read_adapter
+from pipeline.training.arguments import build_lora_config, resolve_precision
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM has kernels for
+LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+RELOAD = "VLLM_SERVER_DEV_MODE=1"
+
+
+def require_servers(config: PPOStage) -> list[PolicyServer]:
+    """Return the servers of `rollouts:`, each of which answers as this run needs it. Raises `UserError`."""
+    assert config.rollouts is not None
+    servers = [probe_policy_server(url, config.rollouts.timeout) for url in config.rollouts.url]
+    for server in servers:
+        if problem := _find_problem(config, server):
+            raise UserError(f"{server.url}: {problem}; start it with: {start_command(config)}")
+        check_processed_logprobs(server, config.rollouts.timeout)
+    return servers
+
+
+def _find_problem(config: PPOStage, server: PolicyServer) -> str:
+    """Return what a server lacks that gets the policy as `rollouts.sync` says, or an empty string."""
+    if config.lora is not None:
+        return "" if server.lora else f"serves {server.path}, but accepts no LoRA adapters"
+    return "" if server.reload else f"serves {server.path}, but loads no new weights"
+
+
+def base_problem(server: PolicyServer, base: str) -> str:
+    """Return that a server serves another model than `base`, or an empty string.
+
+    A path that this machine does not have cannot be compared; the first rollout's log-probabilities tell.
+    """
+    served, expected = Path(server.path), Path(base)
+    if served.is_absolute() and not served.exists():
+        return ""
+    is_same = server.path == base or (expected.exists() and served.resolve() == expected.resolve())
+    return "" if is_same else f"serves {server.path}, expected {base}"
+
+
+def start_command(config: PPOStage) -> str:
+    """Return the command that starts a server for this run on a GPU machine."""
+    assert config.rollouts is not None
+    dtype = DTYPES[resolve_precision(config.precision)]
+    options = f"--dtype {dtype} --logprobs-mode processed_logprobs"
+    if config.lora is not None:
+        rank = next((size for size in RANKS if size >= _adapter_rank(config)), RANKS[-1])
+        return f"{LORA} vllm serve {served_base(config)} --enable-lora --max-lora-rank {rank} {options}"
+    if config.rollouts.sync == "nccl":
+        options += """ --weight-transfer-config '{"backend": "nccl"}'"""
+    return f"{RELOAD} vllm serve {served_base(config)} {options}"
+
+
+def served_base(config: PPOStage) -> str:
+    """Return the folder or hub id that servers start with: the policy, or the base of its adapter."""
+    adapter = _continued(config)
+    return str(adapter.base_model_name_or_path if adapter else config.policy)
+
+
+def _continued(config: PPOStage) -> LoraConfig | None:
+    """Return the config of the adapter that the policy is, or None if it is a model or not made yet."""
+    source = config.policy or ""
+    is_one = config.lora is not None and Path(source).exists() and is_adapter(source)
+    return read_adapter(source, None, TaskType.CAUSAL_LM, "policy") if is_one else None
+
+
+def _adapter_rank(config: PPOStage) -> int:
+    lora = _continued(config) or build_lora_config(config, TaskType.CAUSAL_LM) or LoraConfig()
+    return max([lora.r, *lora.rank_pattern.values()])

@@ -74,4 +74,4 @@ def _continued(config: PPOStage) -> LoraConfig | None:
 
 def _adapter_rank(config: PPOStage) -> int:
     lora = _continued(config) or build_lora_config(config, TaskType.CAUSAL_LM) or LoraConfig()
-    return max([lora.r, *lora.rank_pattern.values()])
+    return max([lora.r, *(lora.rank_pattern or {}).values()])

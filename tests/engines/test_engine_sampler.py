@@ -80,11 +80,13 @@ def test_the_engines_log_probabilities_are_those_of_the_sampled_distribution(opt
     policy, tokenizer = words
     tokens = 12
     responses = sample(EngineSampler([server, server], 120), words, 60, tokens, PROMPTS, **options)
-    ends = [EOS] + [tokenizer.get_vocab()[options["stop_token"]]] * ("stop_token" in options)
+    ends = [EOS, *([tokenizer.get_vocab()[options["stop_token"]]] if "stop_token" in options else [])]
     minimum = options.get("min_response_tokens", 0)
     warpers = [TemperatureLogitsWarper(options.get("temperature", 1.0))]
-    warpers += [TopKLogitsWarper(options["top_k"])] * ("top_k" in options)
-    warpers += [TopPLogitsWarper(options["top_p"])] * ("top_p" in options)
+    if "top_k" in options:
+        warpers.append(TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        warpers.append(TopPLogitsWarper(options["top_p"]))
 
     assert responses.sampler_logprobs.shape == responses.response_ids.shape
     assert (responses.sampler_logprobs[responses.response_mask == 0] == 0).all()

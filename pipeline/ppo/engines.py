@@ -1,11 +1,14 @@
 """The servers that sample PPO's rollouts: what they must serve, and the command that starts them right."""
 
+import os
+from importlib import import_module
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
 
 from pipeline.config import PPOStage
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
+from pipeline.engines.sampler import EngineSampler, Sync
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.training.arguments import build_lora_config, resolve_precision
@@ -13,7 +16,34 @@ from pipeline.training.arguments import build_lora_config, resolve_precision
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM has kernels for
 LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+WEIGHTS = "weights-for-servers"  # folder in the run's work folder
 RELOAD = "VLLM_SERVER_DEV_MODE=1"
+
+
+def open_sampler(config: PPOStage, work: Path) -> EngineSampler:
+    """Return the sampler of `rollouts:`; new weights pass through its `folder`, or one in `work`.
+
+    Raises `UserError` if a server does not answer, or not as this run needs it.
+    """
+    section = config.rollouts
+    assert section is not None
+    servers = require_servers(config)
+    folder = Path(section.folder) if section.folder else work / WEIGHTS
+    sync = build_sync(servers, sync_method(config), folder.resolve(), section.timeout)
+    return EngineSampler(servers, section.timeout, sync, rank=int(os.environ.get("RANK", "0")))
+
+
+def build_sync(servers: list[PolicyServer], method: str, folder: Path, timeout: float) -> Sync:
+    """Return what brings new weights to the servers by `method`: adapter, folder or nccl."""
+    sync: Sync = import_module("pipeline.engines.weights").WeightSync(servers, method, folder, timeout)
+    return sync
+
+
+def sync_method(config: PPOStage) -> str:
+    """Return how new weights get to the servers: adapter, folder or nccl."""
+    assert config.rollouts is not None
+    automatic = "folder" if config.lora is None else "adapter"
+    return automatic if config.rollouts.sync == "auto" else config.rollouts.sync
 
 
 def require_servers(config: PPOStage) -> list[PolicyServer]:

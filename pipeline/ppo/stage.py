@@ -37,6 +37,7 @@ from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.callbacks import EarlyStopping
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.critic_source import check_critic_section, load_critic, open_critic
+from pipeline.ppo.engines import open_sampler
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
@@ -170,6 +171,8 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
         return _trl_trainers().build_trl_trainer(config.algorithm, **options, **common)
     demonstrations = open_records(inputs["records"], "demonstrations")["train"] if args.ptx_coef else None
     critic = load_critic(config, inputs, policy, tokenizer)
+    if config.rollouts is not None:
+        common["generate"] = open_sampler(config, Path(str(args.output_dir)))
     return PPOTrainer(**common, demonstrations=demonstrations, critic=critic)
 
 

@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.asked.append((self.path, body))
         fault = self.server.faults.pop(0) if self.server.faults else None
-        if fault == "drop":
+        if fault == "drop" or self.server.over.is_set():
             self.connection.shutdown(socket.SHUT_RDWR)
         elif fault == "hang":
             self.server.over.wait()
@@ -72,6 +72,13 @@ class StandIn(ThreadingHTTPServer):
         """Serve what the server was started with: its base, and no adapter."""
         self.policy = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.adapters: dict[str, Any] = {}
+
+    def stop(self):
+        """Answer no more."""
+        if not self.over.is_set():
+            self.over.set()
+            self.shutdown()
+            self.server_close()
 
     def models(self):
         base = {"id": "base", "root": self.folder, "parent": None, "max_model_len": 128}
@@ -134,6 +141,4 @@ def stand_in(folder, **options):
     try:
         yield server
     finally:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
+        server.stop()

@@ -1,0 +1,169 @@
+"""PPO whose responses servers sample: each gets the policy of a step first, and no fault is trained on."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from pipeline import config
+from pipeline.engines import requests
+from pipeline.engines.policy_server import PolicyServer
+from pipeline.engines.requests import send_request
+from pipeline.errors import UserError
+from pipeline.models.logprobs import response_logprobs
+from pipeline.ppo import engines
+from pipeline.ppo import stage as ppo
+from pipeline.ppo.trainer import PPOTrainer
+from tests.engines.stand_in import stand_in
+
+TRAINING = {
+    "num_rollouts": 3,
+    "num_ppo_epochs": 1,
+    "num_mini_batches": 2,
+    "per_device_train_batch_size": 2,
+    "response_tokens": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "temperature": 0.8,
+    "score_normalization": "none",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "eval_samples": 1,
+    "report_to": "none",
+}
+
+
+class FolderSync:
+    """Writes the policy into a folder, or the adapter of a step, and has each server load it."""
+
+    def __init__(self, servers, method, folder, timeout):
+        self.servers, self.method, self.folder, self.steps = servers, method, folder, []
+
+    def update(self, step, write):
+        write(self.folder)
+        self.steps.append(step)
+        name = f"step-{step:06}"
+        body = {"lora_name": name, "lora_path": str(self.folder)}
+        path = "/v1/load_lora_adapter"
+        if self.method == "folder":
+            path = "/collective_rpc"
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        for server in self.servers:
+            assert send_request(server.url + path, 10, 1000, body, hint="").status == 200
+        return name if self.method == "adapter" else None
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """The syncs of the runs of a test, in order."""
+    built = []
+    monkeypatch.setattr(engines, "build_sync", lambda *args: built.append(FolderSync(*args)) or built[-1])
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(requests, "IDLE", {})
+    return built
+
+
+@pytest.fixture
+def gaps(monkeypatch):
+    """The largest difference between the servers' log-probabilities and the policy's, in each rollout."""
+    measured, sample = [], PPOTrainer.sample
+
+    def sample_and_compare(trainer, *args):
+        responses, policy = sample(trainer, *args), trainer.actor.policy
+        policy.eval()
+        tensors = (responses.query_ids, responses.query_mask, responses.response_ids, responses.response_mask)
+        with torch.no_grad():
+            logprobs = response_logprobs(policy, *tensors, TRAINING["temperature"]).logprobs
+        measured.append(float((logprobs - responses.sampler_logprobs).abs().max()))
+        return responses
+
+    monkeypatch.setattr(PPOTrainer, "sample", sample_and_compare)
+    return measured
+
+
+@pytest.fixture
+def stage(tiny_records, tiny_gpt2, tmp_path):
+    def build(*urls, **keys):
+        training = TRAINING | keys.pop("training", {})
+        common = {"run": "t", "runs": str(tmp_path), "records": str(tiny_records), "policy": str(tiny_gpt2)}
+        reward = "pipeline.prepare.demo:gold_reward"
+        rollouts = {"url": list(urls), "timeout": 20}
+        return config.PPOStage(**common, reward=reward, training=training, rollouts=rollouts, **keys)
+
+    return build
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "init_lora_weights": True}], ids=["full", "adapter"])
+def test_servers_sample_from_the_policy_of_each_step(lora, stage, syncs, gaps, tiny_gpt2):
+    with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
+        folder = ppo.run(stage(first.url, second.url, lora=lora))
+        asked = [
+            [body["model"] for path, body in server.asked if path == "/v1/completions"]
+            for server in (first, second)
+        ]
+    (sync,) = syncs
+    assert sync.method == ("folder" if lora is None else "adapter")
+    assert sync.steps == [0, 2, 4, 4, 6, 6]  # before each rollout and evaluation, and at the end
+    assert len(gaps) >= 6
+    assert max(gaps) < 1e-4
+    names = ["base"] if lora is None else [f"step-{step:06}" for step in (0, 2, 4, 6)]
+    for models in asked:
+        assert models.pop(0) == "base"  # asked for before the run
+        assert list(dict.fromkeys(models)) == names
+    assert not (sync.folder / "critic").exists()
+    log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    assert [entry["step"] for entry in log if "eval_reward" in entry] == [4, 6, 6]
+    assert all(entry["val/ratio"] == 1 for entry in log if entry.get("step") == 1)
+
+
+def test_a_server_gone_for_good_is_one_line_and_the_run_resumes(stage, syncs, gaps, tiny_gpt2, tmp_path):
+    quiet = {"eval_strategy": "no", "logging_steps": 1}
+    with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
+        update = FolderSync.update
+
+        def update_and_end(sync, step, write):
+            name = update(sync, step, write)
+            if step == 4:
+                second.stop()
+            return name
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FolderSync, "update", update_and_end)
+            with pytest.raises(UserError, match=rf"^{second.url}/v1/completions: no response: .*20 s\)$"):
+                ppo.run(stage(first.url, second.url, training=quiet))
+        assert {path.name for path in tmp_path.rglob("checkpoint-*")} >= {"checkpoint-4"}
+        folder = ppo.run(stage(first.url, training=quiet))
+    assert [sync.steps for sync in syncs] == [[0, 2, 4], [4, 6]]
+    assert max(gaps) < 1e-4
+    log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    assert [entry["step"] for entry in log if "objective/kl" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_server_that_lacks_what_the_run_needs_is_refused_with_the_command(stage, tiny_gpt2):
+    with stand_in(tiny_gpt2, posted={"/v1/completions"}) as server:
+        with pytest.raises(UserError) as error:
+            engines.require_servers(stage(server.url, lora={"r": 12}))
+        assert str(error.value) == (
+            f"{server.url}: serves {tiny_gpt2}, but accepts no LoRA adapters; start it with: "
+            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {tiny_gpt2} --enable-lora --max-lora-rank 16 "
+            "--dtype float32 --logprobs-mode processed_logprobs"
+        )
+        with pytest.raises(UserError) as error:
+            engines.require_servers(stage(server.url))
+        assert str(error.value).endswith(
+            f"but loads no new weights; start it with: VLLM_SERVER_DEV_MODE=1 vllm serve {tiny_gpt2} "
+            "--dtype float32 --logprobs-mode processed_logprobs"
+        )
+
+
+def test_a_server_of_another_base_is_told_where_it_can_be(tmp_path, tiny_gpt2):
+    server = PolicyServer("http://h:1", "base", str(tiny_gpt2))
+    assert engines.base_problem(server, str(tiny_gpt2)) == ""
+    (tmp_path / "link").symlink_to(tiny_gpt2)
+    assert engines.base_problem(server, str(tmp_path / "link")) == ""
+    assert engines.base_problem(server, str(tmp_path)) == f"serves {tiny_gpt2}, expected {tmp_path}"
+    assert engines.base_problem(server._replace(path="Qwen/Qwen3-0.6B"), str(tmp_path)) != ""
+    assert engines.base_problem(server._replace(path="/on/another/machine"), str(tmp_path)) == ""

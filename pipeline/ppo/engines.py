@@ -49,12 +49,18 @@ def sync_method(config: PPOStage) -> str:
 def require_servers(config: PPOStage) -> list[PolicyServer]:
     """Return the servers of `rollouts:`, each of which answers as this run needs it. Raises `UserError`."""
     assert config.rollouts is not None
-    servers = [probe_policy_server(url, config.rollouts.timeout) for url in config.rollouts.url]
-    for server in servers:
-        if problem := _find_problem(config, server):
-            raise UserError(f"{server.url}: {problem}; start it with: {start_command(config)}")
-        check_processed_logprobs(server, config.rollouts.timeout)
-    return servers
+    return [require_server(config, url) for url in config.rollouts.url]
+
+
+def require_server(config: PPOStage, url: str) -> PolicyServer:
+    """Return the server at `url`. Raises `UserError`, with the command that starts it as the run needs it."""
+    assert config.rollouts is not None
+    timeout = config.rollouts.timeout
+    server = probe_policy_server(url, timeout)
+    if problem := _find_problem(config, server):
+        raise UserError(f"{server.url}: {problem}; start it with: {start_command(config)}")
+    check_processed_logprobs(server, timeout)
+    return server
 
 
 def _find_problem(config: PPOStage, server: PolicyServer) -> str:

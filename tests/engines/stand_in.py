@@ -22,6 +22,8 @@ class Handler(BaseHTTPRequestHandler):
     server: "StandIn"
 
     def do_GET(self):
+        if self.server.over.is_set():
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if self.path in self.server.posted:
             return self.send(405, {"detail": "Method Not Allowed"})
         pages = {"/v1/models": self.server.models, "/metrics": lambda: self.server.metrics}
@@ -61,6 +63,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.folder, self.posted, self.processed = str(folder), posted, processed
+        self.tokens = 128
         self.faults: list[Any] = []
         self.asked: list[tuple[str, Any]] = []
         self.over, self.lock = threading.Event(), threading.Lock()
@@ -81,7 +84,7 @@ class StandIn(ThreadingHTTPServer):
             self.server_close()
 
     def models(self):
-        base = {"id": "base", "root": self.folder, "parent": None, "max_model_len": 128}
+        base = {"id": "base", "root": self.folder, "parent": None, "max_model_len": self.tokens}
         return {"data": [base, *({"id": name, "root": "x", "parent": "base"} for name in self.adapters)]}
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ from pipeline.reward.dataset import check_records
 from pipeline.reward.functions import require_reward
 from pipeline.reward.steps import read_steps
 from pipeline.tools.doctor import memory
+from pipeline.tools.doctor.engines import check_engine, describe_servers
 from pipeline.tools.doctor.plans import Recipe, plan_stage, reachable_commit, stage_arguments
 from pipeline.tools.doctor.small_models import check_model
 
@@ -59,6 +60,7 @@ def examine(
         findings += _catch("batch", lambda: list(_check_batch(config)))
         if is_loadable:
             findings += _catch("memory", lambda: list(_check_memory(config, recipe, device_memory, shards)))
+        findings += _catch("engine", lambda: list(_check_engines(config)))
         findings += _catch("model", lambda: list(check_model(config)))
     return findings, sum(text.startswith(ERROR) for _, text in findings)
 
@@ -139,6 +141,17 @@ def _check_server(config: Any, recipe: Recipe, reward: Reward) -> str:
     opened = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
     served = opened.manifest["served"]
     return f"{reward.source}: {served['engine']} serves {served['model']}, encoded as for {opened.path}"
+
+
+def _check_engines(config: Any) -> Iterator[Finding]:
+    """Yield how the servers of `rollouts:` are started, and a finding for each of them."""
+    if config.stage != "ppo" or config.rollouts is None:
+        return
+    yield "engine", describe_servers(config)
+    prompt = min(config.max_prompt_tokens, longest_prompt(config) or 0)
+    longest = prompt + stage_arguments(config).response_tokens
+    for url in config.rollouts.url:
+        yield _try("engine", check_engine, config, url, longest)
 
 
 def _check_tokenizer(config: Any) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from pipeline.artifacts.replacing import check_settings
 from pipeline.artifacts.seals import sealed_steps
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
+from pipeline.config.values import check_server_url
 from pipeline.distributed.processes import init_process_group, is_main_process
 from pipeline.errors import Stopped, UserError, as_line, printable
 
@@ -133,12 +134,13 @@ def best_of_n(args: argparse.Namespace) -> None:
     from pipeline.tools.score.job import read_job
 
     reward = _reward(args)
+    url = args.policy_url and _server_url("--policy-url", args.policy_url)
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
     init_process_group()
     names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "overlong", "seed", "batch_size")
     with _explain_stop(lambda: _describe_partial(job)):
-        best_of_n_file(job, reward, args.policy, **_select(args, *names))
+        best_of_n_file(job, reward, args.policy, policy_url=url, **_select(args, *names))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -249,6 +251,13 @@ def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[
 def _reward(args: argparse.Namespace) -> config.Reward:
     section = {"source": args.reward, "positive_label": args.positive_label, "reads": args.reads}
     return config.validate(config.Reward, section, f"--reward {args.reward}")
+
+
+def _server_url(option: str, url: str) -> str:
+    try:
+        return check_server_url(option, url, "POLICY")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _select(args: argparse.Namespace, *names: str) -> dict[str, Any]:

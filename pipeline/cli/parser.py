@@ -237,6 +237,9 @@ def _add_scoring(commands: Any) -> None:
     best.add_argument(
         "--policy", required=True, metavar="NAME", help="a policy artifact, a model's folder, or a hub id"
     )
+    best.add_argument(
+        "--policy-url", metavar="URL", help="a vLLM server of this policy, which generates (default: here)"
+    )
     for command in (score, best):
         command.add_argument(
             "--input", required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet"

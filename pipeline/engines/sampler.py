@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.engines.policy_server import PolicyServer, Sampled, request_responses, sampling_fields
+from pipeline.engines.policy_server import (
+    PolicyServer,
+    Sampled,
+    check_processed_logprobs,
+    probe_policy_server,
+    request_responses,
+    sampling_fields,
+    served_names,
+)
 from pipeline.errors import UserError
 from pipeline.models.ends import end_token_ids
 from pipeline.models.generation import Responses, _to_responses, unknown_ids
@@ -101,6 +109,29 @@ class EngineSampler:
             for index, rows in parts
         ]
         return [response for part in run_at_once(jobs) for response in part]
+
+
+def open_served_policy(url: str, policy: str, timeout: float) -> EngineSampler:
+    """Return the sampler of a server that serves this policy: a folder or hub id, as its base or an adapter.
+
+    Raises `UserError` if the server does not answer, or serves others.
+    """
+    server = probe_policy_server(url, timeout)
+    check_processed_logprobs(server, timeout)
+    names = served_names(server, timeout)
+    served = [name for name, path in names.items() if policy in (name, path) or _is_same(path, policy)]
+    if not served:
+        raise UserError(
+            f"{url}: serves {', '.join(path or name for name, path in names.items())}, expected {policy}; "
+            f"start one with: vllm serve {policy} --logprobs-mode processed_logprobs"
+        )
+    sampler = EngineSampler([server], timeout)
+    sampler.model = served[0]
+    return sampler
+
+
+def _is_same(path: str, folder: str) -> bool:
+    return Path(folder).exists() and Path(path).resolve() == Path(folder).resolve()
 
 
 def share_out(count: int, shares: int, largest: int) -> list[tuple[int, range]]:

@@ -5,7 +5,7 @@ batching nor the number of processes changes a sample.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,12 +116,13 @@ def sample_responses(
     batch_size: int,
     side: str = "left",
     ends: Sequence[int] = (),
+    sampler: Callable[..., Responses] | None = None,
 ) -> Iterator[Responses]:
     """Sample one response to each prompt, in batches.
 
     The random numbers of a prompt depend on `seed` and its global row in `rows`. A prompt longer than
-    `max_prompt_tokens` is truncated on `side`. `ends` are more ids that end a response. Raises `UserError` if
-    an argument is of another kind.
+    `max_prompt_tokens` is truncated on `side`. `ends` are more ids that end a response. `sampler` has the
+    signature of `generate`, which it replaces. Raises `UserError` if an argument is of another kind.
     """
     check_texts("prompts", prompts)
     check_count("batch_size", batch_size)
@@ -133,7 +134,7 @@ def sample_responses(
         batch = slice(start, start + batch_size)
         ids = prepare_prompts(tokenizer, prompts[batch], max_prompt_tokens, side)
         numbers = uniforms(seed, 0, rows[batch], response_tokens)
-        yield generate(policy, tokenizer, ids, numbers, temperature, ends=ends)
+        yield (sampler or generate)(policy, tokenizer, ids, numbers, temperature, ends=ends)
 
 
 @torch.inference_mode()

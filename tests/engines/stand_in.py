@@ -66,6 +66,7 @@ class StandIn(ThreadingHTTPServer):
         self.tokens = 128
         self.faults: list[Any] = []
         self.asked: list[tuple[str, Any]] = []
+        self.sampled: list[list[int]] = []
         self.over, self.lock = threading.Event(), threading.Lock()
         self.metrics = 'vllm:lora_requests_info{max_lora="1"} 1.0\n'
         self.generator = torch.Generator().manual_seed(0)
@@ -127,6 +128,7 @@ class StandIn(ThreadingHTTPServer):
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=self.generator))
             scores = logits if self.processed else raw
             ids, logprobs = [*ids, token], [*logprobs, float(scores.log_softmax(-1)[0, token])]
+        self.sampled.append(ids)
         reason = "stop" if ids[-1] in body["stop_token_ids"] else "length"
         return {
             "token_ids": ids,

@@ -14,12 +14,14 @@ import pytest
 from filelock import FileLock
 from pyarrow import parquet, schema, table
 from pyarrow import types as arrow
+from transformers import AutoTokenizer
 
 from pipeline import RewardModel, cli, config
 from pipeline.data.files import READERS
 from pipeline.reward import stage as reward
 from pipeline.tools.score import chunks
 from pipeline.tools.score.job import read_job
+from tests.engines.stand_in import stand_in
 from tests.models.manners import save_llama
 
 ROWS: list[dict[str, Any]] = [
@@ -276,6 +278,37 @@ def test_an_answer_depends_on_the_seed_and_on_its_row(best: Callable[..., list[A
     assert [row["response"] for row in best("other.jsonl", PROMPTS, "--seed", "1")] != [
         row["response"] for row in rows
     ]
+
+
+def test_a_server_of_the_policy_generates_the_responses(
+    best: Callable[..., list[Any]],
+    model: Path,
+    tiny_gpt2: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with stand_in(tiny_gpt2) as server:
+        rows = best("out.jsonl", PROMPTS, "--policy-url", f"{server.url}/", "--temperature", "0.9")
+    bodies = [body for path, body in server.asked if path == "/v1/completions"][1:]
+    assert {(body["temperature"], body["max_tokens"]) for body in bodies} == {(0.9, 8)}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in server.sampled[1:]]
+    assert len(texts) == 15
+    for i, row in enumerate(rows):
+        group = texts[3 * i : 3 * i + 3]
+        scores = RewardModel.load(model).score([row["prompt"]] * 3, group)
+        assert row["response"] == group[scores.index(max(scores))]
+        assert row["reward_mean"] == pytest.approx(sum(scores) / 3, abs=1e-5)
+
+    source = tmp_path / "prompts.jsonl"
+    with stand_in(tiny_llama) as other:
+        argv = ("--policy", str(tiny_gpt2), "--policy-url", other.url)
+        line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
+    assert line.startswith(f"error: {other.url}: serves {tiny_llama}, expected {tiny_gpt2}; start one with: ")
+    argv = ("--policy", str(tiny_gpt2), "--policy-url", "localhost:8000")
+    line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
+    assert line.startswith("error: --policy-url: 'localhost:8000': expected http://host:port alone")
 
 
 def test_a_policy_without_room_for_a_prompt_is_refused(

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
 from pipeline.config.reward import Reward, from_source_string
+from pipeline.config.rollouts import EngineSection
 
 # The metrics of a policy: no measure may have one of these names, or one as a win rate or interval has.
 POLICY_METRICS = {
@@ -82,6 +83,9 @@ class EvaluateStage(StageConfig):
     batch_size: int = Field(64, gt=0)
     """Responses that are generated or scored together."""
 
+    rollouts: EngineSection | None = None
+    """Servers that sample the responses; null samples in this process."""
+
     quantization: Quantization = "none"
     """Quantize the weights of both policies with bitsandbytes; a reward artifact has its own."""
 
@@ -97,6 +101,8 @@ class EvaluateStage(StageConfig):
         resolved = super().resolved()
         if not self.measures:  # as artifacts have it that are older than the key
             del resolved["measures"]
+        if self.rollouts is None:
+            del resolved["rollouts"]
         return resolved
 
     @field_validator("measures")

@@ -41,8 +41,8 @@ class RolloutsSection(EngineSection):
     """PPO's sampling by servers, which get the policy of each step before it is sampled."""
 
     sync: Literal["auto", "adapter", "folder", "nccl"] = Field("auto", exclude=True)
-    """How new weights get there: a LoRA adapter, a folder that is loaded again, or NCCL between GPUs; `auto`
-    is `adapter` under LoRA and else `folder`."""
+    """How new weights get there: a LoRA adapter, a folder to load again, or NCCL; `auto` is `adapter` under
+    LoRA, else `folder`."""
 
     def check_stage(self, algorithm: str, is_lora: bool, is_merged_first: bool) -> None:
         """Raise `ValueError` if these servers cannot sample for a PPO stage."""

@@ -1,6 +1,6 @@
 """Responses of the policies to test prompts, and their scores."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from pipeline.config import EvaluateStage
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
+from pipeline.engines.policies import bring_policy, open_servers
 from pipeline.errors import UserError
 from pipeline.models.ends import declared_ends
 from pipeline.models.generation import Responses, sample_responses
@@ -61,8 +62,13 @@ def sample_policies(
     # PPO may have a stop token, which SFT's policy does not declare: both are sampled in the same way.
     opened = (inputs["sft"], ppo)
     ends = [end for policy in opened for end in declared_ends(str(policy.path), policy.revision)]
+    sampler = open_servers(config.rollouts) if config.rollouts else None
     sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
-    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, ends)}
+    if sampler is not None:
+        bring_policy(sampler, str(inputs["sft"].path), "sft")
+    samples = {
+        "sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, ends, sampler=sampler)
+    }
 
     folders = {
         f"ppo_{int(folder.name.removeprefix('step-'))}": folder
@@ -70,8 +76,12 @@ def sample_policies(
     }
     for name, folder in (folders | {"ppo": ppo.path}).items():
         policy, tokenizer = load_sampler(str(folder), **load_options(config, ppo.revision))
+        if sampler is not None:
+            bring_policy(sampler, str(folder), name)
         samples[name] = sample_policy(
-            config, name, policy, tokenizer, texts, config.samples_per_prompt, ends, reference=sft
+            *(config, name, policy, tokenizer, texts, config.samples_per_prompt, ends),
+            reference=sft,
+            sampler=sampler,
         )
         del policy  # frees its memory before the next one is loaded
     return samples
@@ -86,15 +96,17 @@ def sample_policy(
     per_prompt: int,
     ends: Sequence[int] = (),
     reference: Any = None,
+    sampler: Callable[..., Responses] | None = None,
 ) -> dict[str, list[Any]]:
     """Sample `per_prompt` responses to each prompt, in consecutive rows.
 
-    `ends` are ids that end a response, beside those of the policy itself. Returns the columns prompt, text,
+    `ends` are ids that end a response, beside those of the policy itself. `sampler` is the built-in one if it
+    is None. Returns the columns prompt, text,
     ids, response_tokens and ended, and with a `reference` also kl.
     """
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     options = {key: getattr(config, key) for key in SAMPLING_KEYS}
-    options |= {"side": truncation_side(config.overlong), "ends": ends}
+    options |= {"side": truncation_side(config.overlong), "ends": ends, "sampler": sampler}
     room = prompt_budget(policy, config.response_tokens, config.max_prompt_tokens)
     if room < config.max_prompt_tokens:  # the policy has few positions
         fit_prompts(tokenizer, Dataset.from_dict({"prompt": prompts}), room, "truncate_left", name)

@@ -1,7 +1,6 @@
 """The servers that sample PPO's rollouts: what they must serve, and the command that starts them right."""
 
 import os
-from importlib import import_module
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
@@ -9,6 +8,7 @@ from peft import LoraConfig, TaskType
 from pipeline.config import PPOStage
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
 from pipeline.engines.sampler import EngineSampler, Sync
+from pipeline.engines.weights import WeightSync
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.training.arguments import build_lora_config, resolve_precision
@@ -35,8 +35,7 @@ def open_sampler(config: PPOStage, work: Path) -> EngineSampler:
 
 def build_sync(servers: list[PolicyServer], method: str, folder: Path, timeout: float) -> Sync:
     """Return what brings new weights to the servers by `method`: adapter, folder or nccl."""
-    sync: Sync = import_module("pipeline.engines.weights").WeightSync(servers, method, folder, timeout)
-    return sync
+    return WeightSync(servers, method, folder, timeout)
 
 
 def sync_method(config: PPOStage) -> str:

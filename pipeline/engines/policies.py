@@ -1,0 +1,51 @@
+"""Published policies on servers: the servers of a stage that trains nothing, and each policy brought to them."""
+
+import os
+from pathlib import Path
+
+from pipeline.config import EngineSection
+from pipeline.distributed.processes import on_main_process
+from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
+from pipeline.engines.sampler import EngineSampler
+from pipeline.engines.weights import load_adapter, reload_weights
+from pipeline.errors import UserError
+from pipeline.models.adapters import is_adapter
+
+START = (
+    "start it with: VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve POLICY "
+    "--logprobs-mode processed_logprobs, and for adapters --enable-lora --max-lora-rank R"
+)
+
+
+def open_servers(section: EngineSection) -> EngineSampler:
+    """Return the sampler of the servers of `rollouts:`. Raises `UserError` if one does not answer."""
+    servers = [probe_policy_server(url, section.timeout) for url in section.url]
+    for server in servers:
+        check_processed_logprobs(server, section.timeout)
+    return EngineSampler(servers, section.timeout, rank=int(os.environ.get("RANK", "0")))
+
+
+def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
+    """Have all servers sample from a published policy: an adapter under this name, or a whole model.
+
+    All ranks call it, and rank 0 talks to the servers, which must see the folder. Raises `UserError`.
+    """
+    path = Path(folder).resolve()
+    is_one = is_adapter(folder)
+
+    def bring() -> None:
+        for server in sampler.servers:
+            if is_one and server.lora:
+                load_adapter(server, path, name, sampler.timeout)
+            elif not is_one and server.reload:
+                reload_weights(server, path, sampler.timeout)
+            else:
+                raise UserError(f"{server.url}: {_refusal(server, is_one)} for {folder}; {START}")
+
+    on_main_process(bring)
+    sampler.model = name if is_one else None
+
+
+def _refusal(server: PolicyServer, is_one: bool) -> str:
+    what = "accepts no LoRA adapters" if is_one else "loads no new weights"
+    return f"serves {server.path}, but {what}"

@@ -1,0 +1,87 @@
+"""Bring new weights to vLLM servers: a LoRA adapter, or the whole model from a folder that they see.
+
+Errors: a server that does not take them raises one `UserError` with the URL, what it said and what to do.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.distributed.processes import is_main_process, on_main_process
+from pipeline.engines.policy_server import ABOUT, MAX_INFO, PolicyServer
+from pipeline.engines.requests import Reply, send_request
+from pipeline.errors import UserError
+
+
+def load_adapter(server: PolicyServer, folder: Path, name: str, timeout: float) -> None:
+    """Load the LoRA adapter of a folder under a name, in place of one of that name. Raises `UserError`."""
+    body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+    _require(_post(server, "/v1/load_lora_adapter", body, timeout), server, f"the adapter {folder}")
+
+
+def unload_adapter(server: PolicyServer, name: str, timeout: float) -> None:
+    """Unload an adapter; one that the server does not have is no error."""
+    _post(server, "/v1/unload_lora_adapter", {"lora_name": name}, timeout)
+
+
+def reload_weights(server: PolicyServer, folder: Path, timeout: float) -> None:
+    """Load the whole model of a folder in place of the weights, and forget the keys and values of the old.
+
+    The server is paused meanwhile, and resumed whatever happens. Raises `UserError`.
+    """
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    try:
+        for path, content in (("/pause", {}), ("/collective_rpc", body), ("/reset_prefix_cache", {})):
+            _require(_post(server, path, content, timeout), server, f"{path} for the weights {folder}")
+    finally:
+        _require(_post(server, "/resume", {}, timeout), server, "/resume")
+
+
+class WeightSync:
+    """Brings the policy of each step to all servers, by `method`: "adapter" or "folder".
+
+    An adapter has the name of its step, so that a server that was started again answers 404 for it. Only rank
+    0 talks to the servers.
+    """
+
+    def __init__(self, servers: list[PolicyServer], method: str, folder: Path, timeout: float):
+        if method not in ("adapter", "folder"):
+            raise UserError(f"rollouts.sync: {method} is not supported; set sync: auto")
+        self.servers, self.method, self.folder, self.timeout = servers, method, folder, timeout
+        self.step: int | None = None  # that all servers have
+
+    def update(self, step: int, write: Callable[[Path], None]) -> str | None:
+        """Bring all servers to `step`, and return the name of their model; None is the base.
+
+        `write` publishes the policy in a folder; all ranks call both. Raises `UserError`.
+        """
+        name = f"step-{step:06}"
+        if step != self.step:
+            if is_main_process():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            write(self.folder / name)
+            on_main_process(lambda: self._load(name))
+            self.step = step
+        return name if self.method == "adapter" else None
+
+    def _load(self, name: str) -> None:
+        for server in self.servers:
+            if self.method == "folder":
+                reload_weights(server, self.folder / name, self.timeout)
+                continue
+            load_adapter(server, self.folder / name, name, self.timeout)
+            if self.step is not None:
+                unload_adapter(server, f"step-{self.step:06}", self.timeout)
+
+
+def _post(server: PolicyServer, path: str, body: dict[str, Any], timeout: float) -> Reply:
+    return send_request(server.url + path, timeout, MAX_INFO, body, **ABOUT)
+
+
+def _require(reply: Reply, server: PolicyServer, what: str) -> None:
+    if reply.status != 200:
+        raise UserError(
+            f"{server.url}: does not take {what}: {reply.preview()}; expected 200: does the server see this "
+            "folder? 'rlhf doctor' prints the command that starts it right"
+        )

@@ -1,13 +1,13 @@
-"""Published policies on servers: the servers of a stage that trains nothing, and each policy brought to them."""
+"""Published policies on servers: the servers of a stage that trains nothing, and a policy brought to them."""
 
 import os
 from pathlib import Path
 
 from pipeline.config import EngineSection
-from pipeline.distributed.processes import on_main_process
+from pipeline.distributed.processes import broadcast, on_main_process
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
 from pipeline.engines.sampler import EngineSampler
-from pipeline.engines.weights import load_adapter, reload_weights
+from pipeline.engines.weights import load_adapter, new_token, reload_weights, unload_adapter
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter
 
@@ -26,24 +26,28 @@ def open_servers(section: EngineSection) -> EngineSampler:
 
 
 def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
-    """Have all servers sample from a published policy: an adapter under this name, or a whole model.
+    """Have all servers sample from a published policy: an adapter, whose name begins so, or a whole model.
 
-    All ranks call it, and rank 0 talks to the servers, which must see the folder. Raises `UserError`.
+    The name is new, since a server keeps the keys and values of an adapter by its name and path. All ranks
+    call it, and rank 0 talks to the servers, which must see the folder. Raises `UserError`.
     """
     path = Path(folder).resolve()
-    is_one = is_adapter(folder)
+    is_one, old = is_adapter(folder), sampler.model
+    new = broadcast(f"{name}-{new_token()}")
 
     def bring() -> None:
         for server in sampler.servers:
             if is_one and server.lora:
-                load_adapter(server, path, name, sampler.timeout)
+                load_adapter(server, path, new, sampler.timeout)
             elif not is_one and server.reload:
                 reload_weights(server, path, sampler.timeout)
             else:
                 raise UserError(f"{server.url}: {_refusal(server, is_one)} for {folder}; {START}")
+            if old is not None:
+                unload_adapter(server, old, sampler.timeout)
 
     on_main_process(bring)
-    sampler.model = name if is_one else None
+    sampler.model = new if is_one else None
 
 
 def _refusal(server: PolicyServer, is_one: bool) -> str:

@@ -3,12 +3,13 @@
 Errors: a server that does not take them raises one `UserError` with the URL, what it said and what to do.
 """
 
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed.processes import is_main_process, on_main_process
+from pipeline.distributed.processes import broadcast, is_main_process, on_main_process
 from pipeline.engines.policy_server import ABOUT, MAX_INFO, PolicyServer
 from pipeline.engines.requests import Reply, send_request
 from pipeline.errors import UserError
@@ -41,14 +42,16 @@ def reload_weights(server: PolicyServer, folder: Path, timeout: float) -> None:
 class WeightSync:
     """Brings the policy of each step to all servers, by `method`: "adapter" or "folder".
 
-    An adapter has the name of its step, so that a server that was started again answers 404 for it. Only rank
-    0 talks to the servers.
+    An adapter has the name of its step, so that a server that was started again answers 404 for it. Its path
+    is new in each run: a server keeps the keys and values of an adapter by its name and path. Only rank 0
+    talks to the servers.
     """
 
     def __init__(self, servers: list[PolicyServer], method: str, folder: Path, timeout: float):
         if method not in ("adapter", "folder"):
             raise UserError(f"rollouts.sync: {method} is not supported; set sync: auto")
-        self.servers, self.method, self.folder, self.timeout = servers, method, folder, timeout
+        self.servers, self.method, self.timeout = servers, method, timeout
+        self.parent, self.folder = folder, folder / broadcast(new_token())
         self.step: int | None = None  # that all servers have
 
     def update(self, step: int, write: Callable[[Path], None]) -> str | None:
@@ -59,7 +62,7 @@ class WeightSync:
         name = f"step-{step:06}"
         if step != self.step:
             if is_main_process():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.parent, ignore_errors=True)
             write(self.folder / name)
             on_main_process(lambda: self._load(name))
             self.step = step
@@ -73,6 +76,11 @@ class WeightSync:
             load_adapter(server, self.folder / name, name, self.timeout)
             if self.step is not None:
                 unload_adapter(server, f"step-{self.step:06}", self.timeout)
+
+
+def new_token() -> str:
+    """Return a name that no folder or adapter has had."""
+    return secrets.token_hex(4)
 
 
 def _post(server: PolicyServer, path: str, body: dict[str, Any], timeout: float) -> Reply:

@@ -66,9 +66,8 @@ def sample_policies(
     sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
     if sampler is not None:
         bring_policy(sampler, str(inputs["sft"].path), "sft")
-    samples = {
-        "sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, ends, sampler=sampler)
-    }
+    options: dict[str, Any] = {"ends": ends, "sampler": sampler}
+    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, **options)}
 
     folders = {
         f"ppo_{int(folder.name.removeprefix('step-'))}": folder
@@ -79,9 +78,7 @@ def sample_policies(
         if sampler is not None:
             bring_policy(sampler, str(folder), name)
         samples[name] = sample_policy(
-            *(config, name, policy, tokenizer, texts, config.samples_per_prompt, ends),
-            reference=sft,
-            sampler=sampler,
+            config, name, policy, tokenizer, texts, config.samples_per_prompt, reference=sft, **options
         )
         del policy  # frees its memory before the next one is loaded
     return samples

@@ -9,7 +9,7 @@ import torch
 from pipeline import config
 from pipeline.engines import requests
 from pipeline.engines.policy_server import PolicyServer
-from pipeline.engines.requests import send_request
+from pipeline.engines.weights import WeightSync
 from pipeline.errors import UserError
 from pipeline.models.logprobs import response_logprobs
 from pipeline.ppo import engines
@@ -36,31 +36,26 @@ TRAINING = {
 }
 
 
-class FolderSync:
-    """Writes the policy into a folder, or the adapter of a step, and has each server load it."""
+class RecordedSync(WeightSync):
+    """Remembers the steps that it was asked for."""
 
-    def __init__(self, servers, method, folder, timeout):
-        self.servers, self.method, self.folder, self.steps = servers, method, folder, []
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps, self.written = [], []
 
     def update(self, step, write):
-        write(self.folder)
         self.steps.append(step)
-        name = f"step-{step:06}"
-        body = {"lora_name": name, "lora_path": str(self.folder)}
-        path = "/v1/load_lora_adapter"
-        if self.method == "folder":
-            path = "/collective_rpc"
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-        for server in self.servers:
-            assert send_request(server.url + path, 10, 1000, body, hint="").status == 200
-        return name if self.method == "adapter" else None
+        name = super().update(step, write)
+        self.written.append(sorted(path.name for path in self.folder.iterdir()))
+        assert not list(self.folder.rglob("critic"))
+        return name
 
 
 @pytest.fixture
 def syncs(monkeypatch):
     """The syncs of the runs of a test, in order."""
     built = []
-    monkeypatch.setattr(engines, "build_sync", lambda *args: built.append(FolderSync(*args)) or built[-1])
+    monkeypatch.setattr(engines, "build_sync", lambda *args: built.append(RecordedSync(*args)) or built[-1])
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(requests, "IDLE", {})
     return built
@@ -113,7 +108,7 @@ def test_servers_sample_from_the_policy_of_each_step(lora, stage, syncs, gaps, t
     for models in asked:
         assert models.pop(0) == "base"  # asked for before the run
         assert list(dict.fromkeys(models)) == names
-    assert not (sync.folder / "critic").exists()
+    assert sync.written == [[f"step-{step:06}"] for step in sync.steps]
     log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
     assert [entry["step"] for entry in log if "eval_reward" in entry] == [2, 4, 4]
 
@@ -121,7 +116,7 @@ def test_servers_sample_from_the_policy_of_each_step(lora, stage, syncs, gaps, t
 def test_a_server_gone_for_good_is_one_line_and_the_run_resumes(stage, syncs, gaps, tiny_gpt2, tmp_path):
     quiet = {"eval_strategy": "no"}
     with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
-        update = FolderSync.update
+        update = RecordedSync.update
 
         def update_and_end(sync, step, write):
             name = update(sync, step, write)
@@ -130,7 +125,7 @@ def test_a_server_gone_for_good_is_one_line_and_the_run_resumes(stage, syncs, ga
             return name
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FolderSync, "update", update_and_end)
+            patch.setattr(RecordedSync, "update", update_and_end)
             with pytest.raises(UserError, match=rf"^{second.url}/v1/completions: no response: .*20 s\)$"):
                 ppo.run(stage(first.url, second.url, training=quiet))
         assert {path.name for path in tmp_path.rglob("checkpoint-*")} >= {"checkpoint-2"}

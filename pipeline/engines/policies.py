@@ -40,14 +40,14 @@ def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
             if is_one and server.lora:
                 load_adapter(server, path, new, sampler.timeout)
             elif not is_one and server.reload:
-                reload_weights(server, path, sampler.timeout)
+                reload_weights(server, path, new, sampler.timeout)
             else:
                 raise UserError(f"{server.url}: {_refusal(server, is_one)} for {folder}; {START}")
             if old is not None:
                 unload_adapter(server, old, sampler.timeout)
 
     on_main_process(bring)
-    sampler.model = new if is_one else None
+    sampler.model, sampler.version = (new, sampler.version) if is_one else (None, new)
 
 
 def _refusal(server: PolicyServer, is_one: bool) -> str:

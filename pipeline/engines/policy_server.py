@@ -28,6 +28,8 @@ NOT_FINITE = -9999.0  # what vLLM sends for a log-probability of -inf
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to it
 FORBID = -100.0  # the lowest bias that vLLM adds to a logit
 
+RELOAD_ROUTES = ("/collective_rpc", "/pause", "/update_weight_version")
+
 WRONG_SHAPE = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # of a parser, for another JSON
 
 Sampled = tuple[list[int], list[float]]  # ids of a response, and the log-probability of each
@@ -62,7 +64,7 @@ def probe_policy_server(url: str, timeout: float) -> PolicyServer:
             path=_as_name(base.get("root") or base["id"]),
             tokens=int(base.get("max_model_len") or 0),
             lora=_has_lora(url, timeout),
-            reload=all(_has_route(url, route, timeout) for route in ("/collective_rpc", "/pause")),
+            reload=all(_has_route(url, route, timeout) for route in RELOAD_ROUTES),
         )
     raise UserError(f"{url}: is no vLLM server: /v1/models {reply.preview()}; {START_COMMAND}")
 

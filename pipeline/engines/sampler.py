@@ -19,6 +19,7 @@ from pipeline.engines.policy_server import (
     sampling_fields,
     served_names,
 )
+from pipeline.engines.weights import check_version
 from pipeline.errors import UserError
 from pipeline.models.ends import end_token_ids
 from pipeline.models.generation import Responses, _to_responses, unknown_ids
@@ -31,8 +32,8 @@ MAX_PROMPTS = 1024  # that vLLM accepts in a request
 class Sync(Protocol):
     """Brings the policy of a step to all servers."""
 
-    def update(self, step: int, write: Callable[[Path], None]) -> str | None:
-        """Bring all servers to `step`, and return the name of their model; None is the base.
+    def update(self, step: int, write: Callable[[Path], None]) -> tuple[str | None, str]:
+        """Bring all servers to `step`; return the adapter's name, None for the base, and the base's version.
 
         `write` publishes the policy in a folder. All ranks call both.
         """
@@ -52,11 +53,12 @@ class EngineSampler:
         self.servers = [*servers[first:], *servers[:first]]
         self.timeout, self.sync = timeout, sync
         self.model: str | None = None  # the name of the policy on the servers; None is their base
+        self.version: str | None = None  # that the weights of their base must have, if it is known
 
     def update(self, step: int, write: Callable[[Path], None]) -> None:
         """Bring all servers to the policy of `step`; see `Sync.update`."""
         if self.sync is not None:
-            self.model = self.sync.update(step, write)
+            self.model, self.version = self.sync.update(step, write)
 
     def __call__(
         self,
@@ -108,7 +110,11 @@ class EngineSampler:
             )
             for index, rows in parts
         ]
-        return [response for part in run_at_once(jobs) for response in part]
+        sampled = [response for part in run_at_once(jobs) for response in part]
+        for index in dict(parts):  # a server that was started again meanwhile has sampled from other weights
+            if self.version is not None and self.servers[index].reload:
+                check_version(self.servers[index], self.version, self.timeout)
+        return sampled
 
 
 def open_served_policy(url: str, policy: str, timeout: float) -> EngineSampler:

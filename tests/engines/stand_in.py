@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 
 POSTED = {
     *("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/collective_rpc"),
-    *("/pause", "/resume", "/reset_prefix_cache"),
+    *("/pause", "/resume", "/reset_prefix_cache", "/update_weight_version"),
 }
 
 
@@ -26,7 +26,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.shutdown(socket.SHUT_RDWR)
         if self.path in self.server.posted:
             return self.send(405, {"detail": "Method Not Allowed"})
-        pages = {"/v1/models": self.server.models, "/metrics": lambda: self.server.metrics}
+        pages = {
+            "/v1/models": self.server.models,
+            "/metrics": lambda: self.server.metrics,
+            "/weight_info": lambda: {"weight_version": self.server.version},
+        }
         return self.send(200, pages[self.path]()) if self.path in pages else self.send(404, {})
 
     def do_POST(self):
@@ -76,6 +80,7 @@ class StandIn(ThreadingHTTPServer):
         """Serve what the server was started with: its base, and no adapter."""
         self.policy = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.adapters: dict[str, Any] = {}
+        self.version = "default"
 
     def stop(self):
         """Answer no more."""
@@ -99,6 +104,8 @@ class StandIn(ThreadingHTTPServer):
             del self.adapters[body["lora_name"]]
         elif path == "/collective_rpc":
             self.policy = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
         elif path == "/v1/completions":
             model = {"base": self.policy} | self.adapters
             if body["model"] not in model:

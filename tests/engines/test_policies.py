@@ -42,7 +42,7 @@ def test_evaluate_samples_each_policy_on_the_server(word_policy, adapter):
     calls = [
         body.get("model") or body.get("lora_path") or body["kwargs"]["weights_path"]
         for path, body in server.asked[1:]  # the first asks what log-probabilities are sent
-        if path not in ("/pause", "/resume", "/reset_prefix_cache")
+        if path not in ("/pause", "/resume", "/reset_prefix_cache", "/update_weight_version")
     ]
     name = calls[-1]
     assert calls == [str(word_policy), "base", str(adapter), name]

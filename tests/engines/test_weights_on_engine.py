@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engines
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11]] * 4
 
 
-@pytest.mark.parametrize("method", ["folder", "adapter"])
+@pytest.mark.parametrize("method", ["adapter", "folder"])
 def test_log_probabilities_are_those_of_the_last_update(method, sampling_server, word_policy, tmp_path):
     server = probe_policy_server(sampling_server, 60)
     policy = AutoModelForCausalLM.from_pretrained(word_policy).eval()

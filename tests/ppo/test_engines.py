@@ -45,10 +45,10 @@ class RecordedSync(WeightSync):
 
     def update(self, step, write):
         self.steps.append(step)
-        name = super().update(step, write)
+        served = super().update(step, write)
         self.written.append(sorted(path.name for path in self.folder.iterdir()))
         assert not list(self.folder.rglob("critic"))
-        return name
+        return served
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_a_server_gone_for_good_is_one_line_and_the_run_resumes(stage, syncs, ga
         update = RecordedSync.update
 
         def update_and_end(sync, step, write):
-            name = update(sync, step, write)
+            served = update(sync, step, write)
             if step == 2:
                 second.stop()
-            return name
+            return served
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RecordedSync, "update", update_and_end)
@@ -161,3 +161,36 @@ def test_a_server_of_another_base_is_told_where_it_can_be(tmp_path, tiny_gpt2):
     assert engines.base_problem(server, str(tmp_path)) == f"serves {tiny_gpt2}, expected {tmp_path}"
     assert engines.base_problem(server._replace(path="Qwen/Qwen3-0.6B"), str(tmp_path)) != ""
     assert engines.base_problem(server._replace(path="/on/another/machine"), str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "adapter"])
+def test_a_server_that_is_started_again_has_missed_an_update(lora, stage, syncs, tiny_gpt2):
+    with stand_in(tiny_gpt2) as server:
+        update = RecordedSync.update
+
+        def update_and_restart(sync, step, write):
+            served = update(sync, step, write)
+            if step == 2:
+                server.restart()
+            return served
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RecordedSync, "update", update_and_restart)
+            message = (
+                r"/weight_info .*'\{\"weight_version\": \"default\"\}'; expected the version \w+/step-000002"
+            )
+            if lora:
+                message = (
+                    "expected the model 'step-000002': the server was started again, or missed an update"
+                )
+            with pytest.raises(UserError, match=message):
+                ppo.run(stage(server.url, lora=lora, training={"eval_strategy": "no"}))
+
+
+def test_a_server_whose_base_was_replaced_is_refused_under_lora(stage, syncs, tiny_gpt2):
+    with stand_in(tiny_gpt2) as server:
+        server.version = "of another run"
+        with pytest.raises(
+            UserError, match=r"of another run.*; expected the version default: the server was"
+        ):
+            ppo.run(stage(server.url, lora={"r": 4}))

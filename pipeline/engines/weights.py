@@ -57,8 +57,8 @@ def check_version(server: PolicyServer, version: str, timeout: float) -> None:
             return
     raise UserError(
         f"{server.url}: /weight_info {reply.preview()}; expected the version {version}: the server was "
-        "started again, or others loaded their weights; run the same command again with a server of its own: it "
-        "resumes from the last checkpoint"
+        "started again, or others loaded their weights; run the same command again with a server of its "
+        "own: it resumes from the last checkpoint"
     )
 
 

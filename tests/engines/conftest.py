@@ -60,7 +60,7 @@ def serve(model: Path, *options: str) -> Iterator[str]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        is_ready.wait(300)
+        is_ready.wait(600)
         assert any(READY in line for line in lines), "".join(lines)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -56,7 +56,7 @@ def test_both_policies_stop_where_ppo_did(tiny_gpt2, tmp_path, monkeypatch):
     (tuned / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     found = {}
 
-    def sample_policy(config, name, policy, tokenizer, prompts, per_prompt, ends, reference=None):
+    def sample_policy(config, name, policy, tokenizer, prompts, per_prompt, ends, **_):
         found[name] = ends
         return {}
 

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import (
-    MinNewTokensLengthLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,8 +25,8 @@ from pipeline.data.schema import Text
 from pipeline.data.texts import check_count, check_texts
 from pipeline.errors import UserError
 from pipeline.models.chat import pad_rows
+from pipeline.models.decoding import Limits, decode
 from pipeline.models.ends import end_token_ids
-from pipeline.models.patches import without_router_logits
 from pipeline.models.probes import describe_sampling, require_positions
 from pipeline.models.prompts import prepare_prompts
 
@@ -57,6 +55,20 @@ class Responses:
         return [
             ids[mask.bool()].tolist() for ids, mask in zip(self.response_ids, self.response_mask, strict=True)
         ]
+
+
+class MinimumLength(LogitsProcessor):
+    """Forbid the token ids `ends` while a row needs more tokens: at the first step, `needed` (B,)."""
+
+    def __init__(self, ends: Sequence[int], needed: Tensor):
+        self.ends, self.needed = torch.tensor(ends, device=needed.device), needed
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return `scores` (B, V) with -inf at the ends of the rows that are too short."""
+        is_end = torch.isin(torch.arange(scores.shape[-1], device=scores.device), self.ends)
+        forbidden = is_end & (self.needed > 0)[:, None]
+        self.needed = self.needed - 1
+        return scores.masked_fill(forbidden, -torch.inf)  # type: ignore[return-value]
 
 
 class InverseCDF(LogitsProcessor):
@@ -154,11 +166,12 @@ def generate(
 ) -> Responses:
     """Sample one response to each prompt (token ids) with uniforms (B, T).
 
-    A response has at most T tokens, with the one that ends it: one of `end_token_ids` or `ends`. Prompts of
-    similar length form batches of `batch_size`; a batch runs until its last response has ended. The policy's
-    mode is restored.
+    A response has at most T tokens, with the one that ends it: one of `end_token_ids` or `ends`. At most
+    `batch_size` rows are computed at once, of prompts of similar length; a row that has ended leaves, and a
+    waiting one takes its place (`pipeline.models.decoding`). The policy's mode is restored.
 
-    If padding or a cache changes the policy's logits, they are not used (`pipeline.models.probes`). Raises
+    If padding, a cache or rows that leave it change the policy's logits, they are not used
+    (`pipeline.models.probes`). Raises
     `UserError` if there are no prompts, they are no token ids, the uniforms have another shape, the policy is
     no decoder, or a prompt and T tokens are more than its positions.
     """
@@ -168,42 +181,23 @@ def generate(
     require_positions(policy, longest)
     way = describe_sampling(policy, longest)
     ends = list(dict.fromkeys([*end_token_ids(policy, tokenizer, stop_token), *ends]))
-    config = GenerationConfig(
-        max_new_tokens=uniforms.shape[1],
-        do_sample=False,
-        use_cache=way.cache,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-    )
     warpers = [*_mask_unknown_ids(policy, tokenizer), *_warpers(temperature, top_k, top_p)]
+
+    def processors(rows: list[int], steps: list[int]) -> LogitsProcessorList:
+        """Return the processors of rows that have so many tokens: each goes on with its own numbers."""
+        sampled = torch.tensor(steps)
+        columns = (sampled[:, None] + torch.arange(uniforms.shape[1])).clamp_max(uniforms.shape[1] - 1)
+        numbers = uniforms[rows].gather(1, columns.to(uniforms.device)).to(policy.device)
+        minimum = MinimumLength(ends, (min_response_tokens - sampled).to(policy.device))
+        return LogitsProcessorList([*[minimum] * bool(min_response_tokens), *warpers, InverseCDF(numbers)])
 
     training = policy.training
     policy.eval()
-    responses: dict[int, list[int]] = {}
-    with _only_generation_config(policy, config), without_router_logits(policy):
-        for rows in _batches(list(map(len, prompts)), batch_size, way.padding):
-            padded = pad_rows([prompts[i] for i in rows], tokenizer.pad_token_id, side="left")
-            ids, mask = (tensor.to(policy.device) for tensor in padded)
-            minimum = MinNewTokensLengthLogitsProcessor(
-                ids.shape[1], min_response_tokens, ends, policy.device
-            )
-            sampler = LogitsProcessorList([minimum, *warpers, InverseCDF(uniforms[rows].to(policy.device))])
-            output = policy.generate(input_ids=ids, attention_mask=mask, logits_processor=sampler)
-            responses |= dict(zip(rows, map(list, output[:, ids.shape[1] :].tolist()), strict=True))
-
+    limits = Limits(uniforms.shape[1], ends)
+    batches = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size, "way": way}
+    responses = decode(policy, prompts, processors, limits, **batches)
     policy.train(training)
-    return _to_responses(tokenizer, prompts, [responses[i] for i in range(len(prompts))], ends, policy.device)
-
-
-def _batches(lengths: Sequence[int], batch_size: int, padding: bool) -> Iterator[list[int]]:
-    """Yield batches of indices by length; without `padding`, all prompts of a batch have one length."""
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups = [by_length]
-    if not padding:
-        groups = [list(group) for _, group in groupby(by_length, key=lengths.__getitem__)]
-    for group in groups:
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    return _to_responses(tokenizer, prompts, responses, ends, policy.device)
 
 
 def unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -241,24 +235,6 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcess
     return warpers
 
 
-@contextmanager
-def _only_generation_config(policy: Any, config: GenerationConfig) -> Iterator[None]:
-    """Replace the generation config of the policy and its base model, and restore it at the end.
-
-    `generate` fills the unset fields of a config from the model's own, for example a published repetition
-    penalty. The samples would then not follow the distribution of the log-probabilities.
-    """
-    models = [policy, *([policy.get_base_model()] if hasattr(policy, "get_base_model") else [])]
-    originals = [model.generation_config for model in models]
-    try:
-        for model in models:
-            model.generation_config = config
-        yield
-    finally:
-        for model, original in zip(models, originals, strict=True):
-            model.generation_config = original
-
-
 def _to_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -266,16 +242,14 @@ def _to_responses(
     ends: Sequence[int],
     device: torch.device,
 ) -> Responses:
-    """Build `Responses` on `device`; tokens after the first one in `ends` are dropped."""
-    lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in responses]
-    truncated = [ids[:length] for ids, length in zip(responses, lengths, strict=True)]
-    ended = [ids[-1] in ends for ids in truncated]
+    """Build `Responses` on `device`."""
+    ended = [ids[-1] in ends for ids in responses]
     texts = [
         str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
-        for ids, end in zip(truncated, ended, strict=True)
+        for ids, end in zip(responses, ended, strict=True)
     ]
 
     query = pad_rows(prompts, tokenizer.pad_token_id, side="left")
-    response = pad_rows(truncated, tokenizer.pad_token_id)
+    response = pad_rows(responses, tokenizer.pad_token_id)
     query_ids, query_mask, response_ids, response_mask = (tensor.to(device) for tensor in (*query, *response))
     return Responses(query_ids, query_mask, response_ids, response_mask, texts, ended)

@@ -2,21 +2,25 @@
 
 Neither padding nor a cache nor a later token should change the logits of a row, but in some architectures
 they do. `generate` and `response_logprobs` then batch rows of equal length, or single rows, or leave the
-cache out. What cannot be made right is refused.
+cache out. Nor should a row change if others leave or join its batch; if it does, a batch stays as it is. What
+cannot be made right is refused.
 
 The answers are computed at the first call. Ask before training starts: inside DDP or FSDP, a forward of one
 process alone would wait for the others.
 """
 
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from pipeline.errors import UserError
 from pipeline.models.chat import pad_rows
+from pipeline.models.decoding import Limits, Sampling, decode
 from pipeline.models.patches import forget_earlier_rows, without_router_logits
 from pipeline.models.positions import max_positions, mixing_limit
 from pipeline.models.probing import ask_once, differs, explain, made_up_ids, remember, unwrap
@@ -24,13 +28,6 @@ from pipeline.models.probing import ask_once, differs, explain, made_up_ids, rem
 logger = logging.getLogger(__name__)
 
 SHORT, LONG, STEPS = 3, 10, 2  # tokens of two prompts, and of the responses to them
-
-
-class Sampling(NamedTuple):
-    """Whether prompts of different lengths may form a batch, padded on the left, and whether with a cache."""
-
-    padding: bool = True
-    cache: bool = True
 
 
 def model_name(model: Any) -> str:
@@ -96,7 +93,7 @@ def describe_sampling(model: Any, tokens: int = 0) -> Sampling:
     way = _describe_sampling(model)
     if not can_mix(model, tokens):
         # A cache has the keys of earlier steps, at another scale.
-        way = Sampling(padding=False, cache=False)
+        way = Sampling(padding=False, cache=False, compact=way.compact)
         _warn_of_length(model)
     return way
 
@@ -112,16 +109,12 @@ def _warn_of_length(model: Any) -> None:
     _warn(model, "the positions of %s depend on the longest row, so long rows are sampled and read apart")
 
 
-@ask_once(default=Sampling())
+@ask_once(default=Sampling(compact=False))
 def _describe_sampling(model: Any) -> Sampling:
     require_decoder(model)
-    short, long = _lengths(model)
-    ways = [Sampling(padding, cache) for cache in (True, False) for padding in (True, False)]
-    for way in ways:
-        rows = made_up_ids(model, short if way.padding else long, long)
-        if _samples_right(model, rows, way.cache):
-            break
-    else:
+    ways = (Sampling(padding, cache, compact) for cache, padding, compact in product((True, False), repeat=3))
+    way = next((way for way in ways if _samples_right(model, way)), None)
+    if way is None:
         raise UserError(
             f"{model_name(model)}: what {type(model).__name__} generates does not follow the logits of plain "
             "rows, with or without a cache; use another policy"
@@ -175,39 +168,47 @@ def _read_alone(model: Any, row: list[int]) -> Tensor:
     return _read(model, torch.tensor([row]))[0]
 
 
-class _Forced(LogitsProcessor):
-    """Record the logits (B, V) of each step, and let the given tokens (B, T) be generated."""
+class _Recorder(LogitsProcessor):
+    """Append the logits (V,) of each step to the row's list, and let its next forced token be generated."""
 
-    def __init__(self, tokens: Tensor):
-        self.tokens, self.logits = tokens, list[Tensor]()
+    def __init__(self, logits: Sequence[list[Tensor]], tokens: Sequence[list[int]]):
+        self.logits, self.tokens = logits, tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = len(self.logits)
-        self.logits.append(scores.clone())
-        forced = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step : step + 1], 0.0)
+        forced = torch.full_like(scores, -torch.inf)
+        for i, (logits, tokens) in enumerate(zip(self.logits, self.tokens, strict=True)):
+            forced[i, tokens[min(len(logits), len(tokens) - 1)]] = 0.0
+            logits.append(scores[i].clone())
         return forced  # type: ignore[return-value]
 
 
-def _samples_right(model: Any, prompts: list[list[int]], cache: bool) -> bool:
-    """Return whether `generate` computes the logits of plain rows for each token of forced responses."""
-    responses = torch.tensor(made_up_ids(model, *[STEPS] * len(prompts)), device=model.device)
-    forced = _Forced(responses)
-    ids, mask = (tensor.to(model.device) for tensor in pad_rows(prompts, _pad_token_id(model), side="left"))
-    config = GenerationConfig(
-        max_new_tokens=STEPS, do_sample=False, use_cache=cache, pad_token_id=_pad_token_id(model)
-    )
-    published, model.generation_config = model.generation_config, config
+def _samples_right(model: Any, way: Sampling) -> bool:
+    """Return whether `decode` computes the logits of plain rows for each token of forced responses.
+
+    The first of three rows ends at once, so it leaves, and a fourth takes its place.
+    """
+    short, long = _lengths(model)
+    prompts = made_up_ids(model, *([short, short] if way.padding else [long, long]), long, long)
+    others = made_up_ids(model, *[STEPS] * 3)
+    end = min(set(range(3 * STEPS + 1)).difference(*others))  # a token of no other response
+    responses = [[end], *others]
+    recorded: list[list[Tensor]] = [[] for _ in prompts]
+
+    def processors(rows: list[int], _: list[int]) -> LogitsProcessorList:
+        recorder = _Recorder([recorded[row] for row in rows], [responses[row] for row in rows])
+        return LogitsProcessorList([recorder])
+
+    batches = {"pad_token_id": _pad_token_id(model), "batch_size": 3, "way": way}
     try:
-        with without_router_logits(model):
-            model.generate(input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([forced]))
+        decode(model, prompts, processors, Limits(STEPS, [end]), **batches)
     except Exception as error:
         logger.debug("%s", explain(error))
         return False
-    finally:
-        model.generation_config = published
-
-    sampled = torch.stack(forced.logits, 1)  # (B, T, V)
+    plain = [
+        _read_alone(model, prompt + response)[len(prompt) - 1 : -1]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
     return not any(
-        differs(_read_alone(model, prompt + response)[len(prompt) - 1 : -1], logits, model)
-        for prompt, response, logits in zip(prompts, responses.tolist(), sampled, strict=True)
+        differs(logits, torch.stack(sampled[: len(logits)]), model)
+        for logits, sampled in zip(plain, recorded, strict=True)
     )

@@ -198,9 +198,9 @@ def _samples_right(model: Any, way: Sampling) -> bool:
         recorder = _Recorder([recorded[row] for row in rows], [responses[row] for row in rows])
         return LogitsProcessorList([recorder])
 
-    batches = {"pad_token_id": _pad_token_id(model), "batch_size": 3, "way": way}
+    limits, pad = Limits(STEPS, [end]), _pad_token_id(model)
     try:
-        decode(model, prompts, processors, Limits(STEPS, [end]), **batches)
+        decode(model, prompts, processors, limits, pad_token_id=pad, batch_size=3, way=way)
     except Exception as error:
         logger.debug("%s", explain(error))
         return False

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.models import generation
 from pipeline.models.chat import pad_rows
 from pipeline.models.generation import generate, uniforms
 from pipeline.models.logprobs import response_logprobs
@@ -17,7 +16,9 @@ from pipeline.models.probes import Sampling, describe_sampling, reads_padding, r
 from tests.models.architectures import make_model
 
 PLAIN = Sampling(padding=True, cache=True)
+WHOLE = Sampling(padding=True, cache=True, compact=False)  # the cache does not let rows leave
 OWN_LENGTH = Sampling(padding=False, cache=True)
+OWN_LENGTH_WHOLE = Sampling(padding=False, cache=True, compact=False)
 OWN_LENGTH_NO_CACHE = Sampling(padding=False, cache=False)
 
 HEADS = {"n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -27,12 +28,12 @@ DECODERS: dict[str, tuple[dict[str, Any], Sampling]] = {
     "gemma2": ({"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}, PLAIN),
     "gptj": ({**HEADS, "rotary_dim": 4, "n_positions": 64}, PLAIN),
     "mixtral": ({**EXPERTS, "output_router_logits": True}, PLAIN),
-    "mamba": ({"state_size": 8}, PLAIN),
+    "mamba": ({"state_size": 8}, WHOLE),
     "bart": ({"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, OWN_LENGTH),
     "roformer": ({"is_decoder": True}, OWN_LENGTH),
     "minimax": (
         {**EXPERTS, "head_dim": 8, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]},
-        OWN_LENGTH,
+        OWN_LENGTH_WHOLE,
     ),
     "recurrent_gemma": (
         {
@@ -42,7 +43,7 @@ DECODERS: dict[str, tuple[dict[str, Any], Sampling]] = {
             "num_key_value_heads": 1,
             "num_hidden_layers": 3,
         },
-        OWN_LENGTH,
+        OWN_LENGTH_WHOLE,
     ),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 64}, OWN_LENGTH_NO_CACHE),
 }
@@ -183,7 +184,7 @@ def test_a_model_on_the_meta_device_is_not_asked() -> None:
     with torch.device("meta"):
         model = make("bert")
     require_decoder(model)
-    assert describe_sampling(model) == PLAIN
+    assert describe_sampling(model) == WHOLE
 
 
 def test_weights_that_are_not_finite_say_nothing() -> None:
@@ -203,9 +204,3 @@ def test_a_mixture_keeps_its_router_logits_for_training() -> None:
     generate(model, Words(), PROMPTS, torch.full((4, 2), 0.5))
     assert model.config.output_router_logits
     assert model(input_ids=torch.tensor(PROMPTS[:1]), labels=torch.tensor(PROMPTS[:1])).aux_loss > 0
-
-
-def test_prompts_of_one_length_form_batches() -> None:
-    lengths = [3, 1, 3, 2, 3]
-    assert list(generation._batches(lengths, 2, padding=False)) == [[1], [3], [0, 2], [4]]
-    assert list(generation._batches(lengths, 2, padding=True)) == [[1, 3], [0, 2], [4]]

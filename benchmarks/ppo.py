@@ -8,33 +8,52 @@ same prompts of 8 to 64 tokens. An update is 64 responses of 48 tokens and 4 PPO
 The first update is a warm-up and not timed.
 
 In `ppo-lora`, policy, reference, value head and reward model share one backbone here; TRL has a LoRA policy,
-a value model and a reward model. `ppo-length` runs this project alone, with responses of 24 to 96 tokens.
+a value model and a reward model. In `ppo-uneven`, responses have at most 96 tokens, and each token is the
+last with probability 1/24, so that their lengths are geometric. `ppo-length` runs this project alone, with
+responses of 24 to 96 tokens.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import Round, compare, count_weights, measure_run, run_side, save_result
 
-WORKS = {  # name -> (required ratio, activation, micro-batch, with LoRA)
-    "ppo-fused": (1.8, "gelu_pytorch_tanh", 64, False),
-    "ppo-shipped": (2.3, "gelu_new", 64, False),
-    "ppo-best": (2.0, "gelu_pytorch_tanh", 16, False),
-    "ppo-lora": (1.0, "gelu_pytorch_tanh", 16, True),
+
+class Work(NamedTuple):
+    """A setting of both sides, and the required ratio of their speeds.
+
+    Responses have `tokens` tokens; with `mean_tokens` they are uneven, and have at most `tokens`.
+    """
+
+    required: float
+    activation: str
+    micro_batch: int
+    with_lora: bool = False
+    tokens: int = 48
+    mean_tokens: int | None = None
+
+
+WORKS = {
+    "ppo-fused": Work(1.8, "gelu_pytorch_tanh", 64),
+    "ppo-shipped": Work(2.3, "gelu_new", 64),
+    "ppo-best": Work(2.0, "gelu_pytorch_tanh", 16),
+    "ppo-lora": Work(1.0, "gelu_pytorch_tanh", 16, with_lora=True),
+    "ppo-uneven": Work(2.5, "gelu_pytorch_tanh", 16, tokens=96, mean_tokens=24),
 }
 LENGTH_WORK = "ppo-length"
 LENGTHS = (24, 48, 96)  # response tokens in ppo-length
 UPDATES = 3  # the first is a warm-up and not timed
 BATCH = 64  # responses per update
 EPOCHS = 4
-RESPONSE_TOKENS = 48
 MAX_TOKEN_DIFFERENCE = 0.03
+MAX_UNEVEN_DIFFERENCE = 0.3  # 128 geometric lengths: three standard deviations of the difference are 0.38
 WORDS = [f"w{number}" for number in range(2000)]
 COMMON_ARGS = {
     "report_to": "none",
@@ -57,14 +76,15 @@ def main() -> None:
     parser.add_argument("--trl", required=True, metavar="FOLDER", help="folder with TRL 1.12")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side (default: 3)")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=RESPONSE_TOKENS, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     works = [*WORKS, LENGTH_WORK]
     if unknown := set(args.works) - set(works):
         sys.exit(f"error: no work {', '.join(sorted(unknown))}; expected {', '.join(works)}")
     if args.side:
-        print(json.dumps(measure(args.works[0], args.side, args.tokens)))
+        work = WORKS[args.works[0]]
+        print(json.dumps(measure(work._replace(tokens=args.tokens or work.tokens), args.side)))
         return
 
     options = [f"--trl={args.trl}"]
@@ -72,13 +92,17 @@ def main() -> None:
         if work == LENGTH_WORK:
             measure_lengths(options)
         else:
-            compare(__file__, work, options, args.rounds, WORKS[work][0], check, peer_path=args.trl)
+            compare(__file__, work, options, args.rounds, WORKS[work].required, check, peer_path=args.trl)
 
 
 def check(work: str, by_side: Round) -> None:
-    """Stop if the two sides sampled different numbers of tokens, except for the few early ends."""
+    """Stop if the two sides sampled different numbers of tokens, except for the few early ends.
+
+    Uneven lengths are sampled by each side, so their sums differ more.
+    """
     ours, peer = (by_side[side]["real_tokens"] for side in ("ours", "peer"))
-    if abs(ours - peer) > MAX_TOKEN_DIFFERENCE * peer:
+    tolerance = MAX_UNEVEN_DIFFERENCE if WORKS[work].mean_tokens else MAX_TOKEN_DIFFERENCE
+    if abs(ours - peer) > tolerance * peer:
         sys.exit(f"error: {work}: {ours} and {peer} tokens were sampled and trained on; expected as many")
 
 
@@ -104,7 +128,7 @@ def measure_lengths(options: list[str]) -> None:
         )
 
 
-def measure(work: str, side: str, tokens: int) -> dict[str, Any]:
+def measure(work: Work, side: str) -> dict[str, Any]:
     """Run one work on one side in this process; return seconds, tokens, rates and memory."""
     import os
     import warnings
@@ -121,12 +145,11 @@ def measure(work: str, side: str, tokens: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _, activation, micro_batch, with_lora = WORKS[work]
     run = run_ours if side == "ours" else run_peer
-    return measure_run(lambda: run(activation, micro_batch, tokens, with_lora))
+    return measure_run(lambda: run(work))
 
 
-def new_models(activation: str) -> tuple[Any, Any, Any]:
+def new_models(work: Work) -> tuple[Any, Any, Any]:
     """Build (policy, classifier, tokenizer) from scratch, the same on both sides."""
     import torch
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -141,14 +164,36 @@ def new_models(activation: str) -> tuple[Any, Any, Any]:
         "n_embd": 256,
         "n_positions": 256,
         "vocab_size": 5000,
-        "activation_function": activation,
+        "activation_function": work.activation,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
     torch.manual_seed(0)
     policy = GPT2LMHeadModel(GPT2Config(**config))
+    if work.mean_tokens:
+        end_at_random(policy, tokenizer, work.mean_tokens)
     return policy, GPT2ForSequenceClassification(GPT2Config(**config, num_labels=1)), tokenizer
+
+
+def end_at_random(policy: Any, tokenizer: Any, mean_tokens: int) -> None:
+    """Let GPT-2 sample its end token with probability 1 / mean_tokens at every step.
+
+    The first number of its last hidden state becomes 1, so the end token can have a constant logit. Ids that
+    the tokenizer does not have, of which TRL would sample, get no probability.
+    """
+    import torch
+
+    end, known, constant = tokenizer.eos_token_id, len(tokenizer), 0
+    weights, norm = policy.transformer.wte.weight, policy.transformer.ln_f
+    with torch.no_grad():
+        norm.weight[constant], norm.bias[constant] = 0.0, 1.0
+        weights[:, constant] = 0.0
+        weights[known:, constant] = -1e4
+        weights[end] = 0.0
+        logits = policy(torch.arange(64)[None]).logits[0]
+        logits[:, end] = -torch.inf
+        weights[end, constant] = logits.logsumexp(-1).mean() - math.log(mean_tokens - 1)
 
 
 def new_prompts(tokenizer: Any) -> list[str]:
@@ -190,7 +235,7 @@ def share_backbone(
     return policy, attach_reward_adapter(policy, open_external(folder, "reward"), "reward_0")
 
 
-def run_ours(activation: str, micro_batch: int, tokens: int, with_lora: bool) -> dict[str, Any]:
+def run_ours(work: Work) -> dict[str, Any]:
     """Train with this project's `PPOTrainer`."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -200,7 +245,7 @@ def run_ours(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
     from pipeline.reward.functions import reward_from_model
     from pipeline.reward.settings import RewardSettings
 
-    policy, classifier, tokenizer = new_models(activation)
+    policy, classifier, tokenizer = new_models(work)
     settings = RewardSettings(encoding=Encoding("chat", eos=True, max_length=256))
     data = Dataset.from_list([{"prompt": text} for text in new_prompts(tokenizer)])
     times: list[float] = []
@@ -209,13 +254,13 @@ def run_ours(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
             folder,
             **COMMON_ARGS,
             num_rollouts=UPDATES,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=BATCH // micro_batch,
-            response_tokens=tokens,
+            per_device_train_batch_size=work.micro_batch,
+            gradient_accumulation_steps=BATCH // work.micro_batch,
+            response_tokens=work.tokens,
             generation_batch_size=BATCH,
             max_kl=None,
         )
-        if with_lora:
+        if work.with_lora:
             policy, reward = share_backbone(policy, classifier, tokenizer, settings, folder)
             del classifier
         else:
@@ -228,7 +273,7 @@ def run_ours(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
     return summarize(policy, times, [response for response, _ in counts], list(map(sum, counts)))
 
 
-def run_peer(activation: str, micro_batch: int, tokens: int, with_lora: bool) -> dict[str, Any]:
+def run_peer(work: Work) -> dict[str, Any]:
     """Train with TRL's `PPOTrainer`."""
     import copy
 
@@ -238,7 +283,7 @@ def run_peer(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
 
     from pipeline.models.chat import prompt_ids
 
-    policy, classifier, tokenizer = new_models(activation)
+    policy, classifier, tokenizer = new_models(work)
     data = Dataset.from_list([{"input_ids": prompt_ids(tokenizer, text)} for text in new_prompts(tokenizer)])
     tokenizer.padding_side = "left"
     times: list[float] = []
@@ -247,10 +292,10 @@ def run_peer(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
             folder,
             **COMMON_ARGS,
             total_episodes=UPDATES * BATCH,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=BATCH // micro_batch,
+            per_device_train_batch_size=work.micro_batch,
+            gradient_accumulation_steps=BATCH // work.micro_batch,
             local_rollout_forward_batch_size=BATCH,
-            response_length=tokens,
+            response_length=work.tokens,
             temperature=1.0,
             stop_token="eos",
             num_sample_generations=0,
@@ -265,12 +310,13 @@ def run_peer(activation: str, micro_batch: int, tokens: int, with_lora: bool) ->
             copy.deepcopy(classifier),
             eval_dataset=data.select(range(64)),
             callbacks=[update_clock("on_step_end", times)],
-            peft_config=lora_config("CAUSAL_LM") if with_lora else None,
+            peft_config=lora_config("CAUSAL_LM") if work.with_lora else None,
         )
         trainer.remove_callback(PrinterCallback)
+        counts = count_peer_tokens(tokenizer.pad_token_id)
         trainer.train()
-    tokens_per_update = [BATCH * tokens] * UPDATES  # TRL processes the padding too
-    return summarize(policy, times, tokens_per_update, tokens_per_update)
+    all_tokens = [BATCH * work.tokens] * UPDATES  # TRL processes the padding too
+    return summarize(policy, times, counts, all_tokens)
 
 
 def update_clock(event: str, times: list[float]) -> Any:
@@ -296,6 +342,22 @@ def count_sampled_tokens(trainer: Any) -> list[tuple[int, int]]:
         return rollout
 
     trainer.collect = collect_and_count
+    return counts
+
+
+def count_peer_tokens(pad_token_id: int) -> list[int]:
+    """Return a list that receives the response tokens of each of TRL's rollouts, up to the end tokens."""
+    from trl.experimental.ppo import ppo_trainer
+
+    counts: list[int] = []
+    truncate = ppo_trainer.truncate_response
+
+    def truncate_and_count(*args: Any) -> Any:
+        response = truncate(*args)
+        counts.append(int((response != pad_token_id).sum()))
+        return response
+
+    ppo_trainer.truncate_response = truncate_and_count
     return counts
 
 

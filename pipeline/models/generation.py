@@ -194,9 +194,7 @@ def generate(
     training = policy.training
     policy.eval()
     limits, pad = Limits(uniforms.shape[1], ends), tokenizer.pad_token_id
-    responses = decode(
-        policy, prompts, processors, limits, pad_token_id=pad, batch_size=batch_size, way=way
-    )
+    responses = decode(policy, prompts, processors, limits, pad_token_id=pad, batch_size=batch_size, way=way)
     policy.train(training)
     return _to_responses(tokenizer, prompts, responses, ends, policy.device)
 

@@ -3,7 +3,10 @@
 `policy.generate` computes every row of a batch until the last has ended. Here it stops when a quarter of the
 rows have ended. They leave the batch and its cache, waiting prompts take their places, and it goes on. Fewer
 than a quarter of the rows of a step have then ended before it, so a batch computes less than 4/3 of its real
-tokens.
+tokens. When to stop depends on the tokens alone, so that the same call has the same bits.
+
+Continuous batching in transformers (`generate_batch`, 5.23) has no place for a caller's logits processors: a
+row would lose its own random numbers. On a CPU it also took longer.
 """
 
 import math
@@ -149,23 +152,24 @@ class _Decoder:
             attention_mask=batch.mask,
             logits_processor=self.processors(batch.rows, steps),
             stopping_criteria=StoppingCriteriaList([_EnoughEnded(ends, left, enough)]),
+            synced_gpus=False,  # processes have full weights, and rows that end at different steps
             **({"past_key_values": batch.cache} if batch.cache is not None else {}),
         )
         for row, ids in zip(batch.rows, output.sequences[:, batch.ids.shape[1] :].tolist(), strict=True):
-            self.responses[row] = self._cut([*self.responses[row], *ids])
+            self._append(row, ids)
 
         kept = [i for i, row in enumerate(batch.rows) if not self._has_ended(row)]
         return _select(batch, kept, output.sequences, output.get("past_key_values")) if kept else None
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        """Return a response without what follows its end."""
-        ids = ids[: self.limits.tokens]
-        end = next((i for i, token in enumerate(ids) if token in self.limits.ends), len(ids))
-        return ids[: end + 1]
+    def _append(self, row: int, ids: list[int]) -> None:
+        """Append token ids to a response up to its end; padding may follow."""
+        for token in ids:
+            if not self._has_ended(row):
+                self.responses[row].append(token)
 
     def _has_ended(self, row: int) -> bool:
         ids = self.responses[row]
-        return len(ids) == self.limits.tokens or ids[-1] in self.limits.ends
+        return len(ids) == self.limits.tokens or any(end in self.limits.ends for end in ids[-1:])
 
 
 def _select(batch: _Batch, kept: list[int], ids: Tensor, cache: Any) -> _Batch:

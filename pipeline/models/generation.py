@@ -171,9 +171,8 @@ def generate(
     waiting one takes its place (`pipeline.models.decoding`). The policy's mode is restored.
 
     If padding, a cache or rows that leave it change the policy's logits, they are not used
-    (`pipeline.models.probes`). Raises
-    `UserError` if there are no prompts, they are no token ids, the uniforms have another shape, the policy is
-    no decoder, or a prompt and T tokens are more than its positions.
+    (`pipeline.models.probes`). Raises `UserError` if there are no prompts, they are no token ids, the uniforms
+    have another shape, the policy is no decoder, or a prompt and T tokens are more than its positions.
     """
     _check_ids(prompts, uniforms)
     check_count("batch_size", batch_size)
@@ -188,8 +187,9 @@ def generate(
         sampled = torch.tensor(steps)
         columns = (sampled[:, None] + torch.arange(uniforms.shape[1])).clamp_max(uniforms.shape[1] - 1)
         numbers = uniforms[rows].gather(1, columns.to(uniforms.device)).to(policy.device)
-        minimum = MinimumLength(ends, (min_response_tokens - sampled).to(policy.device))
-        return LogitsProcessorList([*[minimum] * bool(min_response_tokens), *warpers, InverseCDF(numbers)])
+        needed = (min_response_tokens - sampled).to(policy.device)
+        minimum = [MinimumLength(ends, needed)] if min_response_tokens else []
+        return LogitsProcessorList([*minimum, *warpers, InverseCDF(numbers)])
 
     training = policy.training
     policy.eval()

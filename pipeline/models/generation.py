@@ -171,8 +171,8 @@ def generate(
     waiting one takes its place (`pipeline.models.decoding`). The policy's mode is restored.
 
     If padding, a cache or rows that leave it change the policy's logits, they are not used
-    (`pipeline.models.probes`). Raises `UserError` if there are no prompts, they are no token ids, the uniforms
-    have another shape, the policy is no decoder, or a prompt and T tokens are more than its positions.
+    (`pipeline.models.probes`). Raises `UserError` if there are no prompts, they are no token ids, the
+    uniforms have another shape, the policy is no decoder, or a prompt and T tokens are more than its positions.
     """
     _check_ids(prompts, uniforms)
     check_count("batch_size", batch_size)

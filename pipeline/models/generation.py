@@ -172,7 +172,8 @@ def generate(
 
     If padding, a cache or rows that leave it change the policy's logits, they are not used
     (`pipeline.models.probes`). Raises `UserError` if there are no prompts, they are no token ids, the
-    uniforms have another shape, the policy is no decoder, or a prompt and T tokens are more than its positions.
+    uniforms have another shape, the policy is no decoder, or a prompt and T tokens are more than its
+    positions.
     """
     _check_ids(prompts, uniforms)
     check_count("batch_size", batch_size)

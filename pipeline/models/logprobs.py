@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.models.patches import without_router_logits
 from pipeline.models.probes import can_mix, reads_padding, require_positions
+from pipeline.models.truncation import Truncation, truncated_logprobs
 
 # Elements of an (N, V) tensor processed at a time.
 CHUNK = 2**22
@@ -27,11 +28,13 @@ class TokenStats(NamedTuple):
     """Log-probabilities and entropies in nats (B, T), zero off the mask, and hidden states (N, H).
 
     The hidden states are the last layer's at the positions that predict the N real tokens, row by row.
+    `truncated` are log-probabilities (B, T) under a truncation, without gradient; None if none was given.
     """
 
     logprobs: Tensor
     entropy: Tensor
     hidden: Tensor
+    truncated: Tensor | None = None
 
 
 def response_logprobs(
@@ -41,6 +44,7 @@ def response_logprobs(
     response_ids: Tensor,
     response_mask: Tensor,
     temperature: float = 1.0,
+    truncation: Truncation | None = None,
 ) -> TokenStats:
     """Return the `TokenStats` of responses (B, T) to queries (B, P).
 
@@ -50,8 +54,10 @@ def response_logprobs(
     """
     _require_output_layer(model)
     chunks = _split_rows(model, query_ids, query_mask, response_ids, response_mask)
-    parts = [_logprobs_of_rows(model, temperature, *chunk) for chunk in chunks]
-    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
+    parts = [_logprobs_of_rows(model, temperature, truncation, *chunk) for chunk in chunks]
+    *columns, truncated = zip(*parts, strict=True)
+    stats = TokenStats(*map(torch.cat, columns))
+    return stats if truncation is None else stats._replace(truncated=torch.cat(truncated))
 
 
 def response_states(
@@ -101,6 +107,7 @@ def _align_rows(
 def _logprobs_of_rows(
     model: Any,
     temperature: float,
+    truncation: Truncation | None,
     query_ids: Tensor,
     query_mask: Tensor,
     response_ids: Tensor,
@@ -110,10 +117,14 @@ def _logprobs_of_rows(
     with _select_hidden(model, rows, positions) as hidden, without_router_logits(model):
         logits = model(**inputs, use_cache=False).logits
 
-    logprobs, entropy = LogProbability.apply(logits, response_ids[rows, steps], temperature)
+    ids, truncated = response_ids[rows, steps], None
+    logprobs, entropy = LogProbability.apply(logits, ids, temperature)
     grid = torch.zeros(response_ids.shape, dtype=logprobs.dtype, device=logprobs.device)
+    if truncation is not None:
+        values = truncated_logprobs(logits, ids, steps, temperature, truncation)
+        truncated = grid.index_put((rows, steps), values)
     return TokenStats(
-        grid.index_put((rows, steps), logprobs), grid.index_put((rows, steps), entropy), hidden[0]
+        grid.index_put((rows, steps), logprobs), grid.index_put((rows, steps), entropy), hidden[0], truncated
     )
 
 

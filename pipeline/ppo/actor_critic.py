@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models.logprobs import response_logprobs, response_states, scatter_to_mask
 from pipeline.models.patches import disable_dropout, fuse_gelu
 from pipeline.models.probes import reads_padding, state_width
+from pipeline.models.truncation import Truncation
 from pipeline.ppo.backbone import active_adapter, add_trained_adapter, is_of_adapter
 from pipeline.ppo.checkpointing import checkpointing_options
 from pipeline.ppo.critic import Critic, critic_lora
@@ -34,13 +35,14 @@ class Outputs(NamedTuple):
     """What a forward computes, (B, T) over response tokens.
 
     A value is that of the state in which its token was chosen. `demonstration_logprobs` are None without
-    demonstrations.
+    demonstrations, and `truncated_logprobs` without a truncation.
     """
 
     logprobs: Tensor
     values: Tensor
     entropy: Tensor
     demonstration_logprobs: Tensor | None = None
+    truncated_logprobs: Tensor | None = None
 
 
 class ActorCritic(nn.Module):
@@ -100,15 +102,17 @@ class ActorCritic(nn.Module):
         temperature: float,
         demonstrations: dict[str, Any] | None = None,
         critic_only: bool = False,
+        truncation: Truncation | None = None,
     ) -> Outputs:
         """Return log-probabilities, values and entropies of the response tokens.
 
         Queries (B, P) are padded on the left, responses (B, T) on the right; masks are 1 on real tokens.
         `demonstrations` holds the same four tensors of other rows, whose log-probabilities are at temperature
         1. With `critic_only` the values send no gradient to the policy: on its trunk it stops at the head.
+        With a `truncation`, log-probabilities under it are computed from the same logits.
         """
         inputs = (query_ids, query_mask, response_ids, response_mask)
-        stats = response_logprobs(self.policy, *inputs, temperature)
+        stats = response_logprobs(self.policy, *inputs, temperature, truncation)
         if self.critic_on == "trunk":
             hidden = stats.hidden.detach() if critic_only else stats.hidden
         else:
@@ -118,7 +122,7 @@ class ActorCritic(nn.Module):
         values = scatter_to_mask(values, response_mask)
 
         shown = response_logprobs(self.policy, **demonstrations).logprobs if demonstrations else None
-        return Outputs(stats.logprobs, values, stats.entropy, shown)
+        return Outputs(stats.logprobs, values, stats.entropy, shown, stats.truncated)
 
     def _critic_states(self, *inputs: Tensor) -> Tensor:
         """Return the (N, H) hidden states of a critic that has a trunk or an adapter of its own."""

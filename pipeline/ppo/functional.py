@@ -25,6 +25,20 @@ class PolicyLoss(NamedTuple):
     approx_kl: Tensor
 
 
+class SamplerGap(NamedTuple):
+    """How far the trainer's log π and a sampler's log μ are apart, in nats, over the tokens of all ranks.
+
+    `mean` and `largest` are of |log π − log μ|. `kl` estimates KL(μ ‖ π) per token by k3. All three leave out
+    tokens that the trainer excludes, the share `excluded` of all. `capped` is the share above the cap.
+    """
+
+    mean: Tensor
+    largest: Tensor
+    kl: Tensor
+    capped: Tensor
+    excluded: Tensor
+
+
 class ValueLoss(NamedTuple):
     """The value loss, with gradient, and the fraction of clipped values, without."""
 
@@ -117,12 +131,14 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
     num_tokens: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Return the clipped surrogate max(−Aρ, −A · clip(ρ, 1 − clip_low, 1 + clip_high)) and its metrics.
 
     This is eq. 7 of Schulman et al. 2017. The loss is summed over real tokens and divided by `num_tokens`
     (default: the mask's sum), so that micro-batches add up. `dual_clip` bounds the loss of negative
-    advantages at −dual_clip · A (Ye et al. 2020, eq. 5).
+    advantages at −dual_clip · A (Ye et al. 2020, eq. 5). `weights` (B, T) multiply the loss of each
+    token, but not the metrics.
     """
     count = mask.sum() if num_tokens is None else num_tokens
     log_ratio = _zero_off_mask(logprobs - old_logprobs, mask)
@@ -132,11 +148,39 @@ def policy_loss(
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if weights is not None:
+        loss = weights * loss
 
     with torch.no_grad():
         clip_fraction = _masked_sum(clipped > plain, mask) / count
         approx_kl = _masked_sum(torch.expm1(log_ratio) - log_ratio, mask) / count
     return PolicyLoss(_masked_sum(loss, mask) / count, clip_fraction, approx_kl)
+
+
+def importance_weights(log_ratio: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Return (B, T) truncated importance weights min(π / μ, cap), zero off the mask.
+
+    `log_ratio` is log π − log μ of tokens that μ sampled, -inf for a token of π's probability 0. The weight
+    corrects the choice of each token given those before it (Ionides 2008; Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training").
+    """
+    return _zero_off_mask(log_ratio.exp().clamp_max(cap), mask)
+
+
+def sampler_gap(log_ratio: Tensor, mask: Tensor, cap: float | None) -> SamplerGap:
+    """Return the `SamplerGap` of `log_ratio` = log π − log μ (B, T), as `importance_weights` takes it.
+
+    The mean and the KL are 0 if the trainer excludes all tokens. Without a `cap` no token is above it.
+    """
+    kept = mask & log_ratio.isfinite()
+    real = _zero_off_mask(log_ratio, kept).double()
+    is_capped = kept & (real > (math.inf if cap is None else math.log(cap)))
+    kl = kl_estimate(torch.zeros_like(real), real, "k3")
+    sums = [mask.sum(), kept.sum(), real.abs().sum(), kl.sum(), is_capped.sum()]
+    tokens, count, gaps, kls, capped = _sum_over_ranks(torch.stack([x.double() for x in sums]))
+    largest = _max_over_ranks(real.abs().max())
+    some = count.clamp_min(1)
+    return SamplerGap(gaps / some, largest, kls / some, capped / tokens, (tokens - count) / tokens)
 
 
 def value_loss(
@@ -222,4 +266,10 @@ def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 def _sum_over_ranks(x: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
+    return x
+
+
+def _max_over_ranks(x: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
     return x

@@ -20,7 +20,8 @@ def ppo_loss(
     each. `num_tokens` of it is the number of real tokens of the minibatch on all ranks. Every term is a sum
     over tokens divided by that number, so that micro-batches and ranks add up to their minibatch. With
     `value_only`, during the warm-up of the critic, only the value loss counts; if the warm-up fits fixed
-    returns, values are not clipped.
+    returns, values are not clipped. `batch` also holds `importance_weights` (b, T) if an engine sampled; they
+    multiply the policy loss of each token.
     """
     mask, tokens = batch["response_mask"].bool(), batch["num_tokens"]
     policy = functional.policy_loss(
@@ -32,6 +33,7 @@ def ppo_loss(
         args.clip_high,
         args.dual_clip,
         num_tokens=tokens,
+        weights=batch.get("importance_weights"),
     )
     clip = None if value_only and args.critic_warmup_patience is not None else args.clip_value
     value = functional.value_loss(

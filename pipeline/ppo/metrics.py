@@ -15,7 +15,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Return the metrics of one rollout of this process; KL is in nats per response.
 
-    `ends` are the ids that end a response.
+    `ends` are the ids that end a response. If an engine sampled, its gap to the trainer is that of all
+    processes together.
     """
     mask, responses = rollout.mask, rollout.responses
     kl = functional.kl_estimate(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
@@ -34,6 +35,15 @@ def rollout_metrics(
         "val/num_eos_tokens": (is_end & mask).sum() * args.world_size,
         "val/explained_variance": functional.explained_variance(rollout.values, rollout.returns, mask),
     }
+    if rollout.sampler_log_ratio is not None:
+        gap = functional.sampler_gap(rollout.sampler_log_ratio, mask, args.importance_cap)
+        metrics |= {
+            "sampler/logprob_gap": gap.mean,
+            "sampler/logprob_gap_max": gap.largest,
+            "sampler/kl": gap.kl,
+            "sampler/capped_fraction": gap.capped,
+            "sampler/excluded_fraction": gap.excluded,
+        }
     if args.critic_warmup_patience is not None:
         metrics["val/r_squared"] = functional.r_squared(rollout.values, rollout.returns, mask)
     return {name: float(value) for name, value in metrics.items()}

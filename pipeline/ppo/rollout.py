@@ -2,7 +2,8 @@
 
 1. Sample a response to each prompt.
 2. Score the responses.
-3. Compute log-probabilities under the policy and its reference, and values.
+3. Compute log-probabilities under the policy and its reference, and values. If an engine sampled, compute its
+   importance weights.
 4. Shape the rewards: a KL penalty on every token, and the scores: one on the last, or some inside.
 5. Estimate advantages and returns.
 6. Split the rollout into minibatches, one optimizer step each.
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.models.generation import Responses, permutation
+from pipeline.models.truncation import Truncation
 from pipeline.ppo import functional
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.config import PPOConfig
 
 Minibatches = list[list[list[int]]]  # of one PPO epoch: the rows of each micro-batch of each minibatch
-TRAINED_ON = ("logprobs", "values", "advantages", "returns")
+TRAINED_ON = ("logprobs", "values", "advantages", "returns", "importance_weights")
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Rollout:
 
     `raw_scores` are the rewards of the responses as the reward function returned them, summed over tokens.
     `token_scores` are normalized; PPO learns from them. Every tensor is (B, T) over response tokens.
+    `sampler_log_ratio` is log π − log μ, the trainer's log-probability less the sampler's, both of the
+    distribution after truncation; None for the built-in sampler, which has no gap. `importance_weights` are
+    None without a gap or without a cap.
     """
 
     responses: Responses
@@ -49,6 +55,8 @@ class Rollout:
     entropy: Tensor
     advantages: Tensor
     returns: Tensor
+    sampler_log_ratio: Tensor | None = None
+    importance_weights: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -75,13 +83,14 @@ def collect_rollout(
     score: Callable[[Responses, list[int]], tuple[list[float], Tensor]],
     autocast: Callable[[], AbstractContextManager[Any]],
     is_warmup: bool,
+    truncation: Truncation,
 ) -> Rollout:
     """Sample and score the responses of one rollout, and estimate their advantages.
 
     `number` is the absolute number of the rollout. `sample` gets the global row numbers of this process and
     returns B responses. `score` gets the responses and these rows; it returns the raw reward of each response
     and the (B, T) normalized scores of their tokens. `is_warmup` says whether the rollout trains the critic
-    alone.
+    alone. `truncation` is that of the sampler; it is read if an engine sampled.
     """
     # 1. Sample a response to each prompt.
     rows = global_rows(args, number)
@@ -91,7 +100,11 @@ def collect_rollout(
     raw_scores, token_scores = score(responses, rows)
 
     # 3. Compute log-probabilities under the policy and its reference, and values.
-    logprobs, ref_logprobs, values, entropy = _compute_token_stats(actor, responses, args, number, autocast)
+    is_truncated = responses.sampler_logprobs is not None and not truncation.is_full
+    logprobs, ref_logprobs, values, entropy, truncated = _compute_token_stats(
+        actor, responses, args, number, autocast, truncation if is_truncated else None
+    )
+    log_ratio, weights = _compare_with_sampler(responses, truncated, args.importance_cap)
 
     # 4. Shape the rewards: a KL penalty on every token, and the scores.
     mask = responses.response_mask.bool()
@@ -104,7 +117,17 @@ def collect_rollout(
     _, returns = functional.gae(rewards, values, mask, args.gamma, lam_value)
     advantages = functional.whiten(advantages, mask)
     return Rollout(
-        responses, raw_scores, token_scores, logprobs, ref_logprobs, values, entropy, advantages, returns
+        responses,
+        raw_scores,
+        token_scores,
+        logprobs,
+        ref_logprobs,
+        values,
+        entropy,
+        advantages,
+        returns,
+        log_ratio,
+        weights,
     )
 
 
@@ -132,26 +155,54 @@ def _compute_token_stats(
     args: PPOConfig,
     number: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    truncation: Truncation | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (B, T) log-probabilities, reference log-probabilities, values and entropies.
 
     They are computed in the very micro-batches of the first PPO epoch, in training mode: the probability
-    ratio of the first minibatch is then 1 to the bit.
+    ratio of the first minibatch is then 1 to the bit. The last of the five are the log-probabilities under
+    `truncation`, or the first once more without one.
     """
     actor.train()
     shape, device = responses.response_ids.shape, responses.response_ids.device
     logprobs, ref_logprobs, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
+    truncated = logprobs if truncation is None else torch.zeros(shape, device=device)
 
     for rows in chain.from_iterable(split_minibatches(responses, args, number, ppo_epoch=0)):
         inputs = _trim_padding(responses, rows)
         width = inputs["response_ids"].shape[1]
         with autocast():
-            out = actor(**inputs, temperature=args.temperature)
+            out = actor(**inputs, temperature=args.temperature, truncation=truncation)
             ref_logprobs[rows, :width] = actor.reference_logprobs(**inputs, temperature=args.temperature)
         logprobs[rows, :width] = out.logprobs
         values[rows, :width] = out.values
         entropy[rows, :width] = out.entropy
-    return logprobs, ref_logprobs, values, entropy
+        if out.truncated_logprobs is not None:
+            truncated[rows, :width] = out.truncated_logprobs
+    return logprobs, ref_logprobs, values, entropy, truncated
+
+
+def _compare_with_sampler(
+    responses: Responses, logprobs: Tensor, cap: float | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return log π − log μ of an engine's samples and their importance weights, both (B, T).
+
+    `logprobs` are the trainer's, truncated as the sampler's. Raises `UserError` if the sampler's are not of
+    their shape, or not log-probabilities.
+    """
+    sampler_logprobs, mask = responses.sampler_logprobs, responses.response_mask.bool()
+    if sampler_logprobs is None:
+        return None, None
+    if sampler_logprobs.shape != logprobs.shape:
+        shapes = f"{tuple(sampler_logprobs.shape)}, expected {tuple(logprobs.shape)}"
+        raise UserError(f"ppo: sampler_logprobs have the shape {shapes}, as response_ids have")
+    if not ((sampler_logprobs <= 0) & sampler_logprobs.isfinite() | ~mask).all():
+        raise UserError(
+            "ppo: sampler_logprobs of sampled tokens are above 0 or not finite; expected log-probabilities "
+            "under the distribution that was sampled from"
+        )
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs.to(logprobs), 0.0)
+    return log_ratio, None if cap is None else functional.importance_weights(log_ratio, mask, cap)
 
 
 def iterate_minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[list[dict[str, Any]]]:
@@ -189,7 +240,9 @@ def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
     inputs: dict[str, Any] = _trim_padding(rollout.responses, rows)
     width = inputs["response_ids"].shape[1]
     for name in TRAINED_ON:
-        inputs[name] = getattr(rollout, name)[rows, :width]
+        tensor = getattr(rollout, name)
+        if tensor is not None:
+            inputs[name] = tensor[rows, :width]
     return inputs | {"rows": rows}
 
 

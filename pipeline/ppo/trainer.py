@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.distributed.sharding import full_state_dict, keep_output_dtype, with_full_params
 from pipeline.errors import UserError
 from pipeline.models.ends import declare_ends, end_token_ids
-from pipeline.models.generation import Responses, generate, permuted_index
+from pipeline.models.generation import Responses, generate, permuted_index, unknown_ids
 from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.models.prompts import fit_prompts
+from pipeline.models.truncation import Truncation
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
 from pipeline.ppo.arguments import (
     check_arguments,
@@ -136,6 +137,9 @@ class PPOTrainer(PolicyTrainer):
         self.ends = end_token_ids(policy, processing_class, args.stop_token)
         declare_ends(policy, self.ends)  # whoever samples from the published policy then stops there too
         self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
+        forbidden = tuple(unknown_ids(policy, processing_class))
+        truncated = (args.top_k, args.top_p, args.min_response_tokens)
+        self.truncation = Truncation(*truncated, tuple(self.ends), forbidden)
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
         self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
@@ -210,6 +214,7 @@ class PPOTrainer(PolicyTrainer):
             score=self._score_rows,
             autocast=self.accelerator.autocast,
             is_warmup=self._is_warmup,
+            truncation=self.truncation,
         )
 
     def _prompt_indices(self, rows: list[int]) -> list[int]:

@@ -36,6 +36,7 @@ STAGES = (
     "regression",
     "stepwise",
     "ppo",
+    "ppo-engine",
     *CRITICS,
 )
 
@@ -189,6 +190,17 @@ def assert_the_same_samples(one: Path, other: Path) -> None:
     assert rows == other_rows
     assert values == pytest.approx(other_values, abs=1e-4)
     assert any(values)
+
+
+def test_the_gap_to_an_engine_is_that_of_all_processes(trained):
+    gaps = []
+    for processes in (1, 2):
+        entries = map(json.loads, (trained[processes] / "ppo-engine/log.jsonl").open(encoding="utf-8"))
+        gaps.append([{k: v for k, v in entry.items() if "sampler/" in k} for entry in entries])
+    assert len(gaps[0][0]) == 5
+    assert 0 < gaps[0][0]["sampler/capped_fraction"] < 1
+    for one, two in zip(*gaps, strict=True):
+        assert two == pytest.approx(one, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)

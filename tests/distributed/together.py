@@ -45,6 +45,7 @@ OBJECTIVES = {
 PPO = {
     "ppo": {},
     "ppo-bf16": {"bf16": True},
+    "ppo-engine": {"generate": "served", "importance_cap": 1.5},
     "ppo-adapter": {"critic": "adapter", "critic_warmup_rollouts": 1, "gradient_checkpointing": True},
     "ppo-critic": {
         "critic": "model",
@@ -117,6 +118,13 @@ def recorded(policy, tokenizer, prompts, noise, temperature=1.0, **_) -> Respons
     return Responses(*query, *response, texts, [True] * len(ids))
 
 
+def served(policy, tokenizer, prompts, noise, **options) -> Responses:
+    """The recorded answers, with log-probabilities around those of a policy that knows nothing."""
+    found = recorded(policy, tokenizer, prompts, noise, **options)
+    found.sampler_logprobs = -6 - (found.response_ids % 7) / 4 * found.response_mask
+    return found
+
+
 def start_of(model: str, tokenizer, critic: str) -> tuple[Any, Critic]:
     """The policy, under LoRA if the critic is an adapter of it, and the critic."""
     policy, learning_rate = load_policy(model, tokenizer), None if critic == "trunk" else 2e-3
@@ -126,7 +134,7 @@ def start_of(model: str, tokenizer, critic: str) -> tuple[Any, Critic]:
     return policy, Critic(critic, model=trunk, learning_rate=learning_rate)
 
 
-def ppo(folder: Path, model: str, critic: str = "trunk", **more: object) -> None:
+def ppo(folder: Path, model: str, critic: str = "trunk", generate: str = "recorded", **more: object) -> None:
     init_process_group()
     tokenizer = load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
@@ -166,7 +174,7 @@ def ppo(folder: Path, model: str, critic: str = "trunk", **more: object) -> None
         prompts,
         tokenizer,
         eval_dataset=prompts.select(range(5)),
-        generate=recorded,
+        generate=globals()[generate],
         critic=start,
     )
     trainer.train()

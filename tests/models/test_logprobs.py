@@ -13,6 +13,7 @@ from pipeline.models import logprobs as module
 from pipeline.models.chat import pad_rows
 from pipeline.models.logprobs import LogProbability, response_logprobs, scatter_to_mask
 from pipeline.models.scratch import new_policy
+from pipeline.models.truncation import Truncation
 
 TEMPERATURE = 0.8
 PROMPTS = [[5, 6, 7, 8, 9], [3], [4, 4, 4]]
@@ -68,9 +69,23 @@ def test_padding_ids_do_not_matter(model: Any) -> None:
     assert all(
         torch.equal(*pair)
         for pair in zip(
-            response_logprobs(model, *tensors(0)), response_logprobs(model, *tensors(77)), strict=True
+            response_logprobs(model, *tensors(0))[:3], response_logprobs(model, *tensors(77))[:3], strict=True
         )
     )
+
+
+def test_log_probabilities_under_a_truncation_come_from_the_same_logits(model: Any) -> None:
+    """The ends are all ids of the responses, which cannot come in the first two steps."""
+    ends = tuple({token for answer in RESPONSES for token in answer})
+    plain = response_logprobs(model, *tensors(), TEMPERATURE)
+    found = response_logprobs(model, *tensors(), TEMPERATURE, Truncation(0, 1.0, 2, ends))
+    assert plain.truncated is None
+    assert all(torch.equal(*pair) for pair in zip(plain[:3], found[:3], strict=True))
+    mask = pad_rows(RESPONSES, 0)[1].bool()
+    expected = torch.where(mask, plain.logprobs, 0.0)
+    expected[:, :2] = torch.where(mask[:, :2], -torch.inf, 0.0)
+    torch.testing.assert_close(found.truncated, expected)
+    assert not found.truncated.requires_grad
 
 
 def test_the_gradient_of_the_model_is_that_of_plain_rows(model: Any) -> None:

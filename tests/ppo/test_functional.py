@@ -17,11 +17,13 @@ from pipeline.ppo.functional import (
     entropy,
     explained_variance,
     gae,
+    importance_weights,
     kl_estimate,
     length_adaptive_lam,
     next_kl_coef,
     policy_loss,
     r_squared,
+    sampler_gap,
     shape_rewards,
     value_loss,
     whiten,
@@ -449,3 +451,41 @@ def test_micro_batches_add_up_to_the_whole(lengths: list[int], seed: int, size: 
 def test_whitening_is_over_all_ranks_together(tmp_path):
     halves = on_two_ranks("pipeline.ppo.functional:whiten", tmp_path)
     torch.testing.assert_close(torch.cat(halves), whiten(WHOLE, torch.ones_like(WHOLE, dtype=torch.bool)))
+
+
+# Samples of an engine
+
+# log π − log μ of four tokens, the last of which π excludes; a fifth is behind the mask.
+LOG_RATIO = torch.tensor([[LN2, -LN2, 2 * LN2], [-math.inf, math.nan, math.inf]], dtype=torch.float64)
+SAMPLED = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def test_importance_weights_are_cut_at_the_cap() -> None:
+    close(importance_weights(LOG_RATIO, SAMPLED, 3.0), [[2.0, 0.5, 3.0], [0.0, 0.0, 0.0]])
+    close(importance_weights(LOG_RATIO, SAMPLED, 1.5), [[1.5, 0.5, 1.5], [0.0, 0.0, 0.0]])
+
+
+def test_the_gap_of_a_sampler_by_hand() -> None:
+    """k3 of the ratios 2, 1/2 and 4 is 1 − ln 2, ln 2 − 1/2 and 3 − 2 ln 2."""
+    gap = sampler_gap(LOG_RATIO, SAMPLED, 2.0)
+    expected = [4 / 3 * LN2, 2 * LN2, (3.5 - 2 * LN2) / 3, 0.25, 0.25]
+    assert list(map(float, gap)) == pytest.approx(expected)
+    assert float(sampler_gap(LOG_RATIO, SAMPLED, None).capped) == 0.0
+
+
+def test_a_sampler_whose_tokens_are_all_excluded_has_finite_metrics() -> None:
+    gap = sampler_gap(torch.full((1, 2), -math.inf), torch.ones(1, 2, dtype=torch.bool), 2.0)
+    assert list(map(float, gap)) == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_weights_multiply_the_policy_loss_and_not_its_metrics() -> None:
+    """Three tokens of ratio 2, clipped at 1.2: the losses are −1.2, 4 and −6."""
+    old = torch.zeros(1, 3)
+    advantages, mask = torch.tensor([[1.0, -2.0, 5.0]]), torch.ones(1, 3, dtype=torch.bool)
+    weights = torch.tensor([[0.5, 2.0, 0.0]])
+    plain = policy_loss(old + LN2, old, advantages, mask, 0.2, 0.2)
+    found = policy_loss(old + LN2, old, advantages, mask, 0.2, 0.2, weights=weights)
+    close(plain.loss, (-1.2 + 4.0 - 6.0) / 3)
+    close(found.loss, (-0.6 + 8.0 + 0.0) / 3)
+    assert torch.equal(found.clip_fraction, plain.clip_fraction)
+    assert torch.equal(found.approx_kl, plain.approx_kl)

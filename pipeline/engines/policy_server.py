@@ -160,6 +160,30 @@ def request_responses(
     raise UserError(f"{url}: {problem}; expected {expected}, in each of {ATTEMPTS} tries")
 
 
+def request_logprobs(
+    server: PolicyServer, rows: Sequence[Sequence[int]], timeout: float, model: str | None = None
+) -> list[float]:
+    """Return the server's log-probability of each token but the first of each row, at temperature 1.
+
+    `model` is an adapter's name, None for the base. Raises `UserError` if the server does not send them.
+    """
+    model, url = model or server.model, server.url + "/v1/completions"
+    body = {"model": model, "prompt": list(map(list, rows)), "max_tokens": 1, "prompt_logprobs": 0}
+    reply = send_request(url, timeout, MAX_INFO, body, TRIES, **ABOUT)
+    if reply.status != 200:
+        raise UserError(f"{url}: {_explain_status(reply, model)}")
+    with suppress(*WRONG_SHAPE):
+        choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+        values = [
+            float(entry[str(token)]["logprob"])
+            for row, choice in zip(rows, choices, strict=True)
+            for token, entry in zip(row[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
+        if all(NOT_FINITE < value <= 0 for value in values):
+            return values
+    raise UserError(f"{url}: {reply.preview()}; expected 'prompt_logprobs' of {len(rows)} rows of ids")
+
+
 def _parse_responses(
     reply: Any, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], model: str
 ) -> list[Sampled]:

@@ -19,6 +19,7 @@ from pipeline.engines.policy_server import (
     sampling_fields,
     served_names,
 )
+from pipeline.engines.weight_probe import WeightProbe
 from pipeline.engines.weights import check_version
 from pipeline.errors import UserError
 from pipeline.models.ends import end_token_ids
@@ -54,11 +55,15 @@ class EngineSampler:
         self.timeout, self.sync = timeout, sync
         self.model: str | None = None  # the name of the policy on the servers; None is their base
         self.version: str | None = None  # that the weights of their base must have, if it is known
+        self.probe: WeightProbe | None = None
+        self.has_new_weights = False  # that were not compared with the policy yet
 
     def update(self, step: int, write: Callable[[Path], None]) -> None:
         """Bring all servers to the policy of `step`; see `Sync.update`."""
         if self.sync is not None:
-            self.model, self.version = self.sync.update(step, write)
+            served = self.sync.update(step, write)
+            self.has_new_weights |= served != (self.model, self.version)
+            self.model, self.version = served
 
     def __call__(
         self,
@@ -92,7 +97,11 @@ class EngineSampler:
             min_tokens=min_response_tokens,
             forbidden=forbidden,
         )
-        _check_room(self.servers, max(map(len, prompts)) + tokens)
+        longest = max(map(len, prompts)) + tokens
+        _check_room(self.servers, longest)
+        if self.has_new_weights:
+            self.probe = self.probe or WeightProbe(policy, forbidden, longest - 1)
+            self._compare_weights(policy, self.probe)
         sampled = self._request(prompts, sampling)
         _check_allowed(sampled, forbidden)
 
@@ -100,6 +109,18 @@ class EngineSampler:
         logprobs = pad_numbers([values for _, values in sampled], responses.response_ids.shape[1])
         responses.sampler_logprobs = logprobs.to(policy.device)
         return responses
+
+    def _compare_weights(self, policy: Any, probe: WeightProbe) -> None:
+        """Raise `UserError` if a server has not the weights that it was brought last."""
+        logprobs = probe.read_policy(policy)
+        for server in self.servers:
+            self._check_version(server)
+            probe.check(server, self.model, logprobs, self.timeout)
+        self.has_new_weights = False
+
+    def _check_version(self, server: PolicyServer) -> None:
+        if self.version is not None and server.reload:
+            check_version(server, self.version, self.timeout)
 
     def _request(self, prompts: Sequence[list[int]], sampling: dict[str, Any]) -> list[Sampled]:
         """Ask all servers at once, each for its share of the responses."""
@@ -112,8 +133,7 @@ class EngineSampler:
         ]
         sampled = [response for part in run_at_once(jobs) for response in part]
         for index in dict(parts):  # a server that was started again meanwhile has sampled from other weights
-            if self.version is not None and self.servers[index].reload:
-                check_version(self.servers[index], self.version, self.timeout)
+            self._check_version(self.servers[index])
         return sampled
 
 

@@ -1,5 +1,6 @@
 """The servers that sample PPO's rollouts: what they must serve, and the command that starts them right."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from peft import LoraConfig, TaskType
 from pipeline.config import PPOStage
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
 from pipeline.engines.sampler import EngineSampler, Sync
-from pipeline.engines.weights import WeightSync
+from pipeline.engines.weights import WeightSync, unserved_setting
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.training.arguments import build_lora_config, resolve_precision
@@ -28,9 +29,19 @@ def open_sampler(config: PPOStage, work: Path) -> EngineSampler:
     section = config.rollouts
     assert section is not None
     servers = require_servers(config)
-    folder = Path(section.folder) if section.folder else work / WEIGHTS
-    sync = build_sync(servers, sync_method(config), folder.resolve(), section.timeout)
+    sync = build_sync(servers, sync_method(config), weights_folder(config, work), section.timeout)
     return EngineSampler(servers, section.timeout, sync, rank=int(os.environ.get("RANK", "0")))
+
+
+def weights_folder(config: PPOStage, work: Path) -> Path:
+    """Return the folder for new weights, which no other run uses. Raises `UserError`."""
+    assert config.rollouts is not None
+    if config.rollouts.folder is None:
+        return (work / WEIGHTS).resolve()
+    shared = Path(config.rollouts.folder).resolve()
+    if not shared.is_dir():
+        raise UserError(f"rollouts.folder: {shared} is no folder; expected one that all servers see too")
+    return shared / f"{WEIGHTS}-{hashlib.sha256(bytes(work.resolve())).hexdigest()[:8]}"
 
 
 def build_sync(servers: list[PolicyServer], method: str, folder: Path, timeout: float) -> Sync:
@@ -55,6 +66,8 @@ def require_server(config: PPOStage, url: str) -> PolicyServer:
     """Return the server at `url`. Raises `UserError`, with the command that starts it as the run needs it."""
     assert config.rollouts is not None
     timeout = config.rollouts.timeout
+    if config.lora is not None and (setting := unserved_setting(_trained_adapter(config))):
+        raise UserError(f"ppo: lora.{setting}: vLLM serves no such adapter; change it, or remove 'rollouts:'")
     server = probe_policy_server(url, timeout)
     if problem := _find_problem(config, server):
         raise UserError(f"{server.url}: {problem}; start it with: {start_command(config)}")
@@ -107,6 +120,10 @@ def _continued(config: PPOStage) -> LoraConfig | None:
     return read_adapter(source, None, TaskType.CAUSAL_LM, "policy") if is_one else None
 
 
+def _trained_adapter(config: PPOStage) -> LoraConfig:
+    return _continued(config) or build_lora_config(config, TaskType.CAUSAL_LM) or LoraConfig()
+
+
 def _adapter_rank(config: PPOStage) -> int:
-    lora = _continued(config) or build_lora_config(config, TaskType.CAUSAL_LM) or LoraConfig()
+    lora = _trained_adapter(config)
     return max([lora.r, *(lora.rank_pattern or {}).values()])

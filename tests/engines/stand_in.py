@@ -67,7 +67,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.folder, self.posted, self.processed = str(folder), posted, processed
-        self.tokens = 128
+        self.tokens, self.takes_weights = 128, True
         self.faults: list[Any] = []
         self.asked: list[tuple[str, Any]] = []
         self.sampled: list[list[int]] = []
@@ -102,7 +102,7 @@ class StandIn(ThreadingHTTPServer):
             self.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
         elif path == "/v1/unload_lora_adapter":
             del self.adapters[body["lora_name"]]
-        elif path == "/collective_rpc":
+        elif path == "/collective_rpc" and self.takes_weights:
             self.policy = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
         elif path == "/update_weight_version":
             self.version = body["new_version"]
@@ -110,6 +110,8 @@ class StandIn(ThreadingHTTPServer):
             model = {"base": self.policy} | self.adapters
             if body["model"] not in model:
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+            if "prompt_logprobs" in body:
+                return 200, self.read(model[body["model"]], body["prompt"])
             with self.lock:
                 rows = [self.sample(model[body["model"]], prompt, body) for prompt in body["prompt"]]
             return 200, {
@@ -117,6 +119,15 @@ class StandIn(ThreadingHTTPServer):
                 "choices": [{"index": i} | row for i, row in enumerate(rows)],
             }
         return 200, {}
+
+    def read(self, model, prompts):
+        """Return the log-probability of each token but the first."""
+        logprobs = [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in prompts]
+        values = [
+            [None, *({str(ids[i + 1]): {"logprob": float(row[i, ids[i + 1]])}} for i in range(len(ids) - 1))]
+            for ids, row in zip(prompts, logprobs, strict=True)
+        ]
+        return {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(values)]}
 
     def sample(self, model, prompt, body):
         ids, logprobs = [], []

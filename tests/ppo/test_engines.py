@@ -126,7 +126,7 @@ def test_a_server_gone_for_good_is_one_line_and_the_run_resumes(stage, syncs, ga
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RecordedSync, "update", update_and_end)
-            with pytest.raises(UserError, match=rf"^{second.url}/v1/completions: no response: .*20 s\)$"):
+            with pytest.raises(UserError, match=rf"^{second.url}/weight_info: no response: .*20 s\)$"):
                 ppo.run(stage(first.url, second.url, training=quiet))
         assert {path.name for path in tmp_path.rglob("checkpoint-*")} >= {"checkpoint-2"}
         folder = ppo.run(stage(first.url, training=quiet))

@@ -1,0 +1,150 @@
+"""A server that has kept earlier weights is told from the engine's rounding."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.engines.policy_server import PolicyServer, probe_policy_server, request_logprobs
+from pipeline.engines.sampler import EngineSampler
+from pipeline.engines.weight_probe import Seen, WeightProbe, applied_share
+from pipeline.engines.weights import WeightSync
+from pipeline.errors import UserError
+from tests.engines.stand_in import stand_in
+
+SERVER = PolicyServer("http://h:1", "base", "/m")
+
+
+def seen(policy, server):
+    return Seen(torch.tensor(policy, dtype=torch.float64), torch.tensor(server, dtype=torch.float64))
+
+
+def test_the_share_is_the_projection_of_the_servers_change_on_the_policys():
+    before = seen([-1.0, -2.0], [-1.0, -2.0])
+    assert applied_share(before, seen([-2.0, -4.0], [-2.0, -4.0])) == 1.0
+    assert applied_share(before, seen([-2.0, -4.0], [-1.5, -3.0])) == 0.5
+    # Δt = (-1, -2), Δs = (1, -1): (-1 + 2) / 5
+    assert applied_share(before, seen([-2.0, -4.0], [0.0, -3.0])) == pytest.approx(0.2)
+    assert applied_share(before, before) is None
+
+
+@given(st.floats(-0.5, 0.5), st.floats(-5, 0), st.floats(0.1, 5))
+def test_a_constant_difference_of_engine_and_policy_does_not_change_the_share(gap, start, change):
+    before = seen([start, start - 1], [start + gap, start - 1 + gap])
+    after = seen([start - change, start - 1], [start - change + gap, start - 1 + gap])
+    # rms Δt = change / √2, rms (s - t) = |gap|
+    expected = None if change / 2**0.5 < 2 * abs(gap) else pytest.approx(1.0)
+    assert applied_share(before, after) == expected
+
+
+@pytest.fixture
+def policy(word_policy):
+    return AutoModelForCausalLM.from_pretrained(word_policy).eval()
+
+
+class Served:
+    """A server whose log-probabilities are those of a model in some dtype."""
+
+    def __init__(self, monkeypatch, probe, dtype):
+        self.probe, self.dtype = probe, dtype
+        monkeypatch.setattr(
+            "pipeline.engines.weight_probe.request_logprobs", lambda *_: self.logprobs.tolist()
+        )
+
+    def take(self, policy):
+        self.logprobs = self.probe.read_policy(copy.deepcopy(policy).to(self.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-4, 1e-2])
+def test_steps_of_an_optimizer_are_followed_and_a_server_that_stays_is_an_error(
+    dtype, learning_rate, policy, monkeypatch
+):
+    probe = WeightProbe(policy, [], 60)
+    generator = torch.Generator().manual_seed(0)
+    server, optimizer = (
+        Served(monkeypatch, probe, dtype),
+        torch.optim.Adam(policy.parameters(), learning_rate),
+    )
+
+    def step():
+        ids = torch.randint(32, (4, 17), generator=generator)
+        policy(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(8):
+        server.take(policy)
+        probe.check(SERVER, None, probe.read_policy(policy), 1)
+        step()
+    with pytest.raises(UserError, match=r"follows -?\d+% of the policy's last updates, expected 100%|differ"):
+        for _ in range(10_000):  # ends at the first step that is above the rounding
+            probe.check(SERVER, None, probe.read_policy(policy), 1)
+            step()
+
+
+def test_updates_within_the_rounding_add_up(policy, monkeypatch):
+    probe = WeightProbe(policy, [], 3)
+    start = torch.full((16,), -3.0, dtype=torch.float64)
+    served = start + 0.1
+    monkeypatch.setattr("pipeline.engines.weight_probe.request_logprobs", lambda *_: served.tolist())
+    for change in (0.0, 0.05, 0.1, 0.15, 0.19):
+        probe.check(SERVER, None, start - change, 1)
+    with pytest.raises(UserError, match=r"^http://h:1: it follows 0% of the policy's last updates, expected"):
+        probe.check(SERVER, None, start - 0.21, 1)
+
+
+def test_a_server_of_another_model_is_refused_at_once(policy, monkeypatch):
+    probe = WeightProbe(policy, [], 3)
+    monkeypatch.setattr("pipeline.engines.weight_probe.request_logprobs", lambda *_: [-1.0] * 16)
+    with pytest.raises(
+        UserError, match=r"16 fixed tokens differ from the policy's by 1 nats, expected below"
+    ):
+        probe.check(SERVER, None, torch.full((16,), -2.0, dtype=torch.float64), 1)
+
+
+def test_the_probe_has_no_id_that_is_forbidden(policy):
+    probe = WeightProbe(policy, range(4, 32), 60)
+    assert {token for row in probe.rows for token in row} == {0, 1, 2, 3}
+    assert [len(row) for row in probe.rows] == [17] * 8
+    assert [len(row) for row in WeightProbe(policy, [], 5).rows] == [5] * 8
+
+
+def test_a_server_that_says_that_it_took_the_weights_and_did_not_is_an_error(policy, word_policy, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(word_policy)
+    with stand_in(word_policy) as server:
+        found = probe_policy_server(server.url, 5)
+        sampler = EngineSampler([found], 5, WeightSync([found], "folder", tmp_path, 5))
+        for step in range(3):
+            if step == 2:
+                server.takes_weights = False
+            sampler.update(step, policy.save_pretrained)
+            sample = [policy, tokenizer, [[3, 4]], torch.zeros(1, 2)]
+            if step < 2:
+                sampler(*sample)
+            else:
+                with pytest.raises(UserError, match="missed one, though it said that it took it; start it"):
+                    sampler(*sample)
+            with torch.no_grad():
+                policy.lm_head.weight.mul_(1.1)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": []},
+        {"choices": [{"index": 0, "prompt_logprobs": None}]},
+        {"choices": [{"index": 0, "prompt_logprobs": [None, {"5": {"logprob": -1.0}}]}]},
+        {"choices": [{"index": 0, "prompt_logprobs": [None, {"4": {"logprob": -9999.0}}]}]},
+        {"choices": [{"index": 0, "prompt_logprobs": [None, {"4": {"logprob": 0.5}}]}]},
+        {"choices": [{"index": 0, "prompt_logprobs": [None]}]},
+    ],
+)
+def test_a_reply_without_the_log_probabilities_is_one_line(reply, word_policy):
+    with stand_in(word_policy) as server:
+        server.faults = [(200, reply)]
+        with pytest.raises(UserError, match=r"expected 'prompt_logprobs' of 1 rows of ids$"):
+            request_logprobs(SERVER._replace(url=server.url), [[3, 4]], 5)

@@ -24,6 +24,7 @@ MAX_NAME = 1_000  # characters of a model's name
 TOKEN_BYTES = 1_000  # of a token of a response: its text twice, its id and its log-probability
 TRIES = 1_000  # `timeout` ends them: a large model takes minutes to start again
 ATTEMPTS = 3  # to get a complete response
+TOP = 20  # log-probabilities of a token that a server sends at most, unless it was started otherwise
 NOT_FINITE = -9999.0  # what vLLM sends for a log-probability of -inf
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to it
 FORBID = -100.0  # the lowest bias that vLLM adds to a logit
@@ -162,26 +163,30 @@ def request_responses(
 
 def request_logprobs(
     server: PolicyServer, rows: Sequence[Sequence[int]], timeout: float, model: str | None = None
-) -> list[float]:
-    """Return the server's log-probability of each token but the first of each row, at temperature 1.
+) -> list[dict[int, float]]:
+    """Return the server's log-probabilities of the likeliest ids after each row, at temperature 1, by id.
 
     `model` is an adapter's name, None for the base. Raises `UserError` if the server does not send them.
     """
     model, url = model or server.model, server.url + "/v1/completions"
-    body = {"model": model, "prompt": list(map(list, rows)), "max_tokens": 1, "prompt_logprobs": 0}
+    fields = sampling_fields(1, ends=()) | {"logprobs": TOP}
+    body = {"model": model, "prompt": list(map(list, rows)), **fields}
     reply = send_request(url, timeout, MAX_INFO, body, TRIES, **ABOUT)
     if reply.status != 200:
         raise UserError(f"{url}: {_explain_status(reply, model)}")
     with suppress(*WRONG_SHAPE):
-        choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
-        values = [
-            float(entry[str(token)]["logprob"])
-            for row, choice in zip(rows, choices, strict=True)
-            for token, entry in zip(row[1:], choice["prompt_logprobs"][1:], strict=True)
-        ]
-        if all(NOT_FINITE < value <= 0 for value in values):
-            return values
-    raise UserError(f"{url}: {reply.preview()}; expected 'prompt_logprobs' of {len(rows)} rows of ids")
+        choices = {choice["index"]: choice for choice in reply.json()["choices"]}
+        found = [_parse_top(choices[number]["logprobs"]["top_logprobs"]) for number in range(len(rows))]
+        if all(value <= 0 for row in found for value in row.values()):
+            return found
+    raise UserError(f"{url}: {reply.preview()}; expected 'top_logprobs' of {len(rows)} responses of one id")
+
+
+def _parse_top(tokens: Any) -> dict[int, float]:
+    """Return log-probability by id of the only token, without those that are not finite."""
+    (entries,) = tokens
+    values = {int(key.removeprefix("token_id:")): float(value) for key, value in entries.items()}
+    return {token: value for token, value in values.items() if value > NOT_FINITE}
 
 
 def _parse_responses(

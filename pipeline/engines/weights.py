@@ -165,6 +165,11 @@ class WeightSync:
         reload_weights(server, folder, version, self.timeout)
 
 
+def post_once(server: PolicyServer, path: str, body: dict[str, Any], timeout: float) -> None:
+    """Post what a server must not get twice. Raises `UserError` if it is not taken."""
+    _require(_post(server, path, body, timeout, tries=1), server, path)
+
+
 def new_token() -> str:
     """Return a name that no folder or adapter has had."""
     return secrets.token_hex(4)

@@ -7,6 +7,7 @@ from pathlib import Path
 from peft import LoraConfig, TaskType
 
 from pipeline.config import PPOStage
+from pipeline.engines.nccl import NcclSender
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
 from pipeline.engines.sampler import EngineSampler, Sync
 from pipeline.engines.weights import WeightSync, unserved_setting
@@ -46,7 +47,7 @@ def weights_folder(config: PPOStage, work: Path) -> Path:
 
 def build_sync(servers: list[PolicyServer], method: str, folder: Path, timeout: float) -> Sync:
     """Return what brings new weights to the servers by `method`: adapter, folder or nccl."""
-    return WeightSync(servers, method, folder, timeout)
+    return WeightSync(servers, method, folder, timeout, NcclSender(timeout) if method == "nccl" else None)
 
 
 def sync_method(config: PPOStage) -> str:

@@ -29,6 +29,7 @@ class Handler(BaseHTTPRequestHandler):
         pages = {
             "/v1/models": self.server.models,
             "/metrics": lambda: self.server.metrics,
+            "/get_world_size": lambda: {"world_size": 2},
             "/weight_info": lambda: {"weight_version": self.server.version},
         }
         return self.send(200, pages[self.path]()) if self.path in pages else self.send(404, {})
@@ -110,8 +111,6 @@ class StandIn(ThreadingHTTPServer):
             model = {"base": self.policy} | self.adapters
             if body["model"] not in model:
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
-            if "prompt_logprobs" in body:
-                return 200, self.read(model[body["model"]], body["prompt"])
             with self.lock:
                 rows = [self.sample(model[body["model"]], prompt, body) for prompt in body["prompt"]]
             return 200, {
@@ -120,17 +119,8 @@ class StandIn(ThreadingHTTPServer):
             }
         return 200, {}
 
-    def read(self, model, prompts):
-        """Return the log-probability of each token but the first."""
-        logprobs = [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in prompts]
-        values = [
-            [None, *({str(ids[i + 1]): {"logprob": float(row[i, ids[i + 1]])}} for i in range(len(ids) - 1))]
-            for ids, row in zip(prompts, logprobs, strict=True)
-        ]
-        return {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(values)]}
-
     def sample(self, model, prompt, body):
-        ids, logprobs = [], []
+        ids, logprobs, tops = [], [], []
         warpers = [TemperatureLogitsWarper(body["temperature"])]
         if body["top_k"]:
             warpers.append(TopKLogitsWarper(body["top_k"]))
@@ -145,13 +135,15 @@ class StandIn(ThreadingHTTPServer):
                 logits = warper(None, logits)
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=self.generator))
             scores = logits if self.processed else raw
-            ids, logprobs = [*ids, token], [*logprobs, float(scores.log_softmax(-1)[0, token])]
+            scores = scores.log_softmax(-1)[0]
+            ids, logprobs = [*ids, token], [*logprobs, float(scores[token])]
+            tops.append({f"token_id:{i}": float(scores[i]) for i in scores.topk(body["logprobs"]).indices})
         self.sampled.append(ids)
         reason = "stop" if ids[-1] in body["stop_token_ids"] else "length"
         return {
             "token_ids": ids,
             "prompt_token_ids": prompt,
-            "logprobs": {"token_logprobs": logprobs},
+            "logprobs": {"token_logprobs": logprobs, "top_logprobs": tops},
             "finish_reason": reason,
         }
 

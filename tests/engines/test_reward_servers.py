@@ -62,15 +62,15 @@ def bases(tmp_path_factory, demo_texts):
 
 
 def save_reward(base, folder, settings, token_types=False):
-    """Write a reward model on `base`, with a random head that scores from about -10 to 10.
+    """Write a reward model of the architecture of `base`. Its random weights depend on the head alone.
 
-    The same settings of the head give the same weights.
+    They are large, so that another input is another score.
     """
     torch.manual_seed(0)
     model = settings.auto_class.from_pretrained(base, **settings.head)
-    for name, weight in model.named_parameters():
-        if name.startswith(("score", "classifier")):
-            torch.nn.init.normal_(weight, std=1.0)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if token_types else [])]
     tokenizer = AutoTokenizer.from_pretrained(base, model_input_names=names)
     model.save_pretrained(folder)

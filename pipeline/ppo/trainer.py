@@ -137,23 +137,14 @@ class PPOTrainer(PolicyTrainer):
         self.ends = end_token_ids(policy, processing_class, args.stop_token)
         declare_ends(policy, self.ends)  # whoever samples from the published policy then stops there too
         self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
-        forbidden = tuple(unknown_ids(policy, processing_class))
-        truncated = (args.top_k, args.top_p, args.min_response_tokens)
-        self.truncation = Truncation(*truncated, tuple(self.ends), forbidden)
+        sampled_from = (args.top_k, args.top_p, args.min_response_tokens, tuple(self.ends))
+        self.truncation = Truncation(*sampled_from, tuple(unknown_ids(policy, processing_class)))
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
         self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
         self._is_warmup = False  # whether this rollout trains the critic alone
 
-        model = ActorCritic(policy, args.kl_coef, self.critic)
-        self.critic = self.critic._replace(model=None, weights=None, value_head=None)  # they are in the model
-        if args.value_init == "reward":
-            width = model.value_head.in_features
-            state = value_head_from_reward(self.reward, width, args.score_normalization)
-            model.value_head.load_state_dict(state)
-        if args.critic_warmup_patience is not None:
-            model.register_buffer("critic_warmup", initial_warmup(args.critic_warmup_rollouts))
-
+        model = self._build_actor(policy, args)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, rows in data.items():
             if rows is not None:
@@ -165,6 +156,18 @@ class PPOTrainer(PolicyTrainer):
         keep_output_dtype(self)
         self.add_callback(SkipNonFinite(lambda: self.rollouts.minibatch))
         use_metrics_bar(self)
+
+    def _build_actor(self, policy: Any, args: PPOConfig) -> ActorCritic:
+        """Return the policy with its critic, whose value head and warm-up begin as `args` says."""
+        actor = ActorCritic(policy, args.kl_coef, self.critic)
+        self.critic = self.critic._replace(model=None, weights=None, value_head=None)  # they are in the actor
+        if args.value_init == "reward":
+            width = actor.value_head.in_features
+            state = value_head_from_reward(self.reward, width, args.score_normalization)
+            actor.value_head.load_state_dict(state)
+        if args.critic_warmup_patience is not None:
+            actor.register_buffer("critic_warmup", initial_warmup(args.critic_warmup_rollouts))
+        return actor
 
     # Rollouts
 

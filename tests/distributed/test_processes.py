@@ -20,6 +20,7 @@ from pipeline.artifacts.manifest import work_folder
 from pipeline.artifacts.seals import read_seal, sealed_steps
 from pipeline.config import RECIPES
 from pipeline.distributed.processes import broadcast, destroy_process_group, map_across_processes
+from tests.engines.stand_in import stand_in
 
 pytestmark = pytest.mark.long
 
@@ -286,3 +287,56 @@ def test_two_processes_score_a_file_and_draw_answers_as_one_does(trained, comman
     assert len(one) == 5
     assert [row["reward"] for row in two] == pytest.approx([row["reward"] for row in one], abs=1e-5)
     assert [row["response"] for row in two] == [row["response"] for row in one]
+
+
+ON_SERVERS = {
+    "num_rollouts": 2,
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "response_tokens": 6,
+    "learning_rate": 1e-2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "no",
+    "report_to": "none",
+}
+
+
+def train_on_servers(how, folder, records, policy, *urls):
+    """Start PPO by two processes whose responses the servers sample."""
+    stage = {"run": "t", "runs": str(folder), "records": str(records), "policy": str(policy)}
+    stage |= {"reward": "pipeline.prepare.demo:gold_reward", "training": ON_SERVERS}
+    stage |= {"rollouts": {"url": list(urls), "timeout": 5}}
+    (folder / "ppo.json").write_text(json.dumps(stage))
+    return how(2, "-m", "pipeline", "ppo", "--config", str(folder / "ppo.json"))
+
+
+def gaps_of(folder):
+    """The largest gap between servers and trainer of each rollout."""
+    log = [json.loads(line) for line in (folder / "t/ppo/log.jsonl").open(encoding="utf-8")]
+    return [entry["sampler/logprob_gap_max"] for entry in log if "sampler/logprob_gap_max" in entry]
+
+
+def test_two_processes_share_two_servers_that_get_each_policy_once(tiny_records, tiny_gpt2, tmp_path):
+    with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
+        train_on_servers(launch, tmp_path, tiny_records, tiny_gpt2, first.url, second.url)
+        for server in (first, second):
+            paths = [path for path, _ in server.asked]
+            assert paths.count("/collective_rpc") == 3  # two rollouts, and the evaluation at the end
+            long = [body for _, body in server.asked if body.get("max_tokens") == 6]
+            assert sum(len(body["prompt"]) for body in long) == (2 * 4 + 14) / 2
+    gaps = gaps_of(tmp_path)
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-4
+
+
+def test_a_server_that_one_of_two_processes_loses_ends_both_with_one_line(tiny_records, tiny_gpt2, tmp_path):
+    with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
+        second.faults = [None] * 18 + [lambda reply: second.stop() or reply]  # in the second rollout
+        done = train_on_servers(start, tmp_path, tiny_records, tiny_gpt2, first.url, second.url)
+        assert done.returncode != 0
+        (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+        assert second.url in line
+        assert "resuming" in train_on_servers(launch, tmp_path, tiny_records, tiny_gpt2, first.url)
+    assert len(gaps_of(tmp_path)) == 2

@@ -44,7 +44,7 @@ from pipeline.artifacts.schema import SCHEMA, Fingerprint, check_json, find_faul
 
 # The last version in which a stage began to compute something else from the same config and inputs. It is
 # part of the fingerprint: raise it only if results change.
-RESULTS_VERSION = "0.4.0"
+RESULTS_VERSION = "0.5.0"
 
 OUR_KEYS = {"fingerprint", "identity", "config_hash"}  # manifests of other tools have none of them
 

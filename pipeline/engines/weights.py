@@ -183,5 +183,5 @@ def _require(reply: Reply, server: PolicyServer, what: str) -> None:
     if reply.status != 200:
         raise UserError(
             f"{server.url}: does not take {what}: {reply.preview()}; expected 200: does the server see this "
-            "folder? 'rlhf doctor' prints the command that starts it right"
+            "folder? 'rlhf doctor' prints the command that starts it again"
         )

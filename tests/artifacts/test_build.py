@@ -77,7 +77,7 @@ def test_manifest_holds_every_field(config, tmp_path):
     fingerprint = {
         "config": config.resolved(),
         "inputs": {name: item.identity for name, item in inputs.items()},
-        "version": "0.4.0" if "pipeline" in versions else "not installed",
+        "version": "0.5.0" if "pipeline" in versions else "not installed",
     }
     config_file = sha256((folder / "config.yaml").read_text())
     assert manifest == {
@@ -222,7 +222,7 @@ def test_a_release_that_changes_no_results_reuses_what_is_there(config, monkeypa
     publish(config)
     monkeypatch.setattr(replacing, "package_versions", lambda: {"pipeline": "99.0"})
     again = Make()
-    assert manifest_of(publish(config, again))["fingerprint"]["version"] == "0.4.0"
+    assert manifest_of(publish(config, again))["fingerprint"]["version"] == "0.5.0"
     assert again.calls == 0
 
 

@@ -10,7 +10,7 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def serve(model: Path, *options: str) -> Iterator[str]:
         text=True,
         start_new_session=True,
     )
-    lines, is_ready = deque[str](maxlen=40), threading.Event()
+    lines, is_ready = deque[str](maxlen=400), threading.Event()
 
     def read() -> None:
         for line in process.stdout or ():
@@ -61,11 +61,24 @@ def serve(model: Path, *options: str) -> Iterator[str]:
     threading.Thread(target=read, daemon=True).start()
     try:
         is_ready.wait(600)
-        assert any(READY in line for line in lines), "".join(lines)
+        assert any(READY in line for line in lines), "".join(line for line in lines if "Error" in line)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # so that it leaves no shared memory behind
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def new_llama(tokenizer, **options):
+    """Return a random Llama with heads of 32 for a tokenizer: vLLM serves its adapters, but none of GPT-2."""
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, **size, **ids} | options
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**options))
 
 
 @pytest.fixture(scope="session")
@@ -75,15 +88,10 @@ def word_policy(tmp_path_factory) -> Path:
     backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    architecture = LlamaConfig(
-        vocab_size=WORDS + 4, max_position_embeddings=128, initializer_range=0.15, **size, **ids
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     folder = tmp_path_factory.mktemp("words")
-    LlamaForCausalLM(architecture).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    new_llama(tokenizer, vocab_size=WORDS + 4, initializer_range=0.15).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

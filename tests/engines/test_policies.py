@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import config
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.engines.policies import bring_policy, open_servers
+from pipeline.engines.weight_probe import ROWS
 from pipeline.errors import UserError
 from pipeline.evaluate.sampling import sample_policies
+from pipeline.models.loading import load_sampler
 from tests.engines.stand_in import POSTED, stand_in
 
 PROMPTS = Dataset.from_dict({"prompt": ["w3 w4", "w5", "w6 w7 w8"]})
@@ -45,13 +47,26 @@ def test_evaluate_samples_each_policy_on_the_server(word_policy, adapter):
         if path not in ("/pause", "/resume", "/reset_prefix_cache", "/update_weight_version")
     ]
     name = calls[-1]
-    assert calls == [str(word_policy), "base", str(adapter), name]
+    assert calls == [str(word_policy), "base", "base", str(adapter), name, name]  # compared, then sampled
     assert name.startswith("ppo-")
     assert {key: len(columns["ids"]) for key, columns in samples.items()} == {"sft": 9, "ppo": 6}
-    sent = server.sampled[1:]
-    assert [samples["sft"]["ids"], samples["ppo"]["ids"]] == [sent[:9], sent[9:]]
+    sent = server.sampled[1 + ROWS :]
+    assert [samples["sft"]["ids"], samples["ppo"]["ids"]] == [sent[:9], sent[9 + ROWS :]]
     assert "rollouts" not in config.EvaluateStage(run="t").resolved()
     assert stage.resolved()["rollouts"] == {"engine": "vllm"}
+
+
+def test_a_server_with_the_adapter_of_another_base_is_an_error(word_policy, adapter, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(word_policy)
+    for weight in other.parameters():
+        torch.nn.init.normal_(weight)
+    other.save_pretrained(tmp_path / "other")
+    policy, tokenizer = load_sampler(str(adapter))
+    with stand_in(tmp_path / "other") as server:
+        sampler = open_servers(config.EngineSection(url=[server.url], timeout=5))
+        bring_policy(sampler, str(adapter), "ppo")
+        with pytest.raises(UserError, match=r"differ from the policy's by .* nats, expected below 1"):
+            sampler(policy, tokenizer, [[3, 4]], torch.zeros(1, 4))
 
 
 def test_a_server_that_does_not_take_a_policy_is_refused(word_policy, adapter):

@@ -88,8 +88,8 @@ def test_an_adapter_and_weights_that_the_engine_refuses_are_one_line(sampling_se
         weights.load_adapter(server, tmp_path / "large", "large", 5)
     assert request_logprobs(server, [[3, 4, 5]], 60) == [pytest.approx(before, abs=1e-6)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="/empty: .*Cannot find any model weights.*starts it again"):
-        weights.reload_weights(server, tmp_path / "empty", "none", 5)  # vLLM has no weights any more, and ends
+    with pytest.raises(UserError, match=r"/empty: .*Cannot find any model weights.*starts it again"):
+        weights.reload_weights(server, tmp_path / "empty", "none", 5)  # vLLM ends then
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def read_outline(source: str, revision: str | None = None) -> PolicyOutline:
         adapter = read_adapter(source, revision, None, "policy")
         base, base_revision = str(adapter.base_model_name_or_path), adapter.revision
     with explain_load_errors(base, "causal language model"):
-        config = AutoConfig.from_pretrained(base, revision=base_revision)
+        config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
         owner, owner_revision = base, base_revision
         if hub.fetch_file(source, "generation_config.json", revision):
             owner, owner_revision = source, revision

@@ -23,7 +23,7 @@ from pipeline.engines.weight_probe import WeightProbe
 from pipeline.engines.weights import check_version
 from pipeline.errors import UserError
 from pipeline.models.ends import end_token_ids
-from pipeline.models.generation import Responses, _to_responses, unknown_ids
+from pipeline.models.generation import Responses, to_responses, unknown_ids
 
 Result = TypeVar("Result")
 
@@ -105,7 +105,7 @@ class EngineSampler:
         sampled = self._request(prompts, sampling)
         _check_allowed(sampled, forbidden)
 
-        responses = _to_responses(tokenizer, prompts, [ids for ids, _ in sampled], ends, policy.device)
+        responses = to_responses(tokenizer, prompts, [ids for ids, _ in sampled], ends, policy.device)
         logprobs = pad_numbers([values for _, values in sampled], responses.response_ids.shape[1])
         responses.sampler_logprobs = logprobs.to(policy.device)
         return responses

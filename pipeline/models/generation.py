@@ -196,7 +196,7 @@ def generate(
     limits, pad = Limits(uniforms.shape[1], ends), tokenizer.pad_token_id
     responses = decode(policy, prompts, processors, limits, pad_token_id=pad, batch_size=batch_size, way=way)
     policy.train(training)
-    return _to_responses(tokenizer, prompts, responses, ends, policy.device)
+    return to_responses(tokenizer, prompts, responses, ends, policy.device)
 
 
 def unknown_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -234,7 +234,7 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcess
     return warpers
 
 
-def _to_responses(
+def to_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],

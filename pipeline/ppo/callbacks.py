@@ -15,7 +15,7 @@ from pipeline.artifacts.seals import read_seal
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
 from pipeline.ppo.policy_trainer import POLICIES
-from pipeline.ppo.rollout import TRAINED_ON, Rollout
+from pipeline.ppo.rollout import Rollout
 from pipeline.training.callbacks import REMEDY, has_finite_gradient
 
 MAX_SKIPPED_STEPS = 3
@@ -127,15 +127,13 @@ def check_kl(kl: float, limit: float | None, rollout: int, work: str) -> None:
 
 def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]]:
     responses = rollout.responses
+    tensors = {"token_scores": rollout.token_scores} | rollout.trained_on()
     for row in rows:
         real = rollout.mask[row]
-        per_token = {
-            name: getattr(rollout, name)[row][real].tolist() for name in ("token_scores", *TRAINED_ON)
-        }
         yield {
             "query_ids": responses.query_ids[row][responses.query_mask[row].bool()].tolist(),
             "response_ids": responses.response_ids[row][real].tolist(),
             "answer": responses.texts[row],
             "score": float(rollout.scores[row]),
-            **per_token,
+            **{name: tensor[row][real].tolist() for name, tensor in tensors.items()},
         }

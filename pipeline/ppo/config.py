@@ -316,7 +316,9 @@ class PPOConfig(TrainingArguments):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         in_range = self.lam_value is None or 0 <= self.lam_value <= 1
         self._expect("lam_value", in_range, "a number from 0 to 1, or none")
-        self._expect("importance_cap", (self.importance_cap or 1) >= 1, "1 or more, or none")
+        self._expect(
+            "importance_cap", self.importance_cap is None or self.importance_cap >= 1, "1 or more, or none"
+        )
         self._expect("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1")
         self._expect("clip_low", self.clip_low < 1, "less than 1")
         self._expect("dual_clip", self.dual_clip is None or self.dual_clip > 1, "more than 1, or none")

@@ -58,6 +58,11 @@ class Rollout:
     sampler_log_ratio: Tensor | None = None
     importance_weights: Tensor | None = None
 
+    def trained_on(self) -> dict[str, Tensor]:
+        """Return the tensors that the losses read, by name; importance weights only if there are some."""
+        tensors = {name: getattr(self, name) for name in TRAINED_ON}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     @property
     def mask(self) -> Tensor:
         """(B, T), True on real response tokens."""
@@ -239,10 +244,7 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
 def _micro_batch(rollout: Rollout, rows: list[int]) -> dict[str, Any]:
     inputs: dict[str, Any] = _trim_padding(rollout.responses, rows)
     width = inputs["response_ids"].shape[1]
-    for name in TRAINED_ON:
-        tensor = getattr(rollout, name)
-        if tensor is not None:
-            inputs[name] = tensor[rows, :width]
+    inputs |= {name: tensor[rows, :width] for name, tensor in rollout.trained_on().items()}
     return inputs | {"rows": rows}
 
 

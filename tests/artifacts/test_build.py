@@ -230,7 +230,7 @@ def test_the_results_of_another_version_are_not_replaced_in_silence(config, monk
     publish(config)
     monkeypatch.setattr(replacing, "RESULTS_VERSION", "99.0")
     again = Make()
-    message = r"demo/sft: has the results of version 0\.4\.0, and version 99\.0 computes others; add --force"
+    message = r"demo/sft: has the results of version 0\.5\.0, and version 99\.0 computes others; add --force"
     with pytest.raises(UserError, match=message):
         publish(config, again)
     assert again.calls == 0

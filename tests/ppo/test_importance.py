@@ -320,6 +320,7 @@ def test_what_are_no_log_probabilities_is_refused(make: Any, logprobs: Any, mess
         make(sample).collect(0)
 
 
-def test_a_cap_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"importance_cap=0.5: expected 1 or more, or none"):
-        PPOConfig("out", importance_cap=0.5, report_to="none")
+@pytest.mark.parametrize("cap", [0.5, 0.0])
+def test_a_cap_below_one_is_refused(cap) -> None:
+    with pytest.raises(ValueError, match=rf"importance_cap={cap}: expected 1 or more, or none"):
+        PPOConfig("out", importance_cap=cap, report_to="none")

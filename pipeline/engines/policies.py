@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config import EngineSection
 from pipeline.distributed.processes import broadcast, on_main_process
+from pipeline.engines.embeddings import folder_for_servers
 from pipeline.engines.policy_server import PolicyServer, check_processed_logprobs, probe_policy_server
 from pipeline.engines.sampler import EngineSampler
 from pipeline.engines.weights import load_adapter, new_token, reload_weights, unload_adapter
@@ -25,12 +26,12 @@ def open_servers(section: EngineSection) -> EngineSampler:
     return EngineSampler(servers, section.timeout, rank=int(os.environ.get("RANK", "0")))
 
 
-def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
+def bring_policy(sampler: EngineSampler, folder: str, name: str, scratch: str | None = None) -> None:
     """Have all servers sample from a published policy: an adapter, whose name begins so, or a whole model.
 
     The name is new, since a server keeps the keys and values of an adapter by its name and path. All ranks
-    call it, and rank 0 talks to the servers, which must see the folder. The next call of the sampler compares
-    them with the policy. Raises `UserError`.
+    call it, and rank 0 talks to the servers, which must see the folder, and `scratch` (by default its
+    parent). The next call of the sampler compares them with the policy. Raises `UserError`.
     """
     path = Path(folder).resolve()
     is_one, old = is_adapter(folder), sampler.model
@@ -41,7 +42,8 @@ def bring_policy(sampler: EngineSampler, folder: str, name: str) -> None:
             if is_one and server.lora:
                 load_adapter(server, path, new, sampler.timeout)
             elif not is_one and server.reload:
-                reload_weights(server, path, new, sampler.timeout)
+                with folder_for_servers(path, Path(scratch or path.parent)) as whole:
+                    reload_weights(server, whole, new, sampler.timeout)
             else:
                 raise UserError(f"{server.url}: {_refusal(server, is_one)} for {folder}; {START}")
             if old is not None:

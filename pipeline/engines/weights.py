@@ -15,6 +15,7 @@ from typing import Any
 from peft import LoraConfig
 
 from pipeline.distributed.processes import broadcast, is_main_process, on_main_process
+from pipeline.engines.embeddings import add_output_embeddings
 from pipeline.engines.policy_server import ABOUT, FAIL_FAST, MAX_INFO, WRONG_SHAPE, PolicyServer
 from pipeline.engines.requests import TRIES, Reply, send_request
 from pipeline.errors import UserError
@@ -151,6 +152,8 @@ class WeightSync:
         folder = partial.with_name(name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        if self.method != "adapter":
+            add_output_embeddings(folder)
         for server in self.servers:
             self.bring(server, folder, version)
         if self.name:

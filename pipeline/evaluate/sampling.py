@@ -62,10 +62,12 @@ def sample_policies(
     # PPO may have a stop token, which SFT's policy does not declare: both are sampled in the same way.
     opened = (inputs["sft"], ppo)
     ends = [end for policy in opened for end in declared_ends(str(policy.path), policy.revision)]
-    sampler = open_servers(config.rollouts) if config.rollouts else None
+    sampler, scratch = None, None
+    if config.rollouts is not None:
+        sampler, scratch = open_servers(config.rollouts), config.rollouts.folder
     sft, tokenizer = load_sampler(str(inputs["sft"].path), **load_options(config, inputs["sft"].revision))
     if sampler is not None:
-        bring_policy(sampler, str(inputs["sft"].path), "sft")
+        bring_policy(sampler, str(inputs["sft"].path), "sft", scratch)
     options: dict[str, Any] = {"ends": ends, "sampler": sampler}
     samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, **options)}
 
@@ -76,7 +78,7 @@ def sample_policies(
     for name, folder in (folders | {"ppo": ppo.path}).items():
         policy, tokenizer = load_sampler(str(folder), **load_options(config, ppo.revision))
         if sampler is not None:
-            bring_policy(sampler, str(folder), name)
+            bring_policy(sampler, str(folder), name, scratch)
         samples[name] = sample_policy(
             config, name, policy, tokenizer, texts, config.samples_per_prompt, reference=sft, **options
         )

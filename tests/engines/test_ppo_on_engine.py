@@ -37,7 +37,7 @@ TRAINING = {
 def policy(tmp_path_factory, demo_texts):
     tokenizer = train_tokenizer(demo_texts, config.Scratch(vocabulary=700), "\n")
     folder = tmp_path_factory.mktemp("policy")
-    new_llama(tokenizer).save_pretrained(folder)
+    new_llama(tokenizer, tie_word_embeddings=True).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

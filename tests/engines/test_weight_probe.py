@@ -91,6 +91,21 @@ def test_steps_of_an_optimizer_are_followed_and_a_server_that_stays_is_an_error(
         stay_behind()
 
 
+def test_a_server_that_loads_a_part_of_an_update_is_an_error(policy, monkeypatch):
+    probe = WeightProbe(policy, [], 60)
+    server = Served(monkeypatch, probe, torch.float32)
+    server.take(policy)
+    probe.check(SERVER, None, probe.read_policy(policy), 1)
+    part = copy.deepcopy(policy)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 1e-2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    part.load_state_dict(policy.state_dict() | {"lm_head.weight": part.lm_head.weight.clone()})
+    server.take(part)
+    with pytest.raises(UserError, match=r"differ from the policy's by 0.0\d+ nats, expected below 0.001: "):
+        probe.check(SERVER, None, probe.read_policy(policy), 1)
+
+
 def test_updates_within_the_rounding_add_up(policy, monkeypatch):
     probe = WeightProbe(policy, [], 3)
     start = torch.full((16, 32), -3.0, dtype=torch.float64)
@@ -137,7 +152,7 @@ def test_a_server_that_says_that_it_took_the_weights_and_did_not_is_an_error(pol
             if step < 2:
                 sampler(*sample)
             else:
-                with pytest.raises(UserError, match="missed one, though it said that it took it; start it"):
+                with pytest.raises(UserError, match="has missed an update or a part of one; start it again"):
                     sampler(*sample)
             with torch.no_grad():
                 policy.lm_head.weight.mul_(1.1)

@@ -20,7 +20,7 @@ from pipeline.engines.policy_server import (
     served_names,
 )
 from pipeline.engines.weight_probe import WeightProbe
-from pipeline.engines.weights import check_version
+from pipeline.engines.weights import INITIAL, check_version
 from pipeline.errors import UserError
 from pipeline.models.ends import end_token_ids
 from pipeline.models.generation import Responses, to_responses, unknown_ids
@@ -152,7 +152,8 @@ def open_served_policy(url: str, policy: str, timeout: float) -> EngineSampler:
             f"start one with: vllm serve {policy} --logprobs-mode processed_logprobs"
         )
     sampler = EngineSampler([server], timeout)
-    sampler.model = served[0]
+    sampler.model, sampler.version = served[0], INITIAL  # not what a run has loaded there since
+    sampler._check_version(server)
     return sampler
 
 

@@ -306,6 +306,12 @@ def test_a_server_of_the_policy_generates_the_responses(
         argv = ("--policy", str(tiny_gpt2), "--policy-url", other.url)
         line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
     assert line.startswith(f"error: {other.url}: serves {tiny_llama}, expected {tiny_gpt2}; start one with: ")
+    with stand_in(tiny_gpt2) as trained:
+        trained.version = "of a run"
+        argv = ("--policy", str(tiny_gpt2), "--policy-url", trained.url)
+        line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
+    assert "of a run" in line
+    assert "expected the version default" in line
     argv = ("--policy", str(tiny_gpt2), "--policy-url", "localhost:8000")
     line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
     assert line.startswith("error: --policy-url: 'localhost:8000': expected http://host:port alone")

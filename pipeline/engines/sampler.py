@@ -114,11 +114,11 @@ class EngineSampler:
         """Raise `UserError` if a server has not the weights that it was brought last."""
         logprobs = probe.read_policy(policy)
         for server in self.servers:
-            self._check_version(server)
+            self.check_server_version(server)
             probe.check(server, self.model, logprobs, self.timeout)
         self.has_new_weights = False
 
-    def _check_version(self, server: PolicyServer) -> None:
+    def check_server_version(self, server: PolicyServer) -> None:
         if self.version is not None and server.reload:
             check_version(server, self.version, self.timeout)
 
@@ -133,7 +133,7 @@ class EngineSampler:
         ]
         sampled = [response for part in run_at_once(jobs) for response in part]
         for index in dict(parts):  # a server that was started again meanwhile has sampled from other weights
-            self._check_version(self.servers[index])
+            self.check_server_version(self.servers[index])
         return sampled
 
 
@@ -153,7 +153,7 @@ def open_served_policy(url: str, policy: str, timeout: float) -> EngineSampler:
         )
     sampler = EngineSampler([server], timeout)
     sampler.model, sampler.version = served[0], INITIAL  # not what a run has loaded there since
-    sampler._check_version(server)
+    sampler.check_server_version(server)
     return sampler
 
 

@@ -308,6 +308,7 @@ def test_a_server_of_the_policy_generates_the_responses(
     assert line.startswith(f"error: {other.url}: serves {tiny_llama}, expected {tiny_gpt2}; start one with: ")
     with stand_in(tiny_gpt2) as trained:
         trained.version = "of a run"
+        capsys.readouterr()  # of its loading
         argv = ("--policy", str(tiny_gpt2), "--policy-url", trained.url)
         line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
     assert "of a run" in line

@@ -303,6 +303,7 @@ def test_a_server_of_the_policy_generates_the_responses(
 
     source = tmp_path / "prompts.jsonl"
     with stand_in(tiny_llama) as other:
+        capsys.readouterr()  # of its loading
         argv = ("--policy", str(tiny_gpt2), "--policy-url", other.url)
         line = refusal(capsys, "best-of-n", model, source, "out.csv", *argv)
     assert line.startswith(f"error: {other.url}: serves {tiny_llama}, expected {tiny_gpt2}; start one with: ")

@@ -86,7 +86,10 @@ def test_an_adapter_and_weights_that_the_engine_refuses_are_one_line(sampling_se
     (before,) = request_logprobs(server, [[3, 4, 5]], 60)
     with pytest.raises(UserError, match=r"does not take the adapter .*/large: .*rank 16 is greater than max"):
         weights.load_adapter(server, tmp_path / "large", "large", 5)
-    assert request_logprobs(server, [[3, 4, 5]], 60) == [pytest.approx(before, abs=1e-6)]
+    (after,) = request_logprobs(server, [[3, 4, 5]], 60)
+    common = before.keys() & after.keys()  # the sampled token comes beside the 20 likeliest
+    assert len(common) >= 20
+    assert {t: after[t] for t in common} == pytest.approx({t: before[t] for t in common}, abs=1e-6)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"/empty: .*Cannot find any model weights.*starts it again"):
         weights.reload_weights(server, tmp_path / "empty", "none", 5)  # vLLM ends then

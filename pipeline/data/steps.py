@@ -143,7 +143,8 @@ def _read_rated(completion: Any, name: str) -> Step | RowError:
         return RowError("no-rating", f"{name}: its rating is null")
     if isinstance(rating, bool) or rating not in (-1, 0, 1):
         raise RowError("unknown-label", f"{name}: expected a rating of -1, 0 or 1; found {preview(rating)}")
-    return completion.get("text"), rating >= 0  # type: ignore[return-value]  # the checks refuse what is no text
+    text: Any = completion.get("text")  # the checks refuse what is no text
+    return text, rating >= 0
 
 
 def _read_list(values: Record, key: str, name: str) -> list[Any]:

@@ -81,12 +81,12 @@ def _shared_names(folder: Path) -> tuple[str, str] | None:
 
 def _find_tensor(folder: Path, inputs: str, outputs: str) -> Tensor | None:
     """Return the input embeddings, or None if the files have no such key, or have the output embeddings."""
-    found = None
+    embeddings = None
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
             if outputs in keys:
                 return None
             if inputs in keys:
-                found = file.get_tensor(inputs)
-    return found
+                embeddings = file.get_tensor(inputs)
+    return embeddings

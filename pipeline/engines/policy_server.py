@@ -176,9 +176,9 @@ def request_logprobs(
         raise UserError(f"{url}: {_explain_status(reply, model)}")
     with suppress(*WRONG_SHAPE):
         choices = {choice["index"]: choice for choice in reply.json()["choices"]}
-        found = [_parse_top(choices[number]["logprobs"]["top_logprobs"]) for number in range(len(rows))]
-        if all(value <= 0 for row in found for value in row.values()):
-            return found
+        logprobs = [_parse_top(choices[number]["logprobs"]["top_logprobs"]) for number in range(len(rows))]
+        if all(value <= 0 for row in logprobs for value in row.values()):
+            return logprobs
     raise UserError(f"{url}: {reply.preview()}; expected 'top_logprobs' of {len(rows)} responses of one id")
 
 

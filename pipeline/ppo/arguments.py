@@ -138,5 +138,5 @@ def _check_adapters(policy: PeftModel) -> None:
 
 def _expect(name: str, value: Any, valid: bool, expected: str) -> None:
     if not valid:
-        found = "None" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"ppo: {name}: expected {expected}, found {found}")
+        kind = "None" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"ppo: {name}: expected {expected}, found {kind}")

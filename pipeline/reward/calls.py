@@ -164,8 +164,8 @@ def _read_tokens(entry: Any, tokens: int, response: str) -> list[float]:
     if getattr(entry, "ndim", None) in (0, 1) and hasattr(entry, "tolist"):
         entry = entry.tolist()
     if not isinstance(entry, list | tuple):
-        found = str(entry) if isinstance(entry, float) else f"{quote(entry)}, a {type(entry).__name__}"
-        raise UserError(f"the reward of {response} is {found}; expected {FINITE}")
+        shown = str(entry) if isinstance(entry, float) else f"{quote(entry)}, a {type(entry).__name__}"
+        raise UserError(f"the reward of {response} is {shown}; expected {FINITE}")
     if len(entry) != tokens:
         raise UserError(
             f"the reward of {response} has {len(entry)} numbers for {tokens} tokens; expected one number, or "

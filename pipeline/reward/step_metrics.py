@@ -88,7 +88,7 @@ def best_of_n(
 def _process_bench(
     scores: Sequence[Numbers], labels: Sequence[Numbers], groups: np.ndarray | None
 ) -> dict[str, Any]:
-    found = np.array(
+    matches = np.array(
         [first_wrong(s) == first_wrong(t) for s, t in zip(scores, labels, strict=True)], dtype=float
     )
     has_error = np.array([first_wrong(row) is not None for row in labels])
@@ -96,19 +96,19 @@ def _process_bench(
     for name, rows in (("first_error", has_error), ("all_right", ~has_error)):
         if rows.any():
             own = None if groups is None else groups[rows]
-            metrics[name] = fmean(found[rows])
-            metrics |= _interval(name, weighted.mean, [found[rows]], own)
+            metrics[name] = fmean(matches[rows])
+            metrics |= _interval(name, weighted.mean, [matches[rows]], own)
     if len(metrics) and has_error.any() and not has_error.all():
-        columns = [found, has_error.astype(float)]
-        metrics["first_error_f1"] = float(_harmonic_mean(np.ones((1, len(found))), *columns)[0])
+        columns = [matches, has_error.astype(float)]
+        metrics["first_error_f1"] = float(_harmonic_mean(np.ones((1, len(matches))), *columns)[0])
         metrics |= _interval("first_error_f1", _harmonic_mean, columns, groups, has_error, ~has_error)
     return metrics
 
 
-def _harmonic_mean(weights: np.ndarray, found: np.ndarray, has_error: np.ndarray) -> np.ndarray:
-    """Return the harmonic means of the two shares of `found`, for each weighting of the responses."""
-    one = weighted.ratio(weights, found * has_error, has_error)
-    other = weighted.ratio(weights, found * (1 - has_error), 1 - has_error)
+def _harmonic_mean(weights: np.ndarray, matches: np.ndarray, has_error: np.ndarray) -> np.ndarray:
+    """Return the harmonic means of the two shares of `matches`, for each weighting of the responses."""
+    one = weighted.ratio(weights, matches * has_error, has_error)
+    other = weighted.ratio(weights, matches * (1 - has_error), 1 - has_error)
     total = one + other
     return np.where(total > 0, 2 * one * other / np.where(total > 0, total, 1.0), total)
 

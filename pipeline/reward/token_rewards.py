@@ -163,13 +163,13 @@ def quote(value: Any) -> str:
 
 def _find(name: str, text: str, step: str, start: int) -> int:
     """Return the offset at which the first `step` at or behind `start` ends."""
-    found = text.find(step, start)
-    if found < 0:
+    offset = text.find(step, start)
+    if offset < 0:
         raise UserError(
             f"{name}: its text {quote(step)} is not there from character {start} on; "
             "expected the texts of the steps in their order"
         )
-    return found + len(step)
+    return offset + len(step)
 
 
 def _offset(name: str, text: str, step: Any, start: int) -> int:

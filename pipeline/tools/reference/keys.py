@@ -178,8 +178,8 @@ def _format_option(option: Schema) -> str:
     if option["type"] == "object":
         return "mapping"
     limits = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    found = [f"{sign} {option[name]}" for name, sign in limits.items() if name in option]
-    return f"{option['type']} {', '.join(found)}".strip()
+    bounds = [f"{sign} {option[name]}" for name, sign in limits.items() if name in option]
+    return f"{option['type']} {', '.join(bounds)}".strip()
 
 
 def _format_default(key: Schema, required: bool, is_section: bool) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from pipeline import RewardModel, cli, config
-from pipeline.data.files import READERS
+from pipeline import RewardModel, config
 from pipeline.reward import stage as reward
 from pipeline.tools.score import chunks
+from tests.tools.score.commands import jsonl, main, rows_of
 
 SEPARATOR = " | "
+IN = Path("in.jsonl")
 ROWS = [
     {"prompt": "2+3-1=", "completions": ["2+3=5", "5-1=4"], "id": 1},
     {"prompt": "7-2+9=", "completions": ["7-2=5", "5+9=3", "so 3"], "id": 2},
@@ -49,32 +50,13 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return artifacts
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 2)
-    monkeypatch.chdir(tmp_path)
-
-
-def jsonl(rows: list[Any], name: str = "in.jsonl") -> str:
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return name
-
-
-def score(model: Path, source: str, output: str, *more: str) -> int:
-    return cli.main(["score", "--reward", str(model), "--input", source, "--output", output, *more])
-
-
-def rows_of(name: str) -> list[Any]:
-    return [row.data for row in READERS[Path(name).suffix](Path(name))]
-
-
 def joined(rows: list[Any] = ROWS) -> list[Any]:
     return [{"prompt": row["prompt"], "response": SEPARATOR.join(row["completions"])} for row in rows]
 
 
 def test_each_row_gets_the_scores_of_its_steps_and_their_aggregate(models: dict[str, Path]) -> None:
-    assert score(models["stepwise"], jsonl(ROWS), "out.jsonl", "--alpha", "2") == 0
-    found = rows_of("out.jsonl")
+    assert main("score", models["stepwise"], jsonl(IN, ROWS), "out.jsonl", "--alpha", "2") == 0
+    found = rows_of(Path("out.jsonl"))
     assert [{key: row[key] for key in ROWS[0]} for row in found] == ROWS
     model = RewardModel.load(models["stepwise"])
     prompts, steps = [row["prompt"] for row in ROWS], [row["completions"] for row in ROWS]
@@ -87,9 +69,9 @@ def test_each_row_gets_the_scores_of_its_steps_and_their_aggregate(models: dict[
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_responses_are_split_and_give_the_same_scores(suffix: str, models: dict[str, Path]) -> None:
-    assert score(models["stepwise"], jsonl(ROWS), "steps.jsonl") == 0
-    assert score(models["stepwise"], jsonl(joined(), "texts.jsonl"), f"out{suffix}") == 0
-    for row, expected in zip(rows_of(f"out{suffix}"), rows_of("steps.jsonl"), strict=True):
+    assert main("score", models["stepwise"], jsonl(IN, ROWS), "steps.jsonl") == 0
+    assert main("score", models["stepwise"], jsonl(Path("texts.jsonl"), joined()), f"out{suffix}") == 0
+    for row, expected in zip(rows_of(Path(f"out{suffix}")), rows_of(Path("steps.jsonl")), strict=True):
         scores = json.loads(row["step_scores"]) if suffix == ".csv" else row["step_scores"]
         assert scores == pytest.approx(expected["step_scores"], abs=1e-5)
         assert float(row["reward"]) == pytest.approx(expected["reward"], abs=1e-5)
@@ -97,16 +79,16 @@ def test_responses_are_split_and_give_the_same_scores(suffix: str, models: dict[
 
 def test_steps_in_the_cells_of_a_csv_file(models: dict[str, Path]) -> None:
     Path("in.csv").write_text("prompt,completions\n2+3-1=,\"['2+3=5', '5-1=4']\"\n")
-    assert score(models["stepwise"], "in.csv", "csv.jsonl") == 0
-    assert score(models["stepwise"], jsonl(ROWS[:1]), "json.jsonl") == 0
-    assert rows_of("csv.jsonl")[0]["step_scores"] == rows_of("json.jsonl")[0]["step_scores"]
+    assert main("score", models["stepwise"], Path("in.csv"), "csv.jsonl") == 0
+    assert main("score", models["stepwise"], jsonl(IN, ROWS[:1]), "json.jsonl") == 0
+    assert rows_of(Path("csv.jsonl"))[0]["step_scores"] == rows_of(Path("json.jsonl"))[0]["step_scores"]
 
 
 def test_an_interrupted_run_goes_on_with_the_scores_it_has(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, written = jsonl(ROWS), []
-    assert score(models["stepwise"], source, "whole.jsonl") == 0
+    source, written = jsonl(IN, ROWS), []
+    assert main("score", models["stepwise"], source, "whole.jsonl") == 0
     append = chunks._append
 
     def stop(partial: Path, value: Any) -> Any:
@@ -117,9 +99,9 @@ def test_an_interrupted_run_goes_on_with_the_scores_it_has(
 
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "_append", stop)
-        assert score(models["stepwise"], source, "out.jsonl") == 130
+        assert main("score", models["stepwise"], source, "out.jsonl") == 130
     capsys.readouterr()
-    assert score(models["stepwise"], source, "out.jsonl") == 0
+    assert main("score", models["stepwise"], source, "out.jsonl") == 0
     assert "2 of 3 rows are done" in capsys.readouterr().out
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
@@ -127,8 +109,8 @@ def test_an_interrupted_run_goes_on_with_the_scores_it_has(
 def test_what_is_wrong_with_steps_is_quarantined(models: dict[str, Path]) -> None:
     wrong = [[], ["a", " "], "a", ["a", 1], None]
     rows = [ROWS[0], *({"prompt": "Q", "completions": steps} for steps in wrong)]
-    assert score(models["stepwise"], jsonl(rows), "out.jsonl") == 0
-    entries = rows_of("out.jsonl.quarantine.jsonl")
+    assert main("score", models["stepwise"], jsonl(IN, rows), "out.jsonl") == 0
+    entries = rows_of(Path("out.jsonl.quarantine.jsonl"))
     assert [(entry["line"], entry["reason"], entry["detail"]) for entry in entries] == [
         (2, "no-steps", "completions: the response has no step"),
         (3, "empty-text", "completions: step 2 is empty or blank"),
@@ -145,11 +127,11 @@ def test_a_file_without_the_separator_is_told_once(
     models: dict[str, Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "Q", "response": text} for text in ("a\nb", "c", "d", "e", "f")]
-    assert score(models["stepwise"], jsonl(rows), "out.jsonl") == 0
+    assert main("score", models["stepwise"], jsonl(IN, rows), "out.jsonl") == 0
     assert capsys.readouterr().out.count(NO_SEPARATOR) == 1
-    assert [len(row["step_scores"]) for row in rows_of("out.jsonl")] == [1] * 5
+    assert [len(row["step_scores"]) for row in rows_of(Path("out.jsonl"))] == [1] * 5
     # One response with the separator is enough, even if a whole chunk has none.
-    assert score(models["stepwise"], jsonl([*rows, *joined()[:1]]), "more.jsonl") == 0
+    assert main("score", models["stepwise"], jsonl(IN, [*rows, *joined()[:1]]), "more.jsonl") == 0
     assert NO_SEPARATOR not in capsys.readouterr().out
     assert not [record for record in caplog.records if "separator" in record.message]
 
@@ -168,17 +150,17 @@ def test_a_file_that_does_not_fit_the_model_is_one_line(
     models: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert score(models[objective], jsonl([row]), "out.jsonl") == 2
+    assert main("score", models[objective], jsonl(IN, [row]), "out.jsonl") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert re.search(problem, line)
 
 
 def test_best_of_n_ranks_by_the_aggregate(models: dict[str, Path], tiny_llama: Path) -> None:
-    policy = ["--policy", str(tiny_llama), "--n", "4", "--response-tokens", "12"]
-    argv = ["best-of-n", "--reward", str(models["stepwise"]), *policy]
-    assert cli.main([*argv, "--input", jsonl([{"prompt": "2+3="}]), "--output", "out.jsonl"]) == 0
-    (row,) = rows_of("out.jsonl")
+    policy = ("--policy", str(tiny_llama), "--n", "4", "--response-tokens", "12")
+    source = jsonl(IN, [{"prompt": "2+3="}])
+    assert main("best-of-n", models["stepwise"], source, "out.jsonl", *policy) == 0
+    (row,) = rows_of(Path("out.jsonl"))
     (expected,) = RewardModel.load(models["stepwise"]).score([row["prompt"]], [row["response"]])
     assert row["reward"] == pytest.approx(expected, abs=1e-5)
     assert row["reward"] >= row["reward_mean"]

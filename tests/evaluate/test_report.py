@@ -4,209 +4,13 @@ network or runs.
 
 import base64
 import hashlib
-import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.evaluate import plots, report
-from pipeline.evaluate.plots import (
-    SUPERVISED,
-    THEME,
-    Plot,
-    draw_curve,
-    draw_curves,
-    fitted_curve,
-    metric_column,
-    root_kl,
-)
-from pipeline.evaluate.report import dotted_metrics, word_diff, write_report
-from pipeline.formatting.numbers import format_number
-
-NAN = float("nan")
-HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
-FULL: dict[str, Any] = {
-    "title": "demo",
-    "command": "rlhf run --recipe demo",
-    "summary": [{"name": "Gold reward, PPO", "value": "0.56", "note": "scale −1 to 1"}],
-    "metrics": {"reward": {"comparisons": {"accuracy": 0.8061234, "pairs": 1024}}, "seed": 0},
-    "rows": {
-        "read": 1240,
-        "kept": 1230,
-        "quarantined": {"not text": 7, "exact duplicate": 3},
-        "by_source": {
-            "pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}},
-            "more.csv": {"read": 1200, "kept": 1200, "quarantined": {}},
-        },
-        "derived": {"prompts": 20},
-    },
-    "records": {
-        "comparisons": {"train": 1000, "validation": 100, "test": 130},
-        "prompts": {"train": 16, "validation": 2, "test": 2},
-    },
-    "curves": {
-        "sft": [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}, {"step": 20, "eval_loss": 2.1}],
-        "reward": [
-            {"step": 10, "loss": 0.7, "accuracy": 0.5},
-            {"step": 20, "loss": 0.5},
-            {"step": 20, "eval_accuracy": 0.75},
-        ],
-        "ppo": [
-            {"step": 1, "loss": 0.1, "objective/kl": 0.0, "objective/scores": -0.2, "response/tokens": 12.0},
-            {"step": 2, "loss": 0.1, "objective/kl": 4.0, "objective/scores": 1.0, "response/tokens": 14.0},
-            {"step": 2, "eval_gold_reward": 0.4},
-        ],
-    },
-    "reward_kl": [
-        {"name": "SFT", "kl": 0.0, "reward": -0.2, "gold_reward": -0.04, "bound": False},
-        {
-            "name": "best-of-4",
-            "kl": 0.636,
-            "reward": 0.3,
-            "gold_reward": 0.2,
-            "bound": True,
-            "line": "best-of-n",
-        },
-        {
-            "name": "best-of-16",
-            "kl": 1.835,
-            "reward": 0.7,
-            "gold_reward": 0.5,
-            "bound": True,
-            "line": "best-of-n",
-        },
-    ],
-    "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
-    "measured": {
-        "labels": {
-            "rows": 1200,
-            "accuracy": 0.75,
-            "accuracy_interval": [0.7, 0.8],
-            "auroc": 0.8125,
-            "confusion": {"bad": {"bad": 1000, "good": 20}, "good": {"bad": 30, "good": 150}},
-        },
-        "comparisons": {
-            "pairs": 40,
-            "accuracy": 0.6,
-            "accuracy_interval": [0.5, 0.7],
-            "accuracy_longer": 0.55,
-            "margin": -0.0001,
-            "by_source": {
-                "web": {
-                    "pairs": 30,
-                    "accuracy": 0.5,
-                    "accuracy_interval": [0.3, 0.7],
-                    "accuracy_longer": 0.4,
-                },
-                "forum": {
-                    "pairs": 10,
-                    "accuracy": 0.9,
-                    "accuracy_interval": [0.8, 1.0],
-                    "accuracy_longer": 1.0,
-                },
-            },
-        },
-    },
-    "calibration": [
-        {"confidence": 0.55, "accuracy": 0.5, "count": 90},
-        {"confidence": 0.9, "accuracy": 0.8, "count": 10},
-    ],
-    "samples": [
-        {
-            "prompt": "a?",
-            "sft": "yes",
-            "ppo": "no",
-            "sft_reward": 0.125,
-            "ppo_reward": 2.0,
-            "sft_gold": -0.5,
-            "ppo_gold": 1.0,
-        },
-        {
-            "prompt": "b?",
-            "sft": HOSTILE,
-            "ppo": "مرحبا 🎉",
-            "sft_reward": NAN,
-            "ppo_reward": None,
-            "sft_gold": None,
-            "ppo_gold": 0.25,
-        },
-        {"prompt": "c?", "sft": "half a pair: \ud83c"},
-    ],
-    "lineage": [
-        {
-            "stage": "prepare",
-            "path": "runs/demo/prepare",
-            "identity": "a" * 64,
-            "created_at": "2024-05-01",
-            "inputs": {},
-            "config": "seed: 0",
-        },
-        {
-            "stage": "sft",
-            "path": "runs/demo/sft",
-            "identity": "b" * 64,
-            "inputs": {"records": "a" * 64, "model": "f" * 64},
-            "config": "seed: 1",
-        },
-    ],
-}
-PLOTS = ("curves", "reward_kl", "lengths", "calibration")
-SECTIONS = [
-    "summary",
-    "reward_kl",
-    "samples",
-    "curves",
-    "lengths",
-    "measured",
-    "calibration",
-    "rows",
-    "metrics",
-    "lineage",
-]
-
-
-class Page(HTMLParser):
-    """What a browser builds: every tag with its attributes, and table rows as lists of cells, per section."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.html, self.section, self.in_cell = html, "", False
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: dict[str, list[list[str]]] = {}
-        self.text: dict[str, str] = {}
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "section":
-            self.section = dict(attrs)["id"] or ""
-        elif tag == "tr":
-            self.rows.setdefault(self.section, []).append([])
-        elif tag in ("td", "th"):
-            self.in_cell = True
-            self.rows[self.section][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.section = "" if tag == "section" else self.section
-        self.in_cell = self.in_cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.text[self.section] = self.text.get(self.section, "") + data
-        if self.in_cell:
-            self.rows[self.section][-1][-1] += data.strip("\n")
-
-    def attributes(self, tag: str, name: str) -> list[str | None]:
-        return [attributes[name] for found, attributes in self.tags if found == tag and name in attributes]
-
-
-def render(folder: Path, data: dict[str, Any]) -> Page:
-    write_report(folder / "report.html", data)
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+from pipeline.evaluate.report import dotted_metrics, word_diff
+from tests.evaluate.pages import FULL, HOSTILE, NAN, PLOTS, SECTIONS, Page, render
 
 
 @pytest.fixture(scope="module")
@@ -355,35 +159,6 @@ def test_words_that_only_one_response_has_are_marked(tmp_path: Path) -> None:
     ]
 
 
-def test_long_texts_are_compared_in_linear_time():
-    """Word by word, each of these would take hours."""
-    many = 200_000
-    for parts, text in zip(word_diff("a x " * many, "a " * many), ("a x " * many, "a " * many), strict=True):
-        assert [changed for _, changed in parts[:2]] == [False, False]
-        assert "".join(part for part, _ in parts) == text
-    same = " ".join(map(str, range(many)))
-    before, after = word_diff(f"{same} b c {same}", f"{same} d {same}")
-    assert [part for part, changed in before if changed] == ["b c"]
-    assert [part for part, changed in after if changed] == ["d"]
-
-
-def test_texts_with_many_equal_words_are_marked_as_a_whole():
-    before, after = word_diff("a " + "x y " * 150 + "q z", "a " + "y " * 300 + "r z")
-    assert [part for part, changed in before if changed] == ["x y " * 150 + "q"]
-    assert [part for part, changed in after if changed] == ["y " * 300 + "r"]
-
-
-@given(st.text("ab \n\t", max_size=60), st.text("ab \n\t", max_size=60), st.integers(0, 5))
-def test_the_parts_of_a_text_are_the_text(a, b, limit):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "MAX_DIFF_WORDS", limit)
-        for text, parts in zip((a, b), word_diff(a, b), strict=True):
-            assert "".join(part for part, _ in parts) == text
-            assert not any(changed and part[0].isspace() for part, changed in parts)
-    unchanged = [" ".join(p for p, changed in parts if not changed).split() for parts in word_diff(a, b)]
-    assert unchanged[0] == unchanged[1]
-
-
 def sources(page, tag):
     return re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
 
@@ -486,36 +261,6 @@ def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
     assert "Reward rising while gold falls" in full.text["curves"]
 
 
-@pytest.mark.parametrize(
-    ("title", "key", "says"),
-    [
-        ("RMSE", "eval_rmse", "constant"),
-        ("AUROC", "eval_auroc", "coin"),
-        ("Kendall τ", "eval_kendall_tau", "order"),
-    ],
-)
-def test_what_an_objective_is_evaluated_by_is_drawn(
-    title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-
-    log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
-    axes = Figure().add_subplot()
-    monkeypatch.setattr(
-        plots,
-        "draw_plot",
-        lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")],
-    )
-    (curve,) = [curve for curve in SUPERVISED if curve.title == title]
-    (plot,) = draw_curve("reward", curve, log)
-    assert says in plot.caption
-    (line,) = axes.get_lines()
-    assert line.get_label() == "validation"
-    assert line.get_xydata().tolist() == [[5, 0.25], [10, 0.5]]
-    monkeypatch.undo()
-    assert [plot.title for plot in draw_curves("reward", log)] == ["Loss", title]
-
-
 def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     svgs = "".join(re.findall(r"<svg .*?</svg>", full.html, re.DOTALL))
     assert set(re.findall(r"#[0-9a-f]{6}\b", svgs)) == set()  # every colour is one of the page's
@@ -530,40 +275,6 @@ def test_plots_follow_the_theme_and_keep_their_ids_apart(full: Page) -> None:
     ids = re.findall(r'\bid="([^"]+)"', full.html)
     assert len(ids) == len(set(ids))
     assert "<metadata>" not in svgs
-
-
-def test_a_plot_in_a_notebook_brings_its_colours() -> None:
-    shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
-    assert set(re.findall(r"(--[\w-]+):", shown)) >= set(THEME.values())
-    assert "<b>Loss</b><svg/><figcaption>Should fall.</figcaption>" in shown
-
-
-def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
-    log = [
-        {
-            "step": 1,
-            "loss": 0.1,
-            "reward": 0.2,
-            "raw_reward": 1.0,
-            "completions/mean_length": 9.0,
-            "entropy": 0.5,
-            "kl": 0.01,
-        },
-        {"step": 1, "eval_reward": 1.0, "eval_kl": 0.4},
-    ]
-    assert [plot.title for plot in draw_curves("ppo", log)] == [
-        "Reward",
-        "Reward against KL",
-        "KL",
-        "Response length",
-        "Entropy",
-    ]
-
-
-def test_a_fit_is_drawn_where_something_was_measured() -> None:
-    fit = {"start": 1.0, "alpha": 2.0, "beta": 0.5}
-    assert list(fitted_curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]
-    assert list(fitted_curve("PPO", fit, 0.0, 1.0, parts=1)) == [(0.0, 1.0), (1.0, 3.0)]
 
 
 def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
@@ -592,39 +303,9 @@ def test_nan_and_none_are_not_drawn(tmp_path: Path) -> None:
     assert page.rows["metrics"] == [["ece", "–"], ["kl", "–"]]
 
 
-def test_numbers() -> None:
-    values = {
-        "–": None,
-        "True": True,
-        "12,480": 12480,
-        "0.1235": 0.123456,
-        "0": -0.0,
-        "inf": math.inf,
-        "a": "a",
-        '[1, "é"]': [1, "é"],
-    }
-    assert [format_number(value) for value in values.values()] == list(values)
-    assert format_number(NAN) == "–"
-    assert format_number(-0.001, "z.2f") == "0.00"
-
-
 def test_dotted_keys() -> None:
     assert list(dotted_metrics({"a": {"b": {"c": 1}, "d": 2}, "e": 3})) == [
         ("a.b.c", 1),
         ("a.d", 2),
         ("e", 3),
     ]
-
-
-def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
-    entries: list[dict[str, Any]] = [
-        {"step": 1, "b": 1.0},
-        {"step": 2, "a": NAN, "b": None},
-        {"step": 3, "b": 3},
-    ]
-    assert metric_column(entries, ("a", "b")) == [1.0, None, 3.0]
-    assert metric_column(entries, ("c",)) == [None, None, None]
-
-
-def test_distance_is_the_root_of_the_kl() -> None:
-    assert [root_kl(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]

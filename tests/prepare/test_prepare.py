@@ -1,52 +1,24 @@
-"""The stage: what is published, counted, derived and quarantined."""
+"""The stage: what is published, derived and printed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from pipeline.config import PrepareStage, Source
 from pipeline.data.files import READERS
-from pipeline.data.labels import class_names
-from pipeline.data.quarantine import count_and_quarantine
-from pipeline.data.readers import read_source
-from pipeline.data.sources import iter_rows
-from pipeline.data.validation import validate_records
 from pipeline.errors import UserError
 from pipeline.prepare import demo, derived
-from pipeline.prepare.stage import _require_valid_rows, run
-
-Q = [{"role": "user", "content": "Q"}]
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def prepare(folder: Path, *sources: dict[str, Any], **options: Any) -> Path:
-    return run(PrepareStage(run="test", runs=str(folder / "runs"), source=list(sources), **options))
-
-
-def manifest(published: Path) -> dict[str, Any]:
-    return json.loads((published / "manifest.json").read_text(encoding="utf-8"))
-
-
-def quarantined(published: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (published / "quarantine.jsonl").open(encoding="utf-8")]
-
-
-def rows_of(published: Path, kind: str) -> list[Any]:
-    """The rows of all splits."""
-    return [row for split in load_from_disk(str(published / kind)).values() for row in split]
-
-
-def kinds(published: Path) -> list[str]:
-    return sorted(path.name for path in published.iterdir() if path.is_dir())
+from tests.prepare.publishing import (
+    Q,
+    kinds,
+    manifest,
+    pairs,
+    prepare,
+    quarantined,
+    rows_of,
+    write,
+)
 
 
 def test_comparisons_are_published_split_and_derived_from(tmp_path: Path) -> None:
@@ -117,31 +89,6 @@ def test_what_a_source_gives_is_not_derived(tmp_path: Path) -> None:
     assert rows_of(published, "prompts") == [{"prompt": "P"}]
 
 
-def test_a_prompt_is_in_the_same_split_in_every_kind(tmp_path: Path) -> None:
-    prompts = [f"Q{n}" for n in range(30)]
-    chats = [
-        {
-            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}],
-            "label": True,
-        }
-        for prompt in prompts
-    ]
-    pairs = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
-    published = prepare(
-        tmp_path,
-        {"format": "labels", "path": write(tmp_path / "a.jsonl", chats)},
-        {"format": "comparisons", "path": write(tmp_path / "b.jsonl", pairs)},
-    )
-    labels, comparisons, distinct = (
-        load_from_disk(str(published / kind)) for kind in ("labels", "comparisons", "prompts")
-    )
-    for split in ("train", "validation", "test"):
-        expected = {row["prompt"] for row in comparisons[split]}
-        assert {row["prompt"][0]["content"] for row in labels[split]} == expected
-        assert {row["prompt"][0]["content"] for row in distinct[split]} == expected
-        assert len(distinct[split]) == len(expected)
-
-
 def test_strings_become_messages_where_any_text_of_the_kind_is(tmp_path: Path) -> None:
     rows = [{"prompt": "P", "chosen": "a", "rejected": "b"}, {"prompt": Q, "chosen": "a", "rejected": "b"}]
     ranked = [{"prompt": Q, "responses": ["a", "b"], "ranks": [1, 2]}]
@@ -189,47 +136,6 @@ def test_a_missing_margin_is_zero_where_others_have_one(tmp_path: Path) -> None:
     published = prepare(tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)})
     found = {row["prompt"]: (row["margin"], row["source"]) for row in rows_of(published, "comparisons")}
     assert found == {"P": (2.0, None), "Q": (0.0, "web")}
-
-
-def test_every_faulty_row_is_in_the_quarantine(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    good = {"prompt": "Q", "completion": "a", "rating": 1}
-    lines = [
-        json.dumps(good),
-        "{broken",
-        json.dumps(good),
-        json.dumps({"prompt": "\udce9", "completion": "b", "rating": float("nan")}),
-    ]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    published = prepare(tmp_path, {"format": "ratings", "path": str(path)})
-    assert [(entry["source"], entry["line"], entry["reason"]) for entry in quarantined(published)] == [
-        (str(path), 2, "unreadable-line"),
-        (str(path), 3, "duplicate"),
-        (str(path), 4, "not-unicode"),
-    ]
-    assert quarantined(published)[0]["row"] == "{broken"
-    assert quarantined(published)[1]["detail"] == f"the same as {path}:1"
-    assert quarantined(published)[2]["row"] == {"prompt": "\\udce9", "completion": "b", "rating": "nan"}
-    counts = manifest(published)["rows"]
-    assert (counts["read"], counts["kept"]) == (4, 1)
-    assert counts["quarantined"] == {"duplicate": 1, "not-unicode": 1, "unreadable-line": 1}
-
-
-def test_a_quarantined_ranking_takes_all_its_rows(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,response,rank\nQ,a,1\nR,c,1\nQ,b,first\nR,d,2\nS,e,1\n", encoding="utf-8")
-    published = prepare(tmp_path, {"format": "rankings", "path": str(path)})
-    assert [(entry["line"], entry["reason"]) for entry in quarantined(published)] == [
-        (2, "not-a-rank"),
-        (4, "not-a-rank"),
-        (6, "too-few-answers"),
-    ]
-    counts = manifest(published)["rows"]
-    assert (counts["read"], counts["kept"], counts["quarantined"]) == (
-        5,
-        2,
-        {"not-a-rank": 2, "too-few-answers": 1},
-    )
 
 
 def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(
@@ -335,105 +241,6 @@ def test_a_source_that_the_run_would_replace_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path, {"format": "prompts", "path": str(published / "quarantine.jsonl")})
 
 
-def pairs(*prompts: str, chosen: str = "a") -> list[Any]:
-    return [{"prompt": prompt, "chosen": chosen, "rejected": "b"} for prompt in prompts]
-
-
-def prompts_by_split(published: Path, kind: str) -> dict[str, list[str]]:
-    return {split: sorted(part["prompt"]) for split, part in load_from_disk(str(published / kind)).items()}
-
-
-def test_names_of_files_decide_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    write(folder / "train.jsonl", pairs("A", "B", "C", "D"))
-    write(folder / "test.jsonl", pairs("T", "U"))
-    source = {"format": "comparisons", "path": str(folder)}
-    published = prepare(tmp_path, source, splits={"validation": 0, "test": 0.5})
-    expected = {"train": ["A", "B", "C", "D"], "validation": [], "test": ["T", "U"]}
-    for kind in ("comparisons", "demonstrations", "prompts"):
-        assert prompts_by_split(published, kind) == expected
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"  {folder}: split by the names of its files: test is test.jsonl; "
-        "'splits' holds validation out of the others"
-    )
-    found = prompts_by_split(
-        prepare(tmp_path, source, splits={"validation": 0.25, "test": 0.5}, force=True), "comparisons"
-    )
-    assert (len(found["validation"]), found["test"]) == (1, ["T", "U"])
-    write(folder / "dev.jsonl", pairs("V"))
-    published = prepare(tmp_path, source, splits={"validation": 0.25, "test": 0.5}, force=True)
-    assert prompts_by_split(published, "comparisons") == expected | {"validation": ["V"]}
-
-
-def test_a_prompt_of_two_files_stays_held_out(tmp_path: Path) -> None:
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    write(folder / "train.jsonl", [*pairs("A", "T"), {"prompt": "T", "chosen": "b", "rejected": "a"}])
-    write(folder / "test.jsonl", [*pairs("T"), {"prompt": "A", "chosen": "", "rejected": "a"}])
-    other = {"format": "prompts", "path": write(tmp_path / "more.jsonl", [{"prompt": "T"}, {"prompt": "Z"}])}
-    published = prepare(tmp_path, {"format": "comparisons", "path": str(folder)}, other)
-    assert prompts_by_split(published, "comparisons") == {"train": ["A"], "validation": [], "test": ["T"]}
-    assert "T" in prompts_by_split(published, "prompts")["test"]
-    assert [(entry["line"], entry["reason"]) for entry in quarantined(published)] == [
-        (2, "empty-text"),
-        (2, "held-out"),
-        (3, "held-out"),
-    ]
-    assert quarantined(published)[1]["detail"] == "its prompt is in a file that is held out for test"
-    counts = manifest(published)["rows"]
-    assert (counts["read"], counts["kept"]) == (7, 4)
-
-
-def test_rows_of_a_ranking_are_not_merged_over_splits(tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    folder.mkdir()
-    for name, prompt in (("train", "Q"), ("test", "Q"), ("train-2", "R")):
-        ranked = [{"prompt": prompt, "response": text, "rank": rank} for rank, text in ((1, "a"), (2, "b"))]
-        write(folder / f"{name}.jsonl", ranked)
-    published = prepare(tmp_path, {"format": "rankings", "path": str(folder)}, splits={"validation": 0})
-    assert prompts_by_split(published, "rankings") == {"train": ["R"], "validation": [], "test": ["Q"]}
-    assert manifest(published)["rows"]["quarantined"] == {"held-out": 2}
-
-
-def test_the_splits_of_a_saved_dataset_that_are_not_read_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = Dataset.from_dict({"prompt": ["Q", "R"]})
-    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "saved")
-    prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "saved")})
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"  {tmp_path}/saved: read split train; not read: test; 'split' of a source picks one"
-    )
-
-
-def test_bad_rows_of_every_kind_end_in_the_quarantine(tmp_path: Path) -> None:
-    rows = [
-        '{"prompt": "Q"}',
-        '{"prompt": ' + "[" * 600 + "]" * 600 + "}",
-        '{"prompt": ' + "1" * 5000 + "}",
-        '{"prompt": "a", "prompt": "b"}',
-        '{"prompt": "\\ud800"}',
-        '{"\\ud800": "Q"}',
-        '{"prompt": NaN}',
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    published = prepare(tmp_path, {"format": "prompts", "path": str(tmp_path / "a.jsonl")})
-    assert [entry["reason"] for entry in quarantined(published)] == [
-        "unreadable-line",
-        "unreadable-line",
-        "repeated-key",
-        "not-unicode",
-        "not-text",
-        "not-text",
-    ]
-    assert [entry["row"] for entry in quarantined(published)][3:] == [
-        {"prompt": "\\ud800"},
-        {"\\ud800": "Q"},
-        {"prompt": "nan"},
-    ]
-
-
 def test_the_pairs_of_many_ranked_responses_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -481,51 +288,6 @@ def test_the_demo_world_goes_through_the_same_checks(tmp_path: Path) -> None:
         data = load_from_disk(str(published / kind))
         assert {row["prompt"] for row in data["test"]} <= held_out
         assert not held_out & {row["prompt"] for row in data["train"]}
-
-
-VALUE = st.none() | st.integers(-1, 3) | st.floats() | st.text(max_size=2) | st.sampled_from(["Q", "R"])
-FORMATS = {
-    "comparisons": ("prompt", "chosen", "rejected"),
-    "dialogues": ("chosen", "rejected"),
-    "rankings": ("prompt", "response", "rank"),
-    "ratings": ("prompt", "completion", "rating"),
-    "labels": ("prompt", "completion", "label"),
-    "demonstrations": ("messages",),
-}
-
-
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(sorted(FORMATS)), st.data())
-def test_kept_and_quarantined_add_up_to_read_on_junk(
-    tmp_path: Path, format: str, data: st.DataObject
-) -> None:
-    junk = (
-        st.fixed_dictionaries(dict.fromkeys(FORMATS[format], VALUE)).map(json.dumps)
-        | st.text(max_size=5)
-        | st.sampled_from(["[]", "{}", "{"])
-    )
-    lines = data.draw(st.lists(junk, min_size=1, max_size=10))
-    path = tmp_path / "junk.jsonl"
-    path.write_text(
-        "\n".join([json.dumps(dict.fromkeys(FORMATS[format], "Q")), *lines]),
-        encoding="utf-8",
-        errors="surrogatepass",
-    )
-    source = Source(format=format, path=str(path))
-    read = len(list(iter_rows(source)))
-    items = read_source(source)
-    validate_records(items, class_names([source], [item.record.get("label") for item in items]))
-    kept = sum(len(item.rows) for item in items if not item.fault)
-    judged = [(row, item.fault) for item in items for row in item.rows]
-    if not kept:
-        with pytest.raises(UserError, match=f"of {read} rows none"):
-            _require_valid_rows(source, items)
-        return
-    counts = count_and_quarantine(judged, tmp_path / "quarantine.jsonl")
-    assert counts["read"] == read
-    assert counts["kept"] == kept == read - len(quarantined(tmp_path))
-    assert sum(counts["quarantined"].values()) == len(quarantined(tmp_path))
-    assert counts["by_source"] == {str(path): {key: counts[key] for key in ("read", "kept", "quarantined")}}
 
 
 def test_a_hub_dataset_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

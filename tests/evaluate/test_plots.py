@@ -1,0 +1,97 @@
+"""Plots: what is drawn of a log or of metrics, and the values of a curve."""
+
+import re
+from typing import Any
+
+import pytest
+
+from pipeline.evaluate import plots
+from pipeline.evaluate.plots import (
+    SUPERVISED,
+    THEME,
+    Plot,
+    draw_curve,
+    draw_curves,
+    fitted_curve,
+    metric_column,
+    root_kl,
+)
+from tests.evaluate.pages import NAN
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "says"),
+    [
+        ("RMSE", "eval_rmse", "constant"),
+        ("AUROC", "eval_auroc", "coin"),
+        ("Kendall τ", "eval_kendall_tau", "order"),
+    ],
+)
+def test_what_an_objective_is_evaluated_by_is_drawn(
+    title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(
+        plots,
+        "draw_plot",
+        lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")],
+    )
+    (curve,) = [curve for curve in SUPERVISED if curve.title == title]
+    (plot,) = draw_curve("reward", curve, log)
+    assert says in plot.caption
+    (line,) = axes.get_lines()
+    assert line.get_label() == "validation"
+    assert line.get_xydata().tolist() == [[5, 0.25], [10, 0.5]]
+    monkeypatch.undo()
+    assert [plot.title for plot in draw_curves("reward", log)] == ["Loss", title]
+
+
+def test_a_plot_in_a_notebook_brings_its_colours() -> None:
+    shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
+    assert set(re.findall(r"(--[\w-]+):", shown)) >= set(THEME.values())
+    assert "<b>Loss</b><svg/><figcaption>Should fall.</figcaption>" in shown
+
+
+def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:
+    log = [
+        {
+            "step": 1,
+            "loss": 0.1,
+            "reward": 0.2,
+            "raw_reward": 1.0,
+            "completions/mean_length": 9.0,
+            "entropy": 0.5,
+            "kl": 0.01,
+        },
+        {"step": 1, "eval_reward": 1.0, "eval_kl": 0.4},
+    ]
+    assert [plot.title for plot in draw_curves("ppo", log)] == [
+        "Reward",
+        "Reward against KL",
+        "KL",
+        "Response length",
+        "Entropy",
+    ]
+
+
+def test_a_fit_is_drawn_where_something_was_measured() -> None:
+    fit = {"start": 1.0, "alpha": 2.0, "beta": 0.5}
+    assert list(fitted_curve("best-of-n", fit, 1.0, 2.0, parts=1)) == [(1.0, 1 + 1.5), (2.0, 1 + 2.0)]
+    assert list(fitted_curve("PPO", fit, 0.0, 1.0, parts=1)) == [(0.0, 1.0), (1.0, 3.0)]
+
+
+def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
+    entries: list[dict[str, Any]] = [
+        {"step": 1, "b": 1.0},
+        {"step": 2, "a": NAN, "b": None},
+        {"step": 3, "b": 3},
+    ]
+    assert metric_column(entries, ("a", "b")) == [1.0, None, 3.0]
+    assert metric_column(entries, ("c",)) == [None, None, None]
+
+
+def test_distance_is_the_root_of_the_kl() -> None:
+    assert [root_kl(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]

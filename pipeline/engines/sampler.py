@@ -211,9 +211,8 @@ def _check_room(servers: Sequence[PolicyServer], longest: int) -> None:
 
 def _check_allowed(sampled: Sequence[Sampled], forbidden: Sequence[int]) -> None:
     """Raise `UserError` if a response has an id that the tokenizer does not know."""
-    unknown = set(forbidden)
-    if token := next((token for ids, _ in sampled for token in ids if token in unknown), None):
-        raise UserError(f"the engine sampled the id {token}, which the policy's tokenizer does not have")
+    if unknown := {token for ids, _ in sampled for token in ids} & set(forbidden):
+        raise UserError(f"the engine sampled the id {min(unknown)}, which the policy's tokenizer lacks")
 
 
 def pad_numbers(rows: Sequence[Sequence[float]], width: int) -> Tensor:

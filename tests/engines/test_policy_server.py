@@ -210,5 +210,5 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused(engine, word_policy):
     tokenizer = AutoTokenizer.from_pretrained(word_policy)
     sampler = EngineSampler([probe_policy_server(engine.url, 5)], 5)
     engine.faults = [change(token_ids=[30, 1], logprobs={"token_logprobs": [-1.0, -1.0]})]
-    with pytest.raises(UserError, match="the engine sampled the id 30, which the policy's tokenizer"):
+    with pytest.raises(UserError, match="the engine sampled the id 30, which the policy's tokenizer lacks"):
         sampler(policy, tokenizer, PROMPTS, torch.zeros(5, 6))

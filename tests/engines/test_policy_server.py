@@ -155,6 +155,21 @@ def test_a_server_without_the_policy_of_this_step_says_so(engine):
         request_responses(server, PROMPTS, SAMPLING, 5)
 
 
+def test_a_server_that_is_started_again_while_it_samples_is_an_error(engine, word_policy):
+    policy = AutoModelForCausalLM.from_pretrained(word_policy).eval()
+    tokenizer = AutoTokenizer.from_pretrained(word_policy)
+    sampler = EngineSampler([probe_policy_server(engine.url, 5)], 5)
+    sampler.version = engine.version = "of this step"
+
+    def restart(reply):
+        engine.restart()
+        return reply
+
+    engine.faults = [restart]
+    with pytest.raises(UserError, match=r"default.*; expected the version of this step: the server was"):
+        sampler(policy, tokenizer, PROMPTS, torch.zeros(5, 6))
+
+
 def test_prompts_are_shared_out_over_the_servers_in_order(word_policy):
     policy = AutoModelForCausalLM.from_pretrained(word_policy).eval()
     tokenizer = AutoTokenizer.from_pretrained(word_policy)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from pipeline import config
+from pipeline.engines.embeddings import FILE
 from pipeline.engines.policy_server import PolicyServer
 from pipeline.engines.weights import WeightSync, reload_weights, unserved_setting
 from pipeline.errors import UserError
@@ -57,6 +59,14 @@ def test_a_step_that_was_not_brought_is_brought_by_the_next_call(tmp_path, word_
         server.asked.clear()
         sync.update(0, partial(shutil.copytree, word_policy))
         assert [path for path, _ in server.asked] == RELOAD
+
+
+def test_a_policy_with_shared_embeddings_is_brought_with_both(tmp_path, tiny_gpt2):
+    with stand_in(tiny_gpt2) as server:
+        sync = WeightSync([PolicyServer(server.url, "base", "/m")], "folder", tmp_path / "w", 5)
+        sync.update(0, partial(shutil.copytree, tiny_gpt2))
+        (loaded,) = [body["kwargs"]["weights_path"] for path, body in server.asked if path == RELOAD[2]]
+        assert load_file(Path(loaded) / FILE).keys() == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("number", range(4))

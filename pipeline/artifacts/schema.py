@@ -33,6 +33,7 @@ NOT_IDENTITY = {
     "log.jsonl",
     "metrics.json",
     "quarantine.jsonl",
+    "merged_rows.jsonl",
     "training_args.bin",
 }
 

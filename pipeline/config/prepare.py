@@ -117,6 +117,15 @@ class PrepareStage(StageConfig):
     splits: Splits = Splits()
     """Fractions of the prompts that are held out; the rest is `train`."""
 
+    ties: Literal["drop", "keep"] = "drop"
+    """Votes without a winner: `drop` quarantines them, `keep` counts each as half a vote for each side."""
+
+    def resolved(self) -> dict[str, Any]:
+        resolved = super().resolved()
+        if self.ties == "drop":  # as artifacts have it that are older than the key
+            del resolved["ties"]
+        return resolved
+
     @field_validator("source", mode="before")
     @classmethod
     def as_list(cls, value: Any) -> Any:

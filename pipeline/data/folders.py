@@ -21,7 +21,8 @@ HELD_OUT = SPLITS[1:]
 
 # Files beside the rows of a dataset. Another file of such a name is read if a source names it.
 SIDE_FILES = re.compile(
-    r"(dataset_infos?|dataset_dict|state|config|manifest)\.json|(.*\.)?quarantine\.jsonl", re.IGNORECASE
+    r"(dataset_infos?|dataset_dict|state|config|manifest)\.json|(.*\.)?quarantine\.jsonl|merged_rows\.jsonl",
+    re.IGNORECASE,
 )
 
 

@@ -1,4 +1,4 @@
-"""Count the rows that are not kept, and write them to quarantine.jsonl. Imports no torch."""
+"""Count the rows that are not kept, and write them to files. Imports no torch."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.data.json_rows import MAX_DEPTH
 from pipeline.data.readers import ParsedRecord
-from pipeline.data.schema import RawRow, RowError
+from pipeline.data.schema import MERGED, RawRow, RowError
 from pipeline.data.shelf import Shelf
 
 # Each row, and the reason why it is not kept, if any.
@@ -18,16 +18,22 @@ RowOutcomes = Iterable[tuple[RawRow, RowError | None]]
 
 
 def row_outcomes(items: Sequence[ParsedRecord]) -> RowOutcomes:
-    """Yield the rows of the records; one that gave several has a fault if all do, which is the first's."""
+    """Yield the rows of the records, with their faults.
+
+    A row that gave several records has a fault if all of them do: that it is merged, or the first's.
+    """
     for records in _records_by_row(items):
-        fault = records[0].fault if all(item.fault for item in records) else None
+        faults = [item.fault for item in records]
+        merged = next((fault for fault in faults if fault and fault.reason == MERGED), None)
+        fault = merged or faults[0] if all(faults) else None
         yield from ((row, fault) for row in records[0].rows)
 
 
 def count_left_out(items: Sequence[ParsedRecord]) -> Counter[str]:
     """Return how many records of rows that are kept are not kept themselves, by reason."""
     kept = (records for records in _records_by_row(items) if not all(item.fault for item in records))
-    return Counter(item.fault.reason for records in kept for item in records if item.fault)
+    faults = (item.fault for records in kept for item in records)
+    return Counter(fault.reason for fault in faults if fault and fault.reason != MERGED)
 
 
 def _records_by_row(items: Sequence[ParsedRecord]) -> Iterator[Sequence[ParsedRecord]]:
@@ -36,15 +42,19 @@ def _records_by_row(items: Sequence[ParsedRecord]) -> Iterator[Sequence[ParsedRe
 
 
 def write_quarantine(outcomes: RowOutcomes, path: Path) -> None:
-    """Write the faulty rows to `path`, one JSON object a line, sorted by source and line."""
+    """Write the faulty rows to `path`, one JSON object a line, sorted by source and line.
+
+    Those that are merged with others are in `merged_rows.jsonl` beside it, if there are any.
+    """
     entries = Shelf(path.parent)
-    order = [
-        (row.source, row.line, entries.append(json_line(_to_entry(row, fault))))
-        for row, fault in outcomes
-        if fault
-    ]
-    with path.open("w", encoding="utf-8") as lines:
-        lines.writelines(entries[place] for *_, place in sorted(order))
+    order: dict[str, list[tuple[str, int, int]]] = {path.name: []}
+    for row, fault in outcomes:
+        if fault:
+            file = order.setdefault("merged_rows.jsonl" if fault.reason == MERGED else path.name, [])
+            file.append((row.source, row.line, entries.append(json_line(_to_entry(row, fault)))))
+    for name, places in order.items():
+        with path.with_name(name).open("w", encoding="utf-8") as lines:
+            lines.writelines(entries[place] for *_, place in sorted(places))
 
 
 def _to_entry(row: RawRow, fault: RowError) -> dict[str, Any]:
@@ -58,7 +68,10 @@ def _to_entry(row: RawRow, fault: RowError) -> dict[str, Any]:
 
 
 def count_and_quarantine(outcomes: RowOutcomes, quarantine: Path) -> dict[str, Any]:
-    """Write the faulty rows to `quarantine`; return the counts of all rows, in total and by source."""
+    """Write the faulty rows to `quarantine`; return the counts of all rows, in total and by source.
+
+    kept + merged + quarantined == read.
+    """
     read: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
 
@@ -78,7 +91,8 @@ def _to_counts(read: int, reasons: Counter[str]) -> dict[str, Any]:
     return {
         "read": read,
         "kept": read - reasons.total(),
-        "quarantined": dict(sorted(reasons.items())),
+        "merged": reasons[MERGED],
+        "quarantined": {reason: count for reason, count in sorted(reasons.items()) if reason != MERGED},
     }
 
 

@@ -49,7 +49,7 @@ ALTERNATIVES: dict[str, list[tuple[str, ...]]] = {
 FORMAT_KINDS = {"dialogues": "comparisons"}
 
 # Columns that a CSV file has as the text of a list.
-LISTS = ("messages", "responses", "ranks", "completions", "labels", "history")
+LISTS = ("messages", "responses", "ranks", "completions", "labels", "label_shares", "history")
 MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 
 
@@ -205,7 +205,11 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> list[Pa
         if row.fault:
             raise row.fault
         check_columns(source, row.data)
-        optional = [name for name in KINDS[kind].optional if name in source.columns or name in row.data]
+        optional = [
+            name
+            for name in KINDS[kind].optional
+            if name in source.columns or (name in row.data and name not in source.ignore)
+        ]
         named = {name: source.columns.get(name, name) for name in (*columns, *optional)}
         named |= context_columns(source, row.data)
         values = {name: _column_value(row.data, column) for name, column in named.items()} | source.values

@@ -38,8 +38,8 @@ KINDS = {
     "comparisons": RecordKind(
         ("prompt", "chosen", "rejected"),
         responses=lambda record: [record["chosen"], record["rejected"]],
-        target=lambda record: [1, 2],
-        optional=("margin", "source"),
+        target=lambda record: [1, 1] if is_tie(record) else [1, 2],
+        optional=("margin", "source", "preference", "votes"),
     ),
     "rankings": RecordKind(
         ("prompt", "responses", "ranks"),
@@ -50,12 +50,14 @@ KINDS = {
         ("prompt", "completion", "label"),
         responses=lambda record: [record["completion"]],
         target=lambda record: record["label"],
+        optional=("label_shares", "votes"),
         prompt_may_be_empty=True,
     ),
     "ratings": RecordKind(
         ("prompt", "completion", "rating"),
         responses=lambda record: [record["completion"]],
         target=lambda record: record["rating"],
+        optional=("votes",),
     ),
     # A record is one response, cut into steps. Its `responses` are the steps, and `labels` judges each.
     "steps": RecordKind(
@@ -70,6 +72,19 @@ KINDS = {
     "step_answers": RecordKind(("prompt", "completions"), prompt_may_be_empty=True),
 }
 LEARNABLE = tuple(name for name, kind in KINDS.items() if kind.responses is not None)
+
+
+MERGED = "merged"  # the reason of a row whose record is part of that of another row
+
+
+def is_tie(record: Record) -> bool:
+    """Return whether neither response of a comparison is preferred."""
+    return record.get("preference") == 0.5
+
+
+def shares_of(record: Record, classes: int) -> list[float]:
+    """Return the share of each class in the votes on a labelled response; all are for `label` by default."""
+    return record.get("label_shares") or [float(index == record["label"]) for index in range(classes)]
 
 
 class RowError(Exception):
@@ -96,3 +111,8 @@ class RawRow(NamedTuple):
     data: Any
     fault: RowError | None = None
     splits: tuple[str, ...] = SPLITS
+
+
+def location(rows: Sequence[RawRow]) -> str:
+    """Return the source and line of the first row."""
+    return f"{rows[0].source}:{rows[0].line}"

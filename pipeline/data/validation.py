@@ -2,9 +2,10 @@
 
 Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answer`, `identical-answers`,
 `not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`,
-`no-steps`, `label-count`, `not-a-target`, and those of `pipeline.data.messages` and
-`pipeline.data.serialized`.
-Reasons between records: `contradiction` (all of them go) and `duplicate` (the first stays).
+`no-steps`, `label-count`, `not-a-target`, `not-a-share`, `not-a-count`, and those of
+`pipeline.data.messages` and `pipeline.data.serialized`.
+Reasons between records: `merged` and `tie` (`pipeline.data.votes`), `contradiction` (all of them go) and
+`duplicate` (the first stays).
 The readers add `unreadable-line`, `unreadable-value`, `repeated-key`, `repeated-header` and `not-a-dialogue`;
 the splits add `held-out`.
 """
@@ -21,20 +22,21 @@ from pipeline.data.identity import canonical_text, is_blank, visible_identity
 from pipeline.data.labels import parse_label, parse_verdict
 from pipeline.data.messages import is_target, preview, read_message
 from pipeline.data.readers import ParsedRecord, digest
-from pipeline.data.schema import KINDS, Record, RowError
+from pipeline.data.schema import KINDS, Record, RowError, location
 from pipeline.data.serialized import read_list_cell, read_messages_cell
+from pipeline.data.votes import Ties, merge_votes
 from pipeline.distributed.progress import progress_bar
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # the readers put one for each byte that is not UTF-8
 
 
-def validate_records(items: list[ParsedRecord], classes: list[str]) -> None:
+def validate_records(items: list[ParsedRecord], classes: list[str], ties: Ties = "drop") -> None:
     """Bring each record into its final columns and types, or set the `fault` of its item.
 
-    `classes` names the classes of `labels`, in the order of their indices.
+    `classes` names the classes of `labels`, in the order of their indices. `ties` is that of `merge_votes`.
     """
     clean_records(items, classes)
-    compare_records(items)
+    compare_records(items, classes, ties)
 
 
 def clean_records(items: list[ParsedRecord], classes: list[str]) -> None:
@@ -49,8 +51,9 @@ def clean_records(items: list[ParsedRecord], classes: list[str]) -> None:
                 )  # without the frames that a raised one holds
 
 
-def compare_records(items: list[ParsedRecord]) -> None:
-    """Set the faults of records that contradict or repeat another, as `validate_records` does."""
+def compare_records(items: list[ParsedRecord], classes: list[str], ties: Ties) -> None:
+    """Merge votes, and set the faults of records that contradict or repeat another, as `validate_records`."""
+    merge_votes([item for item in items if not item.fault], ties, len(classes))
     _mark_contradictions([item for item in items if not item.fault])
     _mark_duplicates([item for item in items if not item.fault])
 
@@ -83,8 +86,8 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
         parse = _PARSERS[field]
         if field == "prompt" and schema.prompt_may_be_empty:
             parse = _parse_optional_text
-        elif field == "label":
-            parse = partial(parse_label, classes=classes)
+        elif field in ("label", "label_shares"):
+            parse = partial(parse, classes=classes)
         try:
             cleaned[field] = parse(record.get(field))
         except RowError as fault:
@@ -93,13 +96,22 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
             raise RowError("not-text", f"{field}: is nested too deeply") from None
 
     cleaned = {field: value for field, value in cleaned.items() if value is not None}
-    if kind == "comparisons" and visible_identity(cleaned["chosen"]) == visible_identity(cleaned["rejected"]):
-        raise RowError("identical-answers", "chosen and rejected are the same")
+    if kind == "comparisons":
+        _check_comparison(cleaned)
     if kind == "rankings":
         _check_ranking(cleaned)
     if kind == "steps":
         _check_steps(cleaned)
     return cleaned
+
+
+def _check_comparison(record: Record) -> None:
+    """Check a comparison; if `rejected` has the larger share of the votes, swap the two."""
+    if visible_identity(record["chosen"]) == visible_identity(record["rejected"]):
+        raise RowError("identical-answers", "chosen and rejected are the same")
+    if record.get("preference", 1.0) < 0.5:
+        record["preference"] = 1 - record["preference"]
+        record["chosen"], record["rejected"] = record["rejected"], record["chosen"]
 
 
 def _check_ranking(record: Record) -> None:
@@ -232,6 +244,33 @@ def _parse_margin(value: Any) -> float | None:
     return None if value in (None, "") else _parse_number(value)
 
 
+def _parse_share(value: Any) -> float | None:
+    share = _parse_margin(value)
+    if share is not None and not 0 <= share <= 1:
+        raise RowError("not-a-share", f"expected a share of votes from 0 to 1, found {preview(value)}")
+    return share
+
+
+def _parse_shares(value: Any, classes: list[str]) -> list[float] | None:
+    if value in (None, ""):
+        return None
+    shares = _parse_each(_parse_number, "not-a-share", read_list_cell(value))
+    is_whole = math.isclose(sum(shares), 1.0, abs_tol=1e-6)
+    if len(shares) != len(classes) or min(shares, default=0) < 0 or not is_whole:
+        raise RowError(
+            "not-a-share",
+            f"expected {len(classes)} shares, one of each class, whose sum is 1; found {preview(value)}",
+        )
+    return shares
+
+
+def _parse_count(value: Any) -> int | None:
+    count = _parse_margin(value)
+    if count is not None and (count < 1 or count != int(count)):
+        raise RowError("not-a-count", f"expected a whole number from 1 upwards, found {preview(value)}")
+    return None if count is None else int(count)
+
+
 def _parse_origin(value: Any) -> str | None:
     try:
         text = "" if value is None else str(value)
@@ -255,9 +294,12 @@ _PARSERS: dict[str, Callable[..., Any]] = {
     "responses": partial(_parse_each, partial(_parse_response, is_compared=True), "not-text"),
     "ranks": partial(_parse_each, _parse_rank, "not-a-rank"),
     "label": parse_label,
+    "label_shares": _parse_shares,
     "rating": _parse_number,
     "margin": _parse_margin,
     "source": _parse_origin,
+    "preference": _parse_share,
+    "votes": _parse_count,
     "completions": _parse_steps,
     "labels": partial(_parse_each, parse_verdict, "label-count"),
     "answer": _parse_answer,
@@ -298,7 +340,7 @@ def _mark_disagreement(group: list[ParsedRecord]) -> None:
             if subject in other
         )
         if opponent := next(opposing, None):
-            item.fault = RowError("contradiction", f"{_location(opponent)} disagrees")
+            item.fault = RowError("contradiction", f"{location(opponent.rows)} disagrees")
 
 
 def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple[Hashable, Hashable]]:
@@ -309,15 +351,10 @@ def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple
 
     record = item.record
     match item.kind:
-        case "labels" | "ratings":
-            yield number(record["completion"]), record[item.kind[:-1]]
         case "steps":
             yield number(record["completions"]), tuple(record["labels"])
         case "prompts" if "answer" in record:
             yield "answer", record["answer"]
-        case "comparisons":
-            pair = number(record["chosen"]), number(record["rejected"])
-            yield (min(pair), max(pair)), pair[0]
         case "rankings":
             ranked = {"ranks": record["ranks"], "responses": list(map(number, record["responses"]))}
             for better, worse in ordered_pairs(ranked):
@@ -329,8 +366,4 @@ def _mark_duplicates(items: list[ParsedRecord]) -> None:
     for item in items:
         earlier = first.setdefault(digest(record_identity(item.kind, item.record)), item)
         if earlier is not item:
-            item.fault = RowError("duplicate", f"the same as {_location(earlier)}")
-
-
-def _location(item: ParsedRecord) -> str:
-    return f"{item.rows[0].source}:{item.rows[0].line}"
+            item.fault = RowError("duplicate", f"the same as {location(earlier.rows)}")

@@ -155,8 +155,8 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     summary: [{name, value, note}], already formatted
     test_prompts: str, what training has seen of the test prompts; shown with the summary
     metrics: nested dict, shown with dotted keys
-    rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}},
-        derived: {kind: count}}
+    rows: {read, kept, merged, quarantined: {reason: count}, by_source: {source: the same
+        counts}, derived: {kind: count}}
     records: {kind: {split: count}}
     curves: {stage: log entries, as `transformers.Trainer` writes them}; a stage is drawn as a policy if it
         logs `objective/…`, as PPO does, or TRL's `raw_reward`

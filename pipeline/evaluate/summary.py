@@ -64,6 +64,11 @@ def _data_rows(counts: dict[str, Any]) -> list[Row]:
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(quarantined.items()))
     return [
         _row("rows read", f"{counts['read']:,}"),
+        *(
+            [_row("rows merged", f"{counts['merged']:,}", "votes on one pair or response")]
+            if counts.get("merged")
+            else []
+        ),
         _row("rows quarantined", f"{sum(quarantined.values()):,}", reasons),
     ]
 

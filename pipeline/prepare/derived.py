@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.readers import digest
-from pipeline.data.schema import Record
+from pipeline.data.schema import Record, is_tie
 from pipeline.data.shelf import Shelf
 from pipeline.data.validation import ordered_pairs, record_identity
 
@@ -24,7 +24,9 @@ def derive_kinds(records: dict[str, Sequence[Record]], folder: Path) -> dict[str
     comparisons, rankings = records.get("comparisons", []), records.get("rankings", [])
     cut: list[int] = []
     chosen = (
-        {"prompt": record["prompt"], "completion": _first_message(record["chosen"])} for record in comparisons
+        {"prompt": record["prompt"], "completion": _first_message(record["chosen"])}
+        for record in comparisons
+        if not is_tie(record)
     )
     best = (
         {"prompt": ranking["prompt"], "completion": _first_message(response)}

@@ -10,8 +10,8 @@ from pipeline.data.schema import KINDS, ROLES, Record
 
 RecordsByKind = dict[str, Sequence[Record]]
 
-# For rows without the column if others have it; a margin of 0 is no margin in the loss.
-DEFAULTS = {"margin": 0.0}
+# For rows without the column if others have it; each changes nothing in the loss.
+DEFAULTS = {"margin": 0.0, "preference": 1.0, "votes": 1}
 
 BATCH_ROWS = 1000
 BATCH_CHARS = 2**24
@@ -69,6 +69,9 @@ def _to_features(columns: list[str], classes: list[str], as_messages: bool) -> A
         "rating": datasets.Value("float64"),
         "margin": datasets.Value("float64"),
         "source": string,
+        "preference": datasets.Value("float64"),
+        "votes": datasets.Value("int64"),
+        "label_shares": datasets.List(datasets.Value("float64")),
         "answer": string,
     }
     return datasets.Features({name: types[name] for name in columns})

@@ -3,8 +3,9 @@
 In: the sources of a config, each in one `format`, with its `columns` mapped. A source is a local file or
 folder, a hub dataset, or a built-in world.
 Out: `runs/<run>/prepare/` with a `DatasetDict` (train, validation, test) for each kind that has rows.
-quarantine.jsonl has {source, line, reason, detail, row} for each row left out. For each source and in total,
-kept + quarantined == read. A row that gives several records is kept if one of them is.
+quarantine.jsonl has {source, line, reason, detail, row} for each row left out, and merged_rows.jsonl for each
+row that is a vote on the record of another one. For each source and in total,
+kept + merged + quarantined == read. A row that gives several records is kept if one of them is.
 
 Kinds that no source has are derived: comparisons from rankings (every strictly ordered pair), demonstrations
 from chosen and best-ranked responses, prompts from all kinds.
@@ -39,7 +40,13 @@ from pipeline.prepare.derived import derive_kinds
 from pipeline.prepare.saving import RecordsByKind, Survey, save_kind
 from pipeline.prepare.splits import assign_splits, narrow_splits, split_group
 
-CROSS_RECORD = ("duplicate", "contradiction", "held-out")  # faults that depend on other sources too
+CROSS_RECORD = (
+    "duplicate",
+    "contradiction",
+    "held-out",
+    "merged",
+    "tie",
+)  # faults that depend on other sources too
 WORLDS = {"demo": demo.rows, "sums": sums.rows}
 TRAINING_KINDS = ("demonstrations", "comparisons", "prompts")  # later stages train on these
 
@@ -89,7 +96,8 @@ def _log_counts(config: PrepareStage, folder: Path) -> None:
     rows = read_manifest(folder)["rows"]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in rows["quarantined"].items())
     quarantined = f"; quarantined: {reasons}; see {folder}/quarantine.jsonl" if reasons else ""
-    print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{quarantined}")
+    merged = f", {rows['merged']:,} merged with others as votes" if rows["merged"] else ""
+    print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{merged}{quarantined}")
     if parts := rows.get("left_out"):
         counts = ", ".join(f"{reason} {count:,}" for reason, count in parts.items())
         print(f"  left out of these: {counts}")
@@ -129,7 +137,7 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
     clean_records(items, classes)
     if any(item.splits != SPLITS for item in items):
         narrow_splits((item for item in items if not item.fault), config.seed)
-    compare_records(items)
+    compare_records(items, classes, config.ties)
 
     nothing_kept = all(item.fault for item in items)
     for source, source_items in zip(config.source, items_by_source, strict=True):

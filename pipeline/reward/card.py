@@ -81,6 +81,7 @@ def write_card(
         "args": trainer.args,
         "state": trainer.state,
         "has_margins": config.objective == "pairwise" and "margin" in examples.column_names,
+        "has_votes": not {"preference", "shares"}.isdisjoint(examples.column_names),
         "precision": resolve_precision(config.precision),
         "loss": objective.loss,
         "losses": training_table(trainer.state.log_history),
@@ -188,10 +189,12 @@ def source_table(manifest: dict[str, Any]) -> Table | None:
                 name if name in public else f"local file {len(lines) + 1}",
                 format_metric(counts["read"]),
                 format_metric(counts["kept"]),
+                format_metric(counts.get("merged", 0)),  # artifacts older than votes have none
                 ", ".join(reasons),
             ]
         )
-    return Table("Sources", ("source", "rows read", "kept", "quarantined"), lines) if lines else None
+    columns = ("source", "rows read", "kept", "merged", "quarantined")
+    return Table("Sources", columns, lines) if lines else None
 
 
 def split_table(rows: dict[str, dict[str, int]]) -> Table:

@@ -6,7 +6,8 @@ Each row has these columns:
 - `response_start`: K indices, where the response begins in each list.
 - `target`: K ranks, a class index, a rating, or 1 for each right step of one response and 0 for each wrong.
 - `steps`: of a response in steps, the index of the token at which each step ends.
-- `margin`: if the record has one.
+- `margin` and `preference`: if the record has them.
+- `shares`: of a labelled response, the share of each class in the votes, if the records have them.
 - `length`: the number of all tokens.
 
 Rows that do not fit are cut or dropped, and counted.
@@ -114,6 +115,11 @@ def _tokenize_record(
     if "margin" in record:
         row["margin"] = 0.0 if record["margin"] is None else record["margin"]
 
+    if "preference" in record:
+        row["preference"] = 1.0 if record["preference"] is None else record["preference"]
+    if "label_shares" in record:
+        row["shares"] = record["label_shares"]
+
     _check_row(row, kind)
     return row, _outcome(encoded, row["target"])
 
@@ -162,6 +168,8 @@ def _check_row(row: Record, kind: str) -> None:
     numbers = {"margin": row["margin"]} if "margin" in row else {}
     if kind == "ratings":
         numbers["rating"] = target
+    if not 0 <= row.get("preference", 1.0) <= 1:  # NaN too
+        raise UserError(f"preference is {row['preference']}, expected a share from 0 to 1")
     for name, value in numbers.items():
         if value is None or not math.isfinite(value):
             raise UserError(f"{name} is {value}, expected a finite number; one such row would ruin the model")

@@ -49,6 +49,8 @@ def evaluate_reward_model(reward: RewardModel, records: dict[str, Dataset]) -> d
 
 
 def _evaluate_pairs(reward: RewardModel, pairs: Dataset) -> dict[str, Any]:
+    if "preference" in pairs.column_names:  # a tie has no winner to agree with
+        pairs = pairs.select([row for row, share in enumerate(pairs["preference"]) if share != 0.5])
     scores = reward.score(pairs["prompt"][:] * 2, pairs["chosen"][:] + pairs["rejected"][:])
     chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
     lengths = [[len(response_text(text)) for text in pairs[side]] for side in ("chosen", "rejected")]

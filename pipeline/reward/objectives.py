@@ -10,18 +10,23 @@ from torch.nn import functional as F
 
 
 def bradley_terry(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    preference: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean of −log σ(chosen − rejected − margin), all (N,).
 
-    Bradley and Terry 1952; margins as Touvron et al. 2023 (Llama 2, eq. 2). `label_smoothing` ε is the
-    probability that a label is wrong: the loss is (1 − ε) times this one plus ε times that of the flipped
-    pair.
+    Bradley and Terry 1952; margins as Touvron et al. 2023 (Llama 2, eq. 2). `preference` p (N,) is the
+    probability that `chosen` wins, such as its share of the votes; 1 by default. The loss is the
+    cross-entropy: p times this one plus 1 − p times that of the flipped pair. `label_smoothing` ε is the
+    probability that a vote is wrong: p becomes (1 − ε) p + ε (1 − p).
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    return -(
-        (1 - label_smoothing) * F.logsigmoid(difference) + label_smoothing * F.logsigmoid(-difference)
-    ).mean()
+    share: Tensor | float = 1.0 if preference is None else preference
+    share = (1 - label_smoothing) * share + label_smoothing * (1 - share)
+    return -(share * F.logsigmoid(difference) + (1 - share) * F.logsigmoid(-difference)).mean()
 
 
 def ranking(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
@@ -51,13 +56,22 @@ def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
 
 
 def classification(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of softmax(logits (N, C)) with labels (N,).
 
-    `class_weights` (C,) weights each row by its class.
+    `class_weights` (C,) weights each row by its class. `shares` (N, C), such as those of votes, replace the
+    labels: a row counts for each class by its share. Rows of one class have the same loss either way.
     """
-    return F.cross_entropy(logits, labels, class_weights, label_smoothing=label_smoothing)
+    if shares is None:
+        return F.cross_entropy(logits, labels, class_weights, label_smoothing=label_smoothing)
+    # torch divides by the weights of the rows only if targets are labels
+    total = F.cross_entropy(logits, shares, class_weights, reduction="sum", label_smoothing=label_smoothing)
+    return total / (len(shares) if class_weights is None else (shares * class_weights).sum())
 
 
 def regression(scores: Tensor, ratings: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from pipeline.config import OBJECTIVES
+from pipeline.data.schema import shares_of
 from pipeline.errors import UserError
 from pipeline.reward import batching, metrics, objectives, probes
 from pipeline.reward.encoding import Encoded
@@ -28,14 +29,17 @@ ABSENT = -100  # a rank that pads a prompt with fewer responses, or a label a re
 
 @dataclass
 class Batch:
-    """The responses of each row, the margins (N,), and the outputs that learn from each row (N, outputs).
+    """The responses of each row, the outputs that learn from each row (N, outputs), and optional targets.
 
-    The Trainer does not look inside this type for tensors to move or to gather.
+    These are margins (N,), preferences (N,), and the shares of the classes (N, C). The Trainer does not look
+    inside this type for tensors to move or to gather.
     """
 
     groups: list[list[Encoded]]
-    margins: Tensor | None
     members: Tensor
+    margins: Tensor | None = None
+    preferences: Tensor | None = None
+    shares: Tensor | None = None
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -109,7 +113,14 @@ class RewardTrainer(trl.RewardTrainer):
             ]
             for row in rows
         ]
-        margins = torch.tensor([row["margin"] for row in rows]) if "margin" in rows[0] else None
+        margins, preferences = (
+            torch.tensor([row[name] for row in rows]) if name in rows[0] else None
+            for name in ("margin", "preference")
+        )
+        shares = None
+        if "shares" in rows[0]:
+            labelled = ({"label": row["target"], "label_shares": row["shares"]} for row in rows)
+            shares = torch.tensor([shares_of(record, len(self.classes)) for record in labelled])
         if "members" in rows[0]:
             members = torch.tensor([row["members"] for row in rows])
         else:
@@ -119,7 +130,8 @@ class RewardTrainer(trl.RewardTrainer):
         if isinstance(targets[0], list):
             most = max(map(len, targets))
             targets = [[*ranks, *[ABSENT] * (most - len(ranks))] for ranks in targets]
-        return {"batch": Batch(groups, margins, members.bool()), "labels": torch.tensor(targets)}
+        batch = Batch(groups, members.bool(), margins, preferences, shares)
+        return {"batch": batch, "labels": torch.tensor(targets)}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -145,7 +157,8 @@ class RewardTrainer(trl.RewardTrainer):
         ).float()
         if self.objective == "classification":
             weights = None if self.class_weights is None else self.class_weights.to(logits.device)
-            loss = classification(logits, targets, weights, self.args.label_smoothing_factor)
+            shares = None if batch.shares is None else batch.shares.to(logits.device)
+            loss = classification(logits, targets, weights, self.args.label_smoothing_factor, shares)
             return (loss, {"logits": logits}) if return_outputs else loss
 
         if self.objective == "stepwise":
@@ -185,8 +198,12 @@ class RewardTrainer(trl.RewardTrainer):
             return regression(scores, targets)
         mask = targets > 0
         if self.objective == "pairwise":
-            margin = None if batch.margins is None else batch.margins.to(rows.device)[rows]
-            loss = bradley_terry(scores[:, 0], scores[:, 1], margin, self.args.label_smoothing_factor)
+            margin, preference = (
+                None if values is None else values.to(rows.device)[rows]
+                for values in (batch.margins, batch.preferences)
+            )
+            smoothing = self.args.label_smoothing_factor
+            loss = bradley_terry(scores[:, 0], scores[:, 1], margin, smoothing, preference)
         else:
             loss = getattr(objectives, self.objective)(scores, targets, mask)
         coefficient = self.args.center_rewards_coefficient
@@ -206,10 +223,11 @@ class RewardTrainer(trl.RewardTrainer):
                 [row[mask] for row, mask in zip(targets, present, strict=True)],
             )
         else:
-            present = [ranks > 0 for ranks in targets]
+            rows = [(row[ranks > 0], ranks[ranks > 0]) for row, ranks in zip(scores, targets, strict=True)]
+            ordered = [
+                (row, ranks) for row, ranks in rows if ranks.min() < ranks.max()
+            ]  # ties have no winner
             computed = metrics.ranking_metrics(
-                [row[mask] for row, mask in zip(scores, present, strict=True)],
-                [row[mask] for row, mask in zip(targets, present, strict=True)],
-                intervals=False,
+                [row for row, _ in ordered], [ranks for _, ranks in ordered], intervals=False
             )
         return {name: value for name, value in computed.items() if isinstance(value, float)}

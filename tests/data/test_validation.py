@@ -152,30 +152,6 @@ def test_records_come_out_in_their_columns_and_types() -> None:
     }
 
 
-def test_contradictions_all_go_and_of_duplicates_the_first_stays() -> None:
-    other = pair(prompt="other")
-    rows = [pair(), pair(chosen="b", rejected="a"), pair(), other, other | {"margin": 2.0}]
-    assert reasons("comparisons", *rows) == [
-        "contradiction",
-        "contradiction",
-        "contradiction",
-        None,
-        "duplicate",
-    ]
-    as_messages = other | {"prompt": [USER | {"content": "other"}], "chosen": [ANSWER]}
-    assert reasons("comparisons", other, as_messages) == [None, "duplicate"]
-
-
-def test_contradictory_labels_and_ratings() -> None:
-    def judged(kind: str, field: str, *values: Any) -> list[str | None]:
-        return reasons(kind, *({"prompt": "Q", "completion": "a", field: value} for value in values))
-
-    assert judged("labels", "label", "yes", 1, True) == [None, "duplicate", "duplicate"]
-    assert judged("labels", "label", "yes", 1, "no") == ["contradiction"] * 3
-    assert judged("ratings", "rating", 1, "1.0") == [None, "duplicate"]
-    assert judged("ratings", "rating", 1, 2) == ["contradiction"] * 2
-
-
 @pytest.mark.parametrize(
     "labels", [[True, False], [1, 0.0], ["+", "-"], ["1", "0"], [" Right", "WRONG"], ["True", "no"]]
 )
@@ -340,18 +316,3 @@ def test_junk_is_kept_or_faulty_never_an_error(rows: list[tuple[str, dict[str, A
     for kind, record in kept:
         assert set(record) <= set(KINDS[kind])
         assert all(value is not None for value in record.values())
-
-
-ANSWERS = st.sampled_from("abc")
-
-
-@given(st.lists(st.tuples(st.sampled_from("QR"), ANSWERS, ANSWERS), max_size=12))
-def test_kept_comparisons_agree_with_each_other(rows: list[tuple[str, str, str]]) -> None:
-    found = items(
-        "comparisons",
-        *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows),
-    )
-    validate_records(found, [])
-    given = set(rows)
-    kept = [tuple(item.record.values()) for item in found if not item.fault]
-    assert sorted(kept) == sorted((q, a, b) for q, a, b in given if a != b and (q, b, a) not in given)

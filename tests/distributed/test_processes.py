@@ -331,7 +331,9 @@ def test_two_processes_share_two_servers_that_get_each_policy_once(tiny_records,
     assert max(gaps) < 1e-4
 
 
-def test_a_server_that_one_of_two_processes_loses_ends_both_with_a_line_each(tiny_records, tiny_gpt2, tmp_path):
+def test_a_server_that_one_of_two_processes_loses_ends_both_with_a_line_each(
+    tiny_records, tiny_gpt2, tmp_path
+):
     with stand_in(tiny_gpt2) as first, stand_in(tiny_gpt2) as second:
         second.faults = [None] * 18 + [lambda reply: second.stop() or reply]  # in the second rollout
         done = train_on_servers(start, tmp_path, tiny_records, tiny_gpt2, first.url, second.url)

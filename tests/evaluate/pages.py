@@ -15,11 +15,17 @@ FULL: dict[str, Any] = {
     "metrics": {"reward": {"comparisons": {"accuracy": 0.8061234, "pairs": 1024}}, "seed": 0},
     "rows": {
         "read": 1240,
-        "kept": 1230,
+        "kept": 1227,
+        "merged": 3,
         "quarantined": {"not text": 7, "exact duplicate": 3},
         "by_source": {
-            "pairs.csv": {"read": 40, "kept": 30, "quarantined": {"not text": 7, "exact duplicate": 3}},
-            "more.csv": {"read": 1200, "kept": 1200, "quarantined": {}},
+            "pairs.csv": {
+                "read": 40,
+                "kept": 27,
+                "merged": 3,
+                "quarantined": {"not text": 7, "exact duplicate": 3},
+            },
+            "more.csv": {"read": 1200, "kept": 1200, "merged": 0, "quarantined": {}},
         },
         "derived": {"prompts": 20},
     },

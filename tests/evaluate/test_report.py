@@ -187,8 +187,8 @@ def test_tables_hold_the_values(full: Page) -> None:
     ]
     by_source, records = full.rows["rows"][1:3], full.rows["rows"][4:]
     assert by_source == [
-        ["pairs.csv", "40", "30", "10", "not text\xa07 · exact duplicate\xa03"],
-        ["more.csv", "1,200", "1,200", "0", ""],
+        ["pairs.csv", "40", "27", "3", "10", "not text\xa07 · exact duplicate\xa03"],
+        ["more.csv", "1,200", "1,200", "0", "0", ""],
     ]
     assert records == [
         ["comparisons", "1,000", "100", "130", "", "the sources"],
@@ -196,7 +196,7 @@ def test_tables_hold_the_values(full: Page) -> None:
     ]
     assert full.attributes("i", "style")[:4] == ["width: 81.3%", "width: 8.1%", "width: 10.6%", "width: 1.3%"]
     flow = " ".join(full.text["rows"].split())
-    assert "1,240 read 1,230 kept 10 quarantined: not text 7 · exact duplicate 3" in flow
+    assert "1,240 read 1,227 kept 3 merged as votes 10 quarantined: not text 7 · exact duplicate 3" in flow
     assert full.rows["reward_kl"][1:] == [
         ["SFT", "0.00", "-0.20", "-0.04"],
         ["best-of-4", "≤ 0.64", "0.30", "0.20"],

@@ -41,8 +41,9 @@ def test_comparisons_are_published_split_and_derived_from(tmp_path: Path) -> Non
     assert found["rows"] == {
         "read": 20,
         "kept": 20,
+        "merged": 0,
         "quarantined": {},
-        "by_source": {str(tmp_path / "a.jsonl"): {"read": 20, "kept": 20, "quarantined": {}}},
+        "by_source": {str(tmp_path / "a.jsonl"): {"read": 20, "kept": 20, "merged": 0, "quarantined": {}}},
         "derived": {"demonstrations": 20, "prompts": 20},
     }
     assert found["metrics"]["comparisons.test"] == found["metrics"]["prompts.test"] == 4
@@ -279,7 +280,7 @@ def test_the_demo_world_goes_through_the_same_checks(tmp_path: Path) -> None:
     published = prepare(tmp_path, {"format": "demo"}, splits={"validation": 0.1, "test": 0.2})
     counts = manifest(published)["rows"]
     assert kinds(published) == ["comparisons", "demonstrations", "labels", "prompts", "rankings", "ratings"]
-    assert counts["kept"] + sum(counts["quarantined"].values()) == counts["read"]
+    assert counts["kept"] + counts["merged"] + sum(counts["quarantined"].values()) == counts["read"]
     assert {"empty-text", "identical-answers", "not-a-rank", "not-finite", "not-text"} <= counts[
         "quarantined"
     ].keys()

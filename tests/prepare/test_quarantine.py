@@ -24,15 +24,15 @@ from tests.prepare.publishing import (
 
 def test_every_faulty_row_is_in_the_quarantine(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    good = {"prompt": "Q", "completion": "a", "rating": 1}
+    good = {"prompt": "Q", "completion": "a"}
     lines = [
         json.dumps(good),
         "{broken",
         json.dumps(good),
-        json.dumps({"prompt": "\udce9", "completion": "b", "rating": float("nan")}),
+        json.dumps({"prompt": "\udce9", "completion": float("nan")}),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
-    published = prepare(tmp_path, {"format": "ratings", "path": str(path)})
+    published = prepare(tmp_path, {"format": "demonstrations", "path": str(path)})
     assert [(entry["source"], entry["line"], entry["reason"]) for entry in quarantined(published)] == [
         (str(path), 2, "unreadable-line"),
         (str(path), 3, "duplicate"),
@@ -40,7 +40,7 @@ def test_every_faulty_row_is_in_the_quarantine(tmp_path: Path) -> None:
     ]
     assert quarantined(published)[0]["row"] == "{broken"
     assert quarantined(published)[1]["detail"] == f"the same as {path}:1"
-    assert quarantined(published)[2]["row"] == {"prompt": "\\udce9", "completion": "b", "rating": "nan"}
+    assert quarantined(published)[2]["row"] == {"prompt": "\\udce9", "completion": "nan"}
     counts = manifest(published)["rows"]
     assert (counts["read"], counts["kept"]) == (4, 1)
     assert counts["quarantined"] == {"duplicate": 1, "not-unicode": 1, "unreadable-line": 1}
@@ -123,6 +123,7 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(
     items = read_source(source)
     validate_records(items, class_names([source], [item.record.get("label") for item in items]))
     kept = sum(len(item.rows) for item in items if not item.fault)
+    merged = sum(bool(item.fault) and item.fault.reason == "merged" for item in items)
     judged = [(row, item.fault) for item in items for row in item.rows]
     if not kept:
         with pytest.raises(UserError, match=f"of {read} rows none"):
@@ -130,6 +131,8 @@ def test_kept_and_quarantined_add_up_to_read_on_junk(
         return
     counts = count_and_quarantine(judged, tmp_path / "quarantine.jsonl")
     assert counts["read"] == read
-    assert counts["kept"] == kept == read - len(quarantined(tmp_path))
+    assert (counts["kept"], counts["merged"]) == (kept, merged)
+    assert read == kept + merged + len(quarantined(tmp_path))
     assert sum(counts["quarantined"].values()) == len(quarantined(tmp_path))
-    assert counts["by_source"] == {str(path): {key: counts[key] for key in ("read", "kept", "quarantined")}}
+    names = ("read", "kept", "merged", "quarantined")
+    assert counts["by_source"] == {str(path): {key: counts[key] for key in names}}

@@ -152,9 +152,9 @@ def test_the_data_are_those_of_the_manifests(made, tiny_feedback):
         [split, *(str(counts.get(fate, 0)) for fate in fates)] for split, counts in rows.items()
     ]
     prepared = json.loads((tiny_feedback / "manifest.json").read_text())["rows"]["by_source"]["demo"]
-    (source,) = table(text, "source", "rows read", "kept", "quarantined")
-    assert source[:3] == ["demo", f"{prepared['read']:,}", f"{prepared['kept']:,}"]
-    assert source[3] == ", ".join(f"{reason} {count}" for reason, count in prepared["quarantined"].items())
+    (source,) = table(text, "source", "rows read", "kept", "merged", "quarantined")
+    assert source[:4] == ["demo", *(f"{prepared[name]:,}" for name in ("read", "kept", "merged"))]
+    assert source[4] == ", ".join(f"{reason} {count}" for reason, count in prepared["quarantined"].items())
 
 
 def test_what_was_measured_is_there_with_its_intervals(made):
@@ -246,12 +246,12 @@ def test_paths_are_told_from_here(tmp_path, monkeypatch):
 
 
 def test_local_sources_are_numbered_and_those_of_the_hub_named():
-    counts = {"read": 2, "kept": 1, "quarantined": {"duplicate": 1}}
+    counts = {"read": 4, "kept": 1, "merged": 2, "quarantined": {"duplicate": 1}}
     names = ["/data/a.csv", "org/pairs", "b.csv", "demo"]
     inputs = {"/data/a.csv": {}, "org/pairs": {"hub": "org/pairs"}, "b.csv": {}}
     table = source_table({"inputs": inputs, "rows": {"by_source": dict.fromkeys(names, counts)}})
     assert [row[0] for row in table.rows] == ["local file 1", "org/pairs", "local file 3", "demo"]
-    assert table.rows[0][1:] == ["2", "1", "duplicate 1"]
+    assert table.rows[0][1:] == ["4", "1", "2", "duplicate 1"]
     assert source_table({}) is None
 
 

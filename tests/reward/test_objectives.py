@@ -48,6 +48,27 @@ def test_bradley_terry(chosen, rejected, margin, smoothing, expected):
     assert found.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("preference", "smoothing", "expected"),
+    [
+        ([1.0], 0.0, math.log(4 / 3)),
+        ([0.75], 0.0, 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),  # three votes of four
+        ([0.5], 0.0, (math.log(4 / 3) + math.log(4)) / 2),
+        ([0.5], 0.3, (math.log(4 / 3) + math.log(4)) / 2),  # wrong votes leave a tie as it is
+        ([0.75], 0.2, 0.65 * math.log(4 / 3) + 0.35 * math.log(4)),  # 0.8 · 0.75 + 0.2 · 0.25
+    ],
+)
+def test_bradley_terry_of_votes_is_the_cross_entropy_with_their_share(preference, smoothing, expected):
+    loss = bradley_terry(tensor([LOG3]), tensor([0.0]), None, smoothing, tensor(preference))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_votes_of_a_pair_have_the_mean_loss_of_their_rows():
+    scores = tensor([0.3, 0.3, -0.7]), tensor([-0.7, -0.7, 0.3])  # two for one side, one for the other
+    merged = bradley_terry(tensor([0.3]), tensor([-0.7]), preference=tensor([2 / 3]))
+    assert merged.item() == pytest.approx(bradley_terry(*scores).item())
+
+
 # Of two prompts: three answers whose ordered pairs have margins log 3, 2 log 3, log 3; two answers, a
 # margin of −log 3, and nothing third.
 SCORES = [[2 * LOG3, LOG3, 0.0], [0.0, LOG3, 99.0]]
@@ -106,6 +127,14 @@ def test_classification_and_regression():
         0.9 * math.log(4 / 3) + 0.1 * math.log(4) + math.log(2)
     ) / 2  # ε = 0.2 over two classes: 0.9 and 0.1
     assert classification(logits, labels, label_smoothing=0.2).item() == pytest.approx(smoothed)
+    shares = tensor([[0.25, 0.75], [1.0, 0.0]])
+    soft = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    assert classification(logits, labels, shares=shares).item() == pytest.approx((soft + math.log(2)) / 2)
+    weighted = (3 * 0.75 * math.log(4 / 3) + 0.25 * math.log(4) + math.log(2)) / (3 * 0.75 + 0.25 + 1)
+    weights = tensor([1.0, 3.0])
+    assert classification(logits, labels, weights, shares=shares).item() == pytest.approx(weighted)
+    one_hot = classification(logits, labels, weights, 0.2, tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert one_hot.item() == pytest.approx(classification(logits, labels, weights, 0.2).item())
     assert regression(tensor([1.0, -1.0]), tensor([0.0, 1.0])).item() == pytest.approx(2.5)
 
 

@@ -122,6 +122,34 @@ def test_label_smoothing_counts(tiny_gpt2, tmp_path):
     assert theirs.evaluate()["eval_loss"] == pytest.approx(plain, abs=1e-5)
 
 
+def test_votes_count_by_their_share(tiny_gpt2, tmp_path):
+    shares = [1.0, 0.75, 0.5, *[2 / 3] * 14]
+    ours, _ = of_pairs(tiny_gpt2, tmp_path, PAIRS.add_column("preference", shares))
+    scores = torch.tensor(ours.predict(ours.eval_dataset).predictions)
+    difference = (scores[:, 0] - scores[:, 1]).double()
+    won, lost = (torch.log1p(torch.exp(-sign * difference)) for sign in (1, -1))
+    share = torch.tensor(shares, dtype=torch.double)
+    evaluated = ours.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx((share * won + (1 - share) * lost).mean().item(), abs=1e-5)
+    right = [difference[i] > 0 for i in range(17) if shares[i] != 0.5]  # a tie has no winner
+    assert evaluated["eval_accuracy"] == pytest.approx(sum(right).item() / 16)
+
+
+def test_a_classifier_learns_the_shares_of_votes(tiny_gpt2, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_gpt2))
+    model = load_classifier(str(tiny_gpt2), tokenizer, head=head_config(["no", "yes"], "classification"))
+    columns = {"prompt": ["p", "q"], "completion": ["a", "b"], "label": [1, 0]}
+    labels = Dataset.from_dict(columns | {"label_shares": [[0.25, 0.75], None]})
+    rows, _ = tokenize_records(labels, "labels", tokenizer, CHAT, False)
+    trainer = RewardTrainer(
+        model, "classification", args=arguments(tmp_path), train_dataset=rows, processing_class=tokenizer
+    )
+    loss, outputs = trainer.compute_loss(trainer.model, trainer._collate(list(rows)), return_outputs=True)
+    logs = outputs["logits"].log_softmax(-1)
+    expected = -(0.25 * logs[0, 0] + 0.75 * logs[0, 1] + logs[1, 0]) / 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
 def test_rows_may_be_grouped_by_length(tiny_gpt2, tmp_path):
     ours, theirs = of_pairs(tiny_gpt2, tmp_path, max_steps=2, train_sampling_strategy="group_by_length")
     ours.train()
@@ -183,6 +211,14 @@ def test_a_number_that_is_none_would_ruin_the_weights(tiny_tokenizer, kind, fiel
     rows = Dataset.from_dict({"prompt": ["p", "q"], **columns, field: [0.5, math.nan]})
     with pytest.raises(UserError, match=f"{kind}: row 1: {field} is nan, expected a finite number"):
         tokenize_records(rows, kind, tiny_tokenizer, CHAT, drop=False)
+
+
+def test_a_preference_that_is_no_share_is_refused(tiny_tokenizer):
+    rows = Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"], "preference": [1.5]})
+    with pytest.raises(
+        UserError, match=r"comparisons: row 0: preference is 1\.5, expected a share from 0 to 1"
+    ):
+        tokenize_records(rows, "comparisons", tiny_tokenizer, CHAT, drop=False)
 
 
 def test_lora_trains_the_head_whatever_the_config_says(tiny_gpt2, tmp_path):

@@ -19,6 +19,7 @@ from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import reward_kl_points
+from pipeline.evaluate.overview import policy_table
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
 from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
 from pipeline.evaluate.summary import measure_names, summary_rows
@@ -49,6 +50,7 @@ def collect_report(
     return {
         "title": config.run,
         "command": config.command,
+        "policies": policy_table(metrics),
         "summary": summary_rows(metrics),
         "test_prompts": describe_test_prompts(inputs["records"]),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
@@ -152,6 +154,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     is shown as "–" and is not drawn.
 
     title, command: str
+    policies: {columns: [name], rows: [{name, cells: [{value, interval}]}]}, already formatted
     summary: [{name, value, note}], already formatted
     test_prompts: str, what training has seen of the test prompts; shown with the summary
     metrics: nested dict, shown with dotted keys
@@ -193,6 +196,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "light": LIGHT,
         "title": data.get("title") or "run",
         "command": data.get("command"),
+        "policies": data.get("policies"),
         "summary": data.get("summary"),
         "test_prompts": data.get("test_prompts"),
         "metrics": list(dotted_metrics(data.get("metrics") or {})),

@@ -109,8 +109,6 @@ def _bounds(metrics: dict[str, Any], metric: str, prompts: int) -> str:
 
 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
-    best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
-    shown = [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
     measures = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
     titles = {"gold_reward": POLICY_ROWS["gold_reward"]} | measures | POLICY_ROWS
     return [
@@ -120,9 +118,15 @@ def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
             _bounds(metrics[policy], metric, metrics[policy].get("prompts", FEW_PROMPTS)),
         )
         for metric, (title, decimals) in titles.items()
-        for policy in ("sft", *shown, "ppo")
+        for policy in ("sft", *shown_best_of(metrics), "ppo")
         if metric in metrics[policy]
     ]
+
+
+def shown_best_of(metrics: dict[str, Any]) -> list[str]:
+    """Return the sections of best-of-n that are shown beside the policies: n = 16 and the largest n."""
+    best_of = [name for name in metrics if name.startswith("best_of_")]  # in the order of n
+    return [name for name in best_of if name in (SHOWN_BEST_OF, best_of[-1])]
 
 
 def _ppo_rows(ppo: dict[str, Any]) -> list[Row]:

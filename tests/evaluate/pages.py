@@ -11,6 +11,19 @@ HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
 FULL: dict[str, Any] = {
     "title": "demo",
     "command": "rlhf run --recipe demo",
+    "policies": {
+        "columns": ["Gold reward", "KL (nats)"],
+        "rows": [
+            {
+                "name": "SFT",
+                "cells": [{"value": "0.120", "interval": "0.100 to 0.140"}, {"value": "", "interval": ""}],
+            },
+            {
+                "name": "best-of-16",
+                "cells": [{"value": "0.5", "interval": ""}, {"value": "≤ 1.84", "interval": ""}],
+            },
+        ],
+    },
     "summary": [{"name": "Gold reward, PPO", "value": "0.56", "note": "scale −1 to 1"}],
     "metrics": {"reward": {"comparisons": {"accuracy": 0.8061234, "pairs": 1024}}, "seed": 0},
     "rows": {
@@ -141,6 +154,7 @@ FULL: dict[str, Any] = {
 }
 PLOTS = ("curves", "reward_kl", "lengths", "calibration")
 SECTIONS = [
+    "policies",
     "summary",
     "reward_kl",
     "samples",

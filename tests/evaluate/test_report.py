@@ -179,6 +179,11 @@ def test_only_its_own_script_and_style_may_run(tmp_path):
 
 
 def test_tables_hold_the_values(full: Page) -> None:
+    assert full.rows["policies"] == [
+        ["Policy", "Gold reward", "KL (nats)"],
+        ["SFT", "0.1200.100 to 0.140", ""],
+        ["best-of-16", "0.5", "≤ 1.84"],
+    ]
     assert full.rows["summary"] == [["Gold reward, PPO", "0.56", "scale −1 to 1"]]
     assert full.rows["metrics"] == [
         ["reward.comparisons.accuracy", "0.8061"],

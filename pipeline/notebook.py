@@ -20,7 +20,7 @@ from pipeline.cli import main
 from pipeline.config import RECIPES, Source
 from pipeline.data.records import open_records
 from pipeline.errors import UserError
-from pipeline.evaluate import plots
+from pipeline.evaluate import curves, plots
 from pipeline.evaluate.plots import Plot
 from pipeline.formatting.tables import metric_tables
 from pipeline.prepare import demo
@@ -97,13 +97,13 @@ def draw_curves(artifact: Artifact, *titles: str) -> list[Plot]:
 
     Raises `UserError` for a title that no curve of its log has.
     """
-    curves = {plot.title: plot for plot in plots.draw_curves(artifact.path.name, read_log(artifact))}
+    drawn = {plot.title: plot for plot in curves.draw_curves(artifact.path.name, read_log(artifact))}
     for title in titles:
-        if title not in curves:
-            drawn = ", ".join(curves) or "none"
-            raise UserError(f"{artifact.path}: no curve {title!r} in its log; expected one of: {drawn}")
+        if title not in drawn:
+            expected = ", ".join(drawn) or "none"
+            raise UserError(f"{artifact.path}: no curve {title!r} in its log; expected one of: {expected}")
 
-    return [curves[title] for title in titles or curves]
+    return [drawn[title] for title in titles or drawn]
 
 
 def draw_reward_kl(evaluation: Artifact) -> list[Plot]:

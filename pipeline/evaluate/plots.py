@@ -54,8 +54,7 @@ STYLE = {
 }
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "D", "s")
-FEW_POINTS = 30  # a curve of fewer points marks each of them
-MAX_BINS = 40  # of the histogram of lengths
+MAX_BINS = 40  # of a histogram
 
 STEP, DISTANCE = "step", "√KL from SFT (√nats)"
 KL = ("objective/kl", "eval_objective/kl", "eval_kl")
@@ -64,19 +63,6 @@ REWARD_KEYS = {  # the last names are those of TRL's trainers
     "gold reward": ("eval_gold_reward", "val/gold_reward", "objective/gold_reward"),
     "held-out reward": ("eval_scorer_reward",),
 }
-
-
-class Curve(NamedTuple):
-    """A plot of a training log over `x_label`.
-
-    Each label of `series` is drawn from the first of its log keys that any entry contains.
-    """
-
-    title: str
-    y_label: str
-    series: Mapping[str, tuple[str, ...]]
-    caption: str
-    x_label: str = STEP
 
 
 class Plot(NamedTuple):
@@ -95,94 +81,6 @@ class Plot(NamedTuple):
         )
 
 
-def _supervised(title: str, y_label: str, key: str, caption: str) -> Curve:
-    """Return the curve of a metric in training and in validation."""
-    return Curve(title, y_label, {"training": (key,), "validation": (f"eval_{key}",)}, caption)
-
-
-SUPERVISED = (
-    _supervised(
-        "Loss",
-        "loss",
-        "loss",
-        "Both should fall. If validation rises while training still falls, the model is memorising.",
-    ),
-    _supervised(
-        "Accuracy",
-        "share correct",
-        "accuracy",
-        "How often the reward model agrees with the labels. Judge it by validation; noisy labels keep "
-        "even the best model below 1.",
-    ),
-    _supervised(
-        "RMSE",
-        "units of the ratings",
-        "rmse",
-        "How far rewards are from people's ratings. Compare it with the ratings' standard deviation, "
-        "which a constant reward would get.",
-    ),
-    _supervised(
-        "AUROC",
-        "AUROC",
-        "auroc",
-        "How often a response of the good class scores higher than one of another class: 1 is always, and"
-        " at ½ the reward is no better than a coin.",
-    ),
-    _supervised(
-        "Kendall τ",
-        "Kendall τ",
-        "kendall_tau",
-        "How well the rewards order a prompt's responses as people did: 1 is the same order, 0 is chance."
-        " For pairs it is 2 × accuracy − 1.",
-    ),
-    _supervised(
-        "Token accuracy",
-        "share of tokens",
-        "mean_token_accuracy",
-        "How often the next token is predicted correctly. Once validation levels off, more steps no "
-        "longer pay.",
-    ),
-)
-POLICY = (
-    Curve(
-        "Reward",
-        "reward",
-        REWARD_KEYS,
-        "Reward rising while gold falls means the policy is exploiting the reward model.",
-    ),
-    Curve(
-        "Reward against KL",
-        "reward",
-        REWARD_KEYS,
-        "Each mark is a moment in training, from SFT at the left. Where gold bends down under a rising "
-        "reward, more KL only buys reward hacking.",
-        DISTANCE,
-    ),
-    Curve(
-        "KL",
-        "KL (nats)",
-        {"KL": KL},
-        "How far the policy is from SFT: a climb that levels off is healthy, a sudden jump is not.",
-    ),
-    Curve(
-        "Response length",
-        "tokens",
-        {"tokens": ("response/tokens", "completions/mean_length", "eval_response_tokens")},
-        "Length that grows with the reward often means that the reward is gamed, not earned.",
-    ),
-    Curve(
-        "Entropy",
-        "entropy (nats)",
-        {"entropy": ("policy/entropy_avg", "objective/entropy", "entropy")},
-        "Entropy falling to zero means the policy gives one response, whatever is sampled.",
-    ),
-    Curve(
-        "Clip fraction",
-        "share of tokens",
-        {"clip fraction": ("policy/clipfrac_avg", "clip_ratio/region_mean")},
-        "The share of tokens whose update was clipped: far above 0.2, the steps are too large.",
-    ),
-)
 REWARD_KL = (
     "Higher at the same KL is better. Where gold bends down and the reward does not, the reward was "
     "exploited. A hollow mark is best-of-n, whose KL is an upper bound."
@@ -190,6 +88,9 @@ REWARD_KL = (
 FITTED = (
     " Curves are d(α − βd) for best-of-n and d(α − β log d) for PPO, d = √KL, fitted to the marks "
     "(Gao et al. 2022)."
+)
+REWARDS_OF_RESPONSES = (
+    "The reward of each response. A hump that moves right is learning; a new spike may be an exploit."
 )
 LENGTHS = (
     "If PPO's hump is far to the right of SFT's, the policy learned to be long. A spike at the limit "
@@ -263,36 +164,6 @@ def draw_plot(
     return [Plot(title, caption, svg)]
 
 
-def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Draw the curves of a stage's training log: a policy's if it logs one, else a supervised model's."""
-    is_policy = any(
-        key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry
-    )
-    curves = POLICY if is_policy else SUPERVISED
-    return [plot for curve in curves for plot in draw_curve(stage, curve, entries)]
-
-
-def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Draw one curve of a training log; return no plot if the log has none of its metrics."""
-
-    def paint(axes: Axes) -> None:
-        xs = metric_column(entries, (STEP,)) if curve.x_label == STEP else root_kls(entries)
-        for (label, keys), colour, line, marker in zip(
-            curve.series.items(), SERIES, LINES, MARKERS, strict=False
-        ):
-            pairs = zip(xs, metric_column(entries, keys), strict=True)
-            points = [(x, y) for x, y in pairs if x is not None and y is not None]
-            style: dict[str, Any] = {"linewidth": 0.5, "marker": marker, "markersize": 4}
-            if curve.x_label == STEP:
-                style = {"linestyle": line, "marker": "." if len(points) < FEW_POINTS else ""}
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
-
-    return draw_plot(
-        f"{stage} {curve.title}", curve.title, curve.caption, curve.x_label, curve.y_label, paint
-    )
-
-
 def draw_reward_kl(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:
     """Draw the reward-KL curve of each reward that any point has.
 
@@ -338,14 +209,8 @@ def _paint_mark(
     fill = PAGE if point.get("bound") else colour
     axes.scatter(x, y, 9 if is_small else 36, facecolors=fill, edgecolors=colour, zorder=2)
     if not is_small:
-        axes.annotate(
-            str(point.get("name", "")),
-            (x, y),
-            (0, 7),
-            textcoords="offset points",
-            rotation=40,
-            rotation_mode="anchor",
-        )
+        name = str(point.get("name", ""))
+        axes.annotate(name, (x, y), (0, 7), textcoords="offset points", horizontalalignment="center")
 
 
 def fitted_curve(
@@ -365,27 +230,56 @@ def is_intermediate(points: Sequence[dict[str, Any]], point: dict[str, Any]) -> 
     )
 
 
-def draw_lengths(lengths: dict[str, Sequence[int]]) -> list[Plot]:
+def draw_lengths(lengths: Mapping[str, Sequence[int]]) -> list[Plot]:
     """Draw the histogram of response lengths of each policy; return no plot if there are no lengths."""
 
+    def whole_tokens(low: float, high: float) -> list[float]:
+        width = math.ceil((high - low + 1) / MAX_BINS)
+        return [low - 0.5 + width * i for i in range(math.ceil((high - low + 1) / width) + 1)]
+
+    texts = ("Response length", LENGTHS, "response tokens")
+    return _draw_histogram("lengths", *texts, lengths, whole_tokens, integer=True)
+
+
+def draw_rewards(rewards: Mapping[str, Sequence[float]]) -> list[Plot]:
+    """Draw the histogram of the rewards of each policy's responses; return no plot if there are none."""
+
+    def equal_bins(low: float, high: float) -> list[float]:
+        width = (high - low) / MAX_BINS or 1.0
+        return [low + width * i for i in range(MAX_BINS + 1)]
+
+    texts = ("Reward before and after", REWARDS_OF_RESPONSES, "reward")
+    return _draw_histogram("rewards", *texts, rewards, equal_bins, integer=False)
+
+
+def _draw_histogram(
+    name: str,
+    title: str,
+    caption: str,
+    x_label: str,
+    columns: Mapping[str, Sequence[Any]],
+    bin_edges: Callable[[float, float], list[float]],
+    *,
+    integer: bool,
+) -> list[Plot]:
+    """Draw the shares of each column's numbers in bins, whose edges derive from the least and the largest."""
+
     def paint(axes: Axes) -> None:
-        counts = {
-            name: [y for value in values or [] if (y := as_finite(value)) is not None]
-            for name, values in lengths.items()
+        numbers = {
+            label: [y for value in values or [] if (y := as_finite(value)) is not None]
+            for label, values in columns.items()
         }
-        pooled = [value for values in counts.values() for value in values]
-        low, high = min(pooled, default=0), max(pooled, default=0)
-        width = math.ceil((high - low + 1) / MAX_BINS)  # whole tokens a bin
-        edges = [low - 0.5 + width * i for i in range(math.ceil((high - low + 1) / width) + 1)]
-        axes.locator_params(axis="x", integer=True)
+        pooled = [value for values in numbers.values() for value in values]
+        edges = bin_edges(min(pooled, default=0), max(pooled, default=0))
+        axes.locator_params(axis="x", integer=integer)
 
         style: dict[str, Any] = {"histtype": "step", "linewidth": 1.5}
-        for (name, values), colour, line in zip(counts.items(), cycle(SERIES), cycle(LINES), strict=False):
+        for (label, values), colour, line in zip(numbers.items(), cycle(SERIES), cycle(LINES), strict=False):
             if values:
                 weights = [1 / len(values)] * len(values)
-                axes.hist(values, edges, weights=weights, color=colour, linestyle=line, label=name, **style)
+                axes.hist(values, edges, weights=weights, color=colour, linestyle=line, label=label, **style)
 
-    return draw_plot("lengths", "Response length", LENGTHS, "response tokens", "share of responses", paint)
+    return draw_plot(name, title, caption, x_label, "share of responses", paint)
 
 
 def draw_calibration(bins: Sequence[dict[str, Any]]) -> list[Plot]:

@@ -18,9 +18,16 @@ import yaml
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
+from pipeline.evaluate.curves import draw_curves
 from pipeline.evaluate.metrics import reward_kl_points
 from pipeline.evaluate.overview import policy_table
-from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
+from pipeline.evaluate.plots import (
+    LIGHT,
+    draw_calibration,
+    draw_lengths,
+    draw_reward_kl,
+    draw_rewards,
+)
 from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
 from pipeline.evaluate.summary import measure_names, summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
@@ -60,6 +67,7 @@ def collect_report(
         "reward_kl": reward_kl_points(metrics),
         "measures": measure_names(metrics),
         "fits": metrics["fits"],
+        "rewards": {name: samples[name]["reward"] for name in ("sft", "ppo")},
         "lengths": {name: samples[name]["response_tokens"] for name in ("sft", "ppo")},
         "measured": metrics["reward"],
         "calibration": reliability,
@@ -167,6 +175,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
         is an upper bound; the points of a line are joined, or follow a curve of `fits`
     measures: names of more metrics that the points of reward_kl have
     fits: {line: {reward: {start, alpha, beta}}}
+    rewards: {name: rewards, one per response}
     lengths: {name: response tokens, one per response}
     measured: {kind of records: metrics, as in the reward stage's metrics.json}, first the kind that it
         learned from
@@ -209,6 +218,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "reward_kl_plots": draw_reward_kl(points, data.get("fits") or {}),
         "measures": data.get("measures") or [],
         "has_scorer": _has_number(points, "scorer_reward"),
+        "rewards": draw_rewards(data.get("rewards") or {}),
         "lengths": draw_lengths(data.get("lengths") or {}),
         "measured": {kind: metric_tables(metrics) for kind, metrics in (data.get("measured") or {}).items()},
         "calibration": draw_calibration(data.get("calibration") or []),

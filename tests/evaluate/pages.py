@@ -78,6 +78,7 @@ FULL: dict[str, Any] = {
             "line": "best-of-n",
         },
     ],
+    "rewards": {"sft": [0.1, 0.2, 0.2], "ppo": [0.4, 0.6]},
     "lengths": {"sft": [3, 4, 4, 9], "ppo": [12, 13, 13]},
     "measured": {
         "labels": {
@@ -152,13 +153,14 @@ FULL: dict[str, Any] = {
         },
     ],
 }
-PLOTS = ("curves", "reward_kl", "lengths", "calibration")
+PLOTS = ("curves", "reward_kl", "rewards", "lengths", "calibration")
 SECTIONS = [
     "policies",
     "summary",
     "reward_kl",
     "samples",
     "curves",
+    "rewards",
     "lengths",
     "measured",
     "calibration",

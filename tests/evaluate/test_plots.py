@@ -1,22 +1,28 @@
 """Plots: what is drawn of a log or of metrics, and the values of a curve."""
 
 import re
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from pipeline.evaluate import plots
-from pipeline.evaluate.plots import (
-    SUPERVISED,
-    THEME,
-    Plot,
-    draw_curve,
-    draw_curves,
-    fitted_curve,
-    metric_column,
-    root_kl,
-)
+from pipeline.evaluate import curves, plots
+from pipeline.evaluate.curves import SUPERVISED, draw_curve, draw_curves
+from pipeline.evaluate.plots import THEME, Plot, draw_rewards, fitted_curve, metric_column, root_kl
 from tests.evaluate.pages import NAN
+
+
+def painted(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Any:
+    """Return the axes on which the module paints from now on; it draws no image."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    monkeypatch.setattr(
+        module,
+        "draw_plot",
+        lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")],
+    )
+    return axes
 
 
 @pytest.mark.parametrize(
@@ -30,21 +36,15 @@ from tests.evaluate.pages import NAN
 def test_what_an_objective_is_evaluated_by_is_drawn(
     title: str, key: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from matplotlib.figure import Figure
-
     log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_loss": 0.6, key: 0.25}, {"step": 10, key: 0.5}]
-    axes = Figure().add_subplot()
-    monkeypatch.setattr(
-        plots,
-        "draw_plot",
-        lambda name, title, caption, x, y, paint: paint(axes) or [Plot(title, caption, "")],
-    )
+    axes = painted(monkeypatch, curves)
     (curve,) = [curve for curve in SUPERVISED if curve.title == title]
     (plot,) = draw_curve("reward", curve, log)
     assert says in plot.caption
     (line,) = axes.get_lines()
     assert line.get_label() == "validation"
     assert line.get_xydata().tolist() == [[5, 0.25], [10, 0.5]]
+    assert (line.get_linestyle(), line.get_marker()) == ("None", "o")  # two points have no shape
     monkeypatch.undo()
     assert [plot.title for plot in draw_curves("reward", log)] == ["Loss", title]
 
@@ -95,3 +95,19 @@ def test_a_column_is_the_first_key_that_any_entry_holds() -> None:
 
 def test_distance_is_the_root_of_the_kl() -> None:
     assert [root_kl(kl) for kl in (4.0, -0.1, None, NAN)] == [2.0, 0.0, None, None]
+
+
+def test_rewards_are_drawn_as_shares_in_equal_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = painted(monkeypatch, plots)
+    draw_rewards({"sft": [0.0, 0.0, 4.0, NAN], "ppo": [2.05, 4.0], "none": []})
+    assert [patch.get_label() for patch in axes.patches] == ["sft", "ppo"]
+    sft, ppo = ({round(x, 6): y for x, y in patch.get_xy() if y} for patch in axes.patches)
+    assert sft == pytest.approx({0.0: 2 / 3, 0.1: 2 / 3, 3.9: 1 / 3, 4.0: 1 / 3})
+    assert ppo == pytest.approx({2.0: 1 / 2, 2.1: 1 / 2, 3.9: 1 / 2, 4.0: 1 / 2})
+
+
+def test_the_critic_s_curves_are_drawn() -> None:
+    values = {"loss/value_avg": 0.5, "val/explained_variance": 0.2, "learning_rate": 1e-3}
+    log = [{"step": step, "objective/kl": 0.1} | values for step in (1, 2, 3)]
+    titles = [plot.title for plot in draw_curves("ppo", log)]
+    assert titles[-3:] == ["Value loss", "Explained variance", "Learning rate"]

@@ -259,10 +259,11 @@ def test_plots_are_chosen_by_the_keys_that_exist(full: Page) -> None:
         *sft,
         *reward,
         *ppo,
+        "Reward before and after",
         "Response length",
         "Calibration",
     ]
-    assert full.html.count("<svg ") == full.html.count("<figcaption>") == 11
+    assert full.html.count("<svg ") == full.html.count("<figcaption>") == 12
     assert "Reward rising while gold falls" in full.text["curves"]
 
 

@@ -70,11 +70,12 @@ def record_identity(kind: str, record: Record) -> Hashable:
         ranked = zip(record["ranks"], map(canonical_text, record["responses"]), strict=True)
         return kind, canonical_text(record["prompt"]), tuple(sorted(ranked))
     identity = [canonical_text(record[field]) for field in KINDS[kind].columns]
-    if KINDS[kind].keeps_columns:
-        others = {name: value for name, value in _other_columns(kind, record).items() if value is not None}
-        others.pop("answer", None)
-        identity += [canonical_text(others)] if others else []
-    return kind, *identity
+    others = {
+        name: value
+        for name, value in _other_columns(kind, record).items()
+        if value is not None and name != "answer"
+    }
+    return kind, *identity, *([canonical_text(others)] if others else [])
 
 
 def _other_columns(kind: str, record: Record) -> Record:

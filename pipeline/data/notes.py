@@ -8,6 +8,7 @@ from pipeline.config import Source
 from pipeline.data.context import context_columns, is_refused, used_columns
 from pipeline.data.messages import KNOWN_KEYS, carries_nothing
 from pipeline.data.readers import ParsedRecord, choose_columns, kind_of_format
+from pipeline.data.reward_columns import reward_columns, reward_values
 from pipeline.data.schema import KINDS
 
 TURNS = {"system": "the system turn", "history": "earlier turns"}
@@ -16,8 +17,8 @@ TURNS = {"system": "the system turn", "history": "earlier turns"}
 def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     """Return a line for each way in which a source was not read as it is; `items` are those of `read_source`.
 
-    These are columns that became turns before the prompt, columns with values that are not read, and keys of
-    messages that are not read.
+    These are columns that became turns before the prompt, columns that are kept for reward functions, columns
+    with values that are not read, and keys of messages that are not read.
     """
     names = KINDS[kind_of_format(source.format)].columns
     columns: dict[str, bool] = {}  # whether a column has values, by its name
@@ -36,7 +37,12 @@ def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
         for name, column in turns.items()
         if name not in source.columns and columns.get(column)
     ]
-    if unread := _unread_columns(source, columns, turns):
+    kept: dict[str, Any] = {}
+    if KINDS[kind_of_format(source.format)].keeps_columns:
+        kept = reward_columns(source, columns) | reward_values(source)
+    if kept:
+        notes.append(f"columns kept for reward functions: {', '.join(kept)}")
+    if unread := [name for name in _unread_columns(source, columns, turns) if kept.get(name) != name]:
         notes.append(f"columns that are not read: {', '.join(unread)}")
     if keys:
         counts = ", ".join(f"{key} {count:,}" for key, count in sorted(keys.items()))

@@ -27,6 +27,7 @@ from pipeline.data.context import (
 from pipeline.data.dialogues import detach_prompt, parse_dialogue
 from pipeline.data.identity import canonical_text
 from pipeline.data.messages import KNOWN_KEYS
+from pipeline.data.reward_columns import check_names, reward_columns, reward_values
 from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
 from pipeline.data.serialized import read_list_cell, read_messages_cell
 from pipeline.data.shelf import Shelf, View, shelve
@@ -139,9 +140,13 @@ def choose_columns(source: Source, available: list[str]) -> tuple[str, ...]:
 
     Raises `UserError` if a mapping is wrong or a column is missing.
     """
-    column_sets, optional = _column_sets(source.format), KINDS[kind_of_format(source.format)].optional
-    optional = (*optional, *CONTEXT)
+    column_sets, kind = _column_sets(source.format), KINDS[kind_of_format(source.format)]
+    optional = (*kind.optional, *CONTEXT)
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
+    if kind.keeps_columns:  # a mapped column may have any name
+        known |= dict.fromkeys([*source.columns, *source.values])
+        names = [*reward_columns(source, available), *reward_values(source)]
+        check_names(_describe(source), names, "rename it with columns, or pass it over with ignore: [{}]")
     _check_mapping(source, list(known), available)
     _check_ignored(source, available)
 
@@ -216,8 +221,11 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> list[Pa
         values = {name: drop_ignored(source, _read_cell(name, value)) for name, value in values.items()}
         context = {name: values.pop(name, None) for name in CONTEXT}
         may_be_empty = KINDS[kind].prompt_may_be_empty
+        others = _other_values(source, row.data) if KINDS[kind].keeps_columns else {}
         parts = [
-            part if isinstance(part, RowError) else add_context(part, **context, may_be_empty=may_be_empty)
+            part
+            if isinstance(part, RowError)
+            else add_context(part, **context, may_be_empty=may_be_empty) | others
             for part in _to_records(columns, values)
         ]
     except RowError as error:
@@ -257,6 +265,19 @@ def _column_value(data: dict[str, Any], column: str | list[str]) -> Any:
     parts = [value for value in values if not isinstance(value, str) or value.strip()]
     not_text = [part for part in parts if not isinstance(part, str)]
     return not_text[0] if not_text else "\n\n".join(parts)
+
+
+def _other_values(source: Source, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a row that only reward functions read, as they are.
+
+    Raises `RowError` if one of several columns to join is not text.
+    """
+    values: dict[str, Any] = {}
+    for name, column in reward_columns(source, data).items():
+        values[name] = value = _column_value(data, column)
+        if isinstance(column, list) and not isinstance(value, str):
+            raise RowError("not-text", f"{name}: expected text to join, found {type(value).__name__}")
+    return values | reward_values(source)
 
 
 def _to_records(columns: tuple[str, ...], values: dict[str, Any]) -> list[dict[str, Any] | RowError]:

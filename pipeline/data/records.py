@@ -5,6 +5,7 @@ from pathlib import Path
 from datasets import DatasetDict, disable_caching, load_from_disk
 
 from pipeline.artifacts.manifest import Artifact
+from pipeline.data.reward_columns import check_names
 from pipeline.data.schema import KINDS, SPLITS
 from pipeline.errors import UserError
 
@@ -13,7 +14,8 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
     """Open the records of one kind, with splits `train`, `validation` and `test`.
 
     Splits that an external folder lacks are empty.
-    Raises `UserError` if the kind, its `train` split or one of its columns is missing.
+    Raises `UserError` if the kind, its `train` split or one of its columns is missing, or if a column for
+    reward functions has the name of one of their arguments.
     """
     folder = records.path if records.is_external else records.path / kind
     if not folder.is_dir():
@@ -35,6 +37,9 @@ def open_records(records: Artifact, kind: str) -> DatasetDict:
     missing = [column for column in KINDS[kind].columns if column not in columns]
     if missing:
         raise UserError(f"{folder}: {kind} need a column {missing[0]!r}; found {', '.join(columns)}")
+
+    if KINDS[kind].keeps_columns:
+        check_names(str(folder), columns, "rename or remove it")
 
     return DatasetDict(
         {split: splits[split] if split in splits else splits["train"].select([]) for split in SPLITS}

@@ -23,7 +23,8 @@ class RecordKind(NamedTuple):
 
     A target is K ranks (1 is best), the index of a class, a rating, or 1 for each right step and 0 for each
     wrong one. A kind without `responses` trains no reward model. `prompt_may_be_empty` is set for texts that
-    respond to nothing.
+    respond to nothing. `keeps_columns` is set if a record also has the other columns of its row, which reward
+    functions get.
     """
 
     columns: tuple[str, ...]
@@ -31,6 +32,7 @@ class RecordKind(NamedTuple):
     target: Callable[[Record], Any] | None = None
     optional: tuple[str, ...] = ()
     prompt_may_be_empty: bool = False
+    keeps_columns: bool = False
 
 
 KINDS = {
@@ -66,7 +68,7 @@ KINDS = {
         target=lambda record: [int(label) for label in record["labels"]],
         optional=("answer",),
     ),
-    "prompts": RecordKind(("prompt",), optional=("answer",)),
+    "prompts": RecordKind(("prompt",), keeps_columns=True),
     # Rows of a file that `rlhf score` reads; no stage learns from them.
     "answers": RecordKind(("prompt", "response"), prompt_may_be_empty=True),
     "step_answers": RecordKind(("prompt", "completions"), prompt_may_be_empty=True),

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.data.identity import canonical_text, is_blank, visible_identity
 from pipeline.data.labels import parse_label, parse_verdict
-from pipeline.data.messages import is_target, preview, read_message
+from pipeline.data.messages import carries_nothing, is_target, preview, read_message
 from pipeline.data.readers import ParsedRecord, digest
 from pipeline.data.schema import KINDS, Record, RowError, location
 from pipeline.data.serialized import read_list_cell, read_messages_cell
@@ -65,18 +65,35 @@ def ordered_pairs(record: Record) -> Iterator[tuple[Any, Any]]:
 
 
 def record_identity(kind: str, record: Record) -> Hashable:
-    """Return what duplicates share: all columns but optional ones and the order of ranked responses."""
+    """Return what duplicates share: all columns but optional ones and the order of ranked responses.
+
+    Of a prompt it is also what else a reward function reads, but the answer.
+    """
     if kind == "rankings":
         ranked = zip(record["ranks"], map(canonical_text, record["responses"]), strict=True)
         return kind, canonical_text(record["prompt"]), tuple(sorted(ranked))
-    return kind, *(canonical_text(record[field]) for field in KINDS[kind].columns)
+    identity = [canonical_text(record[field]) for field in KINDS[kind].columns]
+    others = {
+        name: value
+        for name, value in _other_columns(kind, record).items()
+        if value is not None and name != "answer"
+    }
+    return kind, *identity, *([canonical_text(others)] if others else [])
+
+
+def _other_columns(kind: str, record: Record) -> Record:
+    """Return the columns for reward functions, if the kind keeps them."""
+    schema = KINDS[kind]
+    return {
+        name: value for name, value in record.items() if schema.keeps_columns and name not in schema.columns
+    }
 
 
 # Within a record
 
 
 def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
-    """Return the record with the columns of its kind only, each in its type.
+    """Return the record with the columns of its kind, each in its type, and those it keeps as they are.
 
     Empty optional columns are left out. Raises `RowError` if a value is unusable.
     """
@@ -102,7 +119,19 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
         _check_ranking(cleaned)
     if kind == "steps":
         _check_steps(cleaned)
-    return cleaned
+    others = _other_columns(kind, record)
+    if has_lone_surrogate(others):
+        raise RowError("not-unicode", "a column beside the prompt contains bytes that are not UTF-8")
+    return cleaned | others
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Return whether a text in a value, or the name of a column, has one."""
+    if isinstance(value, str):
+        return LONE_SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(map(has_lone_surrogate, (*value, *value.values())))
+    return isinstance(value, list | tuple) and any(map(has_lone_surrogate, value))
 
 
 def _check_comparison(record: Record) -> None:
@@ -353,8 +382,8 @@ def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple
     match item.kind:
         case "steps":
             yield number(record["completions"]), tuple(record["labels"])
-        case "prompts" if "answer" in record:
-            yield "answer", record["answer"]
+        case "prompts" if not carries_nothing(record.get("answer")):
+            yield "answer", canonical_text({"answer": record["answer"]})
         case "rankings":
             ranked = {"ranks": record["ranks"], "responses": list(map(number, record["responses"]))}
             for better, worse in ordered_pairs(ranked):

@@ -5,10 +5,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset, concatenate_datasets
+
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
-from pipeline.data.identity import number_questions
+from pipeline.data.identity import number_questions, question
 from pipeline.data.records import open_records
+from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.sampling import score_samples
 from pipeline.evaluate.statistics import (
     best_of_n_means,
@@ -57,12 +60,18 @@ def reward_metrics(
         metrics = evaluate_reward_model(reward, pairs)
 
     if gold is not None and "comparisons" in metrics and pairs:
-        metrics["comparisons"] |= _accuracy_ceiling(reward, gold, pairs["comparisons"])
+        metrics["comparisons"] |= _accuracy_ceiling(reward, gold, pairs["comparisons"], inputs["records"])
     return metrics
 
 
-def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> dict[str, Any]:
-    records = pairs.remove_columns(["chosen", "rejected"])
+def _accuracy_ceiling(
+    reward: RewardModel, gold: RewardFunction, pairs: Dataset, source: Artifact
+) -> dict[str, Any]:
+    records = gold_records(pairs, concatenate_datasets([*open_records(source, "prompts").values()]))
+    if records is None:
+        if is_main_process():
+            print("  accuracy_ceiling: left out, as gold reads columns of prompts, and some pairs have none")
+        return {}
     texts = [list(map(response_text, pairs[side])) for side in ("chosen", "rejected")]
     sides = [
         {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}
@@ -70,6 +79,18 @@ def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> 
     ]
     won = wins(*(score_samples(gold, side, records) for side in sides))
     return measure_mean("accuracy_ceiling", won, number_questions(pairs["prompt"]))
+
+
+def gold_records(pairs: Dataset, prompts: Dataset) -> Dataset | None:
+    """Return what a gold reward reads of each pair beside its responses: the record of the pair's prompt.
+
+    Return None if these records have columns for reward functions, and the prompt of a pair has no record.
+    """
+    if prompts.column_names == ["prompt"]:
+        return pairs.remove_columns(["chosen", "rejected"])
+    rows = {question(prompt): row for row, prompt in enumerate(prompts["prompt"])}
+    places = [rows.get(question(prompt)) for prompt in pairs["prompt"]]
+    return None if None in places else prompts.select(places)
 
 
 def policy_metrics(config: EvaluateStage, samples: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from pipeline.artifacts.schema import CRITIC
+from pipeline.data.reward_columns import check_names
 from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
 from pipeline.ppo.backbone_compat import modifies_base
@@ -89,10 +90,12 @@ def check_launch(critic: Critic, accelerator: Accelerator) -> None:
 
 
 def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demonstrations: Any) -> None:
-    """Raise `UserError` if a dataset of `PPOTrainer` has no rows or lacks a column."""
-    _check_rows("train_dataset", train_dataset, "prompt")
-    if eval_dataset is not None:
-        _check_rows("eval_dataset", eval_dataset, "prompt")
+    """Raise `UserError` if a dataset of `PPOTrainer` has no rows, or a wrong column."""
+    prompts = {"train_dataset": train_dataset}
+    prompts |= {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+    for name, rows in prompts.items():
+        _check_rows(name, rows, "prompt")
+        check_names(f"ppo: {name}", rows.column_names, "rename or remove it")
     if args.ptx_coef and not demonstrations:
         raise UserError(
             f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -40,6 +40,7 @@ MISSING_EOS_PENALTY = PPOConfig.missing_eos_penalty
 RECORD = (
     "record"  # the only column beside the prompt, so that no column of the user's has a name that TRL reads
 )
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
 SET_BY_STAGE = {  # argument of TRL's configs -> what to set instead
     "model_init_kwargs": "policy",
     "trust_remote_code": "trust_remote_code",
@@ -263,9 +264,10 @@ def filter_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens
             f"over {max_tokens} tokens, or spell a special token",
             flush=True,
         )
-    return Dataset.from_list(
-        [{"prompt": as_messages(record["prompt"]), RECORD: record} for record in records]
-    )
+    table = {"prompt": [as_messages(record["prompt"]) for record in records], RECORD: records}
+    text = rows.features["prompt"]
+    messages = MESSAGES if isinstance(text, Value) else text
+    return Dataset.from_dict(table, Features({"prompt": messages, RECORD: rows.features}))
 
 
 def _require_full_batch(algorithm: str, prompts: Dataset, args: Any) -> None:

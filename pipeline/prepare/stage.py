@@ -29,13 +29,14 @@ from pipeline.data.labels import class_names, merged_spellings
 from pipeline.data.notes import reading_notes
 from pipeline.data.quarantine import count_and_quarantine, count_left_out, row_outcomes
 from pipeline.data.readers import ParsedRecord, read_source
-from pipeline.data.schema import SPLITS, RawRow, Record
+from pipeline.data.schema import KINDS, SPLITS, RawRow, Record
 from pipeline.data.shelf import View
 from pipeline.data.sources import describe_reading, source_files
 from pipeline.data.validation import clean_records, compare_records
 from pipeline.distributed.processes import broadcast, is_main_process
 from pipeline.errors import UserError
 from pipeline.prepare import demo, sums
+from pipeline.prepare.column_types import column_types
 from pipeline.prepare.derived import derive_kinds
 from pipeline.prepare.saving import RecordsByKind, Survey, save_kind
 from pipeline.prepare.splits import assign_splits, narrow_splits, split_group
@@ -147,16 +148,17 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
         rows["left_out"] = dict(sorted(left_out.items()))
 
     kept = [item for item in items if not item.fault]
+    others = {"prompts": column_types(item for item in kept if KINDS[item.kind].keeps_columns)}
     records = _view_kinds(kept)
     derived = derive_kinds(records, output)
     split_of = assign_splits(narrow_splits(kept, config.seed), config.splits.model_dump())
 
     metrics: dict[str, int] = {}
     for kind, records_of_kind in sorted({**records, **derived}.items()):
-        survey = Survey()
-        parts = _split_records(kind, records_of_kind, split_of, config.seed, survey)
+        survey = Survey(kind)
+        parts = _split_records(records_of_kind, split_of, config.seed, survey)
         metrics |= {f"{kind}.{split}": len(part) for split, part in parts.items()}
-        save_kind(kind, parts, survey, classes, output / kind)
+        save_kind(parts, survey, classes, others.get(kind, {}), output / kind)
     return {
         "rows": rows | {"derived": {kind: len(derived_records) for kind, derived_records in derived.items()}},
         "metrics": metrics,
@@ -205,7 +207,7 @@ def _require_valid_rows(
 
 
 def _split_records(
-    kind: str, records: Sequence[Record], split_of: dict[bytes, str], seed: int, survey: Survey
+    records: Sequence[Record], split_of: dict[bytes, str], seed: int, survey: Survey
 ) -> RecordsByKind:
     """Return {split: records}, and add each record to the survey.
 
@@ -215,9 +217,9 @@ def _split_records(
     for place, record in enumerate(records):
         places[split_of[split_group(record, seed)]].append(place)
         survey.add(record)
-    if kind in TRAINING_KINDS and not places["train"]:
+    if survey.kind in TRAINING_KINDS and not places["train"]:
         raise UserError(
-            f"prepare: all {len(records)} {kind} are held out, none is left to train on; "
+            f"prepare: all {len(records)} {survey.kind} are held out, none is left to train on; "
             "give more prompts, or lower 'splits'"
         )
     return {split: View(records.__getitem__, numbers) for split, numbers in places.items()}

@@ -58,7 +58,7 @@ def test_rankings_by_answer_are_grouped_wherever_their_rows_are(tmp_path: Path) 
 def test_ratings_and_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "completion": "a", "rating": 3.5}]
     assert records("ratings", jsonl(tmp_path / "a.jsonl", rows)) == rows
-    assert records("prompts", jsonl(tmp_path / "a.jsonl", rows)) == [{"prompt": "Q"}]
+    assert records("prompts", jsonl(tmp_path / "a.jsonl", rows)) == rows
 
 
 def test_labels_in_three_shapes(tmp_path: Path) -> None:

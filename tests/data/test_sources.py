@@ -120,12 +120,6 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
         (
             "a.csv",
-            "prompt\nQ\n",
-            {"promt": "prompt"},
-            r"columns maps 'promt', expected one of prompt, answer, system, history; did you mean 'prompt'\?",
-        ),
-        (
-            "a.csv",
             "question\nQ\n",
             {"prompt": "qestion"},
             r"columns maps 'prompt' to 'qestion', found question; did you mean 'question'\?",
@@ -140,6 +134,13 @@ def test_unreadable_sources(
     with pytest.raises(UserError, match=message) as caught:
         read("prompts", tmp_path / name, columns=options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mapping_to_an_unknown_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nQ,a\n", encoding="utf-8")
+    message = r"columns maps 'promt', expected one of prompt, completion, .*; did you mean 'prompt'\?"
+    with pytest.raises(UserError, match=message):
+        read("demonstrations", tmp_path / "a.csv", columns={"promt": "prompt"})
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -122,8 +122,9 @@ def steps(**changes: Any) -> dict[str, Any]:
         ("steps", steps(completions=[], labels=[]), "no-steps"),
         ("steps", steps(completions="ab"), "no-steps"),
         ("steps", steps(prompt=""), "empty-text"),
-        ("prompts", {"prompt": "Q", "answer": ["7"]}, "not-text"),
         ("prompts", {"prompt": "Q", "answer": "\udc80"}, "not-unicode"),
+        ("prompts", {"prompt": "Q", "meta": {"tags": ["a", "\udc80"]}}, "not-unicode"),
+        ("prompts", {"prompt": "Q", "meta": {"\udc80": 1}}, "not-unicode"),
     ],
 )
 def test_reasons(kind: str, record: Any, reason: str) -> None:
@@ -180,12 +181,36 @@ def test_steps_contradict_each_other_as_whole_responses() -> None:
     assert reasons("steps", steps(), longer, steps()) == [None, None, "duplicate"]
 
 
-def test_an_answer_is_text_and_two_of_one_prompt_contradict_each_other() -> None:
-    assert cleaned("prompts", {"prompt": "Q", "answer": 7}) == {"prompt": "Q", "answer": "7"}
-    assert cleaned("prompts", {"prompt": "Q", "answer": " "}) == {"prompt": "Q"}
+def test_a_prompt_keeps_its_other_columns_as_they_are() -> None:
+    record = {
+        "prompt": "Q",
+        "answer": 7,
+        "label": " ",
+        "tags": [1, None],
+        "meta": {"a": {}},
+        "responses": None,
+    }
+    assert cleaned("prompts", record) == record
+    assert cleaned("demonstrations", record | {"completion": "a"}) == {"prompt": "Q", "completion": "a"}
+
+
+def test_two_answers_of_one_prompt_contradict_each_other() -> None:
     both = [{"prompt": "Q", "answer": "7"}, {"prompt": "Q", "answer": "8"}, {"prompt": "R", "answer": "8"}]
     assert reasons("prompts", *both) == ["contradiction", "contradiction", None]
     assert reasons("prompts", both[0], {"prompt": "Q"}) == [None, "duplicate"]
+    assert reasons("prompts", both[0], {"prompt": "Q", "answer": " "}) == [None, "duplicate"]
+    lists = [{"prompt": "Q", "answer": answer} for answer in (["7"], ["7"], ["8"])]
+    assert reasons("prompts", *lists[:2]) == [None, "duplicate"]
+    assert reasons("prompts", *lists) == ["contradiction"] * 3
+
+
+def test_prompts_that_differ_in_another_column_are_all_kept() -> None:
+    rows = [{"prompt": "Q", "style": style, "meta": {"a": 1, "b": 2}} for style in ("terse", "long", "terse")]
+    rows[2]["meta"] = {"b": 2, "a": 1}
+    assert reasons("prompts", *rows) == [None, None, "duplicate"]
+    assert reasons("prompts", {"prompt": "Q", "style": None}, {"prompt": "Q"}) == [None, "duplicate"]
+    answers = [{"prompt": "Q", "style": "terse", "answer": 7}, {"prompt": "Q", "style": "long", "answer": 8}]
+    assert reasons("prompts", *answers) == ["contradiction"] * 2  # the policy sees the prompt alone
 
 
 def test_contradictory_rankings_disagree_on_a_pair() -> None:
@@ -315,4 +340,6 @@ def test_junk_is_kept_or_faulty_never_an_error(rows: list[tuple[str, dict[str, A
     assert len({record_identity(kind, record) for kind, record in kept}) == len(kept)
     for kind, record in kept:
         assert set(record) <= set(KINDS[kind])
-        assert all(value is not None for value in record.values())
+        assert all(
+            value is not None for name, value in record.items() if (kind, name) != ("prompts", "answer")
+        )

@@ -39,6 +39,10 @@ def make(tiny_gpt2, tiny_tokenizer, tmp_path):
         ({"train_dataset": PROMPTS.select([])}, "train_dataset: has no rows"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'; found text"),
         ({"eval_dataset": PROMPTS.select([])}, "eval_dataset: has no rows"),
+        (
+            {"eval_dataset": Dataset.from_dict({"prompt": ["a"], "ended": [1]})},
+            "eval_dataset: column 'ended': .*; rename or",
+        ),
         ({"gold": 3}, "gold: expected a reward function, or None, found a int"),
         ({"scorer": "x:y"}, "scorer: expected a reward function, or None, found a str"),
     ],

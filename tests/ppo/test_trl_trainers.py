@@ -114,6 +114,18 @@ def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_to
         filter_prompts(rows.select([1]), tiny_tokenizer, 2)
 
 
+def test_records_keep_their_values_and_messages_all_their_keys(tiny_tokenizer):
+    prompt = [{"role": "user", "content": "Hello.", "name": "a"}]
+    records = [
+        {"prompt": prompt, "ids": [1, None], "meta": {"a": {"b": 0.5}, "c": None}, "rank": 2, "none": None},
+        {"prompt": prompt, "ids": [], "meta": None, "rank": None, "none": None},
+    ]
+    rows = Dataset.from_list(records)
+    kept = filter_prompts(rows, tiny_tokenizer, 20)
+    assert kept[:] == {"prompt": [prompt, prompt], RECORD: records}
+    assert kept.features[RECORD] == rows.features
+
+
 def test_a_policy_that_needs_its_own_batches_is_for_ppo_alone(tiny_tokenizer):
     size = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     bart = AutoModelForCausalLM.from_config(

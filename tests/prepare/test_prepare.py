@@ -87,7 +87,7 @@ def test_what_a_source_gives_is_not_derived(tmp_path: Path) -> None:
         {"format": "prompts", "path": other},
     )
     assert rows_of(published, "demonstrations") == [{"prompt": "P", "completion": "c"}]
-    assert rows_of(published, "prompts") == [{"prompt": "P"}]
+    assert rows_of(published, "prompts") == [{"prompt": "P", "completion": "c"}]
 
 
 def test_strings_become_messages_where_any_text_of_the_kind_is(tmp_path: Path) -> None:

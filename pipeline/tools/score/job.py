@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.config import nearest
 from pipeline.data.files import READERS, Reader, find_reader
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RowError
-from pipeline.data.validation import LONE_SURROGATE, clean_record
+from pipeline.data.validation import clean_record, has_lone_surrogate
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
 from pipeline.tools.score.done import check_in_the_way
@@ -91,7 +91,7 @@ def _check_writable(job: ScoringJob) -> None:
         encode_output(job.output, rows, job.columns, job.source)
 
     for item in job.valid:
-        if _has_lone_surrogate(item.rows[0].data):
+        if has_lone_surrogate(item.rows[0].data):
             item.fault = RowError("not-unicode", "another column has a name or a text that is not UTF-8")
     try:
         encode(job.valid)
@@ -102,15 +102,6 @@ def _check_writable(job: ScoringJob) -> None:
             except UserError as error:
                 item.fault = RowError("not-writable", str(error))
         encode(job.valid)
-
-
-def _has_lone_surrogate(value: Any) -> bool:
-    """Return whether a text in a row, or the name of a column, has one."""
-    if isinstance(value, str):
-        return LONE_SURROGATE.search(value) is not None
-    if isinstance(value, dict):
-        return any(map(_has_lone_surrogate, (*value, *value.values())))
-    return isinstance(value, list | tuple) and any(map(_has_lone_surrogate, value))
 
 
 def _find_column(command: str, source: Path, names: list[str]) -> str:

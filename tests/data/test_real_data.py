@@ -65,9 +65,9 @@ def test_surge_toxicity(tmp_path: Path) -> None:
         columns={"label": "is_toxic"},
         classes=["Not Toxic", "Toxic"],
     )
-    assert (counts["read"], counts["kept"], counts["quarantined"]) == (1000, 999, {"duplicate": 1})
+    assert (counts["read"], counts["kept"], counts["merged"], counts["quarantined"]) == (1000, 999, 1, {})
     labels = Counter(row["label"] for row in rows_of(published, "labels"))
-    (again,) = (json.loads(line) for line in (published / "quarantine.jsonl").open(encoding="utf-8"))
+    (again,) = (json.loads(line) for line in (published / "merged_rows.jsonl").open(encoding="utf-8"))
     labels[["Not Toxic", "Toxic"].index(again["row"]["is_toxic"])] += 1
     assert labels == {1: 501, 0: 499}
 

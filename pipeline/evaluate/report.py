@@ -20,6 +20,7 @@ from pipeline.config import EvaluateStage
 from pipeline.data.schema import Text
 from pipeline.evaluate.metrics import reward_kl_points
 from pipeline.evaluate.plots import LIGHT, draw_calibration, draw_curves, draw_lengths, draw_reward_kl
+from pipeline.evaluate.rewards import describe_rewards
 from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
 from pipeline.evaluate.summary import measure_names, summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
@@ -51,6 +52,7 @@ def collect_report(
         "command": config.command,
         "summary": summary_rows(metrics),
         "test_prompts": describe_test_prompts(inputs["records"]),
+        "reward": describe_rewards(config),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "records": records_by_split(inputs["records"]),
@@ -154,6 +156,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     title, command: str
     summary: [{name, value, note}], already formatted
     test_prompts: str, what training has seen of the test prompts; shown with the summary
+    reward: str, what the reward is; shown with the summary
     metrics: nested dict, shown with dotted keys
     rows: {read, kept, quarantined: {reason: count}, by_source: {source: {read, kept, quarantined}},
         derived: {kind: count}}
@@ -195,6 +198,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "command": data.get("command"),
         "summary": data.get("summary"),
         "test_prompts": data.get("test_prompts"),
+        "reward": data.get("reward"),
         "metrics": list(dotted_metrics(data.get("metrics") or {})),
         "rows": data.get("rows"),
         "records": records,

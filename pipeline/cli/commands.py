@@ -23,19 +23,22 @@ from pipeline.errors import Stopped, UserError, as_line, printable
 
 
 def run_recipe(args: argparse.Namespace) -> None:
-    """Run all stages of a recipe in order, after each config is checked."""
+    """Run the stages of a recipe that the last one needs, in order, after each config is checked."""
     stages = list(config.STAGES)[: list(config.STAGES).index(args.until) + 1]
-    configs = _load_recipe(args, stages)
-    config.check_run(configs)
+    configs, notes = _load_recipe(args, stages)
+    config.check_run(list(configs.values()))
     silence_libraries()
     init_process_group()
 
-    for loaded in configs:
+    for loaded in configs.values():
         import_module(f"pipeline.{loaded.stage}.stage").check(loaded)
     if not args.dry_run:
-        check_settings(configs)
-    for loaded in configs:
-        run_loaded(loaded, args.dry_run)
+        check_settings(list(configs.values()))
+    for stage in stages:
+        if stage in notes and is_main_process():
+            print(f"{stage}: {notes[stage]}", flush=True)
+        if stage in configs:
+            run_loaded(configs[stage], args.dry_run)
 
 
 def run_stage(args: argparse.Namespace) -> None:
@@ -86,10 +89,10 @@ def doctor(args: argparse.Namespace) -> None:
     known = [stage for stage, file in files.items() if stage in checked or file.exists()]
     overrides = _split_overrides(args.overrides, checked[-1], known)
     recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
-    if "prepare" in recipe:
-        config.check_run(list(recipe.values()))
+    needed, skipped = config.load_run(known, recipe.__getitem__)
+    config.check_run(list(needed.values()))
     silence_libraries()
-    errors = _examine(args, recipe, checked)
+    errors = _examine(args, recipe, checked, skipped if path.is_dir() else {})
     if errors:
         things = f"{errors} thing{'s are' if errors > 1 else ' is'}"
         raise UserError(f"doctor: {things} wrong: see the lines that begin with 'error:'")
@@ -166,8 +169,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> list[Any]:
-    """Return the configs of a recipe's stages. Raises `UserError`."""
+def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the configs of the stages that the last one needs, and a note on each that it does not need.
+
+    Raises `UserError`.
+    """
     folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
     if not folder.is_dir():
         raise UserError(
@@ -176,16 +182,41 @@ def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> list[Any]:
         )
     overrides = _split_overrides(args.overrides, args.until, stages)
     common = _common_keys(args)
-    files = {stage: folder / f"{stage}.yaml" for stage in stages}
-    if args.tiny:
-        files = {stage: _find_tiny(folder, stage) for stage in stages}
-        if args.run is None and not any(item.startswith("run=") for item in args.overrides):
-            common["run"] = f"{folder.resolve().name}-tiny"
+    if args.tiny and args.run is None and not any(item.startswith("run=") for item in args.overrides):
+        common["run"] = f"{folder.resolve().name}-tiny"
 
-    configs = [config.load(stage, files[stage], overrides[stage], **common) for stage in stages]
-    for loaded in configs:
+    def load(stage: str) -> Any:
+        file = _find_tiny(folder, stage) if args.tiny else folder / f"{stage}.yaml"
+        return config.load(stage, file, overrides.get(stage, []), **common)
+
+    notes = _explain_reward(folder, load) if args.until == "reward" else {}
+    configs, skipped = config.load_run(stages, load)
+    for item in args.overrides:
+        if reason := skipped.get(item.partition(".")[0]):
+            raise UserError(f"override {item!r}: the run skips this stage: {reason}")
+    for loaded in configs.values():
         loaded._recipe = args.recipe + (" --tiny" if args.tiny else "")
-    return configs
+    return configs, notes | {stage: f"skipped, {reason}" for stage, reason in skipped.items()}
+
+
+def _explain_reward(folder: Path, load: Callable[[str], Any]) -> dict[str, str]:
+    """Return a note on a reward model that the recipe's PPO does not read.
+
+    Raises `UserError` if the recipe has no reward model to train.
+    """
+    try:
+        ppo = load("ppo")
+    except UserError:  # an error of a later stage is none of this run
+        return {}
+    if ppo.reads("reward"):
+        return {}
+    reason = config.explain_unread("reward", [ppo])
+    if not (folder / "reward.yaml").exists():
+        raise UserError(
+            f"--until reward: {folder} has no reward.yaml, and {reason}: there is no reward model to train; "
+            "end with --until ppo"
+        )
+    return {"reward": f"trained for --until reward alone: {reason}"}
 
 
 def _find_tiny(folder: Path, stage: str) -> Path:
@@ -228,8 +259,10 @@ def _explain_stop(describe: Callable[[], str]) -> Iterator[None]:
         raise Stopped(getattr(error, "number", signal.SIGINT), describe()) from error
 
 
-def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[str]) -> int:
-    """Print the doctor's findings for each stage, and return the number of errors."""
+def _examine(
+    args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[str], skipped: dict[str, str]
+) -> int:
+    """Print the doctor's findings for each stage that is not skipped, and return the number of errors."""
     from pipeline.distributed.launch import unsupported_sharding
     from pipeline.tools.doctor.accelerate_configs import launch_environment, num_shards
     from pipeline.tools.doctor.examine import examine
@@ -238,6 +271,9 @@ def _examine(args: argparse.Namespace, recipe: dict[str, Any], stages: Sequence[
     launched = launch_environment(args.launch) if args.launch else {}
     total = 0
     for stage in stages:
+        if stage in skipped:
+            print(f"{stage}: skipped, {skipped[stage]}", flush=True)
+            continue
         memory = args.device_memory and 1e9 * args.device_memory
         findings, errors = examine(recipe[stage], recipe, memory, parts)
         if problem := unsupported_sharding(launched, getattr(recipe[stage], "algorithm", "ppo")):

@@ -221,7 +221,7 @@ def _add_scoring(commands: Any) -> None:
             "--reward",
             required=True,
             metavar="NAME",
-            help="a reward artifact, a classifier's folder, a hub id, or a server's URL",
+            help="a reward artifact, a classifier's folder, a hub id, a server's URL, or module:function",
         )
         command.add_argument(
             "--reads", metavar="NAME", help="folder or hub id of a server's model (default: ask it)"

@@ -12,6 +12,7 @@ from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
 from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
 from pipeline.config.rollouts import EngineSection, RolloutsSection
+from pipeline.config.runs import explain_unread, load_run
 from pipeline.config.sft import SFTStage
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "StageConfig",
     "TrainedStage",
     "check_run",
+    "explain_unread",
     "load",
+    "load_run",
     "nearest",
     "recipes",
     "validate",

@@ -4,6 +4,7 @@ The string below a key describes it; `rlhf config`, docs/configuration.md and co
 `pipeline.training` checks the keys under `training:` and `lora:`, which belong to the libraries' own classes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -114,6 +115,16 @@ class StageConfig(StrictModel):
     def upstream(self, stage: str) -> str:
         """Return the folder of another stage of the same run."""
         return str(Path(self.runs) / self.run / stage)
+
+    def named_inputs(self) -> Iterator[tuple[str, str, StageInput]]:
+        """Yield the key, the source and the kind of each input that the config names."""
+        for key, declared in self.inputs.items():
+            yield key, getattr(self, key), declared
+
+    def reads(self, stage: str) -> bool:
+        """Return whether an input is the artifact of another stage of the same run, or inside it."""
+        folder = Path(self.upstream(stage)).resolve()
+        return any(Path(source).resolve().is_relative_to(folder) for _, source, _ in self.named_inputs())
 
     def resolved(self) -> dict[str, Any]:
         """Return everything that decides the result, as plain data."""

@@ -1,11 +1,12 @@
 """The evaluate stage's keys."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
-from pipeline.config.reward import Reward, from_source_string
+from pipeline.config.reward import Reward, as_rewards, check_sum, from_source_string, reward_input
 from pipeline.config.rollouts import EngineSection
 
 # The metrics of a policy: no measure may have one of these names, or one as a win rate or interval has.
@@ -28,7 +29,6 @@ class EvaluateStage(StageConfig):
     inputs: ClassVar = {
         "records": StageInput("records", "prepare"),
         "sft": StageInput("policy", "sft"),
-        "reward": StageInput("reward", "reward"),
         "ppo": StageInput("policy", "ppo"),
     }
 
@@ -38,8 +38,12 @@ class EvaluateStage(StageConfig):
     sft: str | None = None
     """Policy before PPO, an artifact, a folder or a hub id; null is the run's own `sft`."""
 
-    reward: str | None = None
-    """Reward model that PPO was trained on; null is the run's own `reward`."""
+    reward: list[Reward] = Field([])
+    """Reward to compare by, or a list to sum; empty is what the run's `ppo` was trained on, or the run's
+    `reward` for another `ppo`."""
+
+    uncertainty_penalty: float = Field(0.0, ge=0)
+    """Standard deviations between the rewards to subtract from their sum; PPO's if `reward` is empty."""
 
     ppo: str | None = None
     """Policy after PPO, an artifact, a folder or a hub id; null is the run's own `ppo`."""
@@ -95,10 +99,23 @@ class EvaluateStage(StageConfig):
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository."""
 
+    _reward = field_validator("reward", mode="before")(as_rewards)
     _scorer = field_validator("scorer", mode="before")(from_source_string)
+
+    def named_inputs(self) -> Iterator[tuple[str, str, StageInput]]:
+        yield from super().named_inputs()
+        for reward in self.reward:
+            yield "reward", *reward_input(reward, "reward")
+        if self.scorer:
+            yield "scorer", *reward_input(self.scorer)
 
     def resolved(self) -> dict[str, Any]:
         resolved = super().resolved()
+        plain = [Reward(source=reward.source).model_dump(mode="json") for reward in self.reward]
+        if len(plain) == 1 and resolved["reward"] == plain:  # as artifacts have it that are older than lists
+            resolved["reward"] = self.reward[0].source
+        if not self.uncertainty_penalty:
+            del resolved["uncertainty_penalty"]
         if not self.measures:  # as artifacts have it that are older than the key
             del resolved["measures"]
         if self.rollouts is None:
@@ -119,6 +136,8 @@ class EvaluateStage(StageConfig):
     def set_defaults(self) -> "EvaluateStage":
         self.records = self.records or self.upstream("prepare")
         self.sft = self.sft or self.upstream("sft")
-        self.reward = self.reward or self.upstream("reward")
         self.ppo = self.ppo or self.upstream("ppo")
+        if not self.reward and not self.reads("ppo"):
+            self.reward = [Reward(source=self.upstream("reward"))]
+        check_sum(self.reward, self.uncertainty_penalty)
         return self

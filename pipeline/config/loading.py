@@ -62,8 +62,8 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
 def check_run(configs: list[Any]) -> None:
     """Refuse combinations of stages that no stage can check alone. Raises `UserError`."""
     by_stage = {config.stage: config for config in configs}
-    splits = by_stage["prepare"].splits
-    if "evaluate" in by_stage and not (splits.validation or splits.test):
+    splits = by_stage["prepare"].splits if "prepare" in by_stage else None
+    if "evaluate" in by_stage and splits and not (splits.validation or splits.test):
         raise UserError(
             "prepare: splits.validation and splits.test are both 0, but evaluate needs held-out prompts; "
             "set splits.test=0.1, or end the run with --until ppo"

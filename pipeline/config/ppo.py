@@ -1,11 +1,12 @@
 """The PPO stage's keys."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, PolicyStage, StageInput, StrictModel
-from pipeline.config.reward import Reward, from_source_string
+from pipeline.config.reward import Reward, as_rewards, check_sum, from_source_string, reward_input
 from pipeline.config.rollouts import RolloutsSection
 
 
@@ -95,11 +96,7 @@ class PPOStage(PolicyStage):
     """Treatment of prompts over `max_prompt_tokens`: cut the start, cut the end, or drop them;
     RLOO and GRPO always drop them."""
 
-    @field_validator("reward", mode="before")
-    @classmethod
-    def as_list(cls, value: Any) -> Any:
-        rewards = value if isinstance(value, list) else [] if value is None else [value]
-        return list(map(from_source_string, rewards))
+    _reward = field_validator("reward", mode="before")(as_rewards)
 
     @model_validator(mode="after")
     def set_defaults(self) -> "PPOStage":
@@ -107,6 +104,15 @@ class PPOStage(PolicyStage):
         self.reward = self.reward or [Reward(source=self.upstream("reward"))]
         self.records = self.records or self.upstream("prepare")
         return self
+
+    def named_inputs(self) -> Iterator[tuple[str, str, StageInput]]:
+        yield from super().named_inputs()
+        for reward in self.reward:
+            yield "reward", *reward_input(reward, "reward")
+        if self.evaluation.scorer:
+            yield "evaluation.scorer", *reward_input(self.evaluation.scorer)
+        if self.critic.source:
+            yield "critic.source", self.critic.source, StageInput("model")
 
     def resolved(self) -> dict[str, Any]:
         resolved = super().resolved()
@@ -150,19 +156,7 @@ class PPOStage(PolicyStage):
 
     @model_validator(mode="after")
     def check_weights(self) -> "PPOStage":
-        if len({reward.weight is None for reward in self.reward}) > 1:
-            raise ValueError(
-                "reward: some have a weight and some have none; give each one, or none for their mean"
-            )
-        if all(reward.weight == 0 for reward in self.reward):
-            raise ValueError(
-                "reward: every weight is 0, so nothing is learned; give one reward another weight"
-            )
-        if self.uncertainty_penalty and len(self.reward) == 1:
-            raise ValueError(
-                "'uncertainty_penalty' is only read with two rewards or more; "
-                "an ensemble of heads has its own"
-            )
+        check_sum(self.reward, self.uncertainty_penalty)
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """The reward stage's keys and objectives, and `Reward`: a reward as PPO and evaluate name it."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -201,3 +202,28 @@ class Reward(StrictModel):
 def from_source_string(value: Any) -> Any:
     """Return a reward's section for a string that is its source; return other values unchanged."""
     return {"source": value} if isinstance(value, str) else value
+
+
+def as_rewards(value: Any) -> list[Any]:
+    """Return a list of rewards' sections for one reward or several, each a section or its source."""
+    rewards = value if isinstance(value, list) else [] if value is None else [value]
+    return list(map(from_source_string, rewards))
+
+
+def check_sum(rewards: Sequence[Reward], uncertainty_penalty: float) -> None:
+    """Check that rewards can be summed. Raises `ValueError`."""
+    if len({reward.weight is None for reward in rewards}) > 1:
+        raise ValueError(
+            "reward: some have a weight and some have none; give each one, or none for their mean"
+        )
+    if rewards and all(reward.weight == 0 for reward in rewards):
+        raise ValueError("reward: every weight is 0, so nothing is learned; give one reward another weight")
+    if uncertainty_penalty and len(rewards) < 2:
+        raise ValueError(
+            "'uncertainty_penalty' is only read with two rewards or more; an ensemble of heads has its own"
+        )
+
+
+def reward_input(reward: Reward, stage: str = "") -> tuple[str, StageInput]:
+    """Return what a reward is read from, for `named_inputs`; `stage` makes it by default."""
+    return reward.reads or reward.source, StageInput("reward", stage)

@@ -38,14 +38,17 @@ POINT_KEYS = ("name", "kl", "reward", "gold_reward", "scorer_reward", "bound", "
 
 
 def reward_metrics(
-    reward: RewardModel, inputs: dict[str, Artifact], gold: RewardFunction | None
+    models: Mapping[str, RewardModel], inputs: dict[str, Artifact], gold: RewardFunction | None
 ) -> dict[str, Any]:
-    """Return the reward model's metrics by kind of records.
+    """Return the metrics of the first of the reward models by kind of records, {} if there is none.
 
-    They are those of the reward stage. An external model has none, and is evaluated on the held-out pairs.
-    With a gold reward, the comparisons get `accuracy_ceiling`: the accuracy of the gold ordering on the
-    same noisy pairs.
+    `models` are by their names as inputs. The metrics are those of the reward stage. An external model has
+    none, and is evaluated on the held-out pairs. With a gold reward, the comparisons get `accuracy_ceiling`:
+    the accuracy of the gold ordering on the same noisy pairs.
     """
+    name, reward = next(iter(models.items()), ("", None))
+    if reward is None:
+        return {}
     folder = inputs["records"].path / "comparisons"
     pairs = (
         {"comparisons": held_out_split(open_records(inputs["records"], "comparisons"))}
@@ -53,7 +56,7 @@ def reward_metrics(
         else {}
     )
 
-    published = inputs["reward"].path / "metrics.json"
+    published = inputs[name].path / "metrics.json"
     if published.is_file():
         metrics = json.loads(published.read_text())
     else:

@@ -28,6 +28,7 @@ from pipeline.evaluate.plots import (
     draw_reward_kl,
     draw_rewards,
 )
+from pipeline.evaluate.rewards import describe_rewards
 from pipeline.evaluate.strips import draw_strips, last_evaluation, shorten_middle
 from pipeline.evaluate.summary import measure_names, summary_rows
 from pipeline.formatting.numbers import as_finite, format_number
@@ -60,6 +61,7 @@ def collect_report(
         "policies": policy_table(metrics),
         "summary": summary_rows(metrics),
         "test_prompts": describe_test_prompts(inputs["records"]),
+        "reward": describe_rewards(config),
         "metrics": {name: value for name, value in metrics.items() if name != "rows"},
         "rows": metrics["rows"],
         "records": records_by_split(inputs["records"]),
@@ -165,6 +167,7 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     policies: {columns: [name], rows: [{name, cells: [{value, interval}]}]}, already formatted
     summary: [{name, value, note}], already formatted
     test_prompts: str, what training has seen of the test prompts; shown with the summary
+    reward: str, what the reward is; shown with the summary
     metrics: nested dict, shown with dotted keys
     rows: {read, kept, merged, quarantined: {reason: count}, by_source: {source: the same
         counts}, derived: {kind: count}}
@@ -208,6 +211,7 @@ def _template_values(data: dict[str, Any]) -> dict[str, Any]:
         "policies": data.get("policies"),
         "summary": data.get("summary"),
         "test_prompts": data.get("test_prompts"),
+        "reward": data.get("reward"),
         "metrics": list(dotted_metrics(data.get("metrics") or {})),
         "rows": data.get("rows"),
         "records": records,

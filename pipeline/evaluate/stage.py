@@ -1,7 +1,7 @@
 """The evaluate stage: measure what the reward model knows and what PPO changed.
 
-In: the artifacts of prepare, sft, reward and ppo, with the intermediate policies that ppo kept. All prompts
-are of the test split.
+In: the artifacts of prepare, sft and ppo, with the intermediate policies that ppo kept, and the rewards that
+ppo was trained on: models, servers or functions. All prompts are of the test split.
 Out: `metrics.json` and one self-contained `report.html`. Metrics that need a gold reward or a `scorer` are
 present only if the config names one.
 Wrong input: one `UserError`.
@@ -18,6 +18,7 @@ from pipeline.config import EvaluateStage, Reward
 from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.metrics import policy_metrics, reward_metrics
 from pipeline.evaluate.report import collect_report, write_report
+from pipeline.evaluate.rewards import complete_reward, describe_rewards, load_rewards, open_rewards
 from pipeline.evaluate.sampling import load_test_prompts, sample_policies, score_samples
 from pipeline.models.loading import load_tokenizer
 from pipeline.reward.functions import (
@@ -27,7 +28,6 @@ from pipeline.reward.functions import (
     require_reward,
     reward_from_model,
 )
-from pipeline.reward.model import DistributedRewardModel
 from pipeline.training.arguments import check_quantization, resolve_precision
 
 
@@ -35,8 +35,9 @@ def check(config: EvaluateStage) -> None:
     """Check what the config alone can tell. Raises `UserError`."""
     check_quantization(config.stage, config.quantization)
     resolve_precision(config.precision)
-    scorer = config.scorer.source if config.scorer and config.scorer.is_function else None
-    for spec in filter(None, (config.gold, config.well_formed, scorer, *config.measures.values())):
+    rewards = [*config.reward, *filter(None, [config.scorer])]
+    functions = [reward.source for reward in rewards if reward.is_function]
+    for spec in filter(None, (config.gold, config.well_formed, *functions, *config.measures.values())):
         import_function(spec)
 
 
@@ -44,6 +45,8 @@ def run(config: EvaluateStage) -> Path:
     """Run the stage and return the folder of its artifact. Raises `UserError`."""
     check(config)
     inputs = open_inputs(config)
+    config = complete_reward(config)
+    inputs |= open_rewards(config) | {"ppo": inputs.pop("ppo")}
     if config.scorer and not config.scorer.is_function:
         inputs["scorer"] = require_reward(
             config.scorer, config.make_command("reward"), config.trust_remote_code
@@ -60,28 +63,25 @@ def run(config: EvaluateStage) -> Path:
 
 def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -> dict[str, Any]:
     """Compute all metrics, write both files to `output`, and return the headline metrics."""
-    options: dict[str, Any] = {
-        "revision": inputs["reward"].revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    reward = DistributedRewardModel.load(
-        inputs["reward"].path, positive_label=config.positive_label, **options
-    )
+    if is_main_process():
+        print(f"  reward: {describe_rewards(config)}", flush=True)
+    score, models = load_rewards(config, inputs)
     tokenizer = load_tokenizer(
         str(inputs["sft"].path),
         revision=inputs["sft"].revision,
         trust_remote_code=config.trust_remote_code,
     )
     prompts = load_test_prompts(config, inputs["records"], tokenizer)
-    reward.check_prompts(prompts["prompt"], f"{config.records}: test prompts")
+    for model in models.values():
+        model.check_prompts(prompts["prompt"], f"{config.records}: test prompts")
     scorers = load_scorers(config, inputs.get("scorer"))
 
     samples = sample_policies(config, inputs, prompts)
     for columns in samples.values():
         columns |= {name: score_samples(scorer, columns, prompts) for name, scorer in scorers.items()}
-        columns["reward"] = reward.score(columns["prompt"], columns["text"])
+        columns["reward"] = score(columns, prompts)
 
-    metrics: dict[str, Any] = {"reward": reward_metrics(reward, inputs, scorers.get("gold_reward"))}
+    metrics: dict[str, Any] = {"reward": reward_metrics(models, inputs, scorers.get("gold_reward"))}
     reliability = metrics["reward"].get("comparisons", {}).pop("calibration", [])
     if not is_main_process():
         return {}

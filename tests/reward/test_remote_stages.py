@@ -127,3 +127,28 @@ def test_evaluate_takes_one_as_its_scorer(serve, decoder, tiny_feedback, tiny_gp
     assert (
         json.loads((folder / "manifest.json").read_text())["inputs"]["scorer"]["served"]["engine"] == "vllm"
     )
+
+
+def test_a_run_on_a_served_model_needs_no_reward_stage(
+    serve, decoder, tiny_feedback, tiny_gpt2, tmp_path, capsys
+):
+    server = serve("vllm", decoder)
+    training = {"num_rollouts": 1, "per_device_train_batch_size": 4, "response_tokens": 4}
+    common = {"runs": str(tmp_path), "records": str(tiny_feedback)}
+    sizes = {"prompts": 2, "samples_per_prompt": 1, "best_of": 2, "response_tokens": 4}
+    stages = {
+        "ppo": {"policy": str(tiny_gpt2), "reward": server.url, "training": training},
+        "evaluate": {"sft": str(tiny_gpt2), "scorer": str(decoder), **sizes},
+    }
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for name, values in stages.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(common | values))
+    assert cli.main(["run", "--recipe", str(folder)]) == 0
+    assert "reward: skipped, ppo.reward names no reward model of this run\n" in capsys.readouterr().out
+    evaluated = tmp_path / "served" / "evaluate"
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    for policy in ("sft", "ppo"):
+        assert metrics[policy]["reward"] == pytest.approx(metrics[policy]["scorer_reward"], abs=1e-5)
+    manifest = json.loads((evaluated / "manifest.json").read_text())
+    assert manifest["inputs"]["reward"]["served"]["url"] == server.url

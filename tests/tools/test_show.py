@@ -127,7 +127,8 @@ def test_a_run_is_told_stage_by_stage(run: Path, capsys: pytest.CaptureFixture[s
         table_of(shown),
         {stage: sum(file.stat().st_size for file in (run / stage).iterdir()) for stage in ("sft", "reward")},
     )
-    assert found["prepare"] == ["not made", "0 B"]
+    assert found["prepare"] == ["skipped", "0 B"]  # what follows was made without it
+    assert found["ppo"] == ["not made", "0 B"]
     for stage, figures in (("sft", "loss 0.25"), ("reward", "accuracy 0.75")):
         assert found[stage][0] == "done"
         assert found[stage][-3:] == [format_size(sizes[stage]), identity(run / stage), figures]

@@ -22,6 +22,7 @@ from pipeline.config import OBJECTIVES, PPOStage, Reward, StageConfig
 from pipeline.data.records import open_records
 from pipeline.data.schema import KINDS
 from pipeline.errors import UserError, explain_row, one_line
+from pipeline.evaluate.rewards import named_rewards
 from pipeline.models.chat import encode_turn, prompt_ids, split_response
 from pipeline.models.loading import load_tokenizer
 from pipeline.ppo import stage as ppo
@@ -91,8 +92,8 @@ def _check_inputs(config: Any, recipe: Recipe) -> Iterator[Finding]:
     rewards: dict[str, Reward] = {}
     if config.stage == "ppo":
         rewards = ppo.named_rewards(config)
-    elif getattr(config, "scorer", None):
-        rewards = {"scorer": config.scorer}
+    elif config.stage == "evaluate":
+        rewards = named_rewards(config) | ({"scorer": config.scorer} if config.scorer else {})
     inputs += [
         (name, reward.source, "reward", "reward") for name, reward in rewards.items() if reward.is_loaded
     ]

@@ -165,10 +165,8 @@ def _plan_evaluate(config: EvaluateStage, recipe: Recipe, args: Any, longest: in
         )
         for source in (config.sft, config.ppo)
     ]
-    scorers = [config.reward or ""]
-    if config.scorer and config.scorer.is_loaded:
-        scorers.append(config.scorer.source)
-    models += [_scorer_footprint(config, source, recipe) for source in scorers]
+    rewards = [*config.reward, *filter(None, [config.scorer])]
+    models += [_scorer_footprint(config, reward.source, recipe) for reward in rewards if reward.is_loaded]
     width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens
     return models, None, GenerationFootprint(config.batch_size, width, precision)
 

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,14 +20,14 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.data.readers import ParsedRecord
-from pipeline.data.schema import RowError
+from pipeline.data.schema import RawRow, RowError
 from pipeline.data.validation import clean_record
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError, as_line
 from pipeline.reward.steps import read_steps
 from pipeline.tools.score import chunks
 from pipeline.tools.score.encoders import Columns
-from pipeline.tools.score.job import KINDS, STEP_COLUMN, ScoringJob, check_rows
+from pipeline.tools.score.job import KINDS, RESPONSE_COLUMNS, STEP_COLUMN, ScoringJob, check_rows
 
 MAKE_COMMAND = "rlhf run --until"
 POLICY_TIMEOUT = 600  # seconds that a request to --policy-url may take, with all its tries
@@ -47,6 +47,9 @@ def score_file(
     `overlong` is what happens to rows that the model cannot read whole; None cuts them as in its training.
     Raises `UserError`.
     """
+    if reward.is_function:
+        _score_file_by_function(job, reward, alpha=alpha, normalize=normalize, overlong=overlong)
+        return
     identity, model = _load_scorer(reward, overlong)
     how = model.settings.encoding
 
@@ -60,11 +63,8 @@ def score_file(
     if model.settings.is_stepwise:
         job = job.with_step_scores()
         _warn_of_single_steps(job, model)
-    elif job.has_steps:
-        raise UserError(
-            f"{job.source}: 'completions' has the steps of responses, and {reward.source} scores whole "
-            "responses; name a stepwise model, or write each response into a column 'response'"
-        )
+    else:
+        _refuse_steps(job, reward)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         prompts = [item.record["prompt"] for item in items]
@@ -85,6 +85,31 @@ def score_file(
         "overlong": overlong,
     }
     chunks.score_rows(job, settings, compute, chunks.CHUNK)
+
+
+def _score_file_by_function(job: ScoringJob, reward: Reward, **options: Any) -> None:
+    from pipeline.models.chat import response_text
+    from pipeline.tools.score.functions import load_function, note_missing_ids, score_items
+
+    identity, function = load_function(reward, **options)
+    _refuse_steps(job, reward)
+    note_missing_ids(job.command, reward.source, function)
+    read = ("prompt", next(name for name in RESPONSE_COLUMNS if name in job.names))
+    names = [name for name in job.names if name not in read]
+
+    def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
+        texts = [response_text(item.record["response"]) for item in items]
+        return [{"reward": value} for value in score_items(function, items, names, texts)]
+
+    chunks.score_rows(job, {"reward": identity}, compute, chunks.CHUNK)
+
+
+def _refuse_steps(job: ScoringJob, reward: Reward) -> None:
+    if job.has_steps:
+        raise UserError(
+            f"{job.source}: 'completions' has the steps of responses, and {reward.source} scores whole "
+            "responses; name a stepwise model, or write each response into a column 'response'"
+        )
 
 
 def _response(record: Columns) -> Any:
@@ -125,7 +150,7 @@ def best_of_n_file(
     random numbers. Raises `UserError`.
     """
     opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
-    identity, scorer = _load_scorer(reward)
+    identity, check_prompt, score = _load_candidate_scorer(job, reward)
     from pipeline.models.chat import prompt_ids
     from pipeline.models.generation import sample_responses
     from pipeline.models.prompts import truncation_side
@@ -140,17 +165,18 @@ def best_of_n_file(
     options |= {"side": truncation_side(overlong)}
 
     def is_overlong(record: Columns) -> bool:
-        scorer.encode(record["prompt"], "")  # raises if its template refuses the prompt
+        check_prompt(record["prompt"])
         return len(prompt_ids(tokenizer, record["prompt"])) > prompt_tokens
 
     check_rows(job, is_overlong, f"{prompt_tokens} prompt tokens", overlong)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
-        prompts = [item.record["prompt"] for item in items for _ in range(n)]
+        repeated = [item for item in items for _ in range(n)]
+        prompts = [item.record["prompt"] for item in repeated]
         rows = [item.record["number"] * n + k for item in items for k in range(n)]
-        batches = sample_responses(model, tokenizer, prompts, rows, **options)
+        batches = list(sample_responses(model, tokenizer, prompts, rows, **options))
         texts = [text for responses in batches for text in responses.texts]
-        return _best_of_n(texts, _finite_scores(scorer, prompts, texts), n)
+        return _best_of_n(texts, score(repeated, texts, batches), n)
 
     settings = {
         "reward": identity,
@@ -162,6 +188,33 @@ def best_of_n_file(
     }
     settings |= {"engine": "vllm"} if policy_url else {}
     chunks.score_rows(job, settings | sampling, compute, max(1, chunks.CHUNK // n))
+
+
+def _load_candidate_scorer(
+    job: ScoringJob, reward: Reward
+) -> tuple[str, Callable[[Any], Any], Callable[..., list[float]]]:
+    """Return the reward's identity, a check of a prompt, and a scorer of (items, texts, batches).
+
+    The check raises `UserError` if the template of a reward model refuses the prompt.
+    """
+    if not reward.is_function:
+        identity, model = _load_scorer(reward)
+        return (
+            identity,
+            lambda prompt: model.encode(prompt, ""),
+            lambda items, texts, _: _finite_scores(model, [item.record["prompt"] for item in items], texts),
+        )
+    from pipeline.tools.score.functions import load_function, score_items
+
+    identity, function = load_function(reward)
+    names = [name for name in job.names if name != "prompt"]
+
+    def score(items: Sequence[ParsedRecord], texts: Sequence[str], batches: Sequence[Any]) -> list[float]:
+        ids = [row for responses in batches for row in responses.token_lists()]
+        ended = [end for responses in batches for end in responses.ended]
+        return score_items(function, items, names, texts, ids, ended)
+
+    return identity, lambda prompt: None, score
 
 
 def _open_policy(opened: Artifact, url: str | None) -> tuple[Any, Any, float, Any]:
@@ -212,6 +265,8 @@ def compare_responses(
             detail = fault.detail.removeprefix("response: ")
             raise UserError(f"response {number} of {len(responses)}: {detail}") from None
 
+    if reward.is_function:
+        return _rank_text(responses, _function_scores(reward, record["prompt"], responses, overlong))
     model = _load_scorer(reward, overlong)[1]
     prompt, most, total = record["prompt"], model.settings.encoding.max_length, len(responses)
     cut = [response for response in responses if model.encode(prompt, response).overlong]
@@ -220,7 +275,26 @@ def compare_responses(
         if not responses:
             raise UserError(f"compare: every response is over max_length={most}; use another --overlong")
     model.overlong = len(cut)  # told below
-    rewards = _finite_scores(model, [prompt] * len(responses), responses)
+    table = _rank_text(responses, _finite_scores(model, [prompt] * len(responses), responses))
+    if not cut:
+        return table
+    outcome = "left out" if overlong == "drop" else "cut"
+    return f"{table}\n  over max_length={most}, {outcome}: {len(cut)} of {total}"
+
+
+def _function_scores(
+    reward: Reward, prompt: str, responses: Sequence[str], overlong: str | None
+) -> list[float]:
+    from pipeline.tools.score.functions import load_function, note_missing_ids, score_items
+
+    _, function = load_function(reward, overlong=overlong)
+    note_missing_ids("compare", reward.source, function)
+    items = [ParsedRecord("answers", {"prompt": prompt}, [RawRow("compare", 1, {})]) for _ in responses]
+    return score_items(function, items, (), responses)
+
+
+def _rank_text(responses: Sequence[str], rewards: Sequence[float]) -> str:
+    """Return a table of the responses, best first, no wider than the terminal."""
     ranked = sorted(zip(rewards, responses, strict=True), key=lambda pair: -pair[0])
     rows = [
         ("rank", "score", "response"),
@@ -228,11 +302,9 @@ def compare_responses(
     ]
     width = max(len(value) for _, value, _ in rows)
     text_width = shutil.get_terminal_size().columns - width - 8
-    lines = [f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows]
-    if cut:
-        outcome = "left out" if overlong == "drop" else "cut"
-        lines.append(f"  over max_length={most}, {outcome}: {len(cut)} of {total}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{rank:>4}  {value:>{width}}  {_fit_to_width(text, text_width)}" for rank, value, text in rows
+    )
 
 
 def _load_scorer(reward: Reward, overlong: str | None = None) -> tuple[str, Any]:

@@ -27,6 +27,8 @@ def run_text(folder: Path) -> str:
     for stage in STAGES:
         manifest, _ = published_manifest(folder / stage)
         state, reason = _state(folder / stage)
+        if state == "not made" and _is_skipped(folder, stage):
+            state = "skipped"
         metrics = headline_metrics(stage, manifest)
         rows.append(
             [
@@ -50,15 +52,27 @@ def run_text(folder: Path) -> str:
 
 def _describe_inputs(manifest: dict[str, Any]) -> list[str]:
     """Return the name of each input, the stage or path that it comes from, and its identity."""
-    config = manifest["fingerprint"]["config"]
-    run = Path(config["runs"], config["run"])
     lines = []
-    for name, source in manifest["inputs"].items():
-        path = Path(source["path"])
-        place = path.relative_to(run) if path.is_relative_to(run) else path
-        words = [name, str(place), source["identity"][:8]]
+    for name, place in _input_places(manifest).items():
+        words = [name, str(place), manifest["inputs"][name]["identity"][:8]]
         lines.append(" ".join(dict.fromkeys(words)))  # a name that is also the place is printed once
     return lines
+
+
+def _input_places(manifest: dict[str, Any]) -> dict[str, Path]:
+    """Return the path of each input, relative to the run if it is inside."""
+    config = manifest["fingerprint"]["config"]
+    run = Path(config["runs"], config["run"])
+    paths = {name: Path(source["path"]) for name, source in manifest["inputs"].items()}
+    return {name: path.relative_to(run) if path.is_relative_to(run) else path for name, path in paths.items()}
+
+
+def _is_skipped(run: Path, stage: str) -> bool:
+    """Return whether later stages were made, and none of them from this one's artifact."""
+    later = list(STAGES)[list(STAGES).index(stage) + 1 :]
+    manifests = [manifest for name in later if (manifest := published_manifest(run / name)[0])]
+    places = [place for manifest in manifests for place in _input_places(manifest).values()]
+    return bool(manifests) and not any(place.parts[:1] == (stage,) for place in places)
 
 
 def _state(folder: Path) -> tuple[str, str]:

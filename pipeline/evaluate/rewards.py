@@ -1,0 +1,108 @@
+"""The reward that evaluate compares policies by: a model, a server, a function, or a sum of these."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+
+from pipeline.artifacts.inputs import require_artifact
+from pipeline.artifacts.manifest import Artifact
+from pipeline.config import EvaluateStage, Reward, validate
+from pipeline.config.reward import as_rewards
+from pipeline.evaluate.sampling import score_samples
+from pipeline.formatting.numbers import format_number
+from pipeline.reward.functions import (
+    RewardSource,
+    combine_rewards,
+    import_function,
+    load_reward,
+    require_reward,
+    reward_from_model,
+)
+from pipeline.reward.model import DistributedRewardModel, RewardModel
+
+Scorer = Callable[[dict[str, list[Any]], Dataset], list[float]]  # (columns of samples, prompts) -> rewards
+
+
+def complete_reward(config: EvaluateStage) -> EvaluateStage:
+    """Return the config with a reward: if it names none, what the run's PPO was trained on.
+
+    Raises `UserError` if PPO has not run.
+    """
+    if config.reward:
+        return config
+    ppo = require_artifact(config.upstream("ppo"), "policy", config.make_command("ppo"))
+    trained = ppo.manifest.get("fingerprint", {}).get("config", {})
+    sections = as_rewards(trained.get("reward") or config.upstream("reward"))
+    rewards = [validate(Reward, section, f"{ppo.path}: reward") for section in sections]
+    penalty = trained.get("uncertainty_penalty", 0.0)
+    return config.model_copy(update={"reward": rewards, "uncertainty_penalty": penalty})
+
+
+def named_rewards(config: EvaluateStage) -> dict[str, Reward]:
+    """Return the rewards by their names as inputs: `reward` if there is one, else with their numbers."""
+    if len(config.reward) == 1:
+        return {"reward": config.reward[0]}
+    return {f"reward_{number}": reward for number, reward in enumerate(config.reward)}
+
+
+def open_rewards(config: EvaluateStage) -> dict[str, Artifact]:
+    """Open the rewards that are models or servers, by their names as inputs. Raises `UserError`."""
+    return {
+        name: require_reward(reward, config.make_command("reward"), config.trust_remote_code)
+        for name, reward in named_rewards(config).items()
+        if not reward.is_function
+    }
+
+
+def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Scorer, dict[str, RewardModel]]:
+    """Return the reward of samples, and the reward models in it by their names as inputs.
+
+    A model alone scores as `RewardModel.score` does. Others are combined as PPO combines them.
+    """
+    rewards = named_rewards(config)
+    is_alone = len(rewards) == 1 and not any(
+        r.length_penalty or r.weight is not None for r in rewards.values()
+    )
+    models = {
+        name: _load_model(config, reward, inputs[name], is_alone)
+        for name, reward in rewards.items()
+        if not reward.is_function
+    }
+    if is_alone and models:
+        (model,) = models.values()
+        return lambda columns, prompts: model.score(columns["prompt"], columns["text"]), models
+
+    sources = [
+        reward_from_model(models[name], reward.length_penalty)
+        if name in models
+        else RewardSource(import_function(reward.source))
+        for name, reward in rewards.items()
+    ]
+    weights = [reward.weight for reward in rewards.values() if reward.weight is not None]
+    combined = combine_rewards(sources, weights or None, config.uncertainty_penalty)
+    return lambda columns, prompts: score_samples(combined.score, columns, prompts), models
+
+
+def _load_model(config: EvaluateStage, reward: Reward, opened: Artifact, is_alone: bool) -> RewardModel:
+    label = reward.positive_label or config.positive_label
+    code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if is_alone and reward.is_loaded:  # each process scores its share
+        return DistributedRewardModel.load(
+            opened.path, revision=opened.revision, positive_label=label, **code
+        )
+    return load_reward(reward.model_copy(update={"positive_label": label}), opened, **code)
+
+
+def describe_rewards(config: EvaluateStage) -> str:
+    """Return the sum of the rewards as text, such as `0.5 × a:f + 0.5 × b:g`."""
+    if len(config.reward) == 1 and config.reward[0].weight is None:
+        return config.reward[0].source
+    share = 1 / len(config.reward)
+    terms = [
+        f"{format_number(share if reward.weight is None else reward.weight)} × {reward.source}"
+        for reward in config.reward
+    ]
+    penalty = config.uncertainty_penalty
+    less = f", less {format_number(penalty)} standard deviations between them" if penalty else ""
+    return " + ".join(terms) + less

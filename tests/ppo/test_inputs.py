@@ -103,7 +103,7 @@ def test_a_policy_needs_no_tokenizer(name, form, train, tiny_gpt2, tiny_tokenize
 
 def test_a_policy_without_a_name_needs_its_tokenizer(train, tiny_tokenizer):
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(UserError, match=r"processing_class: the policy was not loaded from a folder .*; pass"):
+    with pytest.raises(UserError, match=r"processing_class: the policy was not loaded .*; pass"):
         train(policy=policy, processing_class=LEFT_OUT)
 
 

@@ -175,12 +175,15 @@ def test_the_named_objectives_are_all_objectives(page):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_records, tiny_gpt2):
-    """A folder with runs/demo/reward and runs/sums/reward, and the policy beside it."""
+    """A folder with runs/demo/prepare, sft and reward, runs/sums/reward, and the policy beside it."""
     from datasets import Dataset, DatasetDict
 
     from pipeline.reward import stage as reward
 
     folder = tmp_path_factory.mktemp("place")
+    (folder / "runs" / "demo").mkdir(parents=True)
+    (folder / "runs" / "demo" / "prepare").symlink_to(tiny_records)
+    (folder / "runs" / "demo" / "sft").symlink_to(tiny_gpt2)
     training = {"max_steps": 1, "per_device_train_batch_size": 2}
     given = {"model": str(tiny_gpt2), "records": str(tiny_records), "max_length": 64, "training": training}
     reward.run(config.RewardStage(run="demo", runs=str(folder / "runs"), precision="fp32", **given))

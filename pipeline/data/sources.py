@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 
 def iter_rows(source: Source) -> Iterator[RawRow]:
     """Yield the rows of a source in order. Raises `UserError`."""
-    if source.hub or _is_saved_dataset(Path(source.path or "")):
+    if source.hub or is_saved_dataset(Path(source.path or "")):
         yield from _read_dataset(str(source.hub or source.path), _load_dataset(source))
         return
 
@@ -38,14 +38,14 @@ def source_files(source: Source) -> list[Path]:
     if not source.path:
         return []
     path = Path(source.path)
-    return [path] if _is_saved_dataset(path) else list(_group_files(source).files)
+    return [path] if is_saved_dataset(path) else list(_group_files(source).files)
 
 
 def describe_reading(source: Source) -> list[str]:
     """Return what was done with the files of a source beyond reading each: a line for each fact."""
     if not source.path:
         return []
-    if not _is_saved_dataset(Path(source.path)):
+    if not is_saved_dataset(Path(source.path)):
         return _group_files(source).describe(source.split)
     if source.split or not (splits := _saved_splits(Path(source.path))):
         return []
@@ -67,7 +67,7 @@ def _group_files(source: Source) -> FileGroup:
 # Datasets
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """Return whether a folder is of `save_to_disk`, and more than what is left of one."""
     is_one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     return is_one or ((path / "dataset_dict.json").is_file() and any(path.glob("*/state.json")))
@@ -78,7 +78,7 @@ def _saved_splits(path: Path) -> list[str]:
     return sorted(state.parent.name for state in path.glob("*/state.json") if state.parent.name != "train")
 
 
-def _check_arrow_files(folder: Path) -> None:
+def check_arrow_files(folder: Path) -> None:
     """Read each Arrow file through, batch by batch. Raises `ValueError` or `OSError` if one is damaged.
 
     Datasets are mapped into memory, and a map that ends too early kills the process.
@@ -102,7 +102,7 @@ def _load_dataset(source: Source) -> Any:
     try:
         if source.hub:
             return datasets.load_dataset(source.hub, source.subset, split=split, revision=source.revision)
-        _check_arrow_files(Path(str(source.path)))
+        check_arrow_files(Path(str(source.path)))
         data = datasets.load_from_disk(str(source.path))
     except (
         OSError,

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
 
+from pipeline.artifacts import hub
 from pipeline.config import BASE_FREE_INITS, nearest
 from pipeline.errors import UserError
 from pipeline.models.load_errors import explain_adapter_errors, explain_load_errors
@@ -27,7 +28,7 @@ PEFT_HEADS = ("classifier", "score")
 
 def is_adapter(source: str | Path, revision: str | None = None) -> bool:
     """Return whether a folder or hub repository contains an adapter instead of a whole model."""
-    return find_adapter_config_file(str(source), revision=revision) is not None
+    return hub.fetch_file(str(source), CONFIG_NAME, revision) is not None
 
 
 def read_adapter(

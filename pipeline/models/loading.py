@@ -75,7 +75,7 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None or (distinct_pad and tokenizer.pad_token == tokenizer.eos_token):
         spare = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token]
-        # A new token grows the vocabulary; `_finalize` then resizes the embeddings.
+        # A new token grows the vocabulary; `match_tokenizer` then resizes the embeddings.
         tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD})
     if settle or not tokenizer.chat_template:
         settle_template(tokenizer, source, separator)
@@ -122,7 +122,7 @@ def load_policy(
     with explain_load_errors(source, "causal language model"):
         weights = _weight_options(quantization, precision, UNQUANTIZED)
         model = AutoModelForCausalLM.from_pretrained(source, **weights, **options)
-    policy = _finalize(model, tokenizer)
+    policy = match_tokenizer(model, tokenizer)
     require_decoder(policy, source)
     return require_finite(policy, source)
 
@@ -218,7 +218,7 @@ def load_classifier(
         raise UserError(
             f"{source}: has no reward head (it lacks {missing}); expected a {what}, such as runs/demo/reward"
         )
-    return require_finite(_finalize(model, tokenizer), source)
+    return require_finite(match_tokenizer(model, tokenizer), source)
 
 
 def classifier_name(auto_class: Any) -> str:
@@ -268,7 +268,7 @@ def load_trunk(
         )
     if missing := sorted(loading_info["missing_keys"]):
         raise UserError(f"{source}: lacks the weight {missing[0]}; expected a decoder's whole weights")
-    trunk = _finalize(model, tokenizer)
+    trunk = match_tokenizer(model, tokenizer)
     require_decoder(trunk, source)
     return require_finite(trunk, source)
 
@@ -308,8 +308,8 @@ def _weight_options(quantization: str, precision: str, unquantized: list[str]) -
     return {"dtype": dtype, "quantization_config": four_bit}
 
 
-def _finalize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Patch the model, grow its vocabulary to the tokenizer's, and set the pad and EOS ids."""
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Patch the model, grow its vocabulary to the tokenizer's, and set the pad and EOS ids; return it."""
     fuse_gelu(model)
     keep_4bit_layout(model)
     forget_earlier_rows(model)

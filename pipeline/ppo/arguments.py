@@ -1,5 +1,6 @@
 """Check what a program passes to `PPOTrainer`, before anything is computed."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 from accelerate import Accelerator
@@ -14,29 +15,25 @@ from pipeline.models.adapters import modified_base, unsupported_setting
 from pipeline.ppo.backbone_compat import modifies_base
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.critic import Critic, Place, critic_lora
-from pipeline.reward.functions import RewardSource
-from pipeline.reward.model import RewardModel
+from pipeline.reward.coercion import REWARDS
 
 
 def check_arguments(
     policy: Any, reward: Any, args: Any, processing_class: Any, functions: dict[str, Any]
 ) -> None:
-    """Raise `UserError` if an argument is of another kind than `PPOTrainer` takes.
+    """Raise `UserError` if an argument is of another kind than `PPOTrainer` takes, before one is loaded.
 
     `functions` are the optional rewards by name.
     """
-    _expect("policy", policy, isinstance(policy, nn.Module), "a causal language model")
-    source = reward.score if isinstance(reward, RewardSource) else reward
-    is_reward = callable(source) or isinstance(reward, RewardModel)
-    _expect("reward", reward, is_reward, "a RewardModel, a function or a RewardSource")
+    is_policy = isinstance(policy, str | Path | nn.Module)
+    _expect("policy", policy, is_policy, "a causal language model, its path or its hub id")
+    _expect("reward", reward, reward is not None, REWARDS)
     _expect("args", args, isinstance(args, PPOConfig), "a PPOConfig")
     for name in ("eos_token_id", "pad_token_id"):
-        has_token = getattr(processing_class, name, None) is not None
+        has_token = processing_class is None or getattr(processing_class, name, None) is not None
         _expect("processing_class", processing_class, has_token, f"the policy's tokenizer, with its {name}")
     for name, function in functions.items():
         _expect(name, function, function is None or callable(function), "a reward function, or None")
-    if isinstance(policy, PeftModel):
-        _check_adapters(policy)
 
 
 def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> None:
@@ -119,7 +116,7 @@ def warn_of_biased_penalty(args: PPOConfig) -> None:
 
 def _check_rows(name: str, rows: Any, *columns: str) -> None:
     """Raise `UserError` unless the argument `name` is a dataset with at least one row and these columns."""
-    _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset")
+    _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset, a list of dicts, a path or a name")
     if not len(rows):
         raise UserError(f"ppo: {name}: has no rows; expected at least one")
     for column in columns:
@@ -127,7 +124,8 @@ def _check_rows(name: str, rows: Any, *columns: str) -> None:
             raise UserError(f"ppo: {name}: has no column {column!r}; found {', '.join(rows.column_names)}")
 
 
-def _check_adapters(policy: PeftModel) -> None:
+def check_adapters(policy: PeftModel) -> None:
+    """Raise `UserError` if an adapter of the policy is not LoRA, or changes its base."""
     for name, adapter in policy.peft_config.items():
         if not isinstance(adapter, LoraConfig):
             kind = type(adapter).__name__

@@ -1,4 +1,4 @@
-"""Callbacks of policy trainers: skipped steps, early stopping, stale files; and the limit on the KL."""
+"""Callbacks of policy trainers: skipped steps, early stopping, stale files; and checks of a rollout."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.artifacts.files import finite_or_none
@@ -137,3 +138,17 @@ def _describe_rows(rollout: Rollout, rows: list[int]) -> Iterator[dict[str, Any]
             "score": float(rollout.scores[row]),
             **{name: tensor[row][real].tolist() for name, tensor in tensors.items()},
         }
+
+
+def check_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` if the ratio of a rollout's first minibatch is not 1. All arguments are (B, T).
+
+    The model is then random, or depends on its mode.
+    """
+    error = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
+    if error != 0.0 and math.isfinite(error):  # `SkipNonFinite` handles a ratio that is not finite
+        raise UserError(
+            f"ppo: on a rollout's first minibatch the log-probabilities differ by up to {error:.2g} from "
+            "those just computed; expected equal ones: something in the model is random or depends on "
+            "the mode (dropout, a router's jitter, a patched forward); switch it off in its config"
+        )

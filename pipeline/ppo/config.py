@@ -1,5 +1,6 @@
 """`PPOConfig`: the arguments of `PPOTrainer`, checked before a model is loaded."""
 
+import functools
 import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
@@ -7,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from pipeline.ppo.functional import KLKind
-from pipeline.training.reserved import default_of
+from pipeline.ppo.trl_names import CONFIG_NAMES
+from pipeline.training.reserved import default_of, suggest_name
 
 CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"),
@@ -106,6 +108,24 @@ NOT_NEGATIVE = (
 )
 
 
+def refuse_unknown_names(cls: type["PPOConfig"]) -> type["PPOConfig"]:
+    """Decorate the dataclass: an unknown name raises `TypeError` with its counterpart or the nearest one."""
+    init = cls.__init__
+    known = {argument.name for argument in fields(cls) if argument.init}
+
+    @functools.wraps(init)
+    def checked(self: "PPOConfig", *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                hint = suggest_name(name, known, cls.TRL_NAMES)
+                raise TypeError(f"{cls.__name__} has no {name!r}{hint}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@refuse_unknown_names
 @dataclass
 class PPOConfig(TrainingArguments):
     """Arguments of `PPOTrainer`: those of `TrainingArguments`, and PPO's own.
@@ -130,6 +150,7 @@ class PPOConfig(TrainingArguments):
     """
 
     RESERVED: ClassVar[dict[str, str]] = {"num_train_epochs": "training.num_rollouts"}
+    TRL_NAMES: ClassVar[dict[str, str]] = CONFIG_NAMES
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     adam_epsilon: float = field(

@@ -29,15 +29,14 @@ from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
 from pipeline.models.adapters import add_adapter, modified_base
-from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_tokenizer, merge_adapter
-from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.backbone import attach_reward_adapter
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.callbacks import EarlyStopping
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.critic_source import check_critic_section, load_critic, open_critic
 from pipeline.ppo.engines import open_sampler
+from pipeline.ppo.inputs import add_reference
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
@@ -215,9 +214,7 @@ def load_trained_policy(
     if lora is not None:
         return add_adapter(policy, lora, f"{config.stage}: lora")
     if isinstance(policy, PeftModel):
-        with explain_load_errors(source, "LoRA adapter"):
-            policy.load_adapter(source, adapter_name=REFERENCE, revision=revision)
-        policy.set_adapter("default")
+        add_reference(policy, source, revision)
     return policy
 
 

@@ -6,7 +6,6 @@ One Trainer epoch is one rollout: sample responses, score them, then make `num_p
 wrapping are the Trainer's own.
 """
 
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -18,31 +17,31 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.distributed.sharding import full_state_dict, keep_output_dtype, with_full_params
-from pipeline.errors import UserError
 from pipeline.models.ends import declare_ends, end_token_ids
 from pipeline.models.generation import Responses, generate, permuted_index, unknown_ids
-from pipeline.models.generation_config import make_savable
 from pipeline.models.probes import describe_sampling
 from pipeline.models.prompts import fit_prompts
 from pipeline.models.truncation import Truncation
 from pipeline.ppo.actor_critic import ActorCritic, value_head_from_reward
-from pipeline.ppo.arguments import (
-    check_arguments,
-    check_critic,
-    check_datasets,
-    check_launch,
-    warn_of_biased_penalty,
-)
-from pipeline.ppo.callbacks import SkipNonFinite, check_kl
+from pipeline.ppo.arguments import check_arguments, check_critic, check_launch, warn_of_biased_penalty
+from pipeline.ppo.callbacks import SkipNonFinite, check_kl, check_ratio
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.critic import Critic, split_learning_rate, write_critic
 from pipeline.ppo.demonstrations import demonstration_batches
 from pipeline.ppo.functional import next_kl_coef
+from pipeline.ppo.inputs import (
+    check_keywords,
+    choose_one,
+    default_arguments,
+    prepare_datasets,
+    prepare_policy,
+)
 from pipeline.ppo.loss import ppo_loss
 from pipeline.ppo.metrics import rollout_metrics
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
@@ -50,8 +49,8 @@ from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
 from pipeline.ppo.scores import normalize_scores, stack_rewards
 from pipeline.ppo.warmup import describe_end, initial_warmup, next_warmup
-from pipeline.reward.functions import RewardFunction, RewardSource, reward_from_model
-from pipeline.reward.model import RewardModel
+from pipeline.reward.coercion import sum_rewards
+from pipeline.reward.functions import RewardFunction
 from pipeline.reward.token_rewards import total_reward
 from pipeline.training.callbacks import use_metrics_bar
 
@@ -59,11 +58,20 @@ from pipeline.training.callbacks import use_metrics_bar
 class PPOTrainer(PolicyTrainer):
     """PPO on `transformers.Trainer`.
 
-    - `policy`: a causal language model, or a `PeftModel` around one. The reference of a `PeftModel` is its
-      adapter named `reference`, or else the bare base.
-    - `reward`: a `RewardModel`, a function of TRL's signature, or a `RewardSource`.
+    - `policy`, or `model`: a causal language model, a `PeftModel` around one, or the path or hub id of
+      either, which is loaded in fp32. The reference of a `PeftModel` is its adapter named `reference`, or
+      else the bare base; that of an adapter's path is the adapter as it was.
+    - `reward`, or `reward_funcs`: a `RewardModel`, a sequence classifier, the path or hub id of one, a
+      function of TRL's signature, a `RewardSource`, or a list of these. A list is summed with
+      `reward_weights`, 1 by default.
+    - `reward_processing_classes`: the tokenizers of classifiers that are in memory; by default those of the
+      folders or hub ids that they were loaded from.
     - `train_dataset`, `eval_dataset`: rows with a `prompt` (text or messages); their other columns go to the
-      reward.
+      reward. They are a `Dataset`, a list of dicts, a folder of `save_to_disk`, or what
+      `datasets.load_dataset` takes. Of several splits, `train` is trained on, and `validation`, or else
+      `test`, evaluated.
+    - `processing_class`: the policy's tokenizer; by default that of the policy's folder or hub id.
+    - `peft_config`: a `LoraConfig`, of which the policy gets a new adapter.
     - `gold`, `scorer`: optional rewards that are evaluated and never trained on.
     - `keep`: keep the policy of every evaluation.
     - `demonstrations`: rows with `prompt` and `completion`, for `ptx_coef`.
@@ -98,67 +106,80 @@ class PPOTrainer(PolicyTrainer):
     train_dataset: Dataset
 
     has_critic = True
+    _skip_rest = False  # whether `target_kl` was exceeded in this rollout
+    _is_warmup = False  # whether this rollout trains the critic alone
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole minibatch
 
     def __init__(
         self,
-        policy: Any,
-        reward: RewardModel | RewardSource | RewardFunction,
-        args: PPOConfig,
-        train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None = None,
+        policy: Any = None,
+        reward: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        eval_dataset: Any = None,
         gold: RewardFunction | None = None,
         scorer: RewardFunction | None = None,
         keep: bool = False,
-        demonstrations: Dataset | None = None,
+        demonstrations: Any = None,
         max_prompt_tokens: int = 256,
         overlong: str = "truncate_left",
         generate: Callable[..., Responses] = generate,
         critic: Critic | None = None,
+        *,
+        model: Any = None,
+        reward_funcs: Any = None,
+        reward_weights: list[float] | None = None,
+        reward_processing_classes: Any = None,
+        peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self.critic = critic or Critic()
+        check_keywords(PPOTrainer, kwargs)
+        policy = choose_one("policy", policy, "model", model)
+        reward = choose_one("reward", reward, "reward_funcs", reward_funcs)
+        args = default_arguments(policy) if args is None else args
         check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
-        check_critic(self.critic, policy, args, processing_class)
-        check_datasets(args, train_dataset, eval_dataset, demonstrations)
-        warn_of_biased_penalty(args)
-        make_savable(getattr(policy, "get_base_model", lambda: policy)())
-
-        if generate is PolicyTrainer.generate:
-            describe_sampling(policy)  # asked before training, and refused before anything is computed
-        source = reward_from_model(reward) if isinstance(reward, RewardModel) else reward
-        self.reward = source if isinstance(source, RewardSource) else RewardSource(source)
+        train, evaluation, shown = prepare_datasets(args, train_dataset, eval_dataset, demonstrations)
+        policy, tokenizer = prepare_policy(policy, processing_class, peft_config, args)
+        self.critic = critic or Critic()
+        check_critic(self.critic, policy, args, tokenizer)
+        self.reward = sum_rewards(reward, reward_weights, reward_processing_classes, tokenizer, args.device)
         self.gold, self.scorer, self.keep = gold, scorer, keep
-        self.demonstrations = demonstrations
-        self.generate = generate
-        self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
-        self.overlong = overlong
-        self.ends = end_token_ids(policy, processing_class, args.stop_token)
-        declare_ends(policy, self.ends)  # whoever samples from the published policy then stops there too
-        self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
-        sampled_from = (args.top_k, args.top_p, args.min_response_tokens, tuple(self.ends))
-        self.truncation = Truncation(*sampled_from, tuple(unknown_ids(policy, processing_class)))
-        self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
-        self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
-        self._skip_rest = False  # whether `target_kl` was exceeded in this rollout
-        self._is_warmup = False  # whether this rollout trains the critic alone
-
-        model = self._build_actor(policy, args)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        for name, rows in data.items():
-            if rows is not None:
-                limits = (self.max_prompt_tokens, overlong, f"ppo: prompts of {name}")
-                data[name] = fit_prompts(processing_class, rows, *limits)
-        super().__init__(model=model, args=args, processing_class=processing_class, **data, **kwargs)
+        self.demonstrations, self.overlong, self.generate = shown, overlong, generate
+        self._prepare_rollouts(policy, tokenizer, args, max_prompt_tokens)
+        actor = self._build_actor(policy, args)
+        data = self._fit_prompts(tokenizer, train_dataset=train, eval_dataset=evaluation)
+        super().__init__(model=actor, args=args, processing_class=tokenizer, **data, **kwargs)
         self.actor: ActorCritic = self.model
         check_launch(self.critic, self.accelerator)
         keep_output_dtype(self)
         self.add_callback(SkipNonFinite(lambda: self.rollouts.minibatch))
         use_metrics_bar(self)
 
+    def _prepare_rollouts(self, policy: Any, tokenizer: Any, args: PPOConfig, max_prompt_tokens: int) -> None:
+        """Decide how responses are sampled, and start the metrics."""
+        if self.generate is PolicyTrainer.generate:
+            describe_sampling(policy)  # asked before training, and refused before anything is computed
+        self.max_prompt_tokens = prompt_budget(policy, args.response_tokens, max_prompt_tokens)
+        self.ends = end_token_ids(policy, tokenizer, args.stop_token)
+        declare_ends(policy, self.ends)  # whoever samples from the published policy then stops there too
+        self.generation = GenerationShape(args.response_tokens, args.eval_samples, args.sampling_params)
+        sampled_from = (args.top_k, args.top_p, args.min_response_tokens, tuple(self.ends))
+        self.truncation = Truncation(*sampled_from, tuple(unknown_ids(policy, tokenizer)))
+        self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
+        self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
+
+    def _fit_prompts(self, tokenizer: Any, **data: Any) -> dict[str, Any]:
+        """Return the datasets by name, with the prompts that are kept; a dataset may be None."""
+        limits = (self.max_prompt_tokens, self.overlong)
+        return {
+            name: rows and fit_prompts(tokenizer, rows, *limits, f"ppo: prompts of {name}")
+            for name, rows in data.items()
+        }
+
     def _build_actor(self, policy: Any, args: PPOConfig) -> ActorCritic:
         """Return the policy with its critic, whose value head and warm-up begin as `args` says."""
+        warn_of_biased_penalty(args)
         actor = ActorCritic(policy, args.kl_coef, self.critic)
         self.critic = self.critic._replace(model=None, weights=None, value_head=None)  # they are in the actor
         if args.value_init == "reward":
@@ -332,7 +353,7 @@ class PPOTrainer(PolicyTrainer):
         )
         mask = inputs["response_mask"].bool()
         if inputs["first"]:
-            self._check_ratio(out.logprobs, inputs["logprobs"], mask)
+            check_ratio(out.logprobs, inputs["logprobs"], mask)
         loss, metrics = ppo_loss(out, inputs, self.args, value_only=self._is_warmup)
 
         # Metrics of micro-batches and ranks add up to a minibatch; the log has the mean over minibatches.
@@ -342,19 +363,6 @@ class PPOTrainer(PolicyTrainer):
         ratio = (out.logprobs.detach() - inputs["logprobs"]).exp()[mask].mean()
         self.running_metrics["val/ratio"].append(ratio)
         return loss * self.args.world_size  # gradients are averaged over ranks
-
-    def _check_ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> None:
-        """Raise `UserError` if the ratio of a rollout's first minibatch is not 1.
-
-        The model is then random, or depends on its mode.
-        """
-        error = float(torch.where(mask, logprobs.detach() - old_logprobs, 0.0).abs().max())
-        if error != 0.0 and math.isfinite(error):  # `SkipNonFinite` handles a ratio that is not finite
-            raise UserError(
-                f"ppo: on a rollout's first minibatch the log-probabilities differ by up to {error:.2g} from "
-                "those just computed; expected equal ones: something in the model is random or depends on "
-                "the mode (dropout, a router's jitter, a patched forward); switch it off in its config"
-            )
 
     # Logs, evaluations, files
 

@@ -13,14 +13,23 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.load_errors import explain_load_errors
-from pipeline.models.loading import classifier_name, load_classifier
+from pipeline.models.loading import classifier_name, load_classifier, load_tokenizer
 from pipeline.models.positions import max_positions, mixing_limit
+from pipeline.models.probes import model_name
 from pipeline.models.templates import fixed_date, is_plain
 from pipeline.reward import probes
 from pipeline.reward.encoding import Encoding
 from pipeline.reward.settings import RewardSettings
 
 logger = logging.getLogger(__name__)
+
+
+def load_reward_tokenizer(
+    source: str, settings: RewardSettings | None, **options: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a classifier; `settings` are None if it has no `reward.json`."""
+    settle = settings is None or settings.encoding.turn == "template"
+    return load_tokenizer(source, generates=False, distinct_pad=False, settle=settle, **options)
 
 
 def load_model(
@@ -83,10 +92,12 @@ def external_settings(
         eos=False,  # the template writes what ends a response
         max_length=_external_max_length(model, tokenizer, is_decoder),
         date=fixed_date(tokenizer) if form == "chat" else None,
-        trim_pad=form == "chat" and _reads_no_pad(source, options),
+        trim_pad=form == "chat" and _reads_no_pad(source, model, options),
     )
     logger.warning(
-        "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})", source, encoding
+        "%s: no reward.json; using %s; to change it: RewardModel.load(…, encoding={…})",
+        source or model_name(model),
+        encoding,
     )
     return RewardSettings(
         objective="classification" if model.config.num_labels > 1 else "regression",
@@ -97,9 +108,10 @@ def external_settings(
     )
 
 
-def _reads_no_pad(source: str, options: dict[str, Any]) -> bool:
+def _reads_no_pad(source: str, model: Any, options: dict[str, Any]) -> bool:
     """Return whether the published classifier names a pad token, before which it then takes the score."""
-    return AutoConfig.from_pretrained(source, **options).pad_token_id is not None
+    config = AutoConfig.from_pretrained(source, **options) if source else model.config
+    return config.pad_token_id is not None
 
 
 def _external_max_length(model: Any, tokenizer: PreTrainedTokenizerBase, is_decoder: bool) -> int:

@@ -22,11 +22,17 @@ from pipeline.distributed.processes import map_across_processes
 from pipeline.distributed.progress import progress_bar
 from pipeline.errors import UserError, explain_row
 from pipeline.models.chat import response_text, text_ids
-from pipeline.models.loading import load_tokenizer, settle_trust
+from pipeline.models.loading import settle_trust
 from pipeline.models.positions import max_positions
 from pipeline.reward import batching, probes
 from pipeline.reward.encoding import CUT, Encoded, check_encoding, encode_response
-from pipeline.reward.loading import external_settings, label_names, load_model, override_settings
+from pipeline.reward.loading import (
+    external_settings,
+    label_names,
+    load_model,
+    load_reward_tokenizer,
+    override_settings,
+)
 from pipeline.reward.settings import RewardSettings
 from pipeline.reward.steps import read_steps
 from pipeline.reward.token_rewards import StepRewards
@@ -79,6 +85,7 @@ class RewardModel:
         precision: str = "fp32",
         device: str | torch.device | None = None,
         model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> "RewardModel":
         """Load a reward artifact, or an external sequence classifier (one without `reward.json`).
@@ -91,20 +98,15 @@ class RewardModel:
           logged.
         - `precision` is that of the weights: "fp32", "bf16" or "fp16".
         - `device` defaults to the GPU if there is one. A quantized model stays where it was loaded.
-        - `model` is the classifier, if it is already in memory.
+        - `model` and `tokenizer` are the classifier and its tokenizer, if they are already in memory. If both
+          are, `source` may be empty.
         - `options` go to `from_pretrained`, such as `revision` and `trust_remote_code`.
 
         Raises `UserError` if `source` is no such checkpoint, or if a label or an encoding field is unknown.
         """
         options = settle_trust(options)
-        settings = RewardSettings.find(str(source), options.get("revision"))
-        tokenizer = load_tokenizer(
-            str(source),
-            generates=False,
-            distinct_pad=False,
-            settle=settings is None or settings.encoding.turn == "template",
-            **options,
-        )
+        settings = RewardSettings.find(str(source), options.get("revision")) if source else None
+        tokenizer = tokenizer or load_reward_tokenizer(str(source), settings, **options)
         if model is None:
             model = load_model(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from pipeline.config import EvaluateStage, TrainedStage, nearest
+from pipeline.config import EvaluateStage, TrainedStage
 from pipeline.config.values import shorten
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
@@ -31,7 +31,7 @@ from pipeline.training import trackers
 from pipeline.training.checkpoints import read_launch
 from pipeline.training.ranges import check_ranges
 from pipeline.training.rehearsal import rehearse
-from pipeline.training.reserved import RESERVED_LORA, check_reserved
+from pipeline.training.reserved import RESERVED_LORA, check_reserved, suggest_name
 
 
 def check_training(
@@ -261,7 +261,8 @@ def _check_section(prefix: str, section: dict[str, Any], cls: type) -> None:
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     for key in section:
         if key not in known:
-            raise UserError(f"{prefix}.{key}: {cls.__name__} has no such key{nearest(key, known)}")
+            hint = suggest_name(key, known, getattr(cls, "TRL_NAMES", {}))
+            raise UserError(f"{prefix}.{key}: {cls.__name__} has no such key{hint}")
     check_ranges(prefix, _convert_section(section, cls, prefix), cls)
 
 

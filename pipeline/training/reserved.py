@@ -5,10 +5,12 @@ was trained.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainingArguments
 
+from pipeline.config import nearest
 from pipeline.errors import UserError
 
 HUB_KEYS = (
@@ -104,6 +106,19 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
+
+
+def suggest_name(name: str, known: Iterable[str], counterparts: dict[str, str]) -> str:
+    """Return the end of a message about an unknown name: what it is called here, or the nearest known name.
+
+    `counterparts` are names of TRL, with values as in `RESERVED`.
+    """
+    if name not in counterparts:
+        return nearest(name, known)
+    reason = counterparts[name].removeprefix("nothing: ")
+    if reason == counterparts[name]:
+        return f"; TRL's {name} is {reason} here"
+    return f"; remove it: {reason}"
 
 
 def _instructions(instead: str) -> str:

@@ -29,13 +29,12 @@ def make(tiny_gpt2, tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"policy": None}, "policy: expected a causal language model, found None"),
-        ({"policy": "gpt2"}, "policy: expected a causal language model, found a str"),
-        ({"reward": None}, "reward: expected a RewardModel, a function or a RewardSource, found None"),
+        ({"policy": None}, "policy: expected a causal language model, its path or its hub id, found None"),
+        ({"policy": 3}, "policy: expected a causal language model, its path or its hub id, found a int"),
+        ({"reward": None}, "reward: expected a RewardModel, .*, a function or a RewardSource, found None"),
         ({"args": {}}, "args: expected a PPOConfig, found a dict"),
-        ({"processing_class": None}, "processing_class: expected the policy's tokenizer, .* found None"),
-        ({"train_dataset": None}, "train_dataset: expected a datasets.Dataset, found None"),
-        ({"train_dataset": ["Hello."]}, "train_dataset: expected a datasets.Dataset, found a list"),
+        ({"processing_class": "a"}, "processing_class: expected the policy's tokenizer, .* found a str"),
+        ({"train_dataset": None}, "train_dataset: expected a datasets.Dataset, .*, found None"),
         ({"train_dataset": PROMPTS.select([])}, "train_dataset: has no rows"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"]})}, "no column 'prompt'; found text"),
         ({"eval_dataset": PROMPTS.select([])}, "eval_dataset: has no rows"),

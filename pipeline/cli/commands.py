@@ -62,6 +62,14 @@ def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
         print(printable(import_module("pipeline.evaluate.summary").summary_table(loaded.folder)))
 
 
+def init(args: argparse.Namespace) -> None:
+    """Write a recipe of one's own, as a copy of another."""
+    from pipeline.tools.init import write_recipe
+
+    files = write_recipe(Path(args.name), args.recipe)
+    print(f"{args.name}: a copy of {args.recipe}: {', '.join(files)}\nnext: rlhf run --recipe {args.name}")
+
+
 def show_config(args: argparse.Namespace) -> None:
     """Print the keys of a stage's config, or its JSON Schema."""
     from pipeline.tools.reference.keys import format_text
@@ -78,12 +86,13 @@ def doctor(args: argparse.Namespace) -> None:
     path = Path(args.config)
     folder = path if path.is_dir() else path.parent
     files = {stage: folder / f"{stage}.yaml" for stage in config.STAGES}
-    checked = [stage for stage, file in files.items() if file.exists()] if path.is_dir() else [path.stem]
+    present = [stage for stage, file in files.items() if config.find_stage_file(file).exists()]
+    checked = present if path.is_dir() else [path.stem]
     if not checked or checked[0] not in config.STAGES:
         names = ", ".join(f"{stage}.yaml" for stage in config.STAGES)
         raise UserError(f"{path}: expected a recipe's folder, or one of its files: {names}")
 
-    known = [stage for stage, file in files.items() if stage in checked or file.exists()]
+    known = [stage for stage in files if stage in checked or stage in present]
     overrides = _split_overrides(args.overrides, checked[-1], known)
     recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
     if "prepare" in recipe:
@@ -155,6 +164,7 @@ def compare(args: argparse.Namespace) -> None:
 # Commands but the stages, which share `run_stage`.
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run_recipe,
+    "init": init,
     "config": show_config,
     "doctor": doctor,
     "show": show,
@@ -168,12 +178,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> list[Any]:
     """Return the configs of a recipe's stages. Raises `UserError`."""
-    folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
-    if not folder.is_dir():
-        raise UserError(
-            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; "
-            f"there are: {', '.join(config.recipes())}"
-        )
+    folder = config.find_recipe(args.recipe)
     overrides = _split_overrides(args.overrides, args.until, stages)
     common = _common_keys(args)
     files = {stage: folder / f"{stage}.yaml" for stage in stages}

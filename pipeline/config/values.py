@@ -4,6 +4,7 @@ A config is published: it is written into config.yaml, the manifest, the report 
 plain data (text, finite numbers, lists and mappings) and holds no credentials.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -45,6 +46,12 @@ def check_server_url(key: str, url: str, server: str) -> str:
             f"a key goes into the environment as {server}_API_KEY, and this URL as {server}_API_URL"
         )
     return url.rstrip("/")
+
+
+def nearest(name: str, known: Any) -> str:
+    """Return `; did you mean …?` for an error message, or an empty string if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def shorten(value: Any, limit: int = 80) -> str:

@@ -22,10 +22,7 @@ ARGUMENTS: dict[str, Any] = {
     "ppo": ppo.arguments_class,
 }
 ROOT = config.RECIPES.parent
-SHIPPED = [path for path in sorted(config.RECIPES.glob("*/*.yaml")) if path.parent.name != "accelerate"]
-
-
-FILES = sorted(path for path in config.RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+FILES = sorted(path for stage in config.STAGES for path in config.RECIPES.rglob(f"{stage}.yaml"))
 
 
 def errors_of(stage: str, text: str) -> list[str]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import BASE_FREE_INITS, StageConfig
 from pipeline.config.evaluate import EvaluateStage
+from pipeline.config.keys import keys_in_sections, known_keys, reads_text
 from pipeline.config.overrides import apply_overrides
 from pipeline.config.parsing import resolve
 from pipeline.config.ppo import PPOStage
@@ -14,7 +15,7 @@ from pipeline.config.prepare import PrepareStage
 from pipeline.config.recipes import RECIPES, find_stage_file, read_stage_file, recipes
 from pipeline.config.reward import RewardStage
 from pipeline.config.sft import SFTStage
-from pipeline.config.values import nearest, shorten
+from pipeline.config.values import explain_text, nearest, shorten
 from pipeline.errors import UserError
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -40,7 +41,7 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
     folder = path.resolve().parent
     values.setdefault("run", f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name)
     values.setdefault("runs", "runs")
-    apply_overrides(values, overrides or [])
+    apply_overrides(values, overrides or [], lambda key: reads_text(STAGES[stage], key))
     values |= {key: value for key, value in common.items() if value is not None}
     try:
         values = resolve(values)
@@ -99,21 +100,17 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "config"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(place[-1], _known_keys(cls, first['loc'][:-1]))}"
+        section = keys_in_sections(cls, cls.stage).get(key) if issubclass(cls, StageConfig) else None
+        close = (
+            f"; did you mean {section!r}?"
+            if section
+            else nearest(place[-1], known_keys(cls, first["loc"][:-1]))
+        )
+        return f"unknown key {key!r}{close}"
     if first["type"] == "missing":
         return f"{key!r} is missing"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    if first["type"] == "string_type" and (problem := explain_text(key, first["input"])):
+        return problem
     return f"{key}={shorten(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _known_keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed at `place` inside `cls`."""
-    schema = cls.model_json_schema()
-    node: Any = schema
-    for part in place:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-        for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
-            if "$ref" in option:
-                node = schema["$defs"][option["$ref"].rsplit("/", 1)[1]]
-    return list(node.get("properties", {}))

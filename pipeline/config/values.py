@@ -5,6 +5,7 @@ plain data (text, finite numbers, lists and mappings) and holds no credentials.
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -58,6 +59,16 @@ def shorten(value: Any, limit: int = 80) -> str:
     """Return the `repr` of a value, at most `limit` characters of it."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def explain_text(key: str, value: Any) -> str:
+    """Return the problem of a key that is text and has a value that YAML reads as something else, or ""."""
+    if value is not None and not isinstance(value, bool | int | float):
+        return ""
+    spelled = json.dumps(value)
+    return (
+        f"{key}={spelled}: expected text, which YAML reads so in quotes: '\"{spelled}\"' on the command line"
+    )
 
 
 def map_text(change: Callable[[str], str], values: Any) -> Any:

@@ -65,7 +65,10 @@ def test_a_recipe_extends_one_of_the_user_which_extends_another() -> None:
         ("", "expected one key, such as extends: demo, found none"),
         ("extends: .", "mine/recipe.yaml: extends itself, by way of ."),
         ("extends: ../base", "base/recipe.yaml: extends itself, by way of ../mine"),
-        ("extends: minilm", "minilm/sft.yaml: no such config file; write it, or name a recipe that has it in"),
+        (
+            "extends: minilm",
+            "minilm/sft.yaml: no such config file; write it, or name a recipe that has it in",
+        ),
     ],
 )
 def test_a_wrong_recipe_file_is_one_line(text: str, expected: str) -> None:

@@ -15,6 +15,7 @@ from pipeline import config
 from pipeline.artifacts.manifest import work_folder
 from pipeline.artifacts.replacing import check_settings
 from pipeline.artifacts.seals import sealed_steps
+from pipeline.cli.overrides import check_overrides, split_overrides
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
 from pipeline.config.values import check_server_url
@@ -40,6 +41,7 @@ def run_recipe(args: argparse.Namespace) -> None:
 
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage from its own config file."""
+    check_overrides(args.overrides, args.command)
     loaded = config.load(args.command, args.config, args.overrides, **_common_keys(args))
     silence_libraries()
     init_process_group()
@@ -93,7 +95,7 @@ def doctor(args: argparse.Namespace) -> None:
         raise UserError(f"{path}: expected a recipe's folder, or one of its files: {names}")
 
     known = [stage for stage in files if stage in checked or stage in present]
-    overrides = _split_overrides(args.overrides, checked[-1], known)
+    overrides = split_overrides(args.overrides, checked[-1], known)
     recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
     if "prepare" in recipe:
         config.check_run(list(recipe.values()))
@@ -105,11 +107,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the state of a run, an artifact and its inputs, or the difference between two."""
+    """Print the state of a run, an artifact and its inputs, the difference of two, or a table."""
     from pipeline.tools.show.show import show_folders
 
-    folders = [Path(folder) for folder in (args.folder, args.other) if folder]
-    print(printable(show_folders(folders, args.verify)))
+    print(printable(show_folders(list(map(Path, args.folders)), args.verify, args.table)))
 
 
 def push(args: argparse.Namespace) -> None:
@@ -179,7 +180,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> list[Any]:
     """Return the configs of a recipe's stages. Raises `UserError`."""
     folder = config.find_recipe(args.recipe)
-    overrides = _split_overrides(args.overrides, args.until, stages)
+    overrides = split_overrides(args.overrides, args.until, stages)
     common = _common_keys(args)
     files = {stage: folder / f"{stage}.yaml" for stage in stages}
     if args.tiny:
@@ -271,24 +272,3 @@ def _select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _common_keys(args: argparse.Namespace) -> dict[str, Any]:
     return {"run": args.run, "seed": args.seed, "force": args.force or None}
-
-
-def _split_overrides(overrides: Sequence[str], last: str, stages: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of each stage.
-
-    `stage.key=value` goes to its stage. A bare `key=value` goes to all stages if all have the key (`runs`),
-    else to the `last` one.
-    """
-    by_stage: dict[str, list[str]] = {stage: [] for stage in stages}
-    for item in overrides:
-        stage, dot, rest = item.partition(".")
-        if item.partition("=")[0] in config.StageConfig.model_fields:
-            for items in by_stage.values():
-                items.append(item)
-        elif dot and stage in config.STAGES:
-            if stage not in by_stage:
-                raise UserError(f"override {item!r}: the run ends with {last!r}, before {stage!r}")
-            by_stage[stage].append(rest)
-        else:
-            by_stage[last].append(item)
-    return by_stage

@@ -40,7 +40,7 @@ EXAMPLES = {
 }
 HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
 _NAMES = " ".join(config.recipes())
-FILES, FOLDERS = ("config", "input", "output"), ("folder", "other", "reward", "policy", "reads")
+FILES, FOLDERS = ("config", "input", "output"), ("folder", "folders", "reward", "policy", "reads")
 COMPLETIONS: dict[str, Any] = {
     **dict.fromkeys(FILES, shtab.FILE),
     **dict.fromkeys(FOLDERS, shtab.DIRECTORY),
@@ -220,9 +220,18 @@ def _add_config(commands: Any) -> None:
 
 
 def _add_show(commands: Any) -> None:
-    show = commands.add_parser("show", help="print the state of a run, an artifact, or the difference of two")
-    show.add_argument("folder", help="a run, such as runs/demo, or a stage's folder in it")
-    show.add_argument("other", nargs="?", help="a second run or folder to compare with")
+    show = commands.add_parser(
+        "show", help="print the state of a run, an artifact, the difference of two, or a table"
+    )
+    show.add_argument(
+        "folders",
+        nargs="+",
+        metavar="folder",
+        help="a run, such as runs/demo, or a stage's folder in it; two are compared, more make a table",
+    )
+    show.add_argument(
+        "--table", action="store_true", help="a table also of one or two, with means of runs over seeds"
+    )
     show.add_argument(
         "--verify", action="store_true", help="hash every file again, even if size and time are unchanged"
     )

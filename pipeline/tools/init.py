@@ -21,7 +21,9 @@ def write_recipe(folder: Path, source: str) -> list[str]:
     """
     name = folder.resolve().name
     if name in recipes():
-        raise UserError(f"init {folder}: is the name of a shipped recipe, which it would hide; choose another")
+        raise UserError(
+            f"init {folder}: is the name of a shipped recipe, which it would hide; choose another"
+        )
     if not RUN_NAME.fullmatch(name):
         raise UserError(
             f"init {folder}: {name!r} cannot be the name of a run; expected letters, digits, _, . and -"

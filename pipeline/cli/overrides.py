@@ -1,7 +1,7 @@
 """Give each `key=value` of a command line to its stage, and name the key in full if it was not."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pipeline import config
 from pipeline.config.keys import keys_in_sections
@@ -40,7 +40,7 @@ def check_overrides(overrides: Sequence[str], stage: str) -> None:
         _require_key(item, item, stage, [rest] if is_prefixed else _full_keys(item, stage))
 
 
-def _require_key(item: str, override: str, stage: str, full: Iterable[str]) -> None:
+def _require_key(item: str, override: str, stage: str, full: Sequence[str]) -> None:
     """Raise `UserError` if `stage` does not have the key, and `full` are what may have been meant."""
     name = _first_part(override)
     if full and name not in config.STAGES[stage].model_fields:

@@ -47,11 +47,23 @@ def per_page(find):
     return [pytest.param(thing, id=f"{page}: {thing}") for thing, page in first.items()]
 
 
+LOOP = re.compile(r"^for (\w+) in (.*); do\n(.*?)^done$", re.M | re.S)
+
+
+def expand_loops(text):
+    """Replace each shell loop by its commands, once for each value."""
+    while loop := LOOP.search(text):
+        name, values, body = loop.groups()
+        turns = "".join(body.replace(f"${name}", value) for value in values.split())
+        text = text[: loop.start()] + turns + text[loop.end() :]
+    return text
+
+
 def commands_of(page):
     return [
-        line
+        line.strip()
         for text in blocks(page, "bash")
-        for line in text.splitlines()
+        for line in expand_loops(text).splitlines()
         if line and not line.startswith("#")
     ]
 
@@ -91,9 +103,22 @@ def test_each_command_is_understood(command):
     assert parse(arguments).command == arguments[0]
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with the checkout's configs, and with the recipes that the pages write."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in {c for page in PAGES for c in commands_of(page) if c.startswith("rlhf init ")}:
+            assert main(arguments_of(command)) == 0
+    return folder
+
+
 @pytest.mark.parametrize("command", per_page(lambda page: filter(is_dry_runnable, commands_of(page))))
-def test_each_stage_accepts_its_settings(command, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_each_stage_accepts_its_settings(command, checkout, capsys, monkeypatch):
+    monkeypatch.chdir(checkout)
     arguments = arguments_of(command)
     assert main([*arguments, *(["--dry-run"] if "--dry-run" not in arguments else [])]) == 0
     assert "would write runs/" in capsys.readouterr().out
@@ -127,6 +152,19 @@ def test_each_command_in_a_sentence_exists(command):
 def test_each_script_exists(command):
     words = words_of(command)
     assert (ROOT / words[words[0] == "python"]).is_file()
+
+
+def test_the_loops_of_the_pages_are_shell(tmp_path):
+    """bash runs the commands into which `commands_of` expands a loop."""
+    loops = [text for page in PAGES for text in blocks(page, "bash") if LOOP.search(text)]
+    assert loops
+    for text in loops:
+        script = f'rlhf() {{ echo "rlhf $*"; }}\n{text}'
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        expanded = [" ".join(line.split()) for line in expand_loops(text).splitlines() if line]
+        assert done.stdout.splitlines() == expanded
 
 
 def test_a_bare_make_lists_the_targets():

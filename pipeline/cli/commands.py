@@ -15,6 +15,7 @@ from pipeline import config
 from pipeline.artifacts.manifest import work_folder
 from pipeline.artifacts.replacing import check_settings
 from pipeline.artifacts.seals import sealed_steps
+from pipeline.cli.overrides import check_overrides, split_overrides
 from pipeline.cli.parser import build_parser
 from pipeline.cli.quiet import silence_libraries
 from pipeline.config.values import check_server_url
@@ -43,6 +44,7 @@ def run_recipe(args: argparse.Namespace) -> None:
 
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage from its own config file."""
+    check_overrides(args.overrides, args.command)
     loaded = config.load(args.command, args.config, args.overrides, **_common_keys(args))
     silence_libraries()
     init_process_group()
@@ -65,6 +67,14 @@ def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
         print(printable(import_module("pipeline.evaluate.summary").summary_table(loaded.folder)))
 
 
+def init(args: argparse.Namespace) -> None:
+    """Write a recipe of one's own, as a copy of another."""
+    from pipeline.tools.init import write_recipe
+
+    files = write_recipe(Path(args.name), args.recipe)
+    print(f"{args.name}: a copy of {args.recipe}: {', '.join(files)}\nnext: rlhf run --recipe {args.name}")
+
+
 def show_config(args: argparse.Namespace) -> None:
     """Print the keys of a stage's config, or its JSON Schema."""
     from pipeline.tools.reference.keys import format_text
@@ -81,13 +91,14 @@ def doctor(args: argparse.Namespace) -> None:
     path = Path(args.config)
     folder = path if path.is_dir() else path.parent
     files = {stage: folder / f"{stage}.yaml" for stage in config.STAGES}
-    checked = [stage for stage, file in files.items() if file.exists()] if path.is_dir() else [path.stem]
+    present = [stage for stage, file in files.items() if config.find_stage_file(file).exists()]
+    checked = present if path.is_dir() else [path.stem]
     if not checked or checked[0] not in config.STAGES:
         names = ", ".join(f"{stage}.yaml" for stage in config.STAGES)
         raise UserError(f"{path}: expected a recipe's folder, or one of its files: {names}")
 
-    known = [stage for stage, file in files.items() if stage in checked or file.exists()]
-    overrides = _split_overrides(args.overrides, checked[-1], known)
+    known = [stage for stage in files if stage in checked or stage in present]
+    overrides = split_overrides(args.overrides, checked[-1], known)
     recipe = {stage: config.load(stage, files[stage], overrides[stage], run=args.run) for stage in known}
     needed, skipped = config.load_run(known, recipe.__getitem__)
     config.check_run(list(needed.values()))
@@ -99,11 +110,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the state of a run, an artifact and its inputs, or the difference between two."""
+    """Print the state of a run, an artifact and its inputs, the difference of two, or a table."""
     from pipeline.tools.show.show import show_folders
 
-    folders = [Path(folder) for folder in (args.folder, args.other) if folder]
-    print(printable(show_folders(folders, args.verify)))
+    print(printable(show_folders(list(map(Path, args.folders)), args.verify, args.table)))
 
 
 def push(args: argparse.Namespace) -> None:
@@ -158,6 +168,7 @@ def compare(args: argparse.Namespace) -> None:
 # Commands but the stages, which share `run_stage`.
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run_recipe,
+    "init": init,
     "config": show_config,
     "doctor": doctor,
     "show": show,
@@ -174,13 +185,8 @@ def _load_recipe(args: argparse.Namespace, stages: Sequence[str]) -> tuple[dict[
 
     Raises `UserError`.
     """
-    folder = Path(args.recipe) if Path(args.recipe).is_dir() else config.RECIPES / args.recipe
-    if not folder.is_dir():
-        raise UserError(
-            f"--recipe {args.recipe}: no such recipe{config.nearest(args.recipe, config.recipes())}; "
-            f"there are: {', '.join(config.recipes())}"
-        )
-    overrides = _split_overrides(args.overrides, args.until, stages)
+    folder = config.find_recipe(args.recipe)
+    overrides = split_overrides(args.overrides, args.until, stages)
     common = _common_keys(args)
     if args.tiny and args.run is None and not any(item.startswith("run=") for item in args.overrides):
         common["run"] = f"{folder.resolve().name}-tiny"
@@ -211,7 +217,7 @@ def _explain_reward(folder: Path, load: Callable[[str], Any]) -> dict[str, str]:
     if ppo.reads("reward"):
         return {}
     reason = config.explain_unread("reward", [ppo])
-    if not (folder / "reward.yaml").exists():
+    if not config.find_stage_file(folder / "reward.yaml").exists():
         raise UserError(
             f"--until reward: {folder} has no reward.yaml, and {reason}: there is no reward model to train; "
             "end with --until ppo"
@@ -302,24 +308,3 @@ def _select(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _common_keys(args: argparse.Namespace) -> dict[str, Any]:
     return {"run": args.run, "seed": args.seed, "force": args.force or None}
-
-
-def _split_overrides(overrides: Sequence[str], last: str, stages: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of each stage.
-
-    `stage.key=value` goes to its stage. A bare `key=value` goes to all stages if all have the key (`runs`),
-    else to the `last` one.
-    """
-    by_stage: dict[str, list[str]] = {stage: [] for stage in stages}
-    for item in overrides:
-        stage, dot, rest = item.partition(".")
-        if item.partition("=")[0] in config.StageConfig.model_fields:
-            for items in by_stage.values():
-                items.append(item)
-        elif dot and stage in config.STAGES:
-            if stage not in by_stage:
-                raise UserError(f"override {item!r}: the run ends with {last!r}, before {stage!r}")
-            by_stage[stage].append(rest)
-        else:
-            by_stage[last].append(item)
-    return by_stage

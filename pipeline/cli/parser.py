@@ -20,6 +20,7 @@ EPILOG = """examples:
 exit codes: 0 done, 1 the machine or a library failed, 2 a mistake of the user, 130 interrupted"""
 EXAMPLES = {
     "run": "rlhf run --recipe demo --run short --until reward reward.training.max_steps=100",
+    "init": "rlhf init mine --from demo",
     "prepare": "rlhf prepare --config configs/smollm2/prepare.yaml source.path=pairs.jsonl",
     "sft": "rlhf sft --config configs/demo/sft.yaml training.learning_rate=1e-3 --force",
     "reward": "rlhf reward --config configs/demo/reward.yaml objective=plackett_luce --force",
@@ -39,7 +40,7 @@ EXAMPLES = {
 }
 HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
 _NAMES = " ".join(config.recipes())
-FILES, FOLDERS = ("config", "input", "output"), ("folder", "other", "reward", "policy", "reads")
+FILES, FOLDERS = ("config", "input", "output"), ("folder", "folders", "reward", "policy", "reads")
 COMPLETIONS: dict[str, Any] = {
     **dict.fromkeys(FILES, shtab.FILE),
     **dict.fromkeys(FOLDERS, shtab.DIRECTORY),
@@ -70,13 +71,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; overrides may come anywhere among the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    is_run = args.command == "run"
     if unknown := [
-        item for item in rest if item.startswith("-") or "=" not in item or "overrides" not in args
+        item
+        for item in rest
+        if item.startswith("-") or "overrides" not in args or not (is_run or "=" in item)
     ]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides += rest
+    if is_run:
+        _read_recipe(parser, args)
     return args
+
+
+def _read_recipe(parser: Parser, args: argparse.Namespace) -> None:
+    """Read a word without `=` in place of an override as the recipe: `rlhf run demo`."""
+    names = [item for item in args.overrides if "=" not in item]
+    args.overrides = [item for item in args.overrides if "=" in item]
+    names += [args.recipe] if args.recipe is not None else []
+    if len(set(names)) > 1:
+        parser.error(f"run: expected one recipe, found {', '.join(names)}; an override is key=value")
+    args.recipe = names[0] if names else "demo"
 
 
 def build_parser() -> Parser:
@@ -97,6 +113,7 @@ def build_parser() -> Parser:
     _add_stages(commands)
     _add_doctor(commands)
     _add_overrides(commands)
+    _add_init(commands)
     _add_config(commands)
     _add_show(commands)
     _add_push(commands)
@@ -114,7 +131,9 @@ def _add_stages(commands: Any) -> None:
     """Add `run` and a command for each stage."""
     description = f"Recipes in {config.RECIPES}: {', '.join(config.recipes())}."
     run = commands.add_parser("run", help="run every stage of a recipe", description=description)
-    run.add_argument("--recipe", default="demo", help="name of a recipe, or path of a folder (default: demo)")
+    run.add_argument(
+        "--recipe", help="name of a recipe, or path of a folder (default: demo); `rlhf run demo` works too"
+    )
     run.add_argument("--tiny", action="store_true", help="use a small model and the demo world's feedback")
     run.add_argument(
         "--until", default="evaluate", choices=list(config.STAGES), metavar="STAGE", help="last stage to run"
@@ -159,9 +178,27 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_overrides(commands: Any) -> None:
     """Add the options of all commands that load configs, which are those added before."""
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         command.add_argument("--run", help="name of the run (default: the recipe's)")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+        overrides = command.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+        if name == "run":  # the recipe may come among them
+            overrides.complete = COMPLETIONS["recipe"]
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a recipe of your own, as a copy of another",
+        description="Copy a recipe to a new folder, to change its files and to run it by the folder's name.",
+    )
+    init.add_argument("name", metavar="NAME", help="folder to write, in this folder or by its path")
+    init.add_argument(
+        "--from",
+        dest="recipe",
+        default="demo",
+        metavar="RECIPE",
+        help=f"recipe to copy, by name or path (default: demo); shipped: {', '.join(config.recipes())}",
+    )
 
 
 def _add_config(commands: Any) -> None:
@@ -183,9 +220,18 @@ def _add_config(commands: Any) -> None:
 
 
 def _add_show(commands: Any) -> None:
-    show = commands.add_parser("show", help="print the state of a run, an artifact, or the difference of two")
-    show.add_argument("folder", help="a run, such as runs/demo, or a stage's folder in it")
-    show.add_argument("other", nargs="?", help="a second run or folder to compare with")
+    show = commands.add_parser(
+        "show", help="print the state of a run, an artifact, the difference of two, or a table"
+    )
+    show.add_argument(
+        "folders",
+        nargs="+",
+        metavar="folder",
+        help="a run, such as runs/demo, or a stage's folder in it; two are compared, more make a table",
+    )
+    show.add_argument(
+        "--table", action="store_true", help="a table also of one or two, with means of runs over seeds"
+    )
     show.add_argument(
         "--verify", action="store_true", help="hash every file again, even if size and time are unchanged"
     )

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from pipeline.errors import as_line
 
@@ -37,9 +39,15 @@ def silence_libraries() -> None:
     import datasets
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_tqdm_hook(_clear_at_end)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
+
+
+def _clear_at_end(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Make a progress bar of transformers that is cleared when it ends: each load and save has one."""
+    return bar(*args, **options | {"leave": False})
 
 
 def _drop(logger: str, message: str) -> None:

@@ -7,13 +7,15 @@ offered the nearest name. Imports no torch, so a typo fails at once.
 
 from pipeline.config.base import BASE_FREE_INITS, PolicyStage, Scratch, StageConfig, TrainedStage
 from pipeline.config.evaluate import EvaluateStage
-from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, nearest, recipes, validate
+from pipeline.config.loading import STAGES, check_run, load, validate
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
+from pipeline.config.recipes import PACKAGE, RECIPES, find_recipe, find_stage_file, recipes
 from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
 from pipeline.config.rollouts import EngineSection, RolloutsSection
 from pipeline.config.runs import explain_unread, load_run
 from pipeline.config.sft import SFTStage
+from pipeline.config.values import nearest
 
 __all__ = [
     "BASE_FREE_INITS",
@@ -36,6 +38,8 @@ __all__ = [
     "TrainedStage",
     "check_run",
     "explain_unread",
+    "find_recipe",
+    "find_stage_file",
     "load",
     "load_run",
     "nearest",

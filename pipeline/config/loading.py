@@ -1,7 +1,5 @@
 """Load a stage's config: YAML plus `key=value` overrides in, a validated object out."""
 
-import difflib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +7,16 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import BASE_FREE_INITS, StageConfig
 from pipeline.config.evaluate import EvaluateStage
+from pipeline.config.keys import keys_in_sections, known_keys, reads_text
 from pipeline.config.overrides import apply_overrides
-from pipeline.config.parsing import parse_text, resolve
+from pipeline.config.parsing import resolve
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage
+from pipeline.config.recipes import RECIPES, find_stage_file, read_stage_file, recipes
 from pipeline.config.reward import RewardStage
 from pipeline.config.sft import SFTStage
-from pipeline.config.values import map_text, shorten
-from pipeline.errors import UserError, one_line
+from pipeline.config.values import explain_text, nearest, shorten
+from pipeline.errors import UserError
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareStage,
@@ -25,26 +25,23 @@ STAGES: dict[str, type[StageConfig]] = {
     "ppo": PPOStage,
     "evaluate": EvaluateStage,
 }
-MAX_CHARACTERS = 2**20  # of a config file
-PACKAGE = Path(__file__).resolve().parent.parent
-IN_WHEEL, IN_CHECKOUT = PACKAGE / "configs", PACKAGE.parent / "configs"
-RECIPES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
 
 
 def load(stage: str, file: str | Path, overrides: list[str] | None = None, **common: Any) -> Any:
     """Return the config of `stage` from a YAML file, `key=value` overrides and `common`.
 
     Each takes precedence over the one before. `common` holds run, seed and force; None is ignored. The run
-    defaults to the name of the file's folder. Raises `UserError`.
+    defaults to the name of the file's folder. A file that does not exist is that of the recipe which the
+    recipe.yaml in its folder extends. Raises `UserError`.
     """
     path = Path(file)
     if not path.exists() and str(file) in recipes():
         raise UserError(f"{path}: no such config file; did you mean --config configs/{file}/{stage}.yaml?")
-    values = _read(path)
+    values = read_stage_file(path)
     folder = path.resolve().parent
     values.setdefault("run", f"{folder.parent.name}-tiny" if folder.name == "tiny" else folder.name)
     values.setdefault("runs", "runs")
-    apply_overrides(values, overrides or [])
+    apply_overrides(values, overrides or [], lambda key: reads_text(STAGES[stage], key))
     values |= {key: value for key, value in common.items() if value is not None}
     try:
         values = resolve(values)
@@ -52,7 +49,7 @@ def load(stage: str, file: str | Path, overrides: list[str] | None = None, **com
         raise UserError(f"{path}: {error}") from None
 
     config = validate(STAGES[stage], values, str(path))
-    config._recipe_folder = path.parent
+    config._recipe_folder = find_stage_file(path).parent
     is_recipe = not (path.parent / "manifest.json").exists()  # else it is an artifact's resolved config
     if is_recipe:
         config._recipe = folder.name if folder.parent == RECIPES else str(path.parent)
@@ -97,76 +94,23 @@ def validate(cls: type[BaseModel], values: Any, where: str) -> Any:
         raise UserError(f"{where}: {_explain(cls, error)}") from None
 
 
-def nearest(name: str, known: Any) -> str:
-    """Return `; did you mean …?` for an error message, or an empty string if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def recipes() -> list[str]:
-    """Return the names of the shipped recipes: the folders that bring a prepare.yaml."""
-    if not RECIPES.is_dir():
-        return []
-    return sorted(folder.name for folder in RECIPES.iterdir() if (folder / "prepare.yaml").exists())
-
-
-def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file, merged over the file that its key `extends` names; `${recipe}` is its folder."""
-    if path.resolve() in extending:
-        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, extending))}")
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        values = parse_text(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
-
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{path}: has more than {MAX_CHARACTERS:,} characters; expected a config file")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found a {type(values).__name__}")
-    folder = os.path.relpath(path.parent)
-    values = map_text(lambda value: value.replace("${recipe}", folder), values)
-    extended = values.pop("extends", None)
-    if extended is None:
-        return values
-    if not isinstance(extended, str) or not extended.isprintable():
-        raise UserError(f"{path}: extends={shorten(extended)}: expected the path of a config file")
-    return _merge(_read(path.parent / extended, (*extending, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `values` over it; a section merges with a section."""
-    merged = dict(base)
-    for key, value in values.items():
-        is_section = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if is_section else value
-    return merged
-
-
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     """Return one mistake in one line, an unknown key first: it is often the missing one misspelt."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     key = ".".join(place) or "config"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(place[-1], _known_keys(cls, first['loc'][:-1]))}"
+        section = keys_in_sections(cls, cls.stage).get(key) if issubclass(cls, StageConfig) else None
+        close = (
+            f"; did you mean {section!r}?"
+            if section
+            else nearest(place[-1], known_keys(cls, first["loc"][:-1]))
+        )
+        return f"unknown key {key!r}{close}"
     if first["type"] == "missing":
         return f"{key!r} is missing"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    if first["type"] == "string_type" and (problem := explain_text(key, first["input"])):
+        return problem
     return f"{key}={shorten(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _known_keys(cls: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed at `place` inside `cls`."""
-    schema = cls.model_json_schema()
-    node: Any = schema
-    for part in place:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-        for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
-            if "$ref" in option:
-                node = schema["$defs"][option["$ref"].rsplit("/", 1)[1]]
-    return list(node.get("properties", {}))

@@ -1,10 +1,10 @@
 """`key=value` overrides: parse them, and set them in the plain data of a config file."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.config.parsing import parse_value
+from pipeline.config.parsing import parse_value, spell_as_typed
 from pipeline.config.values import MAX_DEPTH, shorten
 from pipeline.errors import UserError
 
@@ -12,14 +12,18 @@ KEY = re.compile(r"[\w-]+(\.[\w-]+|\[\d+\])*")
 NUMBER = re.compile(r"-?\d+")
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], reads_text: Callable[[list[str]], bool] | None = None
+) -> None:
     """Set each `key=value` in `values`, in order. Raises `UserError`.
 
     A dot separates a section from its key, and a list from the number of its item, which may be left out if
-    the list has one.
+    the list has one. A value that `reads_text` says is text stays as it was typed, such as `true` or `1e5`.
     """
     for override in overrides:
         path, value = _parse_override(override)
+        if reads_text and reads_text(path):
+            value = spell_as_typed(value, override.partition("=")[2])
         try:
             _set(values, path, value)
         except ValueError as error:

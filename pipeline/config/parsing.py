@@ -38,6 +38,17 @@ def parse_value(text: str) -> Any:
         raise ValueError(_explain(error)) from None
 
 
+def spell_as_typed(value: Any, text: str) -> Any:
+    """Return the value that `text` spells, with each number, true and false as the text that was typed."""
+
+    def spell(value: Any, typed: Any) -> Any:
+        if isinstance(value, list) and isinstance(typed, list):
+            return [spell(*pair) for pair in zip(value, typed, strict=True)]
+        return typed if isinstance(value, bool | int | float) else value
+
+    return spell(value, yaml.load(text, yaml.BaseLoader))
+
+
 def _spell_on(values: Any) -> Any:
     """Return plain data whose keys `on` are text again: YAML 1.1 reads them as true."""
     if isinstance(values, dict):

@@ -4,6 +4,8 @@ A config is published: it is written into config.yaml, the manifest, the report 
 plain data (text, finite numbers, lists and mappings) and holds no credentials.
 """
 
+import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -47,10 +49,26 @@ def check_server_url(key: str, url: str, server: str) -> str:
     return url.rstrip("/")
 
 
+def nearest(name: str, known: Any) -> str:
+    """Return `; did you mean …?` for an error message, or an empty string if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def shorten(value: Any, limit: int = 80) -> str:
     """Return the `repr` of a value, at most `limit` characters of it."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def explain_text(key: str, value: Any) -> str:
+    """Return the problem of a key that is text and has a value that YAML reads as something else, or ""."""
+    if value is not None and not isinstance(value, bool | int | float):
+        return ""
+    spelled = json.dumps(value)
+    return (
+        f"{key}={spelled}: expected text, which YAML reads so in quotes: '\"{spelled}\"' on the command line"
+    )
 
 
 def map_text(change: Callable[[str], str], values: Any) -> Any:

@@ -12,7 +12,9 @@ token of its `completion_ids`, or `StepRewards`.
 """
 
 import operator
+import os
 import statistics
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -173,12 +175,19 @@ def _weighted_sum(
 
 
 def import_function(spec: str) -> RewardFunction:
-    """Import the function named `module:function`. Raises `UserError` if there is no such function."""
+    """Import the function named `module:function`. Raises `UserError` if there is no such function.
+
+    The module may be in the working folder, which is searched last: there it hides no library.
+    """
     module, _, name = spec.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{spec}: {error}; expected module:function on the Python path") from error
+        raise UserError(
+            f"{spec}: {error}; expected module:function in the working folder or on the Python path"
+        ) from error
     except Exception as error:  # the module is the user's code
         raise UserError(f"{spec}: cannot be imported: {describe_failure(error)}") from error
     if not callable(function):

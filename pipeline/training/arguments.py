@@ -21,7 +21,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import EvaluateStage, TrainedStage
-from pipeline.config.values import shorten
+from pipeline.config.values import explain_text, shorten
 from pipeline.distributed.launch import sharding_type, unsupported_sharding
 from pipeline.distributed.processes import world_size
 from pipeline.distributed.sharding import disable_zero3_init
@@ -277,8 +277,9 @@ def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training
         try:
             converted[key] = _convert(hints[key], value, key.endswith("_strategy"))
         except ValidationError as error:
-            message = error.errors()[0]["msg"].lower()
-            raise UserError(f"{prefix}.{key}={shorten(value)}: {message}") from None
+            first = error.errors()[0]
+            problem = explain_text(f"{prefix}.{key}", value) if first["type"] == "string_type" else ""
+            raise UserError(problem or f"{prefix}.{key}={shorten(value)}: {first['msg'].lower()}") from None
         except Exception:  # pydantic has no schema for the hint; the class itself checks the value
             converted[key] = value
         if isinstance(value, bool) and type(converted[key]) in (int, float):

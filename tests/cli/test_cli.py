@@ -1,6 +1,7 @@
 """Exit codes, and one line instead of a traceback."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 
 from pipeline import cli, config
 from pipeline.cli import commands
+from pipeline.cli.parser import parse
+from pipeline.cli.quiet import silence_libraries
 from pipeline.errors import Stopped, UserError
 
 DEMO = config.RECIPES / "demo"
@@ -75,7 +78,22 @@ def stage(name: str, *argv: str) -> tuple[str, ...]:
         (stage("sft", "max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (("run", "sft.max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (stage("sft", "max_length"), "override 'max_length': expected key=value"),
-        (("run", "max_length"), "override 'max_length': expected key=value"),
+        (("run", "dmo"), "--recipe dmo: no such recipe; did you mean 'demo'?"),
+        (
+            ("run", "reward.learning_rate=1e-4"),
+            "override 'reward.learning_rate=1e-4': reward has no key 'learning_rate'; "
+            "type reward.training.learning_rate=1e-4",
+        ),
+        (("run", "--until", "ppo", "r=4"), "ppo has no key 'r'; type sft.lora.r=4 or reward.lora.r=4"),
+        (("run", "max_length=5"), "evaluate has no key 'max_length'; type sft.max_length=5 or reward."),
+        (("run", "training.max_steps=5"), "type sft.training.max_steps=5 or reward.training.max_steps=5 or"),
+        (("run", "prepare.path=a.csv"), "prepare has no key 'path'; type prepare.source.path=a.csv"),
+        (stage("reward", "max_steps=5"), "reward has no key 'max_steps'; type training.max_steps=5"),
+        (stage("sft", "sft.max_length=5"), "sft has no key 'sft'; type max_length=5"),
+        (
+            stage("sft", "training.run_name=2024"),
+            "training.run_name=2024: expected text, which YAML reads so in quotes: '\"2024\"' on the",
+        ),
         (
             ("run", "--until", "sft", "reward.max_length=5"),
             "override 'reward.max_length=5': the run ends with 'sft', before 'reward'",
@@ -245,6 +263,21 @@ def test_overrides_go_to_the_stage_they_name_and_bare_ones_to_the_last(
     assert sft.training["max_steps"] != 7
 
 
+@pytest.mark.parametrize(
+    "argv", [("demo",), ("--recipe", "demo"), (str(DEMO),), ("--seed", "1", "demo"), ("run=a", "demo")]
+)
+def test_a_bare_word_of_run_is_the_recipe(argv: tuple[str, ...]) -> None:
+    args = parse(["run", *argv])
+    assert args.recipe in ("demo", str(DEMO))
+    assert args.overrides == [item for item in argv if "=" in item]
+
+
+def test_run_takes_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["run", "--recipe", "demo", "sums", "seed=1"])
+    assert "run: expected one recipe, found sums, demo; an override is key=value" in capsys.readouterr().err
+
+
 def test_what_is_common_to_all_stages_goes_to_all_and_options_may_stand_between(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -352,3 +385,32 @@ def test_it_starts_without_torch(argv: tuple[str, ...], tiny_records: Path, tiny
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stderr == "0 []\n"
     assert done.stdout
+
+
+def test_a_file_in_the_working_folder_hides_no_library_from_the_module(tmp_path: Path) -> None:
+    """`python -m` has the folder first in its path, and `accelerate launch -m` starts that."""
+    (tmp_path / "shtab.py").write_text("raise SystemExit('this is no library')")
+    environment = os.environ | {"PYTHONPATH": str(config.RECIPES.parent)}
+    argv = [sys.executable, "-m", "pipeline", "completion", "bash"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "_shtab_rlhf" in done.stdout
+
+
+def test_the_bars_of_transformers_leave_nothing_behind() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.set_tqdm_hook(None)
+    try:
+        silence_libraries()
+        terminal = io.StringIO()
+        transformers_logging.enable_progress_bar()
+        for _ in transformers_logging.tqdm(range(3), desc="Loading weights", file=terminal, ncols=60):
+            pass
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+        transformers_logging.disable_progress_bar()
+    written = terminal.getvalue()
+    assert "Loading weights" in written
+    assert "\n" not in written
+    assert written.endswith("\r")
+    assert not written.split("\r")[-2].strip()

@@ -64,10 +64,13 @@ def test_help_is_torch_free():
         (["re"], {"reward"}),
         (["best"], {"best-of-n"}),
         (["run", "--recipe", "di"], {"distilbert-ranked"}),
+        (["run", "di"], {"distilbert-ranked"}),
         (["run", "--until", "e"], {"evaluate"}),
+        (["init", "mine", "--from", "sm"], {"smollm2"}),
         (["ppo", "--conf"], {"--config"}),
         (["ppo", "--config", "mi"], {"mine.yaml"}),
         (["show", "ru"], {"runs"}),
+        (["show", "runs", "ru"], {"runs"}),
     ],
 )
 def test_bash_completes(typed, offered, tmp_path, capsys):

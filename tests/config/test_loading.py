@@ -37,7 +37,11 @@ VALUES = [
     "{a: " * 300, "x" * 5_000, "[" + "1, " * 3000 + "1]", "ok", "scratch", "a=b", "=", "<<: x",
     "{<<: {a: 1}}", "\t", "\r", "\x1b[31m", "é", "demo", "steps",
 ]  # fmt: skip
-FILES = [config.RECIPES / name / f"{stage}.yaml" for name in RECIPES for stage in config.STAGES]
+FILES = [
+    config.find_stage_file(config.RECIPES / name / f"{stage}.yaml")
+    for name in RECIPES
+    for stage in config.STAGES
+]
 
 
 def mutate(rng: random.Random, text: str) -> str:

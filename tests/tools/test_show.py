@@ -214,6 +214,79 @@ def test_what_cannot_be_compared(
     assert "expected two runs, or two artifacts of one stage" in capsys.readouterr().err
 
 
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two KL coefficients with two seeds each, a run without ppo, and a second run of one seed."""
+    for kl, seed, gold, tokens in (
+        (1, 0, 0.25, 20.0),
+        (1, 1, 0.75, 22.0),
+        (2, 0, 0.5, 10.0),
+        (2, 1, 0.5, 12.5),
+    ):
+        name = tmp_path / f"kl-{kl}-{seed}"
+        made(name, "sft", {"eval_loss": 0.5}, seed=seed)
+        made(name, "reward", {"comparisons": {"accuracy": 0.5 + seed / 4}}, "sft", seed=seed)
+        metrics = {"eval_gold_reward": gold, "eval_response_tokens": tokens}
+        made(name, "ppo", metrics, "sft", "reward", seed=seed, training={"kl_coef": float(kl)})
+    made(tmp_path / "kl-3", "reward", {"comparisons": {"accuracy": 1.0}})
+    shutil.copytree(tmp_path / "kl-1-1", tmp_path / "kl-1-1-again")
+    return tmp_path
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in table.splitlines()]
+
+
+def test_more_runs_are_a_table_with_means_over_seeds(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sweep)
+    names = ["kl-1-0", "kl-1-1", "kl-2-0", "kl-2-1", "kl-3", "kl-1-1-again"]
+    assert main(["show", *names]) == 0
+    runs, means = capsys.readouterr().out.rstrip().split("\n\n")
+    assert cells_of(runs) == [
+        ["reward", "ppo"],
+        ["run", "accuracy", "gold reward", "tokens"],
+        ["kl-1-0", "0.5", "0.25", "20"],
+        ["kl-1-1", "0.75", "0.75", "22"],
+        ["kl-2-0", "0.5", "0.5", "10"],
+        ["kl-2-1", "0.75", "0.5", "12.5"],
+        ["kl-3", "1", "–", "–"],
+        ["kl-1-1-again", "0.75", "0.75", "22"],
+    ]
+    assert cells_of(means) == [  # of two values, a standard deviation is their difference by √2
+        ["reward", "ppo"],
+        ["mean ± standard deviation over seeds", "n", "accuracy", "gold reward", "tokens"],
+        ["kl-1-*", "2", "0.625 ± 0.18", "0.5 ± 0.35", "21 ± 1.4"],
+        ["kl-2-*", "2", "0.625 ± 0.18", "0.5 ± 0", "11.25 ± 1.8"],
+    ]
+
+
+def test_a_table_of_two_and_of_one_stage(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sweep)
+    assert main(["show", "--table", "kl-1-0/reward", "kl-2-1/reward"]) == 0
+    runs, means = capsys.readouterr().out.rstrip().split("\n\n")
+    assert cells_of(runs)[1:] == [["run", "accuracy"], ["kl-1-0/reward", "0.5"], ["kl-2-1/reward", "0.75"]]
+    assert cells_of(means)[2] == ["kl-*", "2", "0.625 ± 0.18"]
+    (sweep / "kl-1-0" / "ppo" / "model.safetensors").write_text("something else")
+    assert main(["show", "--table", "kl-1-0"]) == 0
+    assert "\n\nkl-1-0/ppo: altered, model.safetensors was altered" in capsys.readouterr().out
+
+
+def test_a_name_is_a_run_in_runs(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = run.parent / "place"
+    (place / "runs").mkdir(parents=True)
+    run.rename(place / "runs" / "a")
+    (place / "a").mkdir()  # a recipe of this name
+    monkeypatch.chdir(place)
+    assert main(["show", "a"]) == 0
+    assert capsys.readouterr().out.startswith("runs/a: ")
+
+
 def test_ages_and_sizes() -> None:
     ages = {
         None: "",

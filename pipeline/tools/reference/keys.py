@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.config.loading import STAGES, nearest
+from pipeline.config import STAGES, nearest
 from pipeline.errors import UserError
 from pipeline.tools.reference.schemas import ARGUMENTS, DOCUMENTATION, Schema, describe_stage
 
@@ -19,12 +19,18 @@ A recipe has one YAML file per stage, and these are its keys. `rlhf config STAGE
 `rlhf config STAGE KEY` prints one. On the command line, `key=value` overrides a key: `training.kl_coef=0.1`.
 An unknown key is an error.
 
-- `extends: ../demo/ppo.yaml` merges the file over another one.
-- `${key}` is the value of another key, and `${recipe}` is the folder of the file. `${oc.env:NAME}` is
-  refused, and so is a password or a token: a config is published with its artifact. Libraries read `HF_TOKEN`
-  and `WANDB_API_KEY` from the environment, and a served reward model's key is `REWARD_API_KEY`.
+- `extends: demo` merges the file over the same stage's file of that recipe, a shipped one or a folder's path.
+  `extends: ../mine/ppo.yaml` names a file.
+- A recipe needs only the stages that it changes. `recipe.yaml` names the recipe that has the others, also by
+  `extends: demo`, its one key. Without it, each stage that is run needs its file.
+- `${key}` is the value of another key, `${recipe}` is the folder of the file, and `${recipes}` is the folder
+  of the shipped recipes. `${oc.env:NAME}` is refused, and so is a password or a token: a config is published
+  with its artifact. Libraries read `HF_TOKEN` and `WANDB_API_KEY` from the environment, and a served reward
+  model's key is `REWARD_API_KEY`.
 - A dot separates a section from its key. The keys of a list's items are named without a position; an override
   needs it if the list has several: `source.0.path=answers.csv`.
+- A key that is text keeps what is typed on the command line: `positive_label=true`, `revision=1e5`. In a file
+  it needs quotes.
 - A value under `training:` or `lora:` is checked by type and range before a model is loaded. A key that the
   stage sets itself, that nothing reads, or that would break resuming or the published model is refused with
   the reason, such as `save_only_model`, `packing`, `deepspeed` (the launch shards weights) and `hub_token`.

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.config.loading import RECIPES, STAGES
+from pipeline.config import RECIPES, STAGES
 
 Schema = dict[str, Any]
 
@@ -139,7 +139,7 @@ def _accept_files(schema: Schema) -> Schema:
     accepted = _accept_section(schema) | {"$defs": definitions}
     extends = {
         "type": "string",
-        "description": "Another config file to merge this one over; a path from here.",
+        "description": "Config file to merge this one over: a path from here, or the recipe that has it.",
     }
     accepted["properties"] = {"extends": extends} | accepted["properties"]
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | accepted

@@ -29,7 +29,7 @@ def diff_text(a: Path, b: Path, artifacts_a: Artifacts, artifacts_b: Artifacts) 
     for stage in shared:
         pair = [published_manifest(artifacts[stage])[0] for artifacts in (artifacts_a, artifacts_b)]
         metrics = [_metrics(stage, manifest, headlines_only=what_a == A_RUN) for manifest in pair]
-        for key, values in _differences(*map(_settings, pair)):
+        for key, values in _differences(*map(settings_of, pair)):
             setting_rows.append([f"{stage}.{key}", *map(_format_value, values)])
         for key, values in _differences(*metrics):
             metric_rows.append([f"{stage}.{key}", *map(_format_value, values), _delta(*values)])
@@ -73,7 +73,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, tu
             yield key, (a.get(key), b.get(key))
 
 
-def _settings(manifest: Manifest) -> dict[str, Any]:
+def settings_of(manifest: Manifest) -> dict[str, Any]:
     """Return by dotted key the config, the identities of external inputs, and the package versions.
 
     The run's name and folder always differ: they are left out, and replaced by `<run>` in paths.

@@ -36,12 +36,18 @@ HEADLINES = {
     },
 }
 
+# As above, for a table of runs alone.
+LENGTHS = {
+    "ppo": {"metrics.eval_response_tokens": "tokens"},
+    "evaluate": {"metrics.ppo.response_tokens": "tokens"},
+}
 
-def headline_metrics(stage: str, manifest: dict[str, Any]) -> dict[str, float]:
-    """Return by name the headline metrics that the manifest of a stage contains."""
+
+def headline_metrics(stage: str, manifest: dict[str, Any], with_length: bool = False) -> dict[str, float]:
+    """Return by name the headline metrics that the manifest of a stage contains.
+
+    `with_length` adds the mean length of the responses in tokens.
+    """
+    names = HEADLINES[stage] | (LENGTHS.get(stage, {}) if with_length else {})
     metrics = flatten_keys({key: manifest.get(key, {}) for key in ("rows", "metrics")})
-    return {
-        name: metrics[key]
-        for key, name in HEADLINES[stage].items()
-        if isinstance(metrics.get(key), int | float)
-    }
+    return {name: metrics[key] for key, name in names.items() if isinstance(metrics.get(key), int | float)}

@@ -7,7 +7,13 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.data.context import context_columns, is_refused, used_columns
 from pipeline.data.messages import KNOWN_KEYS, carries_nothing
-from pipeline.data.readers import ParsedRecord, choose_columns, kind_of_format
+from pipeline.data.readers import (
+    ParsedRecord,
+    choose_columns,
+    find_format,
+    kind_of_format,
+    shape_columns,
+)
 from pipeline.data.schema import KINDS
 
 TURNS = {"system": "the system turn", "history": "earlier turns"}
@@ -19,22 +25,25 @@ def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     These are columns that became turns before the prompt, columns with values that are not read, and keys of
     messages that are not read.
     """
-    names = KINDS[kind_of_format(source.format)].columns
     columns: dict[str, bool] = {}  # whether a column has values, by its name
     turns: dict[str, str] = {}
     keys: Counter[str] = Counter()
+    notes = []
+    if not source.format:
+        source = find_format(source, _readable_columns(items))
+        notes.append(f"recognized as format: {source.format}")
     for item in items:
         for data in (row.data for row in item.rows if isinstance(row.data, dict)):
             turns |= {name: str(column) for name, column in context_columns(source, data).items()}
             for column, value in data.items():
                 columns[column] = columns.get(column, False) or not carries_nothing(value)
         record = item.record
-        keys += _unread_keys(record.get(name) for name in names)
+        keys += _unread_keys(record.get(name) for name in KINDS[item.kind].columns)
 
-    notes = [
+    notes += [
         f"column {column} is read as {TURNS[name]}; ignore: [{column}] passes it over"
         for name, column in turns.items()
-        if name not in source.columns and columns.get(column)
+        if name not in source.columns and column not in shape_columns(source.format) and columns.get(column)
     ]
     if unread := _unread_columns(source, columns, turns):
         notes.append(f"columns that are not read: {', '.join(unread)}")
@@ -44,15 +53,25 @@ def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     return [f"{source.path or source.hub}: {note}" for note in notes]
 
 
+def _readable_columns(items: Iterable[ParsedRecord]) -> list[str]:
+    """Return the columns of the rows that could be read, by which a source is recognized."""
+    rows = (row for item in items for row in item.rows if not row.fault)
+    return [*dict.fromkeys(name for row in rows for name in row.data)]
+
+
 def _unread_columns(source: Source, columns: dict[str, bool], turns: dict[str, str]) -> list[str]:
     """Return the columns that have values and are neither read, refused nor passed over."""
-    ours = (*choose_columns(source, [*columns]), *KINDS[kind_of_format(source.format)].optional)
+    ours = (
+        *choose_columns(source, [*columns]),
+        *KINDS[kind_of_format(source.format)].optional,
+        *shape_columns(source.format),
+    )
     read = {name for name in ours if name not in source.columns and name not in source.values}
     read |= {*turns.values(), *used_columns(source)}
     return [
         name
         for name, has_values in columns.items()
-        if has_values and name not in read and not is_refused(name)
+        if has_values and name not in read and "*" not in ours and not is_refused(name)
     ]
 
 

@@ -8,6 +8,7 @@ offered the nearest name. Imports no torch, so a typo fails at once.
 from pipeline.config.base import BASE_FREE_INITS, PolicyStage, Scratch, StageConfig, TrainedStage
 from pipeline.config.evaluate import EvaluateStage
 from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, nearest, recipes, validate
+from pipeline.config.overrides import apply_overrides
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
 from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
@@ -33,6 +34,7 @@ __all__ = [
     "Source",
     "StageConfig",
     "TrainedStage",
+    "apply_overrides",
     "check_run",
     "load",
     "nearest",

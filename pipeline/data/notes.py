@@ -1,12 +1,12 @@
 """Describe how a source was read: what became a turn, and what was not read. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.config import Source
 from pipeline.data.context import context_columns, is_refused, used_columns
-from pipeline.data.messages import KNOWN_KEYS, carries_nothing
+from pipeline.data.messages import KNOWN_KEYS, UNREAD_KEYS, carries_nothing
 from pipeline.data.readers import (
     ParsedRecord,
     choose_columns,
@@ -30,7 +30,7 @@ def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     keys: Counter[str] = Counter()
     notes = []
     if not source.format:
-        source = find_format(source, _readable_columns(items))
+        source = find_format(source, readable_columns(items))
         notes.append(f"recognized as format: {source.format}")
     for item in items:
         for data in (row.data for row in item.rows if isinstance(row.data, dict)):
@@ -53,7 +53,18 @@ def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
     return [f"{source.path or source.hub}: {note}" for note in notes]
 
 
-def _readable_columns(items: Iterable[ParsedRecord]) -> list[str]:
+def unread_parts_note(reasons: Mapping[str, int]) -> str:
+    """Return a line on rows that have parts besides text, or "" without such rows. `reasons` counts all."""
+    count = sum(reasons.get(reason, 0) for reason in set(UNREAD_KEYS.values()))
+    if not count:
+        return ""
+    return (
+        f"{count:,} rows have tools, images or separate reasoning, which are not read; "
+        "ignore: [tools], for example, passes a column or a key of messages over"
+    )
+
+
+def readable_columns(items: Iterable[ParsedRecord]) -> list[str]:
     """Return the columns of the rows that could be read, by which a source is recognized."""
     rows = (row for item in items for row in item.rows if not row.fault)
     return [*dict.fromkeys(name for row in rows for name in row.data)]

@@ -54,6 +54,8 @@ FORMAT_KINDS = {"dialogues": "comparisons"}
 
 # Columns that a CSV file has as the text of a list.
 LISTS = ("messages", "responses", "ranks", "completions", "labels", "history")
+SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards")  # no ranks: the highest is the best
+SEE_INSPECT = ", or see rlhf prepare --inspect {name}"
 MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 
 
@@ -142,9 +144,9 @@ def find_format(source: Source, available: list[str]) -> Source:
     """
     if source.format:
         return source
-    names = {name for name in available if name not in used_columns(source)}
-    names |= source.columns.keys() | source.values.keys()
-    formats = fitting_formats(names, FORMATS) if available else ["prompts"]
+    mapped = source.columns.keys() | source.values.keys()
+    names = {name for name in available if name not in used_columns(source)} | mapped
+    formats = fitting_formats(names, FORMATS, mapped) if available else ["prompts"]
     if len(formats) == 1:
         return source.model_copy(update={"format": formats[0]})
 
@@ -157,7 +159,8 @@ def find_format(source: Source, available: list[str]) -> Source:
     raise UserError(
         f"{name}: no format has its columns: {', '.join(available)}; "
         + (f"nearly: {', '.join(nearly[:3])}; " if nearly else "")
-        + f"map them with format: and columns:, or see rlhf prepare --inspect {name}"
+        + "map them with 'format' and 'columns' of the source"
+        + SEE_INSPECT.format(name=name)
     )
 
 
@@ -213,7 +216,7 @@ def _check_mapping(source: Source, known: list[str], available: list[str]) -> No
                 f"{_describe(source)}: columns maps {ours!r}, expected one of {', '.join(known)}"
                 f"{nearest(ours, known)}"
             )
-        if ours.startswith("rank") and isinstance(theirs, str) and theirs.strip("s") in ("score", "rating"):
+        if ours.startswith("rank") and isinstance(theirs, str) and theirs in SCORES:
             raise UserError(
                 f"{_describe(source)}: columns maps {ours!r} to {theirs!r}: a high score is good, a high "
                 "rank is not; format: scored reads prompt, completions and scores"

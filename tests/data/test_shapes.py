@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import RECIPES, Source
 from pipeline.config.prepare import WORLDS, Format
 from pipeline.data.readers import FORMATS, ParsedRecord, read_source
-from pipeline.data.shapes.table import SHAPES
-from tests.data.reading import assistant, user
+from pipeline.data.schema import RowError
+from pipeline.data.shapes.singles import read_attributes
+from pipeline.data.shapes.table import SHAPES, shape_reader
+from tests.data.reading import assistant, jsonl, user
 
 PAGE = (RECIPES.parent / "docs" / "data-shapes.md").read_text(encoding="utf-8")
 SAMPLES = dict(re.findall(r"^### `(\w+)`\n.*?```json\n(.*?)```", PAGE, re.M | re.S))
@@ -143,3 +147,175 @@ def test_each_format_has_a_name_in_the_config_and_each_shape_a_row_in_the_docs()
     assert set(SAMPLES) == set(SHAPES) == set(EXPECTED)
     table = dict(re.findall(r"^\| \[`(\w+)`\].* \| ([a-z, ]+) \|$", PAGE, re.M))
     assert table == {name: ", ".join(shape.kinds) for name, shape in SHAPES.items()}
+
+
+# Other columns and values of the published files.
+
+
+def read_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> list[Any]:
+    return list(map(outcome, read_source(Source(path=str(jsonl(folder / "a.jsonl", [*rows])), **options))))
+
+
+def test_the_arena_of_kaggle_has_lists_of_turns_as_text(tmp_path: Path) -> None:
+    votes = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    row = {"prompt": '["Hello.", "Name a fruit."]', "response_a": '["Hi.", "No."]'}
+    row |= {"response_b": '["Hi.", "An apple."]', **votes}
+    prompt = [user("Hello."), assistant("Hi."), user("Name a fruit.")]
+    assert read_rows(tmp_path, row, row | {"winner_tie": 1}) == [
+        pair(prompt, [assistant("An apple.")], [assistant("No.")]),
+        "no-winner",
+    ]
+
+
+def test_kto_with_columns_of_alpaca_and_of_messages(tmp_path: Path) -> None:
+    alpaca = {"instruction": "Add.", "input": "1 + 1", "output": "2", "kto_tag": "true"}
+    assert read_rows(tmp_path, alpaca) == [{"prompt": "Add.\n\n1 + 1", "completion": "2", "label": "true"}]
+    (record,) = read_rows(tmp_path, {"messages": [user("Q"), assistant("a")], "kto_tag": False})
+    assert record == {"prompt": [user("Q")], "completion": [assistant("a")], "label": False}
+
+
+def test_columns_and_values_of_a_shape_can_be_mapped(tmp_path: Path) -> None:
+    sample = {
+        "prompt": "Q",
+        "response_0": "a",
+        "response_1": "b",
+        "better_response_id": 0,
+        "safer_response_id": 1,
+    }
+    assert read_rows(tmp_path, sample) == [pair("Q", "a", "b")]
+    safer = {"better_response_id": "safer_response_id"}
+    assert read_rows(tmp_path, sample, format="pku_saferlhf", columns=safer) == [pair("Q", "b", "a")]
+    row = {
+        "question": "Q",
+        "response_1": "a",
+        "response_2": "b",
+        "preference_strength": 3,
+        "persona": "Be kind.",
+    }
+    columns = {"prompt": "question", "system": "persona"}
+    (record,) = read_rows(tmp_path, row, columns=columns, values={"margin": 0.0})
+    assert record == pair([{"role": "system", "content": "Be kind."}, user("Q")], "b", "a", margin=0.0)
+    row = {"prompt": "Q", "response": "a", "helpfulness": 1, "correctness": 4}
+    (record,) = read_rows(tmp_path, row, format="helpsteer", columns={"helpfulness": "correctness"})
+    assert record == {"prompt": "Q", "completion": "a", "rating": 4}
+    assert read_attributes(row) == {"helpfulness": 1, "correctness": 4}
+
+
+def test_a_replied_conversation_of_oasst_is_the_prompt(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"message_id": "1", "parent_id": None, "text": "Hello.", "role": "prompter"},
+        {"message_id": "2", "parent_id": "1", "text": "Hi.", "role": "assistant", "rank": 0},
+        {"message_id": "3", "parent_id": "2", "text": "Name a fruit.", "role": "prompter"},
+        {"message_id": "4", "parent_id": "3", "text": "An apple.", "role": "assistant", "rank": 0},
+        {"message_id": "5", "parent_id": "3", "text": "No.", "role": "assistant", "rank": 1},
+        {"message_id": "6", "parent_id": "7", "text": "No.", "role": "assistant", "rank": 0},
+        {"message_id": "7", "parent_id": "7", "text": "I am my parent.", "role": "assistant", "rank": 0},
+    ]
+    first, second, *faults = read_rows(tmp_path, *rows)
+    assert (first["responses"], first["ranks"]) == (["Hi."], [1])  # one response, which the checks refuse
+    assert [turn["content"] for turn in second["prompt"]] == ["Hello.", "Hi.", "Name a fruit."]
+    assert (second["responses"], second["ranks"]) == (["An apple.", "No."], [1, 2])
+    assert sorted(faults) == ["not-ranked", "not-ranked", "wrong-shape", "wrong-shape"]
+
+
+LABELLED = {"annotation_id": 1, "annotator": 1, "lead_time": 3.5, "id": 1}
+
+
+def test_label_studio_as_json_min(tmp_path: Path) -> None:
+    texts = {"prompt": "Name a fruit.", "answer1": "A carrot.", "answer2": "An apple."}
+    items = [{"id": "x", "body": "A carrot."}, {"id": "y", "body": "An apple."}]
+    rows = [
+        LABELLED | texts | {"comparison": [{"selected": "right"}]},
+        LABELLED | {"prompt": "Name a fruit.", "items": items, "rank": [{"ranker": {"rank": ["y", "x"]}}]},
+        LABELLED | {"prompt": "Name a fruit.", "response": "An apple.", "stars": [{"rating": 5}]},
+        LABELLED | texts | {"comparison": []},
+        LABELLED | texts | {"answer3": "Ice.", "comparison": [{"selected": "right"}]},
+        LABELLED | {"prompt": "Q", "items": items, "rank": [{"ranker": {"good": ["y"], "bad": ["x"]}}]},
+    ]
+    assert read_rows(tmp_path, *rows) == [
+        FRUIT,
+        ranking("Name a fruit.", "An apple.", "A carrot.", ranks=[1, 2]),
+        {"prompt": "Name a fruit.", "completion": "An apple.", "rating": 5},
+        "not-judged",
+        "wrong-shape",
+        "wrong-shape",
+    ]
+
+
+def test_flat_records_of_argilla(tmp_path: Path) -> None:
+    def submitted(question: str, *values: Any, statuses: Any = None) -> dict[str, Any]:
+        name = f"{question}.responses"
+        statuses = statuses or ["submitted"] * len(values)
+        return {name: [*values], f"{name}.users": ["u"] * len(values), f"{name}.status": statuses}
+
+    texts = {"id": "1", "_server_id": "s", "prompt": "Name a fruit."}
+    two = texts | {"response_1": "A carrot.", "response_2": "An apple."}
+    order = [{"value": "response_2", "rank": 1}, {"value": "response_1", "rank": 2}]
+    rows = [
+        two | submitted("better", "response_2", "response_1", statuses=["submitted", "draft"]),
+        two | submitted("order", order),
+        two | submitted("better", "tie"),
+        two | submitted("why", "It is a fruit."),
+        texts | {"response": "An apple."} | submitted("quality", 4),
+        texts | {"response": "An apple."} | submitted("quality", 4) | submitted("tone", 2),
+    ]
+    rating = {"prompt": "Name a fruit.", "completion": "An apple.", "rating": 4}
+    assert read_rows(tmp_path, *rows) == [
+        FRUIT,
+        ranking("Name a fruit.", "An apple.", "A carrot.", ranks=[1, 2]),
+        "tie",
+        "not-judged",
+        rating,
+        "wrong-shape",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "no-winner"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, None]}, "not-a-number"),
+        ({"prompt": "Q", "completions": "a", "scores": [1]}, "wrong-shape"),
+        ({"prompt": "Q", "answers": ["a", "b"]}, "wrong-shape"),
+        ({"instruction": "Q", "completions": [{"response": "a"}]}, "not-a-number"),
+        (
+            {"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
+            "no-winner",
+        ),
+        ({"context": [], "response1": "a", "response2": "b", "overall_preference": 4}, "no-winner"),
+        ({"info": {"post": "P"}, "summaries": [{"text": "a"}], "choice": 0}, "wrong-shape"),
+        ({"instruction": "Q", "output": "a", "tools": [{"name": "f"}]}, "tool-calls"),
+    ],
+)
+def test_a_row_that_is_not_in_its_shape_has_a_reason(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    assert read_rows(tmp_path, row) == [reason]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.sampled_from(["", "a", "[1", "{", "1"]),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["id", "value", "result", "selected", "ranker", "rating", "role", "text", "q"]),
+            values,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_no_row_raises_anything_but_its_reason(shape: str, data: st.DataObject) -> None:
+    columns = data.draw(st.sampled_from(SHAPES[shape].columns))
+    row = {name: data.draw(JSON) for name in (*columns, *SHAPES[shape].known) if data.draw(st.booleans())}
+    read = shape_reader(shape, [row])
+    assert read
+    try:
+        parts = read(row)
+    except RowError:
+        return
+    assert {type(part) for part in parts} in ({dict}, {RowError}, {dict, RowError})

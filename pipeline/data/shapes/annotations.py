@@ -116,7 +116,7 @@ def _read_field(task: Record, name: Any) -> Any:
 
 
 def _compare_sides(task: Record, side: Any) -> Part:
-    if side not in SIDES:
+    if not isinstance(side, str) or side not in SIDES:
         raise RowError("no-winner", f"selected: expected left or right, found {preview(side)}")
     a, b = _find_responses(task, 2)
     return compare(_find_prompt(task), task[a], task[b], SIDES[side])
@@ -132,11 +132,11 @@ def _rank_items(task: Record, order: Any) -> Part:
     lists = [value for value in task.values() if isinstance(value, list)]
     items = [item for value in lists for item in value if isinstance(item, dict)]
     texts = {
-        item["id"]: item.get("body") or item.get("html") or item.get("title")
+        str(item["id"]): item.get("body") or item.get("html") or item.get("title")
         for item in items
         if "id" in item
     }
-    return _rank(task, [_read_field(texts, identity) for identity in order])
+    return _rank(task, [_read_field(texts, str(identity)) for identity in order])
 
 
 def _rank(task: Record, responses: list[Any]) -> Part:

@@ -115,7 +115,7 @@ def _join_turns(row: Record, name: str) -> list[Record]:
     """Return the conversation of the user's turns in `prompt` and a model's turns in `name`."""
     said, answered = (
         value if isinstance(value, list) else [value]
-        for value in map(read_list_cell, (row["prompt"], row[name]))
+        for value in map(read_list_cell, (row.get("prompt"), row.get(name)))
     )
     return [
         {"role": role, "content": text}

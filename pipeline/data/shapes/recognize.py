@@ -34,17 +34,18 @@ class Candidate(NamedTuple):
     known: frozenset[str]
 
 
-def fitting_formats(names: Collection[str], column_sets: ColumnSets) -> list[str]:
+def fitting_formats(
+    names: Collection[str], column_sets: ColumnSets, mapped: Collection[str] = ()
+) -> list[str]:
     """Return the formats that fit a file with the columns `names`: one if it is recognized.
 
-    `column_sets` are those of the formats that are kinds of records; the published shapes are added.
+    `column_sets` are those of the formats that are kinds of records; the published shapes are added. The user
+    named the `mapped` columns, so a format that does not read them is not meant if another one does.
     """
     fitting = [item for item in _candidates(column_sets) if _fits(item, names)]
-    best = [
-        item
-        for item in fitting
-        if not any(item.columns <= other.known and not other.columns <= item.known for other in fitting)
-    ]
+    read = {name for item in fitting for name in item.known & {*mapped}}
+    fitting = [item for item in fitting if read <= item.known]
+    best = [item for item in fitting if not any(_is_part_of(item, other) for other in fitting)]
     return [*dict.fromkeys(item.format for item in best)]
 
 
@@ -70,6 +71,12 @@ def _candidates(column_sets: ColumnSets) -> list[Candidate]:
         for columns in shape.columns
     ]
     return kinds + shapes
+
+
+def _is_part_of(item: Candidate, other: Candidate) -> bool:
+    """Return whether another format knows all columns that show this one, and more."""
+    knows_all = item.columns <= other.known or "*" in other.known
+    return knows_all and not other.columns <= item.known
 
 
 def _fits(item: Candidate, names: Collection[str]) -> bool:

@@ -69,6 +69,7 @@ SHAPES: dict[str, Shape] = {
             ("conversations", "kto_tag"),
             ("messages", "kto_tag"),
             ("instruction", "output", "kto_tag"),
+            ("instruction", "output", "label"),
         ),
         ("input",),
     ),

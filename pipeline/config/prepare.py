@@ -105,7 +105,8 @@ class Source(StrictModel):
         for key, read in is_read.items():
             if getattr(self, key) and not read:
                 origin = self.hub or self.path or f"the {self.format} world"
-                raise ValueError(f"{key!r} is not read with format {self.format!r} from {origin}; remove it")
+                how = f"with format {self.format!r} " if self.format else ""
+                raise ValueError(f"{key!r} is not read {how}from {origin}; remove it")
         if len(set(self.classes or [])) < len(self.classes or []):
             raise ValueError(f"classes {self.classes} contains a duplicate; name each class once")
         return self

@@ -1,7 +1,7 @@
 """Describe how a source was read: what became a turn, and what was not read. Imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Source
@@ -19,11 +19,11 @@ from pipeline.data.schema import KINDS
 TURNS = {"system": "the system turn", "history": "earlier turns"}
 
 
-def reading_notes(source: Source, items: Iterable[ParsedRecord]) -> list[str]:
+def reading_notes(source: Source, items: Sequence[ParsedRecord]) -> list[str]:
     """Return a line for each way in which a source was not read as it is; `items` are those of `read_source`.
 
-    These are columns that became turns before the prompt, columns with values that are not read, and keys of
-    messages that are not read.
+    These are the format, if the columns showed it; columns that became turns before the prompt; columns with
+    values that are not read; and keys of messages that are not read.
     """
     columns: dict[str, bool] = {}  # whether a column has values, by its name
     turns: dict[str, str] = {}

@@ -147,10 +147,11 @@ def find_format(source: Source, available: list[str]) -> Source:
     mapped = source.columns.keys() | source.values.keys()
     names = {name for name in available if name not in used_columns(source)} | mapped
     formats = fitting_formats(names, FORMATS, mapped) if available else ["prompts"]
-    if len(formats) == 1:
-        return source.model_copy(update={"format": formats[0]})
-
     name = source.path or source.hub
+    if len(formats) == 1:
+        if source.classes and kind_of_format(formats[0]) != "labels":
+            raise UserError(f"{name}: 'classes' is not read with format {formats[0]}, which its columns show")
+        return source.model_copy(update={"format": formats[0]})
     if formats:
         raise UserError(
             f"{name}: its columns fit {' and '.join(formats)}; pick one, such as format: {formats[0]}"

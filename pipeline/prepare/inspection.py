@@ -18,11 +18,11 @@ from pipeline.prepare.stage import read_records
 
 
 def inspect_file(config: PrepareStage) -> None:
-    """Print the columns of the only source of a config, the rows that would be kept, and its YAML.
+    """Print the columns of the first source of a config, the rows that would be kept, and its YAML.
 
     Raises `UserError` if no config is known that reads the file, or if none of its rows can be kept.
     """
-    (source,) = config.source
+    source = config.source[0]
     print("\n".join([f"{source.path}:", *(f"  {line}" for line in _describe_columns(source))]))
     try:
         items, _ = read_records(config)

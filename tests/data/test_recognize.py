@@ -79,6 +79,11 @@ SHP = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
         ),
         (
             SHP,
+            {"classes": ["bad", "good"]},
+            r"'classes' is not read with format shp, which its columns show$",
+        ),
+        (
+            SHP,
             {"format": "comparisons"},
             r"needs a column 'prompt', found history, .*; format: shp reads them$",
         ),

@@ -256,6 +256,7 @@ def test_flat_records_of_argilla(tmp_path: Path) -> None:
         two | submitted("order", order),
         two | submitted("better", "tie"),
         two | submitted("why", "It is a fruit."),
+        two | submitted("better", "prompt"),
         texts | {"response": "An apple."} | submitted("quality", 4),
         texts | {"response": "An apple."} | submitted("quality", 4) | submitted("tone", 2),
     ]
@@ -264,6 +265,7 @@ def test_flat_records_of_argilla(tmp_path: Path) -> None:
         FRUIT,
         ranking("Name a fruit.", "An apple.", "A carrot.", ranks=[1, 2]),
         "tie",
+        "not-judged",
         "not-judged",
         rating,
         "wrong-shape",

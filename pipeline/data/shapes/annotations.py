@@ -61,7 +61,7 @@ def read_argilla(row: Record) -> list[Part]:
         elif isinstance(verdict, list):
             names = [item.get("value") if isinstance(item, dict) else item for item in verdict]
             parts.append(_rank(task, [_read_field(task, name) for name in names]))
-        elif isinstance(verdict, str) and verdict in task:
+        elif isinstance(verdict, str) and verdict in task and verdict.startswith(RESPONSES):
             a, b = _find_responses(task, 2)
             parts.append(compare(_find_prompt(task), task[a], task[b], "a" if verdict == a else "b"))
         elif isinstance(verdict, str) and verdict.strip().lower() in ("tie", "equal", "same"):

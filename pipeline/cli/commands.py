@@ -52,6 +52,18 @@ def run_stage(args: argparse.Namespace) -> None:
     run_loaded(loaded, args.dry_run)
 
 
+def run_prepare(args: argparse.Namespace) -> None:
+    """Run the prepare stage, or inspect a file."""
+    if not args.inspect:
+        run_stage(args)
+        return
+    from pipeline.prepare.inspection import inspect_file
+
+    values: dict[str, Any] = {"run": "inspect", "source": {"path": args.inspect}}
+    config.apply_overrides(values, args.overrides)
+    inspect_file(config.validate(config.PrepareStage, values, args.inspect))
+
+
 def run_loaded(loaded: config.StageConfig, dry_run: bool) -> None:
     """Run the stage of a checked config, or print the folder that it would write.
 
@@ -165,10 +177,11 @@ def compare(args: argparse.Namespace) -> None:
     print(printable(compare_responses(reward, args.prompt, args.answers, args.overlong)))
 
 
-# Commands but the stages, which share `run_stage`.
+# Commands but the other stages, which share `run_stage`.
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run_recipe,
     "init": init,
+    "prepare": run_prepare,
     "config": show_config,
     "doctor": doctor,
     "show": show,

@@ -40,7 +40,8 @@ EXAMPLES = {
 }
 HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
 _NAMES = " ".join(config.recipes())
-FILES, FOLDERS = ("config", "input", "output"), ("folder", "folders", "reward", "policy", "reads")
+FILES = ("config", "input", "output", "inspect")
+FOLDERS = ("folder", "folders", "reward", "policy", "reads")
 COMPLETIONS: dict[str, Any] = {
     **dict.fromkeys(FILES, shtab.FILE),
     **dict.fromkeys(FOLDERS, shtab.DIRECTORY),
@@ -82,6 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.overrides += rest
     if is_run:
         _read_recipe(parser, args)
+    if args.command == "prepare" and bool(args.config) == bool(args.inspect):
+        parser.error("prepare needs either --config FILE or --inspect FILE")
     return args
 
 
@@ -142,8 +145,16 @@ def _add_stages(commands: Any) -> None:
         description = f"{' '.join((cls.__doc__ or '').split())} Keys: rlhf config {stage}."
         single = commands.add_parser(stage, help=f"run the {stage} stage alone", description=description)
         single.add_argument(
-            "--config", required=True, type=_file, help=f"YAML file, such as configs/demo/{stage}.yaml"
+            "--config",
+            required=stage != "prepare",
+            type=_file,
+            help=f"YAML file, such as configs/demo/{stage}.yaml",
         )
+    commands.choices["prepare"].add_argument(
+        "--inspect",
+        metavar="FILE",
+        help="print what a file or folder looks like and the config that reads it",
+    )
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, help="seed of everything random")
         command.add_argument(

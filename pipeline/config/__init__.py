@@ -8,6 +8,7 @@ offered the nearest name. Imports no torch, so a typo fails at once.
 from pipeline.config.base import BASE_FREE_INITS, PolicyStage, Scratch, StageConfig, TrainedStage
 from pipeline.config.evaluate import EvaluateStage
 from pipeline.config.loading import STAGES, check_run, load, validate
+from pipeline.config.overrides import apply_overrides
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
 from pipeline.config.recipes import PACKAGE, RECIPES, find_recipe, find_stage_file, recipes
@@ -36,6 +37,7 @@ __all__ = [
     "Source",
     "StageConfig",
     "TrainedStage",
+    "apply_overrides",
     "check_run",
     "explain_unread",
     "find_recipe",

@@ -8,23 +8,47 @@ from pipeline.config.base import StageConfig, StrictModel
 
 WORLDS = ("demo", "sums")  # formats that are generated here
 
+# The worlds, the kinds of records, and the published shapes of `pipeline.data.shapes.table`.
+Format = Literal[
+    "demo",
+    "sums",
+    "comparisons",
+    "dialogues",
+    "rankings",
+    "ratings",
+    "labels",
+    "steps",
+    "demonstrations",
+    "prompts",
+    "alpaca",
+    "alpaca_pairs",
+    "sharegpt",
+    "sharegpt_pairs",
+    "kto",
+    "scored",
+    "ultrafeedback",
+    "ultrafeedback_pairs",
+    "helpsteer",
+    "helpsteer2_pairs",
+    "helpsteer3",
+    "shp",
+    "nectar",
+    "oasst",
+    "pku_saferlhf",
+    "webgpt",
+    "summaries",
+    "arena",
+    "pandalm",
+    "label_studio",
+    "argilla",
+]
+
 
 class Source(StrictModel):
     """Where raw rows come from, and how their columns map to ours."""
 
-    format: Literal[
-        "demo",
-        "sums",
-        "comparisons",
-        "dialogues",
-        "rankings",
-        "ratings",
-        "labels",
-        "steps",
-        "demonstrations",
-        "prompts",
-    ]
-    """Kind of rows in the source; `demo` and `sums` are built-in worlds and have no origin."""
+    format: Format | None = None
+    """Kind or shape of the rows; null finds it by their columns. `demo` and `sums` are built-in worlds."""
 
     path: str | None = None
     """A CSV, TSV, JSON, JSONL or Parquet file, a folder of these, or a `save_to_disk` folder."""
@@ -51,7 +75,7 @@ class Source(StrictModel):
     """Columns, and keys of messages, that are passed over on purpose, such as `tools`."""
 
     classes: list[str] | None = None
-    """Names of the label classes in the order of their ids; only read with `labels` and `demo`."""
+    """Names of the label classes in the order of their ids; only read with `labels`, `kto` and `demo`."""
 
     limit: int | None = Field(None, gt=0)
     """Read only the first rows, at most this many."""
@@ -76,12 +100,13 @@ class Source(StrictModel):
             "columns": has_origin,
             "values": has_origin,
             "ignore": has_origin,
-            "classes": self.format in ("labels", "demo"),
+            "classes": self.format in (None, "labels", "kto", "demo"),
         }
         for key, read in is_read.items():
             if getattr(self, key) and not read:
                 origin = self.hub or self.path or f"the {self.format} world"
-                raise ValueError(f"{key!r} is not read with format {self.format!r} from {origin}; remove it")
+                how = f"with format {self.format!r} " if self.format else ""
+                raise ValueError(f"{key!r} is not read {how}from {origin}; remove it")
         if len(set(self.classes or [])) < len(self.classes or []):
             raise ValueError(f"classes {self.classes} contains a duplicate; name each class once")
         return self

@@ -93,7 +93,10 @@ def merge_turns(turns: list[dict[str, str]]) -> list[dict[str, str]]:
 def _split_turns(text: str) -> list[dict[str, str]]:
     head, *parts = TURN.split(text)
     if head.strip():
-        raise RowError("not-a-dialogue", "there is text before the first 'Human:' or 'Assistant:'")
+        raise RowError(
+            "not-a-dialogue",
+            "there is text before the first 'Human:' or 'Assistant:'; without turns, a prompt is needed",
+        )
     return [
         {"role": TURN_ROLES[speaker], "content": said.strip()}
         for speaker, said in zip(parts[::2], parts[1::2], strict=True)

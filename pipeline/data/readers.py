@@ -10,9 +10,9 @@ A missing file, a missing column or an unknown file type raises `UserError`.
 import difflib
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.data.context import (
     check_columns,
     context_columns,
     drop_ignored,
+    used_columns,
 )
 from pipeline.data.dialogues import detach_prompt, parse_dialogue
 from pipeline.data.identity import canonical_text
@@ -30,6 +31,9 @@ from pipeline.data.messages import KNOWN_KEYS
 from pipeline.data.reward_columns import check_names, reward_columns, reward_values
 from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
 from pipeline.data.serialized import read_list_cell, read_messages_cell
+from pipeline.data.shapes.fields import join_texts
+from pipeline.data.shapes.recognize import fitting_formats, nearly_fitting
+from pipeline.data.shapes.table import SHAPES, Read, kind_of, shape_reader
 from pipeline.data.shelf import Shelf, View, shelve
 from pipeline.data.sources import iter_rows
 from pipeline.data.steps import expand_trajectory, parse_tagged_steps
@@ -51,6 +55,8 @@ FORMAT_KINDS = {"dialogues": "comparisons"}
 
 # Columns that a CSV file has as the text of a list.
 LISTS = ("messages", "responses", "ranks", "completions", "labels", "label_shares", "history")
+SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards")  # no ranks: the highest is the best
+SEE_INSPECT = ", or see rlhf prepare --inspect {name}"
 MESSAGES_COLUMNS = ("conversations", "conversation", "dialogue", "dialog", "chat")  # other names of messages
 
 
@@ -102,13 +108,15 @@ def read_source(source: Source, folder: Path | None = None) -> list[ParsedRecord
     """
     rows = shelve(islice(progress_bar("reading", "rows", iter_rows(source)), source.limit), folder)
     available = dict.fromkeys(name for row in rows if not row.fault for name in row.data)
+    source = find_format(source, [*available])
     columns = choose_columns(source, [*available])
+    read = shape_reader(str(source.format), (row.data for row in rows if not row.fault))
 
     records = Shelf(folder)
     items: list[ParsedRecord] = [
         _store(item, records, View(rows.__getitem__, (place,)))
         for place, row in enumerate(rows)
-        for item in _parse_row(source, columns, row)
+        for item in (_parse_shape(source, read, row) if read else _parse_row(source, columns, row))
     ]
     return _group_rankings(items, records) if "rank" in columns else items
 
@@ -125,14 +133,57 @@ def _store(item: ParsedRecord, records: Shelf, rows: View) -> StoredRecord:
 # Columns
 
 
-def kind_of_format(format: str) -> str:
-    """Return the kind of records that a format yields."""
-    return FORMAT_KINDS.get(format, format)
+def kind_of_format(format: str | None) -> str:
+    """Return the kind of records that a format yields, or the first one of several."""
+    return SHAPES[format].kinds[0] if format in SHAPES else FORMAT_KINDS.get(str(format), str(format))
 
 
-def _column_sets(format: str) -> list[tuple[str, ...]]:
+def find_format(source: Source, available: list[str]) -> Source:
+    """Return the source with its format, which the columns show if it has none. `available` are its columns.
+
+    A source without a row that can be read has any format. Raises `UserError` if none fits, or several do.
+    """
+    if source.format:
+        return source
+    mapped = source.columns.keys() | source.values.keys()
+    names = {name for name in available if name not in used_columns(source)} | mapped
+    formats = fitting_formats(names, FORMATS, mapped) if available else ["prompts"]
+    name = source.path or source.hub
+    if len(formats) == 1:
+        if source.classes and kind_of_format(formats[0]) != "labels":
+            raise UserError(f"{name}: 'classes' is not read with format {formats[0]}, which its columns show")
+        return source.model_copy(update={"format": formats[0]})
+    if formats:
+        raise UserError(
+            f"{name}: its columns fit {' and '.join(formats)}; pick one, such as format: {formats[0]}"
+        )
+    nearly = [f"{format} lacks {column!r}" for format, column in nearly_fitting(names, FORMATS).items()]
+    raise UserError(
+        f"{name}: no format has its columns: {', '.join(available)}; "
+        + (f"nearly: {', '.join(nearly[:3])}; " if nearly else "")
+        + "map them with 'format' and 'columns' of the source"
+        + SEE_INSPECT.format(name=name)
+    )
+
+
+def _column_sets(format: str | None) -> list[tuple[str, ...]]:
+    if format in SHAPES:
+        return list(SHAPES[format].columns)
     standard = [KINDS[format].columns] if format in KINDS else []
-    return [*standard, *ALTERNATIVES.get(format, [])]
+    return [*standard, *ALTERNATIVES.get(str(format), [])]
+
+
+def shape_columns(format: str | None) -> tuple[str, ...]:
+    """Return the columns that are part of a published shape, also those that a row may lack."""
+    return (*chain(*SHAPES[format].columns), *SHAPES[format].known) if format in SHAPES else ()
+
+
+# The formats that are no published shape, with their column sets.
+FORMATS = {
+    format: _column_sets(format)
+    for format in dict.fromkeys((*KINDS, *ALTERNATIVES))
+    if format not in ("answers", "step_answers")  # of `rlhf score`
+}
 
 
 def choose_columns(source: Source, available: list[str]) -> tuple[str, ...]:
@@ -141,7 +192,7 @@ def choose_columns(source: Source, available: list[str]) -> tuple[str, ...]:
     Raises `UserError` if a mapping is wrong or a column is missing.
     """
     column_sets, kind = _column_sets(source.format), KINDS[kind_of_format(source.format)]
-    optional = (*kind.optional, *CONTEXT)
+    optional = (*kind.optional, *CONTEXT, *shape_columns(source.format))
     known = dict.fromkeys([*(name for columns in column_sets for name in columns), *optional])
     if kind.keeps_columns:  # a mapped column may have any name
         known |= dict.fromkeys([*source.columns, *source.values])
@@ -171,6 +222,11 @@ def _check_mapping(source: Source, known: list[str], available: list[str]) -> No
                 f"{_describe(source)}: columns maps {ours!r}, expected one of {', '.join(known)}"
                 f"{nearest(ours, known)}"
             )
+        if ours.startswith("rank") and isinstance(theirs, str) and theirs in SCORES:
+            raise UserError(
+                f"{_describe(source)}: columns maps {ours!r} to {theirs!r}: a high score is good, a high "
+                "rank is not; format: scored reads prompt, completions and scores"
+            )
         for name in [theirs] if isinstance(theirs, str) else theirs:
             if available and name not in available:
                 raise UserError(
@@ -190,13 +246,15 @@ def _check_ignored(source: Source, available: list[str]) -> None:
 
 
 def _missing_column(source: Source, name: str, available: list[str]) -> UserError:
-    """Build the error for a missing column, with the mapping that would supply it."""
+    """Build the error for a missing column, with the format or the mapping that would read the file."""
+    start = f"{_describe(source)} needs a column {name!r}, found {', '.join(available)}"
+    formats = fitting_formats(available, FORMATS) if source.format in {*FORMATS, *SHAPES} else []
+    if len(formats) == 1 and not source.columns:
+        return UserError(f"{start}; format: {formats[0]} reads them")
     alike = [other for other in MESSAGES_COLUMNS if name == "messages" and other in available]
-    theirs = next(iter(alike or difflib.get_close_matches(name, available, n=1)), "THEIRS")
-    return UserError(
-        f"{_describe(source)} needs a column {name!r}, found {', '.join(available)}; "
-        f"use columns: {{{name}: {theirs}}}"
-    )
+    near = difflib.get_close_matches(name, available, n=1, cutoff=0.8)
+    near = [other for other in near if other.endswith("s") == name.endswith("s")]  # else one has lists
+    return UserError(f"{start}; use columns: {{{name}: {next(iter(alike or near), 'THEIRS')}}}")
 
 
 def _describe(source: Source) -> str:
@@ -240,6 +298,41 @@ def _parse_row(source: Source, columns: tuple[str, ...], row: RawRow) -> list[Pa
     ]
 
 
+def _parse_shape(source: Source, read: Read, row: RawRow) -> Iterator[ParsedRecord]:
+    """Parse each record that a published row gives, by `read`, as if a file had it in our columns."""
+    shape, data = SHAPES[str(source.format)], row.data if isinstance(row.data, dict) else {}
+    ours = {*shape_columns(source.format)}
+    mapped = {name: _column_value(data, column) for name, column in source.columns.items() if name in ours}
+    values = {name: value for name, value in source.values.items() if name in ours}
+    others = {name: value for name, value in data.items() if name not in ours}
+    parts: Sequence[dict[str, Any] | RowError] = [{}]
+    try:
+        parts = parts if row.fault else read(data | mapped | values)
+    except RowError as error:
+        parts = [RowError(error.reason, error.detail)]  # without the frames that a raised one holds
+    except RecursionError:
+        parts = [RowError("not-text", "is nested too deeply")]
+
+    for place, part in enumerate(parts):
+        if isinstance(part, RowError):
+            yield ParsedRecord(shape.kinds[0], {}, [row], part, is_first=not place)
+            continue
+        kind = kind_of(shape, part)
+        columns = next((names for names in _column_sets(kind) if {*names} <= part.keys()), ())
+        plain = _with_format(source, kind, ours)
+        (item,) = _parse_row(plain, columns, row._replace(data=others | part))
+        yield ParsedRecord(kind, item.record, [row], item.fault, is_first=not place)
+
+
+def _with_format(source: Source, format: str, read: set[str]) -> Source:
+    """Return a source of another format, without what it gives to columns that are already `read`."""
+    kept = {
+        key: {name: value for name, value in getattr(source, key).items() if name not in read}
+        for key in ("columns", "values")
+    }
+    return source.model_copy(update={"format": format, **kept})
+
+
 def _read_cell(name: str, value: Any) -> Any:
     """Return the list that a text is the serialization of, if the column has lists or messages."""
     try:
@@ -261,10 +354,7 @@ def _column_value(data: dict[str, Any], column: str | list[str]) -> Any:
     if isinstance(column, str):
         return data.get(column)
 
-    values = [value for value in map(data.get, column) if value is not None]
-    parts = [value for value in values if not isinstance(value, str) or value.strip()]
-    not_text = [part for part in parts if not isinstance(part, str)]
-    return not_text[0] if not_text else "\n\n".join(parts)
+    return join_texts([*map(data.get, column)])
 
 
 def _other_values(source: Source, data: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pipeline.artifacts.inputs import open_external, open_hub
 from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.data.labels import class_names, merged_spellings
-from pipeline.data.notes import reading_notes
+from pipeline.data.notes import reading_notes, unread_parts_note
 from pipeline.data.quarantine import count_and_quarantine, count_left_out, row_outcomes
 from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.data.schema import KINDS, SPLITS, RawRow, Record
@@ -99,6 +99,8 @@ def _log_counts(config: PrepareStage, folder: Path) -> None:
     quarantined = f"; quarantined: {reasons}; see {folder}/quarantine.jsonl" if reasons else ""
     merged = f", {rows['merged']:,} merged with others as votes" if rows["merged"] else ""
     print(f"  {rows['kept']:,} of {rows['read']:,} rows kept{merged}{quarantined}")
+    if note := unread_parts_note(rows["quarantined"]):
+        print(f"  {note}")
     if parts := rows.get("left_out"):
         counts = ", ".join(f"{reason} {count:,}" for reason, count in parts.items())
         print(f"  left out of these: {counts}")
@@ -128,9 +130,13 @@ def read(source: Source, seed: int, folder: Path | None = None) -> list[ParsedRe
     ]
 
 
-def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
-    """Write the records and the quarantine to `output`; return the row counts and the metrics."""
-    items_by_source = [read(source, config.seed, output) for source in config.source]
+def read_records(config: PrepareStage, folder: Path | None = None) -> tuple[list[ParsedRecord], list[str]]:
+    """Read and validate all sources, with temporary files in `folder`, and print how they were read.
+
+    Returns the records, of which those that are not kept have a fault, and the classes of labels.
+    Raises `UserError` if a source has no valid row.
+    """
+    items_by_source = [read(source, config.seed, folder) for source in config.source]
     items = [item for source_items in items_by_source for item in source_items]
     labels = [item.record.get("label") for item in items if item.kind == "labels"]
     classes = class_names(config.source, labels)
@@ -143,6 +149,12 @@ def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
     nothing_kept = all(item.fault for item in items)
     for source, source_items in zip(config.source, items_by_source, strict=True):
         _require_valid_rows(source, source_items, CROSS_RECORD if not nothing_kept else ())
+    return items, classes
+
+
+def _build_records(config: PrepareStage, output: Path) -> dict[str, Any]:
+    """Write the records and the quarantine to `output`; return the row counts and the metrics."""
+    items, classes = read_records(config, output)
     rows = count_and_quarantine(row_outcomes(items), output / "quarantine.jsonl")
     if left_out := count_left_out(items):
         rows["left_out"] = dict(sorted(left_out.items()))

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
-from pipeline.config import PrepareStage
+from pipeline.cli import main
+from pipeline.config import PrepareStage, Source
+from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.prepare.stage import run
 
 DATA = Path(os.environ.get("REAL_DATA", "."))
@@ -18,6 +20,55 @@ pytestmark = [
     pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA is not set"),
 ]
 ALPACA = ["instruction", "input"]
+
+
+@pytest.mark.parametrize(
+    ("path", "format", "read", "kept"),
+    [
+        ("hh-harmless/pairs.jsonl", "dialogues", 1800, 1798),
+        ("rasbt/instruction-data-with-preference.json", "alpaca_pairs", 1100, 1094),
+        ("rasbt/instruction-data.json", "alpaca", 1100, 1100),
+        ("kto-demo/kto_en_demo.json", "labels", 300, 300),
+    ],
+)
+def test_a_published_file_is_recognized(path: str, format: str, read: int, kept: int, capsys: Any) -> None:
+    assert main(["prepare", "--inspect", str(DATA / path)]) == 0
+    output = capsys.readouterr().out
+    assert f"  {kept:,} of {read:,} rows kept, as " in output
+    assert f"source:\n  format: {format}\n" in output
+
+
+def test_pandalm_gives_a_comparison_for_each_vote() -> None:
+    votes = read_source(Source(path=str(DATA / "pandalm/testset-v1.json")))
+    assert len(votes) == 3 * 999
+    assert not any(item.fault for item in votes)
+    ties = sum(item.record.get("preference") == 0.5 for item in votes)
+    assert ties == sum(annotators(item).count(0) for item in votes[::3])
+    majority = Counter(
+        max(set(verdicts), key=verdicts.count) for verdicts in (annotators(item) for item in votes[::3])
+    )
+    assert (majority[1], majority[2]) == (422, 472)
+
+
+def annotators(item: ParsedRecord) -> list[int]:
+    return [item.rows[0].data[f"annotator{number}"] for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("finegrained-qa/dev_feedback.json", "no format has its columns: question, passages, gold, "),
+        (
+            "surge-toxicity/toxicity_en.csv",
+            "no format has its columns: text, is_toxic; nearly: labels lacks 'label'",
+        ),
+    ],
+)
+def test_a_file_in_no_known_shape_is_one_line(path: str, message: str, capsys: Any) -> None:
+    assert main(["prepare", "--inspect", str(DATA / path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def prepare(folder: Path, format: str, path: str, **options: Any) -> tuple[Path, dict[str, Any]]:

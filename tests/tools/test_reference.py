@@ -50,7 +50,8 @@ def test_the_reference_has_types_limits_and_defaults() -> None:
     assert keys["algorithm"][1:3] == ("`ppo`, `rloo`, `grpo`", '"ppo"')
     assert keys["training.kl_target"][1:3] == ("number or null", "null")
     assert keys["run"][1:3] == ("string", "the folder's name")
-    assert set(PPOConfig.__annotations__) - {"RESERVED", "TRL_NAMES"} <= {name.removeprefix("training.") for name in keys}
+    arguments = set(PPOConfig.__annotations__) - {"RESERVED", "TRL_NAMES"}
+    assert arguments <= {name.removeprefix("training.") for name in keys}
 
 
 @pytest.mark.parametrize("stage", config.STAGES)

@@ -10,7 +10,7 @@ from pipeline.config.evaluate import EvaluateStage
 from pipeline.config.loading import PACKAGE, RECIPES, STAGES, check_run, load, nearest, recipes, validate
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
-from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
+from pipeline.config.reward import OBJECTIVES, FunctionSection, Reward, RewardStage
 from pipeline.config.rollouts import EngineSection, RolloutsSection
 from pipeline.config.sft import SFTStage
 
@@ -22,6 +22,7 @@ __all__ = [
     "STAGES",
     "EngineSection",
     "EvaluateStage",
+    "FunctionSection",
     "PPOStage",
     "PolicyStage",
     "PrepareStage",

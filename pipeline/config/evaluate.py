@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
-from pipeline.config.reward import Reward, from_source_string
+from pipeline.config.reward import FunctionSection, Reward, from_source_string
 from pipeline.config.rollouts import EngineSection
 
 # The metrics of a policy: no measure may have one of these names, or one as a win rate or interval has.
@@ -50,14 +50,15 @@ class EvaluateStage(StageConfig):
     scorer: Reward | None = None
     """Held-out reward that PPO was not trained on."""
 
-    gold: str | None = None
-    """Gold reward, a `module:function`."""
+    gold: FunctionSection | None = None
+    """Gold reward, a `module:function` or a section."""
 
-    well_formed: str | None = None
-    """A `module:function` that returns 1 for a well-formed response and 0 for others."""
+    well_formed: FunctionSection | None = None
+    """A `module:function` or a section, which returns 1 for a well-formed response and 0 for others."""
 
-    measures: dict[str, str] = Field({})
-    """More functions whose mean over responses is reported for each policy: name -> `module:function`."""
+    measures: dict[str, FunctionSection] = Field({})
+    """More functions whose mean over responses is reported for each policy: name -> `module:function`, or a
+    section."""
 
     prompts: int = Field(100, gt=0)
     """Maximum number of test prompts."""
@@ -95,7 +96,7 @@ class EvaluateStage(StageConfig):
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository."""
 
-    _scorer = field_validator("scorer", mode="before")(from_source_string)
+    _functions = field_validator("scorer", "gold", "well_formed", mode="before")(from_source_string)
 
     def resolved(self) -> dict[str, Any]:
         resolved = super().resolved()
@@ -105,9 +106,16 @@ class EvaluateStage(StageConfig):
             del resolved["rollouts"]
         return resolved
 
+    @field_validator("measures", mode="before")
+    @classmethod
+    def from_source_strings(cls, measures: Any) -> Any:
+        if not isinstance(measures, dict):
+            return measures
+        return {name: from_source_string(measure) for name, measure in measures.items()}
+
     @field_validator("measures")
     @classmethod
-    def check_measures(cls, measures: dict[str, str]) -> dict[str, str]:
+    def check_measures(cls, measures: dict[str, FunctionSection]) -> dict[str, FunctionSection]:
         for name in measures:
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is no name of a metric; expected letters, digits and _")

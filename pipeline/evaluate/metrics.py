@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage
-from pipeline.data.identity import number_questions
+from pipeline.data.identity import canonical_text, number_questions
 from pipeline.data.records import open_records
 from pipeline.evaluate.sampling import score_samples
 from pipeline.evaluate.statistics import (
@@ -57,12 +57,19 @@ def reward_metrics(
         metrics = evaluate_reward_model(reward, pairs)
 
     if gold is not None and "comparisons" in metrics and pairs:
-        metrics["comparisons"] |= _accuracy_ceiling(reward, gold, pairs["comparisons"])
+        prompts = held_out_split(open_records(inputs["records"], "prompts"))
+        metrics["comparisons"] |= _accuracy_ceiling(reward, gold, pairs["comparisons"], prompts)
     return metrics
 
 
-def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any) -> dict[str, Any]:
-    records = pairs.remove_columns(["chosen", "rejected"])
+def _accuracy_ceiling(reward: RewardModel, gold: RewardFunction, pairs: Any, prompts: Any) -> dict[str, Any]:
+    """Return how often the gold reward orders the pairs as they are.
+
+    It gets the columns of the prompts' own records, such as an answer; if one has none, those of the pairs.
+    """
+    places = {canonical_text(prompt): place for place, prompt in enumerate(prompts["prompt"])}
+    rows = [places.get(canonical_text(prompt)) for prompt in pairs["prompt"]]
+    records = pairs.remove_columns(["chosen", "rejected"]) if None in rows else prompts.select(rows)
     texts = [list(map(response_text, pairs[side])) for side in ("chosen", "rejected")]
     sides = [
         {"text": side, "ids": reward.tokenizer(side)["input_ids"], "ended": [True] * len(side)}

@@ -47,7 +47,6 @@ made = functools.partial(mixed, scale=1.0)
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_the_functions_of_trl_work_as_they_are(prompt):
-    pytest.importorskip("math_verify")
     texts = [r"It is \boxed{12}.", r"It is \boxed{13}.", "It is 12."]
     accuracy = open_source("trl.rewards:accuracy_reward")
     assert call(accuracy, texts, prompt, solution=["12"] * 3) == [1.0, 0.0, 0.0]

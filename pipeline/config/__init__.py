@@ -12,7 +12,7 @@ from pipeline.config.overrides import apply_overrides
 from pipeline.config.ppo import PPOStage
 from pipeline.config.prepare import PrepareStage, Source
 from pipeline.config.recipes import PACKAGE, RECIPES, find_recipe, find_stage_file, recipes
-from pipeline.config.reward import OBJECTIVES, Reward, RewardStage
+from pipeline.config.reward import OBJECTIVES, FunctionSection, Reward, RewardStage
 from pipeline.config.rollouts import EngineSection, RolloutsSection
 from pipeline.config.runs import explain_unread, load_run
 from pipeline.config.sft import SFTStage
@@ -26,6 +26,7 @@ __all__ = [
     "STAGES",
     "EngineSection",
     "EvaluateStage",
+    "FunctionSection",
     "PPOStage",
     "PolicyStage",
     "PrepareStage",

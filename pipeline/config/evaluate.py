@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, Precision, Quantization, StageConfig, StageInput
-from pipeline.config.reward import Reward, as_rewards, check_sum, from_source_string, reward_input
+from pipeline.config.reward import (
+    FunctionSection,
+    Reward,
+    as_rewards,
+    check_sum,
+    from_source_string,
+    reward_input,
+)
 from pipeline.config.rollouts import EngineSection
 
 # The metrics of a policy: no measure may have one of these names, or one as a win rate or interval has.
@@ -54,14 +61,15 @@ class EvaluateStage(StageConfig):
     scorer: Reward | None = None
     """Held-out reward that PPO was not trained on."""
 
-    gold: str | None = None
-    """Gold reward, a `module:function`."""
+    gold: FunctionSection | None = None
+    """Gold reward, a `module:function` or a section."""
 
-    well_formed: str | None = None
-    """A `module:function` that returns 1 for a well-formed response and 0 for others."""
+    well_formed: FunctionSection | None = None
+    """A `module:function` or a section, which returns 1 for a well-formed response and 0 for others."""
 
-    measures: dict[str, str] = Field({})
-    """More functions whose mean over responses is reported for each policy: name -> `module:function`."""
+    measures: dict[str, FunctionSection] = Field({})
+    """More functions whose mean over responses is reported for each policy: name -> `module:function`, or a
+    section."""
 
     prompts: int = Field(100, gt=0)
     """Maximum number of test prompts."""
@@ -100,7 +108,7 @@ class EvaluateStage(StageConfig):
     """Run model code that comes with a hub repository."""
 
     _reward = field_validator("reward", mode="before")(as_rewards)
-    _scorer = field_validator("scorer", mode="before")(from_source_string)
+    _functions = field_validator("scorer", "gold", "well_formed", mode="before")(from_source_string)
 
     def named_inputs(self) -> Iterator[tuple[str, str, StageInput]]:
         yield from super().named_inputs()
@@ -122,9 +130,16 @@ class EvaluateStage(StageConfig):
             del resolved["rollouts"]
         return resolved
 
+    @field_validator("measures", mode="before")
+    @classmethod
+    def from_source_strings(cls, measures: Any) -> Any:
+        if not isinstance(measures, dict):
+            return measures
+        return {name: from_source_string(measure) for name, measure in measures.items()}
+
     @field_validator("measures")
     @classmethod
-    def check_measures(cls, measures: dict[str, str]) -> dict[str, str]:
+    def check_measures(cls, measures: dict[str, FunctionSection]) -> dict[str, FunctionSection]:
         for name in measures:
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is no name of a metric; expected letters, digits and _")

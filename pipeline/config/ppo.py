@@ -6,7 +6,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Overlong, PolicyStage, StageInput, StrictModel
-from pipeline.config.reward import Reward, as_rewards, check_sum, from_source_string, reward_input
+from pipeline.config.reward import (
+    FunctionSection,
+    Reward,
+    as_rewards,
+    check_sum,
+    from_source_string,
+    reward_input,
+)
 from pipeline.config.rollouts import RolloutsSection
 
 
@@ -74,8 +81,8 @@ class PPOStage(PolicyStage):
     uncertainty_penalty: float = Field(0.0, ge=0)
     """Standard deviations between the rewards to subtract from their sum; needs two rewards or more."""
 
-    gold: str | None = None
-    """Gold reward, a `module:function`; it is measured at evaluations and never trained on."""
+    gold: FunctionSection | None = None
+    """Gold reward, a `module:function` or a section; it is measured at evaluations and never trained on."""
 
     evaluation: EvaluationSection = EvaluationSection()
     """Evaluations while PPO trains."""
@@ -97,6 +104,7 @@ class PPOStage(PolicyStage):
     RLOO and GRPO always drop them."""
 
     _reward = field_validator("reward", mode="before")(as_rewards)
+    _gold = field_validator("gold", mode="before")(from_source_string)
 
     @model_validator(mode="after")
     def set_defaults(self) -> "PPOStage":
@@ -180,7 +188,7 @@ class PPOStage(PolicyStage):
             raise ValueError(
                 "evaluation.scorer scores evaluations, and there are none; set training.eval_strategy: steps"
             )
-        if scorer.source in [reward.source for reward in self.reward]:
+        if (scorer.source, scorer.arguments) in [(reward.source, reward.arguments) for reward in self.reward]:
             raise ValueError(
                 f"evaluation.scorer: {scorer.source} is what PPO is trained on; name a held-out one"
             )

@@ -77,6 +77,9 @@ class Source(StrictModel):
     classes: list[str] | None = None
     """Names of the label classes in the order of their ids; only read with `labels`, `kto` and `demo`."""
 
+    operations: int | None = Field(None, ge=2, le=100, exclude_if=lambda operations: operations is None)
+    """Operations of each prompt of `sums`, which is the only format that reads it; null is 8."""
+
     limit: int | None = Field(None, gt=0)
     """Read only the first rows, at most this many."""
 
@@ -101,6 +104,7 @@ class Source(StrictModel):
             "values": has_origin,
             "ignore": has_origin,
             "classes": self.format in (None, "labels", "kto", "demo"),
+            "operations": self.format == "sums",
         }
         for key, read in is_read.items():
             if getattr(self, key) and not read:

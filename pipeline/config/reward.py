@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pipeline.config.base import ModelStage, Overlong, StageInput, StrictModel
 from pipeline.config.values import check_server_url
@@ -138,11 +138,29 @@ class RewardStage(ModelStage):
         return self
 
 
+class FunctionSection(StrictModel):
+    """A Python function; a string is its source."""
+
+    source: str
+    """A `module:function`."""
+
+    arguments: dict[str, Any] | None = None
+    """Arguments with which `source` is called to make the function; null uses it as it is."""
+
+    @model_serializer(mode="wrap")
+    def as_source_string(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Return the section as its source if that is all of it."""
+        return self.source if self.arguments is None else serialize(self)
+
+
 class Reward(StrictModel):
     """A reward: a model, a Python function, or a server; a string is its source."""
 
     source: str
     """A reward artifact, a classifier's folder, a hub id, a `module:function`, or the URL of a server."""
+
+    arguments: dict[str, Any] | None = Field(None, exclude_if=lambda arguments: arguments is None)
+    """Arguments with which a `module:function` is called to make the reward; null uses it as it is."""
 
     weight: float | None = None
     """Weight in the sum of the rewards; null for all of n rewards is 1/n each."""
@@ -158,6 +176,15 @@ class Reward(StrictModel):
 
     timeout: float = Field(180.0, gt=0, le=86_400, exclude=True)  # does not change a score
     """Seconds that a request to a server may take, with all its tries."""
+
+    @model_validator(mode="after")
+    def check_arguments(self) -> "Reward":
+        if self.arguments is not None and not self.is_function:
+            raise ValueError(
+                "'arguments' is only read with a module:function as the source, "
+                f"but that is {self.source!r}; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_length_penalty(self) -> "Reward":
@@ -200,7 +227,7 @@ class Reward(StrictModel):
 
 
 def from_source_string(value: Any) -> Any:
-    """Return a reward's section for a string that is its source; return other values unchanged."""
+    """Return the section of a reward or function for a string, its source; return other values unchanged."""
     return {"source": value} if isinstance(value, str) else value
 
 

@@ -14,12 +14,13 @@ from pipeline.formatting.numbers import format_number
 from pipeline.reward.functions import (
     RewardSource,
     combine_rewards,
-    import_function,
     load_reward,
     require_reward,
     reward_from_model,
 )
+from pipeline.reward.importing import open_function
 from pipeline.reward.model import DistributedRewardModel, RewardModel
+from pipeline.reward.named import explain_reward, label_reward
 
 Scorer = Callable[[dict[str, list[Any]], Dataset], list[float]]  # (columns of samples, prompts) -> rewards
 
@@ -46,13 +47,27 @@ def named_rewards(config: EvaluateStage) -> dict[str, Reward]:
     return {f"reward_{number}": reward for number, reward in enumerate(config.reward)}
 
 
+def reward_key(config: EvaluateStage, name: str) -> str:
+    """Return the key of the config behind a reward's name as an input, such as `reward[1]`."""
+    return f"reward[{name.removeprefix('reward_')}]" if len(config.reward) > 1 else "reward"
+
+
+def check_functions(config: EvaluateStage) -> None:
+    """Raise `UserError` if a reward that is a function cannot be opened."""
+    for name, reward in named_rewards(config).items():
+        if reward.is_function:
+            open_function(reward_key(config, name), reward)
+
+
 def open_rewards(config: EvaluateStage) -> dict[str, Artifact]:
     """Open the rewards that are models or servers, by their names as inputs. Raises `UserError`."""
-    return {
-        name: require_reward(reward, config.make_command("reward"), config.trust_remote_code)
-        for name, reward in named_rewards(config).items()
-        if not reward.is_function
-    }
+    opened = {}
+    for name, reward in named_rewards(config).items():
+        if not reward.is_function:
+            with explain_reward(label_reward(reward_key(config, name), reward.source)):
+                command = config.make_command("reward")
+                opened[name] = require_reward(reward, command, config.trust_remote_code)
+    return opened
 
 
 def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Scorer, dict[str, RewardModel]]:
@@ -76,7 +91,7 @@ def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Sc
     sources = [
         reward_from_model(models[name], reward.length_penalty)
         if name in models
-        else RewardSource(import_function(reward.source))
+        else RewardSource(open_function(reward_key(config, name), reward))
         for name, reward in rewards.items()
     ]
     weights = [reward.weight for reward in rewards.values() if reward.weight is not None]

@@ -14,20 +14,23 @@ from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.files import write_json
 from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
-from pipeline.config import EvaluateStage, Reward
+from pipeline.config import EvaluateStage, FunctionSection, Reward
 from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.metrics import policy_metrics, reward_metrics
 from pipeline.evaluate.report import collect_report, write_report
-from pipeline.evaluate.rewards import complete_reward, describe_rewards, load_rewards, open_rewards
+from pipeline.evaluate.rewards import (
+    check_functions,
+    complete_reward,
+    describe_rewards,
+    load_rewards,
+    open_rewards,
+)
 from pipeline.evaluate.sampling import load_test_prompts, sample_policies, score_samples
 from pipeline.models.loading import load_tokenizer
-from pipeline.reward.functions import (
-    RewardFunction,
-    import_function,
-    load_reward,
-    require_reward,
-    reward_from_model,
-)
+from pipeline.reward.calls import RewardFunction
+from pipeline.reward.functions import load_reward, require_reward, reward_from_model
+from pipeline.reward.importing import open_function
+from pipeline.reward.named import explain_reward, label_reward, name_reward
 from pipeline.training.arguments import check_quantization, resolve_precision
 
 
@@ -35,10 +38,20 @@ def check(config: EvaluateStage) -> None:
     """Check what the config alone can tell. Raises `UserError`."""
     check_quantization(config.stage, config.quantization)
     resolve_precision(config.precision)
-    rewards = [*config.reward, *filter(None, [config.scorer])]
-    functions = [reward.source for reward in rewards if reward.is_function]
-    for spec in filter(None, (config.gold, config.well_formed, *functions, *config.measures.values())):
-        import_function(spec)
+    check_functions(config)
+    for _, key, section in named_functions(config):
+        open_function(key, section)
+
+
+def named_functions(config: EvaluateStage) -> list[tuple[str, str, FunctionSection | Reward]]:
+    """Return for each function that the config names its column, its key and its section."""
+    measures = [(name, f"measures.{name}", section) for name, section in config.measures.items()]
+    functions = [("gold_reward", "gold", config.gold), ("well_formed", "well_formed", config.well_formed)]
+    return [
+        (column, key, section)
+        for column, key, section in [*functions, *measures, ("scorer_reward", "scorer", config.scorer)]
+        if section and (isinstance(section, FunctionSection) or section.is_function)
+    ]
 
 
 def run(config: EvaluateStage) -> Path:
@@ -48,9 +61,10 @@ def run(config: EvaluateStage) -> Path:
     config = complete_reward(config)
     inputs |= open_rewards(config) | {"ppo": inputs.pop("ppo")}
     if config.scorer and not config.scorer.is_function:
-        inputs["scorer"] = require_reward(
-            config.scorer, config.make_command("reward"), config.trust_remote_code
-        )
+        with explain_reward(label_reward("scorer", config.scorer.source)):
+            inputs["scorer"] = require_reward(
+                config.scorer, config.make_command("reward"), config.trust_remote_code
+            )
 
     return build_artifact(
         config,
@@ -92,17 +106,15 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
 
 
 def load_scorers(config: EvaluateStage, opened_scorer: Artifact | None) -> dict[str, RewardFunction]:
-    """Return by column the scorers that the config names: gold, form, measures and the held-out scorer."""
-    specs = {"gold_reward": config.gold, "well_formed": config.well_formed} | config.measures
-    scorers = {name: import_function(spec) for name, spec in specs.items() if spec}
-    if config.scorer:
-        scorers["scorer_reward"] = load_scorer(config, config.scorer, opened_scorer)
+    """Return by column the scorers that the config names: gold, form, measures and the held-out scorer.
+
+    `opened_scorer` is the model of the held-out scorer, None if it is a function or there is none.
+    """
+    scorers = {column: open_function(key, section) for column, key, section in named_functions(config)}
+    if config.scorer and opened_scorer:
+        label = label_reward("scorer", config.scorer.source)
+        with explain_reward(label):
+            model = load_reward(config.scorer, opened_scorer, trust_remote_code=config.trust_remote_code)
+            source = reward_from_model(model, config.scorer.length_penalty)
+        scorers["scorer_reward"] = name_reward(source.score, label)
     return scorers
-
-
-def load_scorer(config: EvaluateStage, scorer: Reward, opened: Artifact | None) -> RewardFunction:
-    """Load the held-out scorer as a function; `opened` is None for one that is a function already."""
-    if opened is None:
-        return import_function(scorer.source)
-    model = load_reward(scorer, opened, trust_remote_code=config.trust_remote_code)
-    return reward_from_model(model, scorer.length_penalty).score

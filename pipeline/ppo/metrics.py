@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 
 from pipeline.ppo import functional
 from pipeline.ppo.config import PPOConfig
@@ -47,3 +48,12 @@ def rollout_metrics(
     if args.critic_warmup_patience is not None:
         metrics["val/r_squared"] = functional.r_squared(rollout.values, rollout.returns, mask)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def mean_over_processes(metrics: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean of each metric over the values of all processes, which may have other names."""
+    values: dict[str, list[float]] = {}
+    for part in gather_object([metrics]):
+        for name, numbers in part.items():
+            values.setdefault(name, []).extend(numbers)
+    return {name: statistics.fmean(numbers) for name, numbers in sorted(values.items())}

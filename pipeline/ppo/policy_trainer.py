@@ -119,10 +119,18 @@ class PolicyTrainer(Trainer):
             return self.generate(policy, tokenizer, ids, numbers, **options)
 
     def score(
-        self, function: RewardFunction, responses: Responses, data: Dataset, indices: Sequence[int]
+        self,
+        function: RewardFunction,
+        responses: Responses,
+        data: Dataset,
+        indices: Sequence[int],
+        **of_trainer: Any,
     ) -> list[ResponseReward]:
-        """Return the function's reward of each response or its tokens, given the record of its prompt."""
-        columns = data.select(indices)[:]
+        """Return the function's reward of each response or its tokens, given the record of its prompt.
+
+        `of_trainer` is what TRL's trainers pass beside the record, such as `log_metric`.
+        """
+        columns = data.select(indices)[:] | {"trainer_state": self.state} | of_trainer
         prompts, ids = columns.pop("prompt"), responses.token_lists()
         batch = (prompts, responses.texts, ids, responses.ended, columns)
         return call_reward_function(function, *batch, tokenizer=self.processing_class)

@@ -40,14 +40,16 @@ from pipeline.ppo.inputs import add_reference
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
+from pipeline.reward.calls import reward_name
 from pipeline.reward.functions import (
     RewardSource,
     combine_rewards,
-    import_function,
     load_reward,
     require_reward,
     reward_from_model,
 )
+from pipeline.reward.importing import open_function
+from pipeline.reward.named import explain_reward, label_reward, name_reward
 from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
 from pipeline.training.checkpoints import train_with_resume, write_log
@@ -66,10 +68,11 @@ def check(config: PPOStage) -> None:
     _check_lora_start(config)
     check_critic_section(config)
 
-    functions = [reward.source for reward in named_rewards(config).values() if reward.is_function]
-    for function in [config.gold, *functions]:
-        if function:
-            import_function(function)
+    if config.gold:
+        open_function("gold", config.gold)
+    for name, reward in named_rewards(config).items():
+        if reward.is_function:
+            open_function(reward_key(config, name), reward)
 
 
 def arguments_class(config: PPOStage) -> type[TrainingArguments]:
@@ -83,6 +86,13 @@ def named_rewards(config: PPOStage) -> dict[str, Reward]:
     if config.evaluation.scorer:
         rewards["scorer"] = config.evaluation.scorer
     return rewards
+
+
+def reward_key(config: PPOStage, name: str) -> str:
+    """Return the key of the config behind a reward's name as an input, such as `reward[1]`."""
+    if name == "scorer":
+        return "evaluation.scorer"
+    return f"reward[{name.removeprefix('reward_')}]" if len(config.reward) > 1 else "reward"
 
 
 def run(config: PPOStage) -> Path:
@@ -103,7 +113,9 @@ def open_all_inputs(config: PPOStage) -> dict[str, Artifact]:
     inputs = open_inputs(config)
     starting_adapter(config, inputs["policy"].revision)
     for name, reward in named_rewards(config).items():
-        if not reward.is_function:
+        if reward.is_function:
+            continue
+        with explain_reward(label_reward(reward_key(config, name), reward.source)):
             inputs[name] = require_reward(reward, config.make_command("reward"), config.trust_remote_code)
             _check_backbone(config, name, inputs)
     _check_scorer_is_held_out(inputs)
@@ -143,7 +155,8 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
     for reward in rewards.values():
         if reward.model is not None:
             for split in ("train", "validation"):
-                reward.model.check_prompts(prompts[split]["prompt"], f"{config.records}: {split} prompts")
+                with explain_reward(reward_name(reward.score)):
+                    reward.model.check_prompts(prompts[split]["prompt"], f"{config.records}: {split} prompts")
     scorer = rewards.pop("scorer", None)
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
     patience = config.evaluation.patience if scorer else None
@@ -157,7 +170,7 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
         "train_dataset": prompts["train"],
         "eval_dataset": _evaluation_prompts(prompts),
         "processing_class": tokenizer,
-        "gold": import_function(config.gold) if config.gold else None,
+        "gold": open_function("gold", config.gold) if config.gold else None,
         "scorer": scorer.score if scorer else None,
         "keep": config.evaluation.keep,
         "max_prompt_tokens": config.max_prompt_tokens,
@@ -180,10 +193,17 @@ def open_reward(config: PPOStage, name: str, inputs: dict[str, Artifact], policy
 
     A reward model is on the policy's backbone if it can share it, else loaded separately or on a server.
     """
-    reward = named_rewards(config)[name]
+    reward, key = named_rewards(config)[name], reward_key(config, name)
     if reward.is_function:
-        return RewardSource(import_function(reward.source))
+        return RewardSource(open_function(key, reward))
+    label = label_reward(key, reward.source)
+    with explain_reward(label):
+        source = _open_model(config, name, inputs, policy)
+    return source._replace(score=name_reward(source.score, label))
 
+
+def _open_model(config: PPOStage, name: str, inputs: dict[str, Artifact], policy: Any) -> RewardSource:
+    reward = named_rewards(config)[name]
     artifact, problem = inputs[name], "one_backbone: never"
     if config.one_backbone != "never":
         problem = incompatibility(config, inputs["policy"], artifact) or ""

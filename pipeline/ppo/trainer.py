@@ -43,7 +43,7 @@ from pipeline.ppo.inputs import (
     prepare_policy,
 )
 from pipeline.ppo.loss import ppo_loss
-from pipeline.ppo.metrics import rollout_metrics
+from pipeline.ppo.metrics import mean_over_processes, rollout_metrics
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
 from pipeline.ppo.push import push_policy
 from pipeline.ppo.rollout import Rollout, RolloutDataLoader, collect_rollout
@@ -167,6 +167,7 @@ class PPOTrainer(PolicyTrainer):
         sampled_from = (args.top_k, args.top_p, args.min_response_tokens, tuple(self.ends))
         self.truncation = Truncation(*sampled_from, tuple(unknown_ids(policy, tokenizer)))
         self.running_metrics: dict[str, list[Any]] = defaultdict(list)  # since the last log
+        self.function_metrics: dict[str, list[float]] = defaultdict(list)  # by rewards' `log_metric`
         self.clock: dict[str, float] = defaultdict(float)  # seconds and tokens since the last log
 
     def _fit_prompts(self, tokenizer: Any, **data: Any) -> dict[str, Any]:
@@ -254,7 +255,8 @@ class PPOTrainer(PolicyTrainer):
         """Return the raw rewards of the responses, and the (B, T) scores that PPO learns from."""
         with self._timed("score"):
             indices = self._prompt_indices(rows)
-            rewards = self.score(self.reward.score, responses, self.train_dataset, indices)
+            named = {"log_metric": lambda name, value: self.function_metrics[name].append(float(value))}
+            rewards = self.score(self.reward.score, responses, self.train_dataset, indices, **named)
             mask = responses.response_mask.bool().cpu()
             scores = normalize_scores(
                 stack_rewards(rewards, mask),
@@ -375,7 +377,9 @@ class PPOTrainer(PolicyTrainer):
             reduced = self.accelerator.reduce(torch.tensor(means, device=self.args.device), "mean")
             logs |= dict(zip(self.running_metrics, reduced.tolist(), strict=True))
             logs |= self._clock_metrics()
+            logs |= {**mean_over_processes(self.function_metrics), **logs}
             self.running_metrics.clear()
+            self.function_metrics.clear()
         logs.pop("train_loss", None)  # a resumed run averages it over its own steps only
         super().log(logs, start_time)
 

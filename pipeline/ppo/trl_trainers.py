@@ -32,7 +32,7 @@ from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.callbacks import DropStaleCheckpoints
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.policy_trainer import GenerationShape, PolicyTrainer, prompt_budget
-from pipeline.reward.calls import RewardFunction, call_reward_function
+from pipeline.reward.calls import RewardFunction, call_reward_functions
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import total_reward
 
@@ -199,7 +199,8 @@ def as_reward_func(
 ) -> RewardFunction:
     """Return the reward as TRL calls it: with messages as prompts, and texts without their end token.
 
-    `ends` are the ids that end a response. Rewards inside a response are summed, which is printed once.
+    `ends` are the ids that end a response. Rewards inside a response are summed, which is printed once. TRL
+    does not train on a response whose reward is None.
     """
     printed: list[str] = []
 
@@ -211,7 +212,7 @@ def as_reward_func(
         log_extra: Any,
         log_metric: Any,
         **columns: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         ended = [ids[-1] in ends for ids in completion_ids]
         texts = [
             str(tokenizer.decode(ids[: len(ids) - end], skip_special_tokens=True))
@@ -220,17 +221,22 @@ def as_reward_func(
         records = columns[RECORD]
         original = {name: [record[name] for record in records] for name in records[0]}
         original_prompts = original.pop("prompt")
+        original |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
         batch = (original_prompts, texts, completion_ids, ended, original)
-        rewards = call_reward_function(reward.score, *batch, tokenizer=tokenizer)
+        [rewards] = call_reward_functions([reward.score], *batch, tokenizer=tokenizer)
         if not printed and any(isinstance(entry, list) for entry in rewards):
             printed.append("  rewards of tokens and steps are summed: RLOO and GRPO have one per response")
             if is_main_process():
                 print(printed[0], flush=True)
-        raw = list(map(total_reward, rewards))
-        log_metric("raw_reward", statistics.fmean(raw))
-
-        scores = [(score - reward.mean) / (reward.std or 1.0) for score in raw]
-        return [score - MISSING_EOS_PENALTY * (not end) for score, end in zip(scores, ended, strict=True)]
+        raw = [None if entry is None else total_reward(entry) for entry in rewards]
+        if valid := [score for score in raw if score is not None]:
+            log_metric("raw_reward", statistics.fmean(valid))
+        return [
+            None
+            if score is None
+            else (score - reward.mean) / (reward.std or 1.0) - MISSING_EOS_PENALTY * (not end)
+            for score, end in zip(raw, ended, strict=True)
+        ]
 
     return reward_function
 

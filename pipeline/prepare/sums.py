@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.prepare.demo import text_pairs
 
 OPERATORS = "+-*"
-OPERATIONS = 8  # of a prompt
+OPERATIONS = 8  # of a prompt, if the source names no other number
 PROMPTS = 3000
 DEMONSTRATIONS_PER_PROMPT = 2
 STEPWISE_PER_PROMPT = 2
@@ -99,6 +99,15 @@ def right_answer(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -
     return scores
 
 
+def answer_key(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
+) -> list[float]:
+    """Return 1.0 for each response that ends in its record's `answer`, such as `…=9`, else 0.0."""
+    pairs = zip(text_pairs(prompts, completions), answer, strict=True)
+    results = ((_RESULT.search(response), key) for (_, response), key in pairs)
+    return [float(result is not None and result[1] == key) for result, key in results]
+
+
 def right_steps(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """Return the share of right steps, of the steps that the prompt needs or, if these are more, of all."""
     scores = []
@@ -134,11 +143,11 @@ def split_steps(response: str) -> list[str]:
 def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (kind, record): demonstrations, comparisons and steps by one writer, and prompts with answers.
 
-    `source` is not read: the world has no options.
+    `source.operations` is the length of the chains.
     """
     rng = random.Random(seed)
     mistakes = sample_mistakes(rng)
-    for prompt in sample_prompts(rng, PROMPTS):
+    for prompt in sample_prompts(rng, PROMPTS, source.operations or OPERATIONS):
         for _ in range(DEMONSTRATIONS_PER_PROMPT):
             yield (
                 "demonstrations",
@@ -159,12 +168,12 @@ def rows(source: Source, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "prompts", {"prompt": prompt, "answer": answer(prompt)}
 
 
-def sample_prompts(rng: random.Random, count: int) -> list[str]:
-    """Return `count` distinct prompts."""
+def sample_prompts(rng: random.Random, count: int, operations: int) -> list[str]:
+    """Return `count` distinct prompts of so many operations each."""
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        operations = (rng.choice(OPERATORS) + str(rng.randrange(10)) for _ in range(OPERATIONS))
-        prompts[f"{rng.randrange(10)}{''.join(operations)}="] = None
+        chain = (rng.choice(OPERATORS) + str(rng.randrange(10)) for _ in range(operations))
+        prompts[f"{rng.randrange(10)}{''.join(chain)}="] = None
     return list(prompts)
 
 

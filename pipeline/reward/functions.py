@@ -8,15 +8,12 @@
 - `columns`: the other columns of the prompt's record.
 
 Each entry of the list is the reward of a response: a number, which counts on its last token, one number per
-token of its `completion_ids`, or `StepRewards`.
+token of its `completion_ids`, `StepRewards`, or None for no reward.
 """
 
 import operator
-import os
 import statistics
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +22,7 @@ from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
-from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function, describe_failure
+from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_functions
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
 from pipeline.reward.token_rewards import StepRewards, spread_reward, total_reward
@@ -130,6 +127,9 @@ def combine_rewards(
     Overoptimization". Only differences of a reward are meaningful, so each score is centred on its reference
     sample before the standard deviation is taken.
 
+    A reward of None adds nothing to the sum and does not enter the standard deviation. If all are None, so is
+    the sum. `async` functions run concurrently.
+
     If a source gives rewards inside a response, the sum is per token, and the penalty, of the sums over
     tokens, is on the last token. The policy's `tokenizer` places the rewards of steps; without one they count
     as their sum.
@@ -140,16 +140,23 @@ def combine_rewards(
 
     def score(
         prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any
-    ) -> list[ResponseReward]:
+    ) -> list[ResponseReward | None]:
         batch = (prompts, completions, completion_ids, ended, columns, tokenizer)
-        rewards = [call_reward_function(source.score, *batch) for source in sources]
-        combined = []
+        rewards = call_reward_functions([source.score for source in sources], *batch)
+        combined: list[ResponseReward | None] = []
         for row, ids in zip(zip(*rewards, strict=True), completion_ids, strict=True):
-            disagreement = statistics.pstdev(
-                total_reward(value) - source.mean for value, source in zip(row, sources, strict=True)
-            )
+            valid = [
+                (weight, value, source.mean)
+                for weight, value, source in zip(weights, row, sources, strict=True)
+                if value is not None
+            ]
+            if not valid:
+                combined.append(None)
+                continue
+            disagreement = statistics.pstdev(total_reward(value) - mean for _, value, mean in valid)
             penalty = uncertainty_penalty * disagreement
-            combined.append(_weighted_sum(weights, row, len(ids), penalty))
+            present, values, _ = zip(*valid, strict=True)
+            combined.append(_weighted_sum(present, values, len(ids), penalty))
         return combined
 
     mean = sum(weight * source.mean for weight, source in zip(weights, sources, strict=True))
@@ -172,27 +179,3 @@ def _weighted_sum(
     if combined:
         combined[-1] -= penalty
     return combined
-
-
-def import_function(spec: str) -> RewardFunction:
-    """Import the function named `module:function`. Raises `UserError` if there is no such function.
-
-    The module may be in the working folder, which is searched last: there it hides no library.
-    """
-    module, _, name = spec.partition(":")
-    if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{spec}: {error}; expected module:function in the working folder or on the Python path"
-        ) from error
-    except Exception as error:  # the module is the user's code
-        raise UserError(f"{spec}: cannot be imported: {describe_failure(error)}") from error
-    if not callable(function):
-        raise UserError(
-            f"{spec}: is a {type(function).__name__}, "
-            "expected a function (prompts, completions, **columns) -> list of float"
-        )
-    return function

@@ -74,7 +74,7 @@ def stage(name: str, *argv: str) -> tuple[str, ...]:
             ("run", "ppo.training.learnin_rate=1"),
             "ppo: training.learnin_rate: PPOConfig has no such key; did you mean 'learning_rate'?",
         ),
-        (("run", "evaluate.gold=nowhere:gold"), "nowhere:gold: No module named 'nowhere'"),
+        (("run", "evaluate.gold=nowhere:gold"), "gold (nowhere:gold): No module named 'nowhere'"),
         (stage("sft", "max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (("run", "sft.max_lenght=5"), "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (stage("sft", "max_length"), "override 'max_length': expected key=value"),

@@ -156,7 +156,10 @@ def test_a_measure_needs_a_name_of_its_own(measures, problem):
 
 
 def test_a_measure_that_is_no_function_is_refused_before_the_first_stage():
-    with pytest.raises(UserError, match=r"^pipeline\.prepare\.demo:right_steps: .*expected module:function"):
+    with pytest.raises(
+        UserError,
+        match=r"^measures\.right \(pipeline\.prepare\.demo:right_steps\): .*expected module:function",
+    ):
         evaluate.check(config.EvaluateStage(run="t", measures={"right": "pipeline.prepare.demo:right_steps"}))
 
 

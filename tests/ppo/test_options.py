@@ -42,10 +42,6 @@ def test_running_normalisation_is_by_all_scores_so_far(make):
         ),
         (lambda prompts, **_: [1.0], "the reward returned 1 scores for 4 responses"),
         (
-            lambda prompts, **_: [None] * 4,
-            "the reward of the response .* is None, a NoneType; expected a finite number",
-        ),
-        (
             lambda prompts: [0.0] * 4,
             "the reward cannot be called: .*; it is called with prompts, completions",
         ),
@@ -277,3 +273,21 @@ def test_values_move_freely_without_a_clip(make):
 def test_impossible_settings_are_refused(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         PPOConfig(output_dir=str(tmp_path), **wrong)
+
+
+def test_what_a_reward_logs_is_in_the_log_as_the_mean_over_rollouts(make):
+    steps = []
+
+    def reward(completion_ids, trainer_state, log_metric, log_extra, **columns):
+        steps.append(trainer_state.global_step)
+        log_metric("mine/rate", float(len(steps)))
+        log_metric("loss", 1e6)  # a name that is taken
+        log_extra("column", ["x"] * len(completion_ids))
+        return [0.0] * len(completion_ids)
+
+    trainer = make(reward, num_rollouts=4, logging_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "mine/rate" in entry]
+    assert steps == [0, 1, 2, 3]
+    assert [entry["mine/rate"] for entry in logs] == [1.5, 3.5]
+    assert all(abs(entry["loss"]) < 100 for entry in logs)

@@ -100,6 +100,23 @@ def test_rewards_inside_a_response_are_summed_and_it_says_so_once(tiny_tokenizer
     assert capsys.readouterr().out.count("rewards of tokens and steps are summed") == 1
 
 
+def test_a_response_without_a_reward_is_left_to_trl(tiny_tokenizer):
+    """TRL excludes it from the baseline and does not train on it."""
+    state, logged = object(), {}
+
+    def reward(completions, trainer_state, log_extra, **_):
+        assert trainer_state is state
+        log_extra("seen", completions)
+        return [None, 3.0]
+
+    eos = tiny_tokenizer.eos_token_id
+    function = as_reward_func(RewardSource(reward, mean=1.0, std=2.0), tiny_tokenizer, [eos])
+    batch = {"prompts": ["q"] * 2, "completions": ["a"] * 2, "completion_ids": [[eos], [eos]]}
+    batch |= {"trainer_state": state, "log_extra": logged.__setitem__, "log_metric": logged.__setitem__}
+    assert function(**batch, **{RECORD: [{"prompt": "q"}] * 2}) == [None, 1.0]
+    assert logged == {"seen": ["", ""], "raw_reward": 3.0}
+
+
 def test_a_prompt_is_rendered_as_everywhere_and_one_too_long_is_left_out(tiny_tokenizer, capsys):
     rows = Dataset.from_list([{"prompt": "Hello.", "topic": "a"}, {"prompt": "Hello. " * 40, "topic": "b"}])
     kept = filter_prompts(rows, tiny_tokenizer, 20)

@@ -1,5 +1,6 @@
 """The world of sums: what is right, what each reward gives on any text, and what the data hold."""
 
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline import StepRewards
 from pipeline.config import PrepareStage, Source
@@ -194,6 +196,23 @@ def test_no_expression_is_in_two_splits(tmp_path: Path) -> None:
 
 
 def test_prompts_are_distinct_and_of_one_length() -> None:
-    prompts = sums.sample_prompts(random.Random(0), 500)
-    assert len(set(prompts)) == 500
-    assert {len(prompt) for prompt in prompts} == {2 + 2 * sums.OPERATIONS}
+    for operations in (2, 8):
+        prompts = sums.sample_prompts(random.Random(0), 500, operations)
+        assert len(set(prompts)) == 500
+        assert {len(prompt) for prompt in prompts} == {2 + 2 * operations}
+
+
+def test_the_answer_key_compares_what_a_response_ends_in_with_its_record() -> None:
+    responses = ["7+5=2", "7+5=3", "2", "7+5=2 ", ""]
+    rewards = sums.answer_key(["7+5="] * 5, responses, answer=["2"] * 5)
+    assert rewards == [1.0, 0.0, 0.0, 0.0, 0.0]
+    messages = [[{"role": "assistant", "content": "7+5=2"}]]
+    assert sums.answer_key([[{"role": "user", "content": "7+5="}]], messages, answer=["2"]) == [1.0]
+
+
+def test_the_source_says_how_long_the_chains_are() -> None:
+    records = sums.rows(Source(format="sums", operations=2), seed=0)
+    assert {len(record["prompt"]) for _, record in itertools.islice(records, 100)} == {6}
+    assert "operations" not in Source(format="sums").model_dump()  # as artifacts have it that are older
+    with pytest.raises(ValidationError, match="'operations' is not read with format 'demo'"):
+        Source(format="demo", operations=2)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.reward.calls import call_reward_function
-from pipeline.reward.functions import RewardSource, combine_rewards, import_function
+from pipeline.reward.functions import RewardSource, combine_rewards
+from pipeline.reward.importing import import_function
 from pipeline.reward.token_rewards import StepRewards
 
 BATCH = {
@@ -95,7 +96,6 @@ def test_what_is_no_list_is_named(returned, found):
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        (None, "None, a NoneType"),
         ("1.5", "'1.5', a str"),
         (b"1", "b'1', a bytes"),
         ({"score": 1}, r"\{'score': 1\}, a dict"),
@@ -179,7 +179,7 @@ def test_a_mistake_inside_the_function_names_the_function(module):
 
 def test_a_long_response_is_cut_in_an_error():
     with pytest.raises(UserError) as error:
-        call_reward_function(lambda **_: [None], ["q" * 10**6], ["a" * 10**6], [[1]], [True], {})
+        call_reward_function(lambda **_: ["b"], ["q" * 10**6], ["a" * 10**6], [[1]], [True], {})
     assert len(str(error.value)) < 700
 
 
@@ -259,7 +259,10 @@ def test_on_the_command_line_it_is_one_line(module, tiny_feedback, tiny_gpt2, tm
     argv = ["ppo", "--config", str(tmp_path / "ppo.yaml"), "reward=their_rewards:judge"]
     assert cli.main(argv) == 2
     told = capfd.readouterr().err
-    assert f"error: their_rewards:Judge: the reward failed with KeyError: 'reference', at {module}" in told
+    assert (
+        f"error: reward (their_rewards:judge): the reward failed with KeyError: 'reference', at {module}"
+        in told
+    )
     assert "Traceback" not in told
     with pytest.raises(UserError):
         cli.main([*argv, "--debug"])

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.reward.functions import import_function
+from pipeline.reward.importing import import_function
 
 
 def test_it_is_found_after_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

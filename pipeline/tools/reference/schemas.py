@@ -62,6 +62,7 @@ CHANGED_DEFAULTS: dict[str, Schema] = {  # of TrainingArguments; `pipeline.train
         "description": "Name of the run in the trackers.",
     },
 }
+SOURCES = ("#/$defs/Reward", "#/$defs/FunctionSection")  # sections that a string, their source, stands for
 INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
 NUMBER_AS_TEXT = {"type": "string", "pattern": r"\$\{.+\}|^[-+]?[0-9.][0-9.eE+-]*$"}
 
@@ -172,6 +173,8 @@ def _accept_option(option: Schema) -> list[Schema]:
     if option.get("type") == "array" and "$ref" in option.get("items", {}):
         items = _accept_option(option["items"])
         return [*items, option | {"items": items[0] if len(items) == 1 else {"anyOf": items}}]
-    if option.get("$ref") == "#/$defs/Reward":
+    if option.get("$ref") in SOURCES:
         return [option, {"type": "string"}]
+    if option.get("additionalProperties", {}) in [{"$ref": section} for section in SOURCES]:
+        return [option | {"additionalProperties": {"anyOf": _accept_option(option["additionalProperties"])}}]
     return [option]

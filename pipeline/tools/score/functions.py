@@ -15,7 +15,7 @@ from pipeline.data.readers import ParsedRecord
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
 from pipeline.reward.calls import RewardFunction, call_reward_function
-from pipeline.reward.functions import import_function
+from pipeline.reward.importing import open_function
 from pipeline.reward.token_rewards import total_reward
 
 
@@ -30,7 +30,7 @@ def load_function(reward: Reward, **options: Any) -> tuple[str, RewardFunction]:
                 f"--{name.replace('_', '-')}: is only read with a reward model, but {reward.source} is a "
                 "function; remove it"
             )
-    function = import_function(reward.source)
+    function = open_function("--reward", reward)
     file = getattr(sys.modules[reward.source.partition(":")[0]], "__file__", None)
     return f"{reward.source} {hash_file(Path(file)) if file else ''}".strip(), function
 

@@ -103,10 +103,11 @@ def answer_key(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
 ) -> list[float]:
     """Return 1.0 for each response that ends in its record's `answer`, such as `…=9`, else 0.0."""
-    return [
-        float(bool(result := _RESULT.search(response)) and result[1] == key)
-        for (_, response), key in zip(text_pairs(prompts, completions), answer, strict=True)
-    ]
+    scores = []
+    for (_, response), key in zip(text_pairs(prompts, completions), answer, strict=True):
+        result = _RESULT.search(response)
+        scores.append(float(result is not None and result[1] == key))
+    return scores
 
 
 def right_steps(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:

@@ -31,7 +31,6 @@ REFUSED = {
     "too many": "return right + [0.0]",
     "none": "return []",
     "None": "return None",
-    "list of None": "return [None] * len(prompts)",
     "number": "return 1.0",
     "text": "return '1' * len(prompts)",
     "texts": "return ['1'] * len(prompts)",

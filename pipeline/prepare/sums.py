@@ -104,8 +104,8 @@ def answer_key(
 ) -> list[float]:
     """Return 1.0 for each response that ends in its record's `answer`, such as `…=9`, else 0.0."""
     scores = []
-    for (_, response), key in zip(text_pairs(prompts, completions), answer, strict=True):
-        result = _RESULT.search(response)
+    for texts, key in zip(text_pairs(prompts, completions), answer, strict=True):
+        result = _RESULT.search(texts[1])
         scores.append(float(result is not None and result[1] == key))
     return scores
 

@@ -85,7 +85,7 @@ def read_stage_file(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, A
 
 def _shipped() -> list[str]:
     """Return the names of all shipped recipes, also of those with some stages only."""
-    names = ("reward.yaml", BASE)
+    names = ("prepare.yaml", "reward.yaml", BASE)
     folders = RECIPES.iterdir() if RECIPES.is_dir() else ()
     return sorted(folder.name for folder in folders if any((folder / name).exists() for name in names))
 

@@ -65,6 +65,9 @@ class Source(StrictModel):
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""
 
+    map: str | None = Field(None, exclude_if=lambda spec: spec is None)
+    """A `module:function` that turns each row into a row, a list of rows, or None; `format` is theirs."""
+
     columns: dict[str, str | list[str]] = Field({})
     """Maps our column names to the source's; several columns are joined by a blank line."""
 
@@ -100,6 +103,7 @@ class Source(StrictModel):
         is_read = {
             "subset": self.hub,
             "revision": self.hub,
+            "map": has_origin,
             "columns": has_origin,
             "values": has_origin,
             "ignore": has_origin,

@@ -30,6 +30,8 @@ def reading_notes(source: Source, items: Sequence[ParsedRecord]) -> list[str]:
     columns: dict[str, bool] = {}  # whether a column has values, by its name
     turns: dict[str, str] = {}
     keys: Counter[str] = Counter()
+    if source.map:  # its function read the columns
+        return [f"{source.path or source.hub}: rows are mapped by {source.map}"]
     notes = []
     if not source.format:
         source = find_format(source, readable_columns(items))

@@ -27,6 +27,7 @@ from pipeline.data.context import (
 )
 from pipeline.data.dialogues import detach_prompt, parse_dialogue
 from pipeline.data.identity import canonical_text
+from pipeline.data.mapping import map_rows
 from pipeline.data.messages import KNOWN_KEYS
 from pipeline.data.reward_columns import check_names, reward_columns, reward_values
 from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
@@ -107,17 +108,27 @@ def read_source(source: Source, folder: Path | None = None) -> list[ParsedRecord
     Rows and records are in temporary files of `folder`, and not in memory.
     """
     rows = shelve(islice(progress_bar("reading", "rows", iter_rows(source)), source.limit), folder)
-    available = dict.fromkeys(name for row in rows if not row.fault for name in row.data)
+    parts: Sequence[RawRow] = rows
+    origins: Sequence[int] = range(len(rows))  # the row that each part is of
+    if source.map:
+        parts, origins = map_rows(source.map, rows, folder)
+    available = dict.fromkeys(name for part in parts if not part.fault for name in part.data)
     source = find_format(source, [*available])
     columns = choose_columns(source, [*available])
-    read = shape_reader(str(source.format), (row.data for row in rows if not row.fault))
+    if source.map and "rank" in columns:
+        raise UserError(
+            f"{_describe(source)}: {source.map} returns 'rank', one response a row; return the lists "
+            "'responses' and 'ranks' of a ranking in one row"
+        )
+    read = shape_reader(str(source.format), (part.data for part in parts if not part.fault))
 
     records = Shelf(folder)
-    items: list[ParsedRecord] = [
-        _store(item, records, View(rows.__getitem__, (place,)))
-        for place, row in enumerate(rows)
-        for item in (_parse_shape(source, read, row) if read else _parse_row(source, columns, row))
-    ]
+    items: list[ParsedRecord] = []
+    for place, part in enumerate(parts):
+        origin, is_first = origins[place], not place or origins[place - 1] != origins[place]
+        for item in _parse_shape(source, read, part) if read else _parse_row(source, columns, part):
+            item.is_first &= is_first
+            items.append(_store(item, records, View(rows.__getitem__, (origin,))))
     return _group_rankings(items, records) if "rank" in columns else items
 
 

@@ -7,6 +7,7 @@ Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answe
 Reasons between records: `merged` and `tie` (`pipeline.data.votes`), `contradiction` (all of them go) and
 `duplicate` (the first stays).
 The readers add `unreadable-line`, `unreadable-value`, `repeated-key`, `repeated-header` and `not-a-dialogue`;
+`source.map` adds `map-failed` and `not-mapped`;
 the shapes of `pipeline.data.shapes` add `wrong-shape`, `tie`, `no-winner`, `not-ranked` and `not-judged`; the
 splits add `held-out`.
 """

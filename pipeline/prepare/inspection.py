@@ -30,7 +30,8 @@ def inspect_file(config: PrepareStage) -> None:
     except UserError as error:
         raise UserError(str(error).removesuffix(SEE_INSPECT.format(name=source.path))) from None
 
-    source = find_format(source, readable_columns(items))
+    if not source.map:
+        source = find_format(source, readable_columns(items))
     for line in [*_describe_outcomes(items), *describe_reading(source)]:
         print(f"  {line}")
     keys = source.model_dump(mode="json", exclude_defaults=True)

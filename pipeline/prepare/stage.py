@@ -14,6 +14,7 @@ missing column, or a source without one valid row raises `UserError`; the publis
 it was.
 """
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -23,9 +24,11 @@ from typing import Any
 from pipeline.artifacts import hub
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import open_external, open_hub
-from pipeline.artifacts.manifest import read_manifest
+from pipeline.artifacts.manifest import Artifact, read_manifest
 from pipeline.config import PrepareStage, Source
+from pipeline.config.importing import import_function
 from pipeline.data.labels import class_names, merged_spellings
+from pipeline.data.mapping import SIGNATURE
 from pipeline.data.notes import reading_notes, unread_parts_note
 from pipeline.data.quarantine import count_and_quarantine, count_left_out, row_outcomes
 from pipeline.data.readers import ParsedRecord, read_source
@@ -41,21 +44,21 @@ from pipeline.prepare.derived import derive_kinds
 from pipeline.prepare.saving import RecordsByKind, Survey, save_kind
 from pipeline.prepare.splits import assign_splits, narrow_splits, split_group
 
-CROSS_RECORD = (
-    "duplicate",
-    "contradiction",
-    "held-out",
-    "merged",
-    "tie",
-)  # faults that depend on other sources too
+# Faults that depend on other sources too.
+CROSS_RECORD = ("duplicate", "contradiction", "held-out", "merged", "tie")
 WORLDS = {"demo": demo.rows, "sums": sums.rows}
 TRAINING_KINDS = ("demonstrations", "comparisons", "prompts")  # later stages train on these
 
 
 def check(config: PrepareStage) -> None:
-    """Refuse a source inside the folder that this run replaces. Raises `UserError`."""
+    """Refuse a source inside the folder that this run replaces, or a `map` that is no function.
+
+    Raises `UserError`.
+    """
     folder = config.folder.resolve()
     for source in config.source:
+        if source.map:
+            import_function(source.map, SIGNATURE)
         if not source.path:
             continue
         path = Path(source.path).resolve()
@@ -81,6 +84,8 @@ def run(config: PrepareStage) -> Path:
         source.hub: open_hub(source.hub, "source", source.revision) for source in config.source if source.hub
     }
 
+    inputs |= {source.map: _open_map(source.map) for source in config.source if source.map}
+
     folder = build_artifact(
         config,
         kind="records",
@@ -90,6 +95,12 @@ def run(config: PrepareStage) -> Path:
     if is_main_process():
         _log_counts(config, folder)
     return folder
+
+
+def _open_map(spec: str) -> Artifact:
+    """Return the file of a `source.map` as an input: if it changes, the records may."""
+    file = inspect.getsourcefile(inspect.unwrap(import_function(spec, SIGNATURE)))
+    return open_external(file or "", "source")
 
 
 def _log_counts(config: PrepareStage, folder: Path) -> None:

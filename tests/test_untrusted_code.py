@@ -126,6 +126,7 @@ def commands(folder, policy):
         "best-of-n": [
             *("best-of-n", "--reward", str(folder), "--policy", str(policy), *files["prompts.jsonl"]),
         ],
+        "generate": ["generate", "--policy", str(folder), *files["prompts.jsonl"]],
     }
 
 

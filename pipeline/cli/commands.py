@@ -158,14 +158,25 @@ def best_of_n(args: argparse.Namespace) -> None:
     from pipeline.tools.score.commands import best_of_n_file
     from pipeline.tools.score.job import read_job
 
-    reward = _reward(args)
-    url = args.policy_url and _server_url("--policy-url", args.policy_url)
+    reward, options = _reward(args), _sampling_options(args)
     job = read_job(args.command, Path(args.input), Path(args.output), args.force)
     silence_libraries()
     init_process_group()
-    names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "overlong", "seed", "batch_size")
     with _explain_stop(lambda: _describe_partial(job)):
-        best_of_n_file(job, reward, args.policy, policy_url=url, **_select(args, *names))
+        best_of_n_file(job, reward, args.policy, **options)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Generate n responses to each prompt of a file."""
+    from pipeline.tools.score.generate import generate_file, name_columns
+    from pipeline.tools.score.job import read_job
+
+    options = _sampling_options(args)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force, name_columns(args.n))
+    silence_libraries()
+    init_process_group()
+    with _explain_stop(lambda: _describe_partial(job)):
+        generate_file(job, args.policy, **options)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -188,6 +199,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "push": push,
     "score": score,
     "best-of-n": best_of_n,
+    "generate": generate,
     "compare": compare,
     "completion": completion,
 }
@@ -306,6 +318,13 @@ def _examine(
 def _reward(args: argparse.Namespace) -> config.Reward:
     section = {"source": args.reward, "positive_label": args.positive_label, "reads": args.reads}
     return config.validate(config.Reward, section, f"--reward {args.reward}")
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `open_sampler`, and `n`. Raises `UserError` if the server's URL is wrong."""
+    names = ("n", "temperature", "response_tokens", "max_prompt_tokens", "overlong", "seed", "batch_size")
+    url = args.policy_url and _server_url("--policy-url", args.policy_url)
+    return {"policy_url": url, **_select(args, *names)}
 
 
 def _server_url(option: str, url: str) -> str:

@@ -14,7 +14,7 @@ import shtab
 
 from pipeline import __version__, config
 
-EPILOG = """examples:
+EPILOG = """\
   rlhf run --recipe demo --seed 1
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml
 exit codes: 0 done, 1 the machine or a library failed, 2 a mistake of the user, 130 interrupted"""
@@ -35,6 +35,7 @@ EXAMPLES = {
         "rlhf best-of-n --reward runs/demo/reward --policy runs/demo/sft "
         "--input prompts.jsonl --output best.jsonl"
     ),
+    "generate": "rlhf generate --policy runs/demo/sft --n 2 --input prompts.csv --output answers.csv",
     "compare": 'rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."',
     "completion": "rlhf completion bash > ~/.local/share/bash-completion/completions/rlhf",
 }
@@ -272,44 +273,25 @@ def _add_scoring(commands: Any) -> None:
         help="generate n responses to each prompt of a file, keep the best",
         usage="%(prog)s --reward NAME --policy NAME --input FILE --output FILE [options]",
     )
+    generate = commands.add_parser("generate", help="generate n responses to each prompt of a file")
     compare = commands.add_parser("compare", help="rank responses to one prompt, best first")
     for command in (score, best, compare):
-        command.add_argument(
-            "--reward",
-            required=True,
-            metavar="NAME",
-            help="a reward artifact, a classifier's folder, a hub id, a server's URL, or module:function",
-        )
-        command.add_argument(
-            "--reads", metavar="NAME", help="folder or hub id of a server's model (default: ask it)"
-        )
-        command.add_argument("--positive-label", metavar="NAME", help="label whose logit is the reward")
+        _add_reward_options(command)
+    for command in (best, generate):
+        _add_policy_options(command)
+    for command in (score, best, generate):
+        _add_file_options(command, ("--input", "--prompts") if command is generate else ("--input",))
+    for command in (score, best, generate, compare):
         command.add_argument(
             "--overlong",
             choices=("truncate_left", "truncate_right", "drop"),
-            default="truncate_left" if command is best else None,
+            default="truncate_left" if command in (best, generate) else None,
             metavar="HOW",
             help="too long: truncate_left, truncate_right or drop",
         )
-    best.add_argument(
-        "--policy", required=True, metavar="NAME", help="a policy artifact, a model's folder, or a hub id"
-    )
-    best.add_argument(
-        "--policy-url", metavar="URL", help="a vLLM server of this policy, which generates (default: here)"
-    )
-    for command in (score, best):
-        command.add_argument(
-            "--input", required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet"
-        )
-        command.add_argument(
-            "--output",
-            required=True,
-            metavar="FILE",
-            help="the rows with new columns: .csv, .jsonl or .parquet",
-        )
-        command.add_argument("--force", action="store_true", help="replace an existing output")
     _add_score_options(score)
-    _add_best_options(best)
+    _add_sampling_options(best, n=16)
+    _add_sampling_options(generate, n=4)
     compare.add_argument("prompt", help="text of the prompt")
     compare.add_argument(
         "answers",
@@ -317,6 +299,42 @@ def _add_scoring(commands: Any) -> None:
         metavar="answer",
         help="two or more responses; after -- they may begin with a dash",
     )
+
+
+def _add_reward_options(command: Parser) -> None:
+    command.add_argument(
+        "--reward",
+        required=True,
+        metavar="NAME",
+        help="a reward artifact, a classifier's folder, a hub id, a server's URL, or module:function",
+    )
+    command.add_argument(
+        "--reads", metavar="NAME", help="folder or hub id of a server's model (default: ask it)"
+    )
+    command.add_argument("--positive-label", metavar="NAME", help="label whose logit is the reward")
+
+
+def _add_policy_options(command: Parser) -> None:
+    command.add_argument(
+        "--policy", required=True, metavar="NAME", help="a policy artifact, a model's folder, or a hub id"
+    )
+    command.add_argument(
+        "--policy-url",
+        metavar="URL",
+        help="a vLLM server of this policy, which generates (default: here)",
+    )
+
+
+def _add_file_options(command: Parser, names: Sequence[str]) -> None:
+    """Add the options of the input, which has these names, and of the output."""
+    command.add_argument(*names, required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet")
+    command.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the rows with new columns: .csv, .jsonl or .parquet",
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing output")
 
 
 def _add_score_options(score: Parser) -> None:
@@ -329,25 +347,25 @@ def _add_score_options(score: Parser) -> None:
     )
 
 
-def _add_best_options(best: Parser) -> None:
-    best.add_argument("--n", type=COUNT, default=16, help="responses to each prompt (default: 16)")
-    best.add_argument(
+def _add_sampling_options(command: Parser, n: int) -> None:
+    command.add_argument("--n", type=COUNT, default=n, help=f"responses to each prompt (default: {n})")
+    command.add_argument(
         "--temperature", type=POSITIVE, default=0.7, metavar="T", help="sampling temperature (default: 0.7)"
     )
-    best.add_argument(
+    command.add_argument(
         "--response-tokens", type=COUNT, default=48, metavar="N", help="maximum new tokens (default: 48)"
     )
-    best.add_argument(
+    command.add_argument(
         "--max-prompt-tokens",
         type=COUNT,
         default=256,
         metavar="N",
         help="prompt limit in tokens (default: 256)",
     )
-    best.add_argument(
+    command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed; each row has its own (default: 0)"
     )
-    best.add_argument(
+    command.add_argument(
         "--batch-size", type=COUNT, default=32, metavar="N", help="responses generated together (default: 32)"
     )
 

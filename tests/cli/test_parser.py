@@ -69,6 +69,7 @@ def test_help_is_torch_free():
         (["init", "mine", "--from", "sm"], {"smollm2"}),
         (["ppo", "--conf"], {"--config"}),
         (["ppo", "--config", "mi"], {"mine.yaml"}),
+        (["generate", "--prompts", "mi"], {"mine.yaml"}),
         (["show", "ru"], {"runs"}),
         (["show", "runs", "ru"], {"runs"}),
     ],

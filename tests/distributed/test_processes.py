@@ -141,6 +141,7 @@ def trained(tiny_feedback, tiny_llama, tmp_path_factory) -> dict[int, Path]:
             "sft",
             "score",
             "best-of-n",
+            "generate",
         )
         (folder / "printed.txt").write_text(printed)
     return folders
@@ -152,7 +153,7 @@ def test_one_of_two_writes_and_says_what_it_does(trained):
     printed = (trained[2] / "printed.txt").read_text()
     assert printed.count(f"sft: {folder}\n") == 2
     assert printed.count(f"sft: unchanged, reusing {folder}\n") == 1
-    assert printed.count("5 rows scored, 0 quarantined") == 2
+    assert printed.count("5 rows written, 0 quarantined") == 3
 
 
 def learned(folder: Path, stage: str) -> tuple[list[float], dict]:
@@ -287,6 +288,12 @@ def test_two_processes_score_a_file_and_draw_answers_as_one_does(trained, comman
     assert len(one) == 5
     assert [row["reward"] for row in two] == pytest.approx([row["reward"] for row in one], abs=1e-5)
     assert [row["response"] for row in two] == [row["response"] for row in one]
+
+
+def test_two_processes_generate_the_responses_of_one(trained):
+    one, two = ((trained[n] / "generate.jsonl").read_text() for n in (1, 2))
+    assert len(one.splitlines()) == 5
+    assert two == one
 
 
 ON_SERVERS = {

@@ -57,7 +57,7 @@ PPO = {
         "critic_warmup_patience": 1,
     },
 }
-SCORING = {"score": "answers.jsonl", "best-of-n": "prompts.jsonl"}
+SCORING = {"score": "answers.jsonl", "best-of-n": "prompts.jsonl", "generate": "prompts.jsonl"}
 ROWS = 8  # of a step, whoever trains on them
 
 
@@ -84,12 +84,10 @@ def main(folder: Path, records: str, model: str, *stages: str) -> None:
             ppo(folder / stage, model, **PPO[stage])
         elif stage in SCORING:
             scored = ["--input", str(folder / SCORING[stage]), "--output", str(folder / f"{stage}.jsonl")]
-            policy = (
-                ["--policy", str(folder / "sft/sft"), "--n", "3", "--response-tokens", "6"]
-                if stage == "best-of-n"
-                else []
-            )
-            cli.main([stage, "--reward", str(folder / "pairwise/reward"), *policy, *scored])
+            reward = ["--reward", str(folder / "pairwise/reward")]
+            policy = ["--policy", str(folder / "sft/sft"), "--n", "3", "--response-tokens", "6"]
+            models = {"score": reward, "best-of-n": reward + policy, "generate": policy}[stage]
+            cli.main([stage, *models, *scored])
         elif stage == "sft":
             cli.main(["sft", "--config", str(RECIPES / "smollm2/sft.yaml"), *given, "lora=null"])
         else:

@@ -89,7 +89,7 @@ def _print_outcome(job: ScoringJob) -> None:
     if reasons:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
         print(f"  quarantined: {counts}; see {quarantine_file(job.output)}")
-    print(f"{len(job.valid):,} rows scored, {reasons.total():,} quarantined: {job.output}", flush=True)
+    print(f"{len(job.valid):,} rows written, {reasons.total():,} quarantined: {job.output}", flush=True)
 
 
 def _check_names(job: ScoringJob) -> None:

@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from pipeline.artifacts.inputs import require_artifact
-from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import RawRow, RowError
@@ -28,9 +26,7 @@ from pipeline.reward.steps import read_steps
 from pipeline.tools.score import chunks
 from pipeline.tools.score.encoders import Columns
 from pipeline.tools.score.job import KINDS, RESPONSE_COLUMNS, STEP_COLUMN, ScoringJob, check_rows
-
-MAKE_COMMAND = "rlhf run --until"
-POLICY_TIMEOUT = 600  # seconds that a request to --policy-url may take, with all its tries
+from pipeline.tools.score.sampling import MAKE_COMMAND, open_sampler, require_policy
 
 
 def score_file(
@@ -130,64 +126,23 @@ def _warn_of_single_steps(job: ScoringJob, model: Any) -> None:
         )
 
 
-def best_of_n_file(
-    job: ScoringJob,
-    reward: Reward,
-    policy: str,
-    *,
-    n: int,
-    max_prompt_tokens: int,
-    batch_size: int,
-    overlong: str,
-    policy_url: str | None = None,
-    **sampling: Any,
-) -> None:
+def best_of_n_file(job: ScoringJob, reward: Reward, policy: str, *, n: int, **options: Any) -> None:
     """Write the rows of the job with the best of `n` responses, its reward, and the mean reward of all n.
 
-    `sampling` is seed, temperature and response_tokens. The random numbers of a response derive from its row
-    and its number among the n. A policy with few positions reads a shorter prompt, so that the response fits.
-    `overlong` is what happens to longer prompts. With `policy_url` the server there samples, with its own
-    random numbers. Raises `UserError`.
+    `options` are those of `open_sampler`. Raises `UserError`.
     """
-    opened = require_artifact(policy, "policy", f"{MAKE_COMMAND} sft")
+    opened = require_policy(policy)
     identity, check_prompt, score = _load_candidate_scorer(job, reward)
-    from pipeline.models.chat import prompt_ids
-    from pipeline.models.generation import sample_responses
-    from pipeline.models.prompts import truncation_side
-
-    model, tokenizer, positions, sampler = _open_policy(opened, policy_url)
-    prompt_tokens = min(max_prompt_tokens, positions - sampling["response_tokens"])
-    if prompt_tokens < 1:
-        raise UserError(
-            f"{policy}: its {positions} positions leave no room for a prompt; lower --response-tokens"
-        )
-    options = {"max_prompt_tokens": prompt_tokens, "batch_size": batch_size, "sampler": sampler, **sampling}
-    options |= {"side": truncation_side(overlong)}
-
-    def is_overlong(record: Columns) -> bool:
-        check_prompt(record["prompt"])
-        return len(prompt_ids(tokenizer, record["prompt"])) > prompt_tokens
-
-    check_rows(job, is_overlong, f"{prompt_tokens} prompt tokens", overlong)
+    sample, settings = open_sampler(job, opened, n, check_prompt=check_prompt, **options)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
         repeated = [item for item in items for _ in range(n)]
-        prompts = [item.record["prompt"] for item in repeated]
-        rows = [item.record["number"] * n + k for item in items for k in range(n)]
-        batches = list(sample_responses(model, tokenizer, prompts, rows, **options))
+        batches = sample(items)
         texts = [text for responses in batches for text in responses.texts]
         return _best_of_n(texts, score(repeated, texts, batches), n)
 
-    settings = {
-        "reward": identity,
-        "positive_label": reward.positive_label,
-        "policy": opened.identity,
-        "n": n,
-        "room": prompt_tokens,
-        "overlong": overlong,
-    }
-    settings |= {"engine": "vllm"} if policy_url else {}
-    chunks.score_rows(job, settings | sampling, compute, max(1, chunks.CHUNK // n))
+    settings |= {"reward": identity, "positive_label": reward.positive_label}
+    chunks.score_rows(job, settings, compute, max(1, chunks.CHUNK // n))
 
 
 def _load_candidate_scorer(
@@ -215,28 +170,6 @@ def _load_candidate_scorer(
         return score_items(function, items, names, texts, ids, ended)
 
     return identity, lambda prompt: None, score
-
-
-def _open_policy(opened: Artifact, url: str | None) -> tuple[Any, Any, float, Any]:
-    """Return the policy, its tokenizer, the tokens of its longest row, and the sampler of its server.
-
-    Without a `url` the sampler is None, and the policy is loaded; with one, only its outline is.
-    """
-    from pipeline.models.loading import load_sampler, load_tokenizer
-    from pipeline.models.positions import max_positions
-
-    source = str(opened.path)
-    if url is None:
-        model, tokenizer = load_sampler(source, revision=opened.revision)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        return model, tokenizer, max_positions(model) or context, None
-    from pipeline.engines.outline import read_outline
-    from pipeline.engines.sampler import open_served_policy
-
-    sampler = open_served_policy(url, source, POLICY_TIMEOUT)
-    tokenizer = load_tokenizer(source, revision=opened.revision)
-    positions = sampler.servers[0].tokens or math.inf
-    return read_outline(source, opened.revision), tokenizer, positions, sampler
 
 
 def _best_of_n(texts: Sequence[str], rewards: Sequence[float], n: int) -> list[Columns]:

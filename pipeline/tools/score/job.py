@@ -52,16 +52,20 @@ class ScoringJob(NamedTuple):
         return self._replace(columns=(*self.columns, STEP_COLUMN))
 
 
-def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJob:
+def read_job(
+    command: str, source: Path, output: Path, force: bool, columns: tuple[str, ...] = ()
+) -> ScoringJob:
     """Read the rows to score; a wrong row is an item with a fault.
 
-    Raises `UserError` if a path or a column is wrong, if no row is valid, or if the output cannot be written.
+    `columns` are those that the command writes (default: its `OUTPUT_COLUMNS`). Raises `UserError` if a
+    path or a column is wrong, if no row is valid, or if the output cannot be written.
     """
     rows = list(_check_paths(source, output, force)(source))
     names = list(dict.fromkeys(name for row in rows if not row.fault for name in row.data))
-    column = _find_column(command, source, names)
+    columns = columns or OUTPUT_COLUMNS[command]
+    column = _find_column(command, source, names, columns)
 
-    field = column if command == "best-of-n" or column == "completions" else "response"
+    field = column if column in ("prompt", "completions") else "response"
     items = [ParsedRecord(KINDS[field], {}, [row], row.fault) for row in rows]
     for number, item in enumerate(items):
         if not item.fault:
@@ -72,11 +76,11 @@ def read_job(command: str, source: Path, output: Path, force: bool) -> ScoringJo
             except RowError as fault:
                 item.fault = fault
 
-    job = ScoringJob(command, source, output, items, names, OUTPUT_COLUMNS[command], force)
+    job = ScoringJob(command, source, output, items, names, columns, force)
     _check_writable(job)
     if not job.valid:
         first = f"; line {items[0].rows[0].line}: {items[0].fault.detail}" if items and items[0].fault else ""
-        raise UserError(f"{source}: none of its {len(items)} rows can be scored{first}")
+        raise UserError(f"{source}: none of its {len(items)} rows can be read{first}")
     return job
 
 
@@ -104,7 +108,7 @@ def _check_writable(job: ScoringJob) -> None:
         encode(job.valid)
 
 
-def _find_column(command: str, source: Path, names: list[str]) -> str:
+def _find_column(command: str, source: Path, names: list[str], columns: tuple[str, ...]) -> str:
     """Return the column that the command reads.
 
     Raises `UserError` if there is none, or if the file has a column that the command would write.
@@ -117,7 +121,7 @@ def _find_column(command: str, source: Path, names: list[str]) -> str:
             f"{source}: {command} needs a column {' or '.join(map(repr, needed))}, "
             f"found {', '.join(names)}{hint}"
         )
-    _check_free(command, source, names, OUTPUT_COLUMNS[command])
+    _check_free(command, source, names, columns)
     return column
 
 

@@ -48,7 +48,7 @@ def test_a_bad_row_is_quarantined_with_its_line(
     assert capsys.readouterr().out.splitlines() == [
         "  quarantined: empty-text 2, not-text 3, not-unicode 1, unreadable-line 2; see "
         "out.jsonl.quarantine.jsonl",
-        "2 rows scored, 8 quarantined: out.jsonl",
+        "2 rows written, 8 quarantined: out.jsonl",
     ]
     jsonl(source, [{"text": "good"}])
     assert main("score", model, source, "out.jsonl", "--force") == 0
@@ -89,7 +89,7 @@ def test_a_row_that_a_template_refuses_is_quarantined(
     prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Q"}, {"prompt": refused}])
     sampling = ("--policy", str(policy), "--n", "2", "--response-tokens", "3")
     assert main("best-of-n", reward_model, prompts, "best.jsonl", *sampling) == 0
-    assert capsys.readouterr().out.count("1 rows scored, 1 quarantined") == 2
+    assert capsys.readouterr().out.count("1 rows written, 1 quarantined") == 2
     for output in ("out.jsonl", "best.jsonl"):
         (fault,) = rows_of(tmp_path / f"{output}.quarantine.jsonl")
         assert (fault["reason"], fault["line"]) == ("refused", 2)

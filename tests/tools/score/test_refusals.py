@@ -65,11 +65,11 @@ def test_an_output_that_is_a_link_is_refused(capsys: pytest.CaptureFixture[str])
             "text,reward\na,b\n",
             "in.csv: already has a column 'reward', which score would write; rename or remove it",
         ),
-        ("out.csv", "text\n", "in.csv: none of its 0 rows can be scored"),
+        ("out.csv", "text\n", "in.csv: none of its 0 rows can be read"),
         (
             "out.csv",
             "prompt,text\na,\n,  \n",
-            "in.csv: none of its 2 rows can be scored; line 2: response: is empty or blank",
+            "in.csv: none of its 2 rows can be read; line 2: response: is empty or blank",
         ),
         ("out.csv", 'text\n"torn', "in.csv:2: not valid CSV from here on"),
     ],

@@ -40,7 +40,7 @@ def test_every_row_gets_what_the_model_gives_it(
     )
     assert [float(row["reward"]) for row in found] == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) > 4
-    assert capsys.readouterr().out.splitlines()[-1] == f"7 rows scored, 0 quarantined: new/out{suffix}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"7 rows written, 0 quarantined: new/out{suffix}"
     assert left(tmp_path / "new") == [f"out{suffix}"]
 
 

@@ -45,7 +45,7 @@ def fetch_file(source: str, name: str, revision: str | None = None) -> Path | No
     None if the folder or repository has no such file, if there is no such repository (the load that follows
     reports it), or if the hub cannot be queried.
     """
-    if not is_hub_id(source):
+    if Path(source).is_dir() or not is_hub_id(source):
         return Path(source) / name if (Path(source) / name).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError

@@ -10,9 +10,9 @@ from pipeline.config.keys import keys_in_sections, reads_text
 from pipeline.errors import UserError
 
 TEXT = [
-    ("ppo", "gold"), ("ppo", "reward.source"), ("ppo", "reward.0.source"), ("ppo", "rollouts.url"),
-    ("ppo", "evaluation.scorer.source"), ("evaluate", "measures.x"), ("prepare", "source.columns.prompt"),
-    ("prepare", "source.0.classes"), ("sft", "revision"), ("sft", "run"),
+    ("ppo", "gold.source"), ("ppo", "reward.source"), ("ppo", "reward.0.source"), ("ppo", "rollouts.url"),
+    ("ppo", "evaluation.scorer.source"), ("evaluate", "measures.x.source"),
+    ("prepare", "source.columns.prompt"), ("prepare", "source.0.classes"), ("sft", "revision"), ("sft", "run"),
 ]  # fmt: skip
 NOT_TEXT = [
     ("ppo", "reward"), ("ppo", "merge"), ("reward", "seed"), ("reward", "class_weights"),

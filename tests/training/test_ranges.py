@@ -91,7 +91,7 @@ def test_no_number_is_nan_or_infinite(name: str, value: float) -> None:
         ("per_device_train_batch_size", (0, -1), "1 or more, at most 1,000,000,000"),
         ("per_device_eval_batch_size", (0, -1), "1 or more, at most 1,000,000,000"),
         ("gradient_accumulation_steps", (0, -1), "1 or more, at most 1,000,000,000"),
-        ("report_to", (5,), "should be"),
+        ("report_to", (5,), "expected text"),
         ("learning_rate", (True,), "a number, not true or false"),
         ("max_steps", (False,), "a number, not true or false"),
         ("lr_scheduler_kwargs", ("x",), "a mapping of keys"),

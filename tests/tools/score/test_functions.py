@@ -18,7 +18,8 @@ ROWS: list[dict[str, Any]] = [
 CODE = """
 def contains(prompts, completions, answer, note, **others):
     assert "response" not in others
-    return [float(a in text) + (n or 0) for a, text, n in zip(answer, completions, note)]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [float(a in text) + (n or 0) for a, text, n in zip(answer, texts, note)]
 
 def tokens(prompts, completions, completion_ids, ended, **columns):
     return [[1.0] * len(ids) for ids in completion_ids]
@@ -74,7 +75,8 @@ def test_best_of_n_scores_the_tokens_that_were_sampled(tmp_path: Path, tiny_gpt2
 
 def test_compare_ranks_by_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--reward", "scorers:place", "Hi.", "A.", "B."]) == 2
-    assert "scorers:place: the reward cannot be called: place() missing 1 required" in capsys.readouterr().err
+    error = "--reward (scorers:place): the reward cannot be called: place() missing 1"
+    assert error in capsys.readouterr().err
     reward = "pipeline.prepare.demo:well_formed"
     good = "The capital of France is Paris."
     assert cli.main(["compare", "--reward", reward, "What is the capital of France?", "x", good]) == 0
@@ -89,8 +91,8 @@ def test_compare_ranks_by_a_function(capsys: pytest.CaptureFixture[str]) -> None
         ("contains", ROWS, ["--normalize"], "--normalize: is only read with a reward model"),
         ("contains", ROWS, ["--overlong", "drop"], "--overlong: is only read with a reward model"),
         ("contains", ROWS, ["--positive-label", "a"], "--positive-label: is only read with a reward model"),
-        ("nothing", ROWS, [], "scorers:nothing: module 'scorers' has no attribute 'nothing'"),
-        ("fails", ROWS, [], "scorers:fails: "),
+        ("nothing", ROWS, [], "--reward (scorers:nothing): module 'scorers' has no attribute 'nothing'"),
+        ("fails", ROWS, [], "--reward (scorers:fails): "),
         ("tokens", [{"prompt": "a", "completions": ["b", "c"]}], [], "'completions' has the steps of"),
     ],
 )

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 TEXT = [
     ("ppo", "gold.source"), ("ppo", "reward.source"), ("ppo", "reward.0.source"), ("ppo", "rollouts.url"),
     ("ppo", "evaluation.scorer.source"), ("evaluate", "measures.x.source"),
-    ("prepare", "source.columns.prompt"), ("prepare", "source.0.classes"), ("sft", "revision"), ("sft", "run"),
+    ("prepare", "source.columns.prompt"), ("prepare", "source.0.classes"),
+    ("sft", "revision"), ("sft", "run"),
 ]  # fmt: skip
 NOT_TEXT = [
     ("ppo", "reward"), ("ppo", "merge"), ("reward", "seed"), ("reward", "class_weights"),

@@ -10,6 +10,7 @@ from pipeline.config.reward import (
     FunctionSection,
     Reward,
     as_rewards,
+    check_scorer_keys,
     check_sum,
     from_source_string,
     reward_input,
@@ -182,8 +183,7 @@ class PPOStage(PolicyStage):
                     "evaluation.patience is only read with an evaluation.scorer; name one, or remove it"
                 )
             return self
-        if scorer.weight is not None:
-            raise ValueError("evaluation.scorer.weight is not read: there is one scorer; remove it")
+        check_scorer_keys("evaluation.scorer", scorer)
         if not evaluates:
             raise ValueError(
                 "evaluation.scorer scores evaluations, and there are none; set training.eval_strategy: steps"

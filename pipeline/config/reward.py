@@ -165,6 +165,15 @@ class Reward(StrictModel):
     weight: float | None = None
     """Weight in the sum of the rewards; null for all of n rewards is 1/n each."""
 
+    name: str | None = Field(None, min_length=1, exclude=True)  # does not change a score
+    """Name in the log, beside other rewards; null is that of the function, or the source."""
+
+    normalize: Literal["none", "reference"] = Field("none", exclude_if=lambda how: how == "none")
+    """With `reference`, centre and scale the reward by its reference sample, before its weight."""
+
+    clip: float | None = Field(None, gt=0, exclude_if=lambda clip: clip is None)
+    """Clip the reward, if it is normalized then afterwards, to ± this, before its weight; null does not."""
+
     positive_label: str | None = None
     """Label whose logit is the reward, for a classifier with several labels that no reward stage trained."""
 
@@ -196,6 +205,15 @@ class Reward(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def check_normalize(self) -> "Reward":
+        if self.normalize == "reference" and self.is_function:
+            raise ValueError(
+                f"normalize: {self.source} is a function, which has no reference sample; "
+                "scale it by its weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_server_keys(self) -> "Reward":
         for key in ("reads", "timeout"):
             if key in self.model_fields_set and getattr(self, key) is not None and not self.is_url:
@@ -210,6 +228,11 @@ class Reward(StrictModel):
     def check_url(cls, value: str) -> str:
         is_url = value.lower().startswith(("http://", "https://"))
         return check_server_url("source", value, "REWARD") if is_url else value
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether the reward is normalized or clipped before its weight."""
+        return self.normalize != "none" or self.clip is not None
 
     @property
     def is_loaded(self) -> bool:
@@ -235,6 +258,22 @@ def as_rewards(value: Any) -> list[Any]:
     """Return a list of rewards' sections for one reward or several, each a section or its source."""
     rewards = value if isinstance(value, list) else [] if value is None else [value]
     return list(map(from_source_string, rewards))
+
+
+def name_rewards(rewards: Sequence[Reward]) -> list[str]:
+    """Return the names of rewards in the log: a name that two have gets their numbers."""
+    names = [
+        reward.name or (reward.source.rpartition(":")[2] if reward.is_function else reward.source)
+        for reward in rewards
+    ]
+    return [f"{name}[{i}]" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def check_scorer_keys(key: str, scorer: Reward) -> None:
+    """Refuse keys of a held-out scorer that belong to rewards of a sum. Raises `ValueError`."""
+    for name in ("weight", "name", "normalize", "clip"):
+        if getattr(scorer, name) not in (None, "none"):
+            raise ValueError(f"{key}.{name} is not read: there is one scorer; remove it")
 
 
 def check_sum(rewards: Sequence[Reward], uncertainty_penalty: float) -> None:

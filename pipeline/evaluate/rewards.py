@@ -11,9 +11,9 @@ from pipeline.config import EvaluateStage, Reward, validate
 from pipeline.config.reward import as_rewards
 from pipeline.evaluate.sampling import score_samples
 from pipeline.formatting.numbers import format_number
+from pipeline.reward.combining import combine_rewards, shape_source
 from pipeline.reward.functions import (
     RewardSource,
-    combine_rewards,
     load_reward,
     require_reward,
     reward_from_model,
@@ -77,7 +77,7 @@ def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Sc
     """
     rewards = named_rewards(config)
     is_alone = len(rewards) == 1 and not any(
-        r.length_penalty or r.weight is not None for r in rewards.values()
+        r.length_penalty or r.weight is not None or r.is_shaped for r in rewards.values()
     )
     models = {
         name: _load_model(config, reward, inputs[name], is_alone)
@@ -93,6 +93,10 @@ def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Sc
         if name in models
         else RewardSource(open_function(reward_key(config, name), reward))
         for name, reward in rewards.items()
+    ]
+    sources = [
+        shape_source(source, reward, label_reward(reward_key(config, name), reward.source), "")
+        for source, (name, reward) in zip(sources, rewards.items(), strict=True)
     ]
     weights = [reward.weight for reward in rewards.values() if reward.weight is not None]
     combined = combine_rewards(sources, weights or None, config.uncertainty_penalty)
@@ -112,12 +116,19 @@ def _load_model(config: EvaluateStage, reward: Reward, opened: Artifact, is_alon
 def describe_rewards(config: EvaluateStage) -> str:
     """Return the sum of the rewards as text, such as `0.5 × a:f + 0.5 × b:g`."""
     if len(config.reward) == 1 and config.reward[0].weight is None:
-        return config.reward[0].source
+        return _describe_reward(config.reward[0])
     share = 1 / len(config.reward)
     terms = [
-        f"{format_number(share if reward.weight is None else reward.weight)} × {reward.source}"
+        f"{format_number(share if reward.weight is None else reward.weight)} × {_describe_reward(reward)}"
         for reward in config.reward
     ]
     penalty = config.uncertainty_penalty
     less = f", less {format_number(penalty)} standard deviations between them" if penalty else ""
     return " + ".join(terms) + less
+
+
+def _describe_reward(reward: Reward) -> str:
+    """Return the source of a reward, and how it is changed before its weight."""
+    shapes = ["normalized"] if reward.normalize != "none" else []
+    shapes += [f"clipped to ±{format_number(reward.clip)}"] if reward.clip is not None else []
+    return f"{reward.source} ({', '.join(shapes)})" if shapes else reward.source

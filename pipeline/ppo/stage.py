@@ -25,6 +25,7 @@ from pipeline.artifacts.inputs import open_inputs
 from pipeline.artifacts.manifest import Artifact
 from pipeline.artifacts.seals import SEAL
 from pipeline.config import PPOStage, Reward
+from pipeline.config.reward import name_rewards
 from pipeline.data.records import open_records
 from pipeline.distributed.processes import is_main_process
 from pipeline.errors import UserError
@@ -41,9 +42,9 @@ from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.calls import reward_name
+from pipeline.reward.combining import combine_rewards, shape_source
 from pipeline.reward.functions import (
     RewardSource,
-    combine_rewards,
     load_reward,
     require_reward,
     reward_from_model,
@@ -158,14 +159,18 @@ def build_trainer(config: PPOStage, inputs: dict[str, Artifact], args: TrainingA
                 with explain_reward(reward_name(reward.score)):
                     reward.model.check_prompts(prompts[split]["prompt"], f"{config.records}: {split} prompts")
     scorer = rewards.pop("scorer", None)
+    sources = [
+        shape_source(source, section, label_reward(reward_key(config, name), section.source), logged)
+        for (name, source), section, logged in zip(
+            rewards.items(), config.reward, name_rewards(config.reward), strict=True
+        )
+    ]
     weights = [reward.weight for reward in config.reward if reward.weight is not None]
     patience = config.evaluation.patience if scorer else None
 
     common: dict[str, Any] = {
         "policy": policy,
-        "reward": combine_rewards(
-            list(rewards.values()), weights or None, config.uncertainty_penalty, tokenizer
-        ),
+        "reward": combine_rewards(sources, weights or None, config.uncertainty_penalty, tokenizer),
         "args": args,
         "train_dataset": prompts["train"],
         "eval_dataset": _evaluation_prompts(prompts),

@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.models.loading import match_tokenizer
 from pipeline.models.probing import unwrap
 from pipeline.models.templates import settle_template
-from pipeline.reward.functions import RewardSource, combine_rewards, reward_from_model
+from pipeline.reward.combining import combine_rewards
+from pipeline.reward.functions import RewardSource, reward_from_model
 from pipeline.reward.loading import load_reward_tokenizer
 from pipeline.reward.model import RewardModel
 from pipeline.reward.settings import RewardSettings

@@ -11,34 +11,33 @@ Each entry of the list is the reward of a response: a number, which counts on it
 token of its `completion_ids`, `StepRewards`, or None for no reward.
 """
 
-import operator
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
-from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_functions
+from pipeline.reward.calls import ResponseReward, RewardFunction
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
-from pipeline.reward.token_rewards import StepRewards, spread_reward, total_reward
+from pipeline.reward.token_rewards import StepRewards
 
 
 class RewardSource(NamedTuple):
     """A reward function, the statistics of its reward, and its model.
 
     `mean` and `std` are those of the reward on a reference sample, 0 and 1 if unknown. `model` is None for a
-    function without one.
+    function without one. In a sum, `shape` changes each reward before its weight, and the mean of the reward
+    as it was is logged by its `name`, if it has one.
     """
 
     score: RewardFunction
     mean: float = 0.0
     std: float = 1.0
     model: RewardModel | None = None
+    name: str = ""
+    shape: Callable[[ResponseReward], ResponseReward] | None = None
 
 
 def require_reward(reward: Reward, make_command: str, trust_remote_code: bool = False) -> Artifact:
@@ -113,69 +112,3 @@ def _reward_steps(model: RewardModel, length_penalty: float) -> RewardSource:
         return [StepRewards([alpha * (2 * p - 1) for p in steps.rewards], steps.ends) for steps in judged]
 
     return RewardSource(score, model=model)
-
-
-def combine_rewards(
-    sources: Sequence[RewardSource],
-    weights: Sequence[float] | None = None,
-    uncertainty_penalty: float = 0.0,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> RewardSource:
-    """Combine sources into one: their weighted sum, less `uncertainty_penalty` standard deviations of them.
-
-    `weights` defaults to 1/n for n sources. Penalty: Coste et al. 2023, "Reward Model Ensembles Help Mitigate
-    Overoptimization". Only differences of a reward are meaningful, so each score is centred on its reference
-    sample before the standard deviation is taken.
-
-    A reward of None adds nothing to the sum and does not enter the standard deviation. If all are None, so is
-    the sum. `async` functions run concurrently.
-
-    If a source gives rewards inside a response, the sum is per token, and the penalty, of the sums over
-    tokens, is on the last token. The policy's `tokenizer` places the rewards of steps; without one they count
-    as their sum.
-    """
-    if len(sources) == 1 and weights is None:
-        return sources[0]
-    weights = weights or [1 / len(sources)] * len(sources)
-
-    def score(
-        prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any
-    ) -> list[ResponseReward | None]:
-        batch = (prompts, completions, completion_ids, ended, columns, tokenizer)
-        rewards = call_reward_functions([source.score for source in sources], *batch)
-        combined: list[ResponseReward | None] = []
-        for row, ids in zip(zip(*rewards, strict=True), completion_ids, strict=True):
-            valid = [
-                (weight, value, source.mean)
-                for weight, value, source in zip(weights, row, sources, strict=True)
-                if value is not None
-            ]
-            if not valid:
-                combined.append(None)
-                continue
-            disagreement = statistics.pstdev(total_reward(value) - mean for _, value, mean in valid)
-            penalty = uncertainty_penalty * disagreement
-            present, values, _ = zip(*valid, strict=True)
-            combined.append(_weighted_sum(present, values, len(ids), penalty))
-        return combined
-
-    mean = sum(weight * source.mean for weight, source in zip(weights, sources, strict=True))
-    # An upper bound: the standard deviation of the sum of perfectly correlated rewards.
-    std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
-    return RewardSource(score, mean, std)
-
-
-def _weighted_sum(
-    weights: Sequence[float], rewards: Sequence[ResponseReward], tokens: int, penalty: float
-) -> ResponseReward:
-    """Return the weighted sum of the rewards of one response, less a penalty on its last token.
-
-    It is a number if all rewards are, else one number per token.
-    """
-    if not any(isinstance(reward, list) for reward in rewards):
-        return sum(map(operator.mul, weights, rewards)) - penalty
-    rows = [spread_reward(reward, tokens) for reward in rewards]
-    combined = [sum(map(operator.mul, weights, column)) for column in zip(*rows, strict=True)]
-    if combined:
-        combined[-1] -= penalty
-    return combined

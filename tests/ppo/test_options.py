@@ -8,6 +8,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models.loading import head_config, load_classifier
 from pipeline.ppo.config import PPOConfig
+from pipeline.reward.combining import combine_rewards
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import StepRewards, place_rewards
 from tests.ppo.making import SHOWN, changed, scripted, weights
@@ -291,3 +292,21 @@ def test_what_a_reward_logs_is_in_the_log_as_the_mean_over_rollouts(make):
     assert steps == [0, 1, 2, 3]
     assert [entry["mine/rate"] for entry in logs] == [1.5, 3.5]
     assert all(abs(entry["loss"]) < 100 for entry in logs)
+
+
+def test_each_of_several_rewards_is_in_the_log_by_its_name(make):
+    def lengths(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def constant(completions, **columns):
+        return [2.0] * len(completions)
+
+    sources = [RewardSource(lengths, name="lengths"), RewardSource(constant, name="constant")]
+    trainer = make(combine_rewards(sources, weights=[1.0, 10.0]), num_rollouts=2, logging_steps=1)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "rewards/lengths" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert entry["rewards/constant"] == 2.0
+        assert entry["rewards/lengths"] == pytest.approx(entry["response/tokens"])
+        assert entry["objective/raw_scores"] == pytest.approx(entry["rewards/lengths"] + 20.0)

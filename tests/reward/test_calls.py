@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipeline import cli
 from pipeline.errors import UserError
 from pipeline.reward.calls import call_reward_function
-from pipeline.reward.functions import RewardSource, combine_rewards
+from pipeline.reward.combining import combine_rewards
+from pipeline.reward.functions import RewardSource
 from pipeline.reward.importing import import_function
 from pipeline.reward.token_rewards import StepRewards
 

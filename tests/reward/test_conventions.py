@@ -9,7 +9,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.prepare import demo, sums
 from pipeline.reward.calls import call_reward_function, call_reward_functions
-from pipeline.reward.functions import RewardSource, combine_rewards
+from pipeline.reward.combining import combine_rewards
+from pipeline.reward.functions import RewardSource
 from pipeline.reward.named import name_reward
 
 CHAT = [{"role": "user", "content": "q"}]

@@ -22,7 +22,10 @@ ARGUMENTS: dict[str, Any] = {
 }
 ROOT = config.RECIPES.parent
 SHIPPED = [
-    config.RECIPES / name / f"{stage}.yaml" for name in config.recipes() for stage in config.STAGES
+    file
+    for name in config.recipes()
+    for stage in config.STAGES
+    if config.find_stage_file(file := config.RECIPES / name / f"{stage}.yaml").exists()
 ] + [config.RECIPES / "minilm" / "reward.yaml"]
 
 

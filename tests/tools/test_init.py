@@ -61,7 +61,7 @@ def test_comments_data_and_small_versions_are_kept() -> None:
         ((".mine",), "'.mine' cannot be the name of a run"),
         (
             ("mine", "--from", "dmo"),
-            "--from dmo: no such recipe; did you mean 'demo'?; there are: answer-key, b",
+            "--from dmo: no such recipe; did you mean 'demo'?; there are: answer",
         ),
     ],
 )

@@ -133,7 +133,7 @@ def build_parser() -> Parser:
 
 def _add_stages(commands: Any) -> None:
     """Add `run` and a command for each stage."""
-    description = f"Recipes in {config.RECIPES}: {', '.join(config.recipes())}."
+    description = f"Recipes: {', '.join(config.recipes())}."
     run = commands.add_parser("run", help="run every stage of a recipe", description=description)
     run.add_argument(
         "--recipe", help="name of a recipe, or path of a folder (default: demo); `rlhf run demo` works too"

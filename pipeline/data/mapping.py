@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.importing import describe_failure, import_function
 from pipeline.data.schema import RawRow, RowError
 from pipeline.data.shelf import Shelf
+from pipeline.errors import one_line
 
 RETURNED = "a row (a dict), a list of rows, or None"
 SIGNATURE = f"(row) -> {RETURNED}"
@@ -44,15 +45,20 @@ def _call(spec: str, function: Callable[[Any], Any], data: Any) -> list[dict[str
     """Return the rows that the function makes of one. Raises `RowError`."""
     try:
         returned = function(data)
-        parts = list(returned) if isinstance(returned, list | tuple) else [returned]
-        pickle.dumps(parts)  # a value such as a generator cannot be stored
     except (Exception, SystemExit) as error:  # the function is the user's code
         file = getattr(getattr(function, "__code__", None), "co_filename", None)
         raise RowError("map-failed", f"{spec}: {describe_failure(error, file)}") from None
+    parts = list(returned) if isinstance(returned, list | tuple) else [returned]
     if parts in ([], [None]):
         raise RowError("not-mapped", f"{spec} returned no row")
     for part in parts:
         if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
             wrong = "a key that is no text" if isinstance(part, dict) else f"a {type(part).__name__}"
             raise RowError("map-failed", f"{spec}: returned {wrong}; expected {RETURNED}")
+    try:
+        pickle.dumps(parts)
+    except Exception as error:  # whatever a value of the user raises
+        raise RowError(
+            "map-failed", f"{spec}: returned a value that no file can hold: {one_line(error)}"
+        ) from None
     return parts

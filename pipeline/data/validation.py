@@ -392,9 +392,17 @@ def _judgements(item: ParsedRecord, numbers: dict[bytes, int]) -> Iterator[tuple
                 yield (min(better, worse), max(better, worse)), better
 
 
+def _lacks_answer(record: Record) -> bool:
+    """Return whether the record of a prompt has no answer, for which another one may make up."""
+    return carries_nothing(record.get("answer"))
+
+
 def _mark_duplicates(items: list[ParsedRecord]) -> None:
     first: dict[bytes, ParsedRecord] = {}
     for item in items:
-        earlier = first.setdefault(digest(record_identity(item.kind, item.record)), item)
+        identity = digest(record_identity(item.kind, item.record))
+        earlier = first.setdefault(identity, item)
         if earlier is not item:
+            if _lacks_answer(earlier.record) and not _lacks_answer(item.record):
+                first[identity], earlier, item = item, item, earlier
             item.fault = RowError("duplicate", f"the same as {location(earlier.rows)}")

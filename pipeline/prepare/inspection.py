@@ -35,7 +35,8 @@ def inspect_file(config: PrepareStage) -> None:
     for line in [*_describe_outcomes(items), *describe_reading(source)]:
         print(f"  {line}")
     keys = source.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump({"source": keys}, sort_keys=False, allow_unicode=True, width=1000)
+    ties = {"ties": config.ties} if config.ties == "keep" else {}
+    text = yaml.safe_dump({"source": keys} | ties, sort_keys=False, allow_unicode=True, width=1000)
     print(f"\nThis reads it, in prepare.yaml:\n\n{text}", end="")
 
 

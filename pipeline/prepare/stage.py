@@ -14,7 +14,7 @@ missing column, or a source without one valid row raises `UserError`; the publis
 it was.
 """
 
-import inspect
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.artifacts import hub
 from pipeline.artifacts.build import build_artifact
 from pipeline.artifacts.inputs import open_external, open_hub
-from pipeline.artifacts.manifest import Artifact, read_manifest
+from pipeline.artifacts.manifest import read_manifest
 from pipeline.config import PrepareStage, Source
 from pipeline.config.importing import import_function
 from pipeline.data.labels import class_names, merged_spellings
@@ -84,7 +84,8 @@ def run(config: PrepareStage) -> Path:
         source.hub: open_hub(source.hub, "source", source.revision) for source in config.source if source.hub
     }
 
-    inputs |= {source.map: _open_map(source.map) for source in config.source if source.map}
+    maps = {source.map: _map_file(source.map) for source in config.source if source.map}
+    inputs |= {spec: open_external(file, "source") for spec, file in maps.items() if file}
 
     folder = build_artifact(
         config,
@@ -97,10 +98,10 @@ def run(config: PrepareStage) -> Path:
     return folder
 
 
-def _open_map(spec: str) -> Artifact:
-    """Return the file of a `source.map` as an input: if it changes, the records may."""
-    file = inspect.getsourcefile(inspect.unwrap(import_function(spec, SIGNATURE)))
-    return open_external(file or "", "source")
+def _map_file(spec: str) -> str | None:
+    """Return the file of a `source.map`, or None if its module has none: if it changes, the records may."""
+    import_function(spec, SIGNATURE)
+    return getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
 
 
 def _log_counts(config: PrepareStage, folder: Path) -> None:

@@ -30,7 +30,14 @@ def read(row):
 def rank(row):
     return {"prompt": row["ask"], "response": row["texts"][0], "rank": 1}
 
-constant = 3
+def generate(row):
+    yield row
+
+class Reader:
+    def __call__(self, row):
+        return read(row)
+
+constant, reader = 3, Reader()
 """
 
 
@@ -95,7 +102,8 @@ def test_a_changed_function_makes_the_records_again(rows: Any) -> None:
     before = json.loads((stage.run(config) / "manifest.json").read_text())["inputs"][source.map]
     file = Path(f"{source.map.partition(':')[0]}.py")
     file.write_text(f"{MODULE}# changed\n")
-    assert stage._open_map(source.map).identity != before["identity"]
+    after = json.loads((stage.run(config) / "manifest.json").read_text())["inputs"][source.map]
+    assert after["identity"] != before["identity"]
 
 
 def test_a_map_that_is_no_function_is_one_line(rows: Any) -> None:
@@ -115,3 +123,12 @@ def test_inspect_shows_the_config_with_the_map(rows: Any, capsys: pytest.Capture
     output = capsys.readouterr().out
     assert "1 of 1 rows kept, as comparisons 1" in output
     assert f"map: {source.map}" in output
+
+
+def test_an_object_that_can_be_called_maps_and_a_generator_is_told(rows: Any) -> None:
+    source = rows("first", function="reader")
+    config = PrepareStage(run="t", source=[source], splits={"validation": 0, "test": 0})
+    assert json.loads((stage.run(config) / "manifest.json").read_text())["rows"]["kept"] == 1
+    (item,) = read_source(rows("first", function="generate", format="comparisons"))
+    assert item.fault
+    assert "returned a generator; expected a row" in item.fault.detail

@@ -351,3 +351,22 @@ def test_no_row_raises_anything_but_its_reason(shape: str, data: st.DataObject) 
     except RowError:
         return
     assert {type(part) for part in parts} in ({dict}, {RowError}, {dict, RowError})
+
+
+def test_scores_that_are_not_finite_prefer_nothing(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": float("nan"), "score_rejected": 1}
+    assert read_rows(tmp_path, pair) == ["not-finite"]
+    scored = {"prompt": "p", "completions": ["a", "b"], "scores": [1, float("nan")]}
+    assert read_rows(tmp_path, scored) == ["not-finite"]
+
+
+def test_the_root_of_a_tree_may_be_an_empty_cell(tmp_path: Path) -> None:
+    root = {"message_id": "m1", "parent_id": "", "text": "Name a fruit.", "role": "prompter", "rank": ""}
+    replies = [
+        {"message_id": f"m{n}", "parent_id": "m1", "text": text, "role": "assistant", "rank": str(n - 2)}
+        for n, text in ((2, "An apple."), (3, "A carrot."))
+    ]
+    wrong = replies[0] | {"message_id": "m4", "parent_id": []}
+    read = read_rows(tmp_path, root, *replies, wrong)
+    assert read[0]["responses"] == ["An apple.", "A carrot."]
+    assert sorted(map(str, read[1:])) == ["not-ranked", "wrong-shape"]

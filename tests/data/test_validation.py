@@ -198,6 +198,10 @@ def test_two_answers_of_one_prompt_contradict_each_other() -> None:
     both = [{"prompt": "Q", "answer": "7"}, {"prompt": "Q", "answer": "8"}, {"prompt": "R", "answer": "8"}]
     assert reasons("prompts", *both) == ["contradiction", "contradiction", None]
     assert reasons("prompts", both[0], {"prompt": "Q"}) == [None, "duplicate"]
+    assert reasons("prompts", {"prompt": "Q"}, both[0]) == [
+        "duplicate",
+        None,
+    ]  # the one with the answer stays
     assert reasons("prompts", both[0], {"prompt": "Q", "answer": " "}) == [None, "duplicate"]
     lists = [{"prompt": "Q", "answer": answer} for answer in (["7"], ["7"], ["8"])]
     assert reasons("prompts", *lists[:2]) == [None, "duplicate"]

@@ -3,6 +3,7 @@
 A field that is not as it is published raises `RowError`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,11 +42,14 @@ def read_object(row: Record, name: str) -> Record:
 
 
 def read_number(value: Any, name: str) -> float:
-    """Return a number, or the number that a text stands for."""
+    """Return a finite number, or the one that a text stands for."""
     try:
-        return float("a bool" if isinstance(value, bool) else value)
+        number = float("a bool" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         raise RowError("not-a-number", f"{name}: found {preview(value)}") from None
+    if not math.isfinite(number):  # every comparison with NaN is false
+        raise RowError("not-finite", f"{name}: found {preview(value)}")
+    return number
 
 
 def join_texts(values: Sequence[Any]) -> Any:

@@ -80,12 +80,12 @@ def link_oasst(rows: Iterable[Record]) -> Callable[[Record], list[Part]]:
     messages = {row.get("message_id"): row for row in rows if isinstance(row.get("message_id"), str)}
 
     def read(row: Record) -> list[Part]:
-        if row.get("role") != "assistant" or row.get("rank") is None:
+        if row.get("role") != "assistant" or row.get("rank") in (None, ""):
             raise RowError("not-ranked", "is no reply of the assistant that has a rank")
         path: list[Record] = []
         parent = row.get("parent_id")
-        while parent is not None:
-            if parent not in messages or len(path) > len(messages):
+        while parent not in (None, ""):  # an empty cell of a CSV file is the root's
+            if not isinstance(parent, str) or parent not in messages or len(path) > len(messages):
                 raise RowError(
                     "wrong-shape", f"parent_id: {preview(parent)} is no earlier message of this file"
                 )

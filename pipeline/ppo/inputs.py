@@ -21,6 +21,7 @@ from pipeline.models.generation_config import make_savable
 from pipeline.models.load_errors import explain_load_errors
 from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.models.probing import unwrap
+from pipeline.models.templates import settle_template
 from pipeline.ppo.actor_critic import REFERENCE
 from pipeline.ppo.arguments import check_adapters, check_datasets
 from pipeline.ppo.config import PPOConfig
@@ -80,6 +81,8 @@ def prepare_policy(
             )
         # The vocabulary of a model that is in memory does not grow by a pad token.
         tokenizer = load_tokenizer(source, distinct_pad=not isinstance(policy, nn.Module))
+    elif not tokenizer.chat_template:
+        settle_template(tokenizer, source or "processing_class", "\n")
     if isinstance(policy, str | Path):
         disable_zero3_init(args)
         policy = load_policy(source, tokenizer, trainable=lora is None)

@@ -1,5 +1,6 @@
 """`PPOTrainer` takes what TRL's trainers take: each form trains a rollout to the same numbers."""
 
+import copy
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from pipeline import PPOConfig, PPOTrainer, RewardModel
 from pipeline.errors import UserError
-from pipeline.models.loading import load_policy
+from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.ppo.trl_names import CONFIG_NAMES
 from tests.ppo.making import PROMPTS, evenness
 
@@ -105,6 +106,14 @@ def test_a_policy_without_a_name_needs_its_tokenizer(train, tiny_tokenizer):
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(UserError, match=r"processing_class: the policy was not loaded .*; pass"):
         train(policy=policy, processing_class=LEFT_OUT)
+
+
+def test_a_tokenizer_in_memory_may_have_no_template(train, tiny_gpt2, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    settled = load_tokenizer(str(tmp_path / "plain"))
+    assert_same(train(processing_class=tokenizer), train(processing_class=settled))
 
 
 def test_the_vocabulary_of_a_policy_in_memory_stays(train, tiny_gpt2, tmp_path):

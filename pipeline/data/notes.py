@@ -5,15 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Source
+from pipeline.data.columns import choose_columns, find_format, kind_of_format, shape_columns
 from pipeline.data.context import context_columns, is_refused, used_columns
 from pipeline.data.messages import KNOWN_KEYS, UNREAD_KEYS, carries_nothing
-from pipeline.data.readers import (
-    ParsedRecord,
-    choose_columns,
-    find_format,
-    kind_of_format,
-    shape_columns,
-)
+from pipeline.data.readers import ParsedRecord
 from pipeline.data.reward_columns import reward_columns, reward_values
 from pipeline.data.schema import KINDS
 

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from pipeline.config import PrepareStage, Source
+from pipeline.data.columns import SEE_INSPECT, find_format
 from pipeline.data.messages import preview
 from pipeline.data.notes import readable_columns, unread_parts_note
 from pipeline.data.quarantine import count_left_out, row_outcomes
-from pipeline.data.readers import SEE_INSPECT, ParsedRecord, find_format
+from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import MERGED
 from pipeline.data.sources import describe_reading, iter_rows
 from pipeline.errors import UserError

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import Source
-from pipeline.data.readers import FORMATS, read_source
+from pipeline.data.columns import FORMATS
+from pipeline.data.readers import read_source
 from pipeline.data.shapes.recognize import fitting_formats
 from pipeline.errors import UserError
 from tests.data.reading import jsonl

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import RECIPES, Source
 from pipeline.config.prepare import WORLDS, Format
-from pipeline.data.readers import FORMATS, ParsedRecord, read_source
+from pipeline.data.columns import FORMATS
+from pipeline.data.readers import ParsedRecord, read_source
 from pipeline.data.schema import RowError
 from pipeline.data.shapes.singles import read_attributes
 from pipeline.data.shapes.table import SHAPES, shape_reader

@@ -179,6 +179,19 @@ def generate(args: argparse.Namespace) -> None:
         generate_file(job, args.policy, **options)
 
 
+def label(args: argparse.Namespace) -> None:
+    """Compare the responses that `generate` wrote."""
+    from pipeline.tools.score.job import read_job
+    from pipeline.tools.score.label import COLUMNS, label_file
+
+    reward = _reward(args)
+    job = read_job(args.command, Path(args.input), Path(args.output), args.force, COLUMNS)
+    silence_libraries()
+    init_process_group()
+    with _explain_stop(lambda: _describe_partial(job)):
+        label_file(job, reward, **_select(args, "pairs", "seed"))
+
+
 def compare(args: argparse.Namespace) -> None:
     """Rank responses to one prompt."""
     from pipeline.tools.score.commands import compare_responses
@@ -200,6 +213,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": score,
     "best-of-n": best_of_n,
     "generate": generate,
+    "label": label,
     "compare": compare,
     "completion": completion,
 }

@@ -15,7 +15,6 @@ import shtab
 from pipeline import __version__, config
 
 EPILOG = """\
-  rlhf run --recipe demo --seed 1
   accelerate launch -m pipeline reward --config configs/demo/reward.yaml
 exit codes: 0 done, 1 the machine or a library failed, 2 a mistake of the user, 130 interrupted"""
 EXAMPLES = {
@@ -36,6 +35,7 @@ EXAMPLES = {
         "--input prompts.jsonl --output best.jsonl"
     ),
     "generate": "rlhf generate --policy runs/demo/sft --n 2 --input prompts.csv --output answers.csv",
+    "label": "rlhf label --reward module:function --input answers.csv --output labels.jsonl",
     "compare": 'rlhf compare --reward runs/demo/reward "Name a fruit." "An apple." "A carrot."',
     "completion": "rlhf completion bash > ~/.local/share/bash-completion/completions/rlhf",
 }
@@ -274,12 +274,17 @@ def _add_scoring(commands: Any) -> None:
         usage="%(prog)s --reward NAME --policy NAME --input FILE --output FILE [options]",
     )
     generate = commands.add_parser("generate", help="generate n responses to each prompt of a file")
+    label = commands.add_parser(
+        "label",
+        help="compare the responses that generate wrote, by a reward",
+        description="Write a comparison for each pair of a row's responses; prepare reads the output.",
+    )
     compare = commands.add_parser("compare", help="rank responses to one prompt, best first")
-    for command in (score, best, compare):
+    for command in (score, best, label, compare):
         _add_reward_options(command)
     for command in (best, generate):
         _add_policy_options(command)
-    for command in (score, best, generate):
+    for command in (score, best, generate, label):
         _add_file_options(command, ("--input", "--prompts") if command is generate else ("--input",))
     for command in (score, best, generate, compare):
         command.add_argument(
@@ -290,6 +295,7 @@ def _add_scoring(commands: Any) -> None:
             help="too long: truncate_left, truncate_right or drop",
         )
     _add_score_options(score)
+    _add_label_options(label)
     _add_sampling_options(best, n=16)
     _add_sampling_options(generate, n=4)
     compare.add_argument("prompt", help="text of the prompt")
@@ -345,6 +351,11 @@ def _add_score_options(score: Parser) -> None:
     score.add_argument(
         "--normalize", action="store_true", help="centre and scale by the artifact's reference sample first"
     )
+
+
+def _add_label_options(label: Parser) -> None:
+    label.add_argument("--pairs", type=COUNT, metavar="N", help="most pairs of a row, drawn (default: all)")
+    label.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that draw (default: 0)")
 
 
 def _add_sampling_options(command: Parser, n: int) -> None:

@@ -132,7 +132,7 @@ def best_of_n_file(job: ScoringJob, reward: Reward, policy: str, *, n: int, **op
     `options` are those of `open_sampler`. Raises `UserError`.
     """
     opened = require_policy(policy)
-    identity, check_prompt, score = _load_candidate_scorer(job, reward)
+    identity, check_prompt, score = load_candidate_scorer(job, reward)
     sample, settings = open_sampler(job, opened, n, check_prompt=check_prompt, **options)
 
     def compute(items: Sequence[ParsedRecord]) -> list[Columns]:
@@ -145,7 +145,7 @@ def best_of_n_file(job: ScoringJob, reward: Reward, policy: str, *, n: int, **op
     chunks.score_rows(job, settings, compute, max(1, chunks.CHUNK // n))
 
 
-def _load_candidate_scorer(
+def load_candidate_scorer(
     job: ScoringJob, reward: Reward
 ) -> tuple[str, Callable[[Any], Any], Callable[..., list[float]]]:
     """Return the reward's identity, a check of a prompt, and a scorer of (items, texts, batches).

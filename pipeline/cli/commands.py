@@ -1,8 +1,10 @@
 """The commands: one function for each, of its parsed arguments. Each imports what it needs when it runs."""
 
 import argparse
+import gc
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -275,7 +277,11 @@ def _find_tiny(folder: Path, stage: str) -> Path:
 
 
 def _run(loaded: config.StageConfig) -> None:
+    """Run a stage, and free its memory for the next one: a trainer is part of cycles of references."""
     import_module(f"pipeline.{loaded.stage}.stage").run(loaded)
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _describe_resume(loaded: config.StageConfig) -> str:

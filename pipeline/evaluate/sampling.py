@@ -1,6 +1,7 @@
 """Responses of the policies to test prompts, and their scores."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.models.ends import declared_ends
 from pipeline.models.generation import Responses, sample_responses
 from pipeline.models.loading import load_sampler
-from pipeline.models.logprobs import response_logprobs
+from pipeline.models.logprobs import response_logprobs, rows_within_budget
 from pipeline.models.prompts import fit_prompts, truncation_side
 from pipeline.ppo.functional import sequence_kl
 from pipeline.ppo.policy_trainer import prompt_budget
@@ -151,8 +152,12 @@ def response_kl(policy: Any, reference: Any, responses: Responses, temperature: 
         responses.response_ids,
         responses.response_mask,
     )
-    logprobs = (response_logprobs(model, *tensors, temperature).logprobs for model in (policy, reference))
-    return sequence_kl(*logprobs).tolist()
+    size = rows_within_budget(policy, responses.response_ids.shape[1])
+    kl: list[float] = []
+    for part in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        read = partial(response_logprobs, temperature=temperature)
+        kl += sequence_kl(read(policy, *part).logprobs, read(reference, *part).logprobs).tolist()
+    return kl
 
 
 def score_samples(scorer: RewardFunction, columns: dict[str, list[Any]], prompts: Dataset) -> list[float]:

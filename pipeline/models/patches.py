@@ -8,6 +8,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+# On H100 cards torch prefers cuDNN's attention. With a mask and a width of 64 modulo 128, its gradient of the
+# query is NaN if a head's log-sum-exp is low (github.com/pytorch/pytorch/issues/196678), and each new width
+# costs it about 0.1 s. Flash and memory-efficient attention take its place.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 FORGETS = "_forgets_earlier_rows"  # the attribute of a model that `forget_earlier_rows` has changed
 
 

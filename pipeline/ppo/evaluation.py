@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 
 from pipeline.data.identity import number_questions
 from pipeline.models.generation import Responses
+from pipeline.models.logprobs import rows_within_budget
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.functional import sequence_kl
 
@@ -34,17 +36,23 @@ def share_rows(evaluate: Callable[[list[int]], list[Row]], total: int, args: Tra
 
 @torch.no_grad()  # inference_mode would gather sharded weights into tensors that training cannot fill again
 def kl_and_values(
-    actor: ActorCritic, responses: Responses, temperature: float
+    actor: ActorCritic, responses: Responses, temperature: float, response_tokens: int
 ) -> tuple[list[float], list[list[float]]]:
     """Return for each response an estimate of its KL to the reference, in nats, and its tokens' values.
 
-    A value is that of the state in which the token was chosen.
+    A value is that of the state in which the token was chosen. `response_tokens` is the most that a response
+    may have: every process must run the same number of forwards, whatever its responses.
     """
     tensors = (responses.query_ids, responses.query_mask, responses.response_ids, responses.response_mask)
-    out = actor(*tensors, temperature)
-    kl = sequence_kl(out.logprobs, actor.reference_logprobs(*tensors, temperature))
-    masks = responses.response_mask.bool()
-    return kl.tolist(), [row[mask].tolist() for row, mask in zip(out.values, masks, strict=True)]
+    size = rows_within_budget(actor.policy, response_tokens)
+    kl: list[float] = []
+    values: list[list[float]] = []
+    for part in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        out = partial(actor, temperature=temperature)(*part)
+        reference = partial(actor.reference_logprobs, temperature=temperature)(*part)
+        kl += sequence_kl(out.logprobs, reference).tolist()
+        values += [row[mask].tolist() for row, mask in zip(out.values, part[-1].bool(), strict=True)]
+    return kl, values
 
 
 def overoptimization_warning(history: list[dict[str, Any]], table: list[Row], metric: str) -> str | None:

@@ -172,8 +172,10 @@ class PolicyTrainer(Trainer):
         }
         columns |= {name: list(map(total_reward, scores)) for name, scores in rewards.items()}
         with self.accelerator.autocast():
-            temperature = self.generation.options["temperature"]
-            columns["kl"], values = kl_and_values(self.actor, responses, temperature)
+            shape = self.generation
+            columns["kl"], values = kl_and_values(
+                self.actor, responses, shape.options["temperature"], shape.response_tokens
+            )
         columns["response_tokens"] = responses.response_mask.sum(1).tolist()
         columns["ended_fraction"] = list(map(float, responses.ended))
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from pipeline.models.probing import unwrap
 from pipeline.reward.encoding import Encoded
 
-MAX_TOKENS = 4096  # of a batch, padding included
+MAX_WIDTH = 4096  # tokens of a row of several responses, whose mask has the square of it
+MAX_TOKENS = {"cpu": 4096, "cuda": 16384}  # of a batch, padding included: a GPU wants larger ones
 
 # Most tokens of padding in a batch; more padding costs more than another forward. The limit is low on a CPU,
 # where the time goes into arithmetic, and high on a GPU, where it goes into kernel launches.
-MAX_PADDING = {"cpu": 64, "cuda": 1024}
+MAX_PADDING = {"cpu": 64, "cuda": 4096}
 
 
 class SharedPrefixRow(NamedTuple):
@@ -64,10 +65,12 @@ def compute_logits(
     else:
         rows = [SharedPrefixRow([], [response.ids], [i]) for i, response in enumerate(encoded)]
 
-    max_padding = MAX_PADDING.get(_device(model).type, 1024) if padding else 0
+    device = _device(model).type
+    max_padding = MAX_PADDING.get(device, 1024) if padding else 0
+    max_tokens = MAX_TOKENS.get(device, MAX_WIDTH)
     logits: list[Tensor] = []
     order: list[int] = []
-    for batch in [rows] if single_batch else _batches(rows, batch_size, max_padding):
+    for batch in [rows] if single_batch else _batches(rows, batch_size, max_tokens, max_padding):
         order += [response for row in batch for response in row.responses]
         if any(row.prefix for row in batch):
             starts = [response.response_start for response in encoded] if use_token_types else None
@@ -121,7 +124,7 @@ def _prefix_rows(
             suffix = response.ids[len(prefix) :]
             added_cost = _cost(width + len(suffix), hidden_size) - _cost(width, hidden_size)
             separate = not prefix or added_cost > _cost(len(response.ids), hidden_size)
-            full = len(suffixes) == batch_size or width + len(suffix) > MAX_TOKENS
+            full = len(suffixes) == batch_size or width + len(suffix) > MAX_WIDTH
             if suffixes and (separate or full):
                 yield _prefix_row(prefix, suffixes, first)
                 first, suffixes, width = first + len(suffixes), [], len(prefix)
@@ -157,11 +160,11 @@ def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 
 def _batches(
-    rows: list[SharedPrefixRow], batch_size: int, max_padding: int
+    rows: list[SharedPrefixRow], batch_size: int, max_tokens: int, max_padding: int
 ) -> Iterator[list[SharedPrefixRow]]:
     """Yield batches of rows of similar width.
 
-    A batch has at most `batch_size` responses, `MAX_TOKENS` tokens and `max_padding` tokens of padding. Rows
+    A batch has at most `batch_size` responses, `max_tokens` tokens and `max_padding` tokens of padding. Rows
     with and without a shared prefix are in separate batches.
     """
     batch: list[SharedPrefixRow] = []
@@ -170,7 +173,7 @@ def _batches(
         padded = row.width * (len(batch) + 1)
         full = (
             responses + len(row.responses) > batch_size
-            or padded > MAX_TOKENS
+            or padded > max_tokens
             or padded - tokens - row.width > max_padding
         )
         if batch and (full or bool(row.prefix) != bool(batch[0].prefix)):
@@ -234,7 +237,7 @@ def _forward_prefix_rows(
             start += len(part)
     inputs = {
         "input_ids": ids,
-        "attention_mask": _segment_mask(unwrap(model), segments),
+        "attention_mask": _segment_mask(unwrap(model), segments.to(_device(model))),
         "position_ids": positions,
     }
     if response_starts is not None:
@@ -246,11 +249,12 @@ def _segment_mask(model: Any, segments: Tensor) -> Tensor:
     """Return the causal mask (rows, 1, width, width) in which a token sees the prefix and its own segment."""
     width = segments.shape[1]
     visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-    mask = (visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    mask = (visible & torch.ones(width, width, dtype=torch.bool, device=segments.device).tril())[:, None]
     if getattr(model.config, "_attn_implementation", None) != "eager":
         return mask
     # Eager attention adds the mask to its scores.
-    return torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    zeros = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 def _gather_logits(model: Any, inputs: dict[str, Tensor], outputs: Sequence[tuple[int, int]]) -> Tensor:

@@ -65,6 +65,16 @@ def test_logprobs_equal_those_of_an_unpadded_row(
         assert found.logprobs[row, len(answer) :].eq(0).all()
 
 
+def test_responses_are_read_within_a_budget_of_logits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(module, "MAX_LOGITS", 7 * vocabulary)
+    assert [module.rows_within_budget(model, tokens) for tokens in (1, 3, 7, 8)] == [7, 2, 1, 1]
+
+
+def test_cudnn_attention_is_off() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_padding_ids_do_not_matter(model: Any) -> None:
     assert all(
         torch.equal(*pair)

@@ -165,7 +165,7 @@ def test_a_shared_row_is_no_wider_than_it_pays():
     assert max(row.width for row in batching._prefix_rows(unrelated, 64, hidden_size=64)) == 230
     related = [[Encoded([5] * 500 + [13 + n] * 100, 500, False) for n in range(64)]]
     rows = list(batching._prefix_rows(related, 64, hidden_size=768))
-    assert [row.width for row in rows] == [4000, 500 + 29 * 100]  # no more than MAX_TOKENS
+    assert [row.width for row in rows] == [4000, 500 + 29 * 100]  # no more than MAX_WIDTH
     assert [response for row in rows for response in row.responses] == list(range(64))
     assert [row.width for row in batching._prefix_rows(related, 4, hidden_size=64)] == [900] * 16
 
@@ -189,26 +189,29 @@ def test_batches_keep_to_their_limits():
         batching.SharedPrefixRow([], [[7] * width], [number])
         for number, width in enumerate([3000, 40, 50, 60, 900])
     ]
-    batches = list(batching._batches(rows, 3, max_padding=100))
+    batches = list(batching._batches(rows, 3, 4096, max_padding=100))
     assert sorted(response for batch in batches for row in batch for response in row.responses) == list(
         range(5)
     )
     assert [[row.width for row in batch] for batch in batches] == [[40, 50, 60], [900], [3000]]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 2, 100)] == [
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 2, 4096, 100)] == [
         [40, 50],
         [60],
         [900],
         [3000],
     ]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 20)] == [
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 4096, 20)] == [
         [40, 50],
         [60],
         [900],
         [3000],
     ]
-    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 10**6)] == [
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 4096, 10**6)] == [
         [40, 50, 60, 900],
         [3000],
+    ]
+    assert [[row.width for row in batch] for batch in batching._batches(rows, 9, 15000, 10**6)] == [
+        [40, 50, 60, 900, 3000],
     ]
 
 

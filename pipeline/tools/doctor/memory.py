@@ -71,11 +71,18 @@ class StepFootprint(NamedTuple):
 
 
 class GenerationFootprint(NamedTuple):
-    """Responses that are generated together: `rows` of at most `width` tokens with their prompts."""
+    """Responses that are generated together: `rows` of at most `width` tokens with their prompts.
+
+    They are read afterwards without gradients: the logits of `read_rows` responses of `read_tokens` tokens
+    together. `cache` is the precision of the keys and values.
+    """
 
     rows: int
     width: int
     precision: str
+    read_rows: int = 0
+    read_tokens: int = 0
+    cache: str = ""
 
 
 def estimate(
@@ -114,6 +121,7 @@ def estimate(
             gathered = DTYPES[generation.precision].itemsize * weights if split > 1 else 0
             logits = 3 * 4 * generation.rows * footprint.config.get_text_config().vocab_size
             temporary.append(parts["KV cache"] + logits + gathered)
+            temporary.append(read_bytes(footprint.config, generation) + gathered)
     if step:
         temporary.append(_step_peak(parts, step) + step_bytes)
     return parts | {"peak": sum(parts[name] for name in PERMANENT) + max(temporary)}
@@ -205,8 +213,16 @@ def cache_bytes(config: PreTrainedConfig, generation: GenerationFootprint) -> fl
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * heads * head_size * DTYPES[generation.precision].itemsize
+    token_bytes = 2 * text.num_hidden_layers * heads * head_size
+    token_bytes *= DTYPES[generation.cache or generation.precision].itemsize
     return token_bytes * generation.rows * generation.width
+
+
+def read_bytes(config: PreTrainedConfig, generation: GenerationFootprint) -> float:
+    """Return the bytes of the logits of responses that are read without gradients, and of an fp32 copy."""
+    size = DTYPES[generation.precision].itemsize + 4
+    rows = min(generation.rows, generation.read_rows)
+    return size * rows * generation.read_tokens * config.get_text_config().vocab_size
 
 
 def rows_per_forward(device: str, rows: int) -> int:

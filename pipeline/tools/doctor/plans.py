@@ -22,6 +22,7 @@ from pipeline.config import OBJECTIVES, EvaluateStage, PPOStage, RewardStage, SF
 from pipeline.errors import UserError, one_line, passed_through
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.load_errors import CODE_IS_NOT_RUN
+from pipeline.models.logprobs import rows_within_budget
 from pipeline.models.scratch import decoder_config, encoder_config
 from pipeline.ppo.backbone_compat import incompatibility
 from pipeline.ppo.critic_source import find_critic, with_critic_lora
@@ -105,7 +106,20 @@ def _plan_ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) 
         generated = min(args.generation_batch_size, args.rollout_rows)
     else:
         generated = args.generation_batch_size // args.world_size
-    return models, step, GenerationFootprint(generated, width, resolve_precision(config.precision))
+    generation = GenerationFootprint(
+        generated,
+        width,
+        resolve_precision(config.precision),
+        read_rows=_read_rows(meta_policy, args.per_device_eval_batch_size, tokens),
+        read_tokens=tokens,
+        cache="fp32" if models[0].lora is None else "",  # autocast leaves what weights in fp32 compute so
+    )
+    return models, step, generation
+
+
+def _read_rows(meta_policy: Any, rows: int, tokens: int) -> int:
+    """Return how many of `rows` responses of `tokens` tokens are read together without gradients."""
+    return rows_per_forward(_device(), min(rows, rows_within_budget(meta_policy, tokens)))
 
 
 def _ppo_models(config: PPOStage, recipe: Recipe, policy: PreTrainedConfig) -> list[ModelFootprint]:
@@ -157,18 +171,18 @@ def _critic_footprint(config: PPOStage, policy: PreTrainedConfig, recipe: Recipe
 
 def _plan_evaluate(config: EvaluateStage, recipe: Recipe, args: Any, longest: int | None) -> Plan:
     precision = resolve_precision(config.precision)
+    architectures = [find_architecture(config, source or "", recipe) for source in (config.sft, config.ppo)]
     models = [
-        ModelFootprint(
-            find_architecture(config, source or "", recipe),
-            precision=precision,
-            quantization=config.quantization,
-        )
-        for source in (config.sft, config.ppo)
+        ModelFootprint(architecture, precision=precision, quantization=config.quantization)
+        for architecture in architectures
     ]
     rewards = [*config.reward, *filter(None, [config.scorer])]
     models += [_scorer_footprint(config, reward.source, recipe) for reward in rewards if reward.is_loaded]
     width = min(config.max_prompt_tokens, longest or config.max_prompt_tokens) + config.response_tokens
-    return models, None, GenerationFootprint(config.batch_size, width, precision)
+    tokens = config.response_tokens
+    meta_policy = build_meta_model(architectures[0], AutoModelForCausalLM, torch.float32)
+    read_rows = _read_rows(meta_policy, config.batch_size, tokens)
+    return models, None, GenerationFootprint(config.batch_size, width, precision, read_rows, tokens)
 
 
 def stage_arguments(config: StageConfig) -> Any:
@@ -271,19 +285,22 @@ def _weight_options(config: Any) -> dict[str, Any]:
 def _training_step(
     config: Any, args: Any, rows: int, width: int, logit_tokens: int, dropout: bool = False
 ) -> StepFootprint:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return StepFootprint(
         rows=rows,
         width=width,
         logit_tokens=logit_tokens,
         # TRL's trainers put a whole micro-batch through the model.
-        rows_per_forward=rows_per_forward(device, rows) if logit_tokens else rows,
+        rows_per_forward=rows_per_forward(_device(), rows) if logit_tokens else rows,
         precision=resolve_precision(config.precision),
         optim=str(args.optim.value if hasattr(args.optim, "value") else args.optim),
         accumulates=args.gradient_accumulation_steps > 1,
         checkpointing=bool(args.gradient_checkpointing),
         dropout=dropout,
     )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _shares_backbone(config: PPOStage, name: str, recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,23 @@ def test_the_kv_cache_counts_the_heads_of_keys():
         ]
         == 2 * 2 * 2 * 16 * 4 * 3 * 10
     )
+
+
+def test_reading_counts_the_logits_and_a_copy_of_them_in_fp32():
+    def peak(**options: Any) -> float:
+        footprint = GenerationFootprint(3, 10, "bf16", **options)
+        return estimate([ModelFootprint(LLAMA, precision="bf16")], None, footprint)["peak"]
+
+    vocabulary = LLAMA.vocab_size
+    logits = 2 * 5000 * vocabulary * (2 + 4)
+    generating = 2 * 2 * 2 * 16 * 2 * 3 * 10 + 3 * 4 * 3 * vocabulary
+    assert peak(read_rows=2, read_tokens=5000) - peak() == logits - generating
+    assert peak(read_rows=64, read_tokens=5000) - peak() == 3 / 2 * logits - generating
+
+
+def test_the_cache_may_have_another_precision_than_the_computation():
+    shape = GenerationFootprint(rows=3, width=10, precision="bf16")
+    assert cache_bytes(LLAMA, shape._replace(cache="fp32")) == 2 * cache_bytes(LLAMA, shape)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,22 @@ def test_two_answers_of_one_prompt_contradict_each_other() -> None:
     assert reasons("prompts", *lists) == ["contradiction"] * 3
 
 
+def test_a_whole_number_and_its_float_are_one_value() -> None:
+    answers = [{"prompt": "Q", "answer": answer} for answer in (7, 7.0, [7], [7.0])]
+    assert reasons("prompts", *answers[:2]) == reasons("prompts", *answers[2:]) == [None, "duplicate"]
+    assert reasons("prompts", *answers) == ["contradiction"] * 4
+    columns = [{"prompt": "Q", "meta": {"n": number}} for number in (1, 1.0, 1.5)]
+    assert reasons("prompts", *columns) == [None, "duplicate", None]
+    assert reasons("ratings", *({"prompt": "Q", "completion": "a", "rating": n} for n in (1, 1.0))) == [
+        None,
+        "merged",
+    ]
+    labels = [{"prompt": "Q", "completion": "a", "label": label} for label in (1, 1.0)]
+    assert reasons("labels", *labels) == [None, "merged"]
+    verdicts = [{"prompt": "Q", "completions": ["a"], "labels": [label]} for label in (1, 1.0)]
+    assert reasons("steps", *verdicts) == [None, "duplicate"]
+
+
 def test_prompts_that_differ_in_another_column_are_all_kept() -> None:
     rows = [{"prompt": "Q", "style": style, "meta": {"a": 1, "b": 2}} for style in ("terse", "long", "terse")]
     rows[2]["meta"] = {"b": 2, "a": 1}

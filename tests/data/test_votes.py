@@ -69,6 +69,8 @@ def test_only_the_margins_of_those_who_voted_for_the_winner_count():
     (record,), _ = merge("comparisons", *votes)
     assert record["margin"] == 3.0  # (1 + 2 · 4) / 3
     assert record["preference"] == 4 / 5
+    (record,), _ = merge("comparisons", AGAINST | {"margin": 9.0}, FOR, FOR)
+    assert "margin" not in record
 
 
 def test_one_vote_alone_is_left_as_it_is():

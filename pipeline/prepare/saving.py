@@ -12,7 +12,7 @@ from pipeline.prepare.column_types import values_error
 
 RecordsByKind = dict[str, Sequence[Record]]
 
-# For rows without the column if others have it, by kind; each says the same as no value. Other columns are null.
+# For rows without the column if others have it, by kind; each says the same as no value. Others are null.
 DEFAULTS: dict[str, dict[str, float]] = {
     "comparisons": {"preference": 1.0, "votes": 1},
     "labels": {"votes": 1},

@@ -88,6 +88,8 @@ def steps(**changes: Any) -> dict[str, Any]:
         ("ratings", {"prompt": "Q", "completion": "a", "rating": None}, "not-a-number"),
         ("ratings", {"prompt": "Q", "completion": "a", "rating": math.inf}, "not-finite"),
         ("ratings", {"prompt": "Q", "completion": "a", "rating": 10**400}, "not-a-number"),
+        ("ratings", {"prompt": "Q", "completion": "a", "rating": 3.5e38}, "not-finite"),
+        ("comparisons", pair(margin=-1e39), "not-finite"),
         ("rankings", {"prompt": "Q", "responses": "ab", "ranks": [1, 2]}, "not-text"),
         ("rankings", {"prompt": "Q", "responses": ["a", None], "ranks": [1, 2]}, "not-text"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": 1}, "not-a-rank"),

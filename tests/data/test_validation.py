@@ -333,13 +333,8 @@ JUNK = st.recursive(
     max_leaves=6,
 )
 KINDS = {
-    "demonstrations": ("prompt", "completion"),
-    "comparisons": ("prompt", "chosen", "rejected", "margin", "source"),
-    "rankings": ("prompt", "responses", "ranks"),
-    "labels": ("prompt", "completion", "label"),
-    "ratings": ("prompt", "completion", "rating"),
-    "steps": ("prompt", "completions", "labels"),
-    "prompts": ("prompt", "answer"),
+    kind: (*schema.columns, *schema.optional, *(("answer",) if schema.keeps_columns else ()))
+    for kind, schema in KINDS_OF_RECORDS.items()
 }
 RECORDS = st.sampled_from(sorted(KINDS)).flatmap(
     lambda kind: st.tuples(st.just(kind), st.fixed_dictionaries(dict.fromkeys(KINDS[kind], JUNK)))

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetsError
 from pipeline.data.sources import check_arrow_files, is_saved_dataset
 from pipeline.errors import UserError, one_line
 
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError)
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError, DatasetsError)
 
 
 def coerce_rows(name: str, rows: Any, splits: Sequence[str]) -> Any:
@@ -23,7 +23,7 @@ def coerce_rows(name: str, rows: Any, splits: Sequence[str]) -> Any:
     Of several splits, it is the first of `splits` that exists. Anything else is returned as it is. Raises
     `UserError` if the rows cannot be read, have no such split, or are a stream.
     """
-    if isinstance(rows, str | Path):
+    if isinstance(rows, str | Path) and rows != "":
         rows = _load(name, str(rows))
     if isinstance(rows, IterableDataset | IterableDatasetDict):
         raise UserError(
@@ -64,7 +64,15 @@ def _from_list(name: str, rows: list[Any]) -> Dataset:
             kind = type(row).__name__
             raise UserError(f"{name}: row {number}: expected a dict such as {{'prompt': …}}, found a {kind}")
     columns = dict.fromkeys(column for row in rows for column in row)
-    try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-    except READ_ERRORS as error:
-        raise UserError(f"{name}: its rows are not of one type: {one_line(error)}") from error
+    values = {column: [row.get(column) for row in rows] for column in columns}
+    for column in columns:
+        if not isinstance(column, str):
+            raise UserError(f"{name}: column {column!r}: expected text as its name")
+        try:
+            Dataset.from_dict({column: values[column]})
+        except READ_ERRORS as error:
+            raise UserError(
+                f"{name}: column {column!r}: its values are not of one type that a dataset holds: "
+                f"{one_line(error)}"
+            ) from error
+    return Dataset.from_dict(values)

@@ -33,7 +33,7 @@ def visible_text(text: str) -> str:
 
 
 def canonical_text(value: Any) -> str:
-    """Return the text that equal prompts or responses share; messages are compared by role and content.
+    """Return the text that equal values share: 1 and 1.0 are equal, and messages if role and content are.
 
     A single user or assistant message equals its content as a string. Raises `RowError` if the value is
     nested too deeply to be compared.
@@ -44,9 +44,18 @@ def canonical_text(value: Any) -> str:
         case [{"role": "user" | "assistant", "content": str(content)}]:
             return content
     try:
-        return json.dumps(value if messages is None else messages, sort_keys=True, default=str)
+        return json.dumps(_comparable(value) if messages is None else messages, sort_keys=True, default=str)
     except (ValueError, TypeError, RecursionError):
         raise RowError("not-text", "holds a value that cannot be compared") from None
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value in which equal numbers are one number, and keys are text."""
+    if isinstance(value, dict):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def visible_identity(value: Any) -> str:

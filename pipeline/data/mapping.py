@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.importing import describe_failure, import_function
+from pipeline.data.json_rows import find_fault
 from pipeline.data.schema import RawRow, RowError
 from pipeline.data.shelf import Shelf
 from pipeline.errors import one_line
@@ -55,8 +56,11 @@ def _call(spec: str, function: Callable[[Any], Any], data: Any) -> list[dict[str
         if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
             wrong = "a key that is no text" if isinstance(part, dict) else f"a {type(part).__name__}"
             raise RowError("map-failed", f"{spec}: returned {wrong}; expected {RETURNED}")
+        if fault := find_fault(part):
+            raise RowError("map-failed", f"{spec}: returned a row that {fault.detail}")
     try:
         pickle.dumps(parts)
+        repr(parts)  # raises for an integer of too many digits, which quarantine.jsonl cannot hold
     except Exception as error:  # whatever a value of the user raises
         raise RowError(
             "map-failed", f"{spec}: returned a value that no file can hold: {one_line(error)}"

@@ -37,7 +37,7 @@ from pipeline.data.mapping import map_rows
 from pipeline.data.reward_columns import reward_columns, reward_values
 from pipeline.data.schema import KINDS, ROLES, RawRow, RowError
 from pipeline.data.serialized import read_list_cell, read_messages_cell
-from pipeline.data.shapes.fields import join_texts
+from pipeline.data.shapes.fields import join_texts, read_number
 from pipeline.data.shapes.table import SHAPES, Read, kind_of, shape_reader
 from pipeline.data.shelf import Shelf, View, shelve
 from pipeline.data.sources import iter_rows
@@ -283,7 +283,7 @@ def _group_rankings(items: list[ParsedRecord], records: Shelf) -> list[ParsedRec
     for item in (item for item in items if not item.fault):
         prompt, response, rank = (item.record[name] for name in ("prompt", "response", "rank"))
         try:
-            texts = [canonical_text(prompt), canonical_text(response), canonical_text(rank)]
+            texts = [canonical_text(prompt), canonical_text(response), canonical_text(_rank_value(rank))]
         except RowError as error:
             item.fault = RowError(error.reason, error.detail)
             continue
@@ -296,6 +296,14 @@ def _group_rankings(items: list[ParsedRecord], records: Shelf) -> list[ParsedRec
 
     rankings = [_merge_ranking(group, records) for group in groups.values()]
     return [*rankings, *(item for item in items if item.fault)]
+
+
+def _rank_value(rank: Any) -> Any:
+    """Return the number that a rank is, so that 1, 1.0 and "1" are one; validation refuses other ranks."""
+    try:
+        return read_number(rank, "rank")
+    except RowError:
+        return rank
 
 
 def _merge_ranking(items: list[ParsedRecord], records: Shelf) -> ParsedRecord:

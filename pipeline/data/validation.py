@@ -2,7 +2,7 @@
 
 Reasons within a record: `not-text`, `not-unicode`, `empty-text`, `not-one-answer`, `identical-answers`,
 `not-a-rank`, `rank-count`, `too-few-answers`, `all-tied`, `not-a-number`, `not-finite`, `unknown-label`,
-`no-steps`, `label-count`, `not-a-target`, `not-a-share`, `not-a-count`, and those of
+`invalid-label`, `no-steps`, `label-count`, `not-a-target`, `not-a-share`, `not-a-count`, and those of
 `pipeline.data.messages` and `pipeline.data.serialized`.
 Reasons between records: `merged` and `tie` (`pipeline.data.votes`), `contradiction` (all of them go) and
 `duplicate` (the first stays).
@@ -29,6 +29,8 @@ from pipeline.data.serialized import read_list_cell, read_messages_cell
 from pipeline.data.votes import Ties, merge_votes
 from pipeline.distributed.progress import progress_bar
 
+MAX_COUNT = 2**31 - 1  # of votes, and of ranks
+MAX_NUMBER = 3.4028234663852886e38  # the largest that training's fp32 holds
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # the readers put one for each byte that is not UTF-8
 
 
@@ -119,6 +121,8 @@ def clean_record(kind: str, record: Record, classes: list[str]) -> Record:
         _check_comparison(cleaned)
     if kind == "rankings":
         _check_ranking(cleaned)
+    if kind == "labels":
+        _check_label(cleaned, classes)
     if kind == "steps":
         _check_steps(cleaned)
     others = _other_columns(kind, record)
@@ -157,6 +161,18 @@ def _check_ranking(record: Record) -> None:
     for rank, response in zip(ranks, responses, strict=True):
         if rank_of.setdefault(visible_identity(response), rank) != rank:
             raise RowError("identical-answers", "the same response has two ranks")
+
+
+def _check_label(record: Record, classes: list[str]) -> None:
+    """Check that no other class has a larger share of the votes than that of the label."""
+    label, shares = record["label"], record.get("label_shares")
+    if shares and not math.isclose(shares[label], max(shares)):
+        other = shares.index(max(shares))
+        raise RowError(
+            "invalid-label",
+            f"label is {classes[label]!r}, but label_shares has {shares[other]:g} for {classes[other]!r} and "
+            f"{shares[label]:g} for {classes[label]!r}; correct one of the two",
+        )
 
 
 def _check_steps(record: Record) -> None:
@@ -249,13 +265,13 @@ def _parse_steps(value: Any) -> list[str]:
 
 
 def _parse_number(value: Any) -> float:
-    """Return a finite number; CSV has it as text."""
+    """Return a number that fp32 holds; CSV has it as text."""
     try:
         number = float("a bool" if isinstance(value, bool) else value)
     except (TypeError, ValueError, OverflowError):
         raise RowError("not-a-number", f"found {preview(value)}") from None
-    if not math.isfinite(number):
-        raise RowError("not-finite", f"found {preview(value)}")
+    if not abs(number) <= MAX_NUMBER:  # NaN too
+        raise RowError("not-finite", f"expected a finite number of 32 bits, found {preview(value)}")
     return number
 
 
@@ -264,7 +280,7 @@ def _parse_rank(value: Any) -> int:
         rank = _parse_number(value)
     except RowError:
         rank = 0
-    if not 1 <= rank < 2**31 or rank != int(rank):
+    if not 1 <= rank <= MAX_COUNT or rank != int(rank):
         raise RowError(
             "not-a-rank", f"expected whole numbers from 1 (the best) upwards; found {preview(value)}"
         )
@@ -297,8 +313,10 @@ def _parse_shares(value: Any, classes: list[str]) -> list[float] | None:
 
 def _parse_count(value: Any) -> int | None:
     count = _parse_margin(value)
-    if count is not None and (count < 1 or count != int(count)):
-        raise RowError("not-a-count", f"expected a whole number from 1 upwards, found {preview(value)}")
+    if count is not None and (not 1 <= count <= MAX_COUNT or count != int(count)):
+        raise RowError(
+            "not-a-count", f"expected a whole number from 1 to {MAX_COUNT:,}, found {preview(value)}"
+        )
     return None if count is None else int(count)
 
 

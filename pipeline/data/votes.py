@@ -62,7 +62,8 @@ def _merge_group(group: list[ParsedRecord], ties: Ties, classes: int) -> None:
         for item in group:
             item.fault = RowError("tie", f"{sum(votes)} votes have no winner; ties: keep trains on them")
         return
-    first.record = records[0] | merged | {"votes": sum(votes)}
+    record = records[0] | merged | {"votes": sum(votes)}
+    first.record = {name: value for name, value in record.items() if value is not None}
     for item in others:
         item.fault = RowError(MERGED, f"with {location(first.rows)}")
 
@@ -83,9 +84,7 @@ def _merge_comparisons(records: list[Record], votes: list[int], _: int) -> tuple
         for record, count, same in zip(records, votes, agrees, strict=True)
         if same == has_won and "margin" in record
     ]
-    if margins:
-        merged["margin"] = _mean(*zip(*margins, strict=True))
-    return merged, is_tied
+    return merged | {"margin": _mean(*zip(*margins, strict=True)) if margins else None}, is_tied
 
 
 def _merge_labels(records: list[Record], votes: list[int], classes: int) -> tuple[Record, bool]:
@@ -104,7 +103,7 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
-# Each returns the merged columns, and whether the votes have no winner.
+# Each returns the merged columns, of which None removes one, and whether the votes have no winner.
 MERGERS: dict[str, Callable[[list[Record], list[int], int], tuple[Record, bool]]] = {
     "comparisons": _merge_comparisons,
     "labels": _merge_labels,

@@ -15,7 +15,7 @@ from pipeline.errors import UserError, one_line, passed_through
 LOAD_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     ImportError,
     RuntimeError,
     TypeError,

@@ -1,5 +1,6 @@
 """Check what a program passes to `PPOTrainer`, before anything is computed."""
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,9 +8,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import TrainerCallback
 
 from pipeline.artifacts.schema import CRITIC
+from pipeline.config.base import Overlong
 from pipeline.data.reward_columns import check_names
+from pipeline.data.texts import check_count, check_text
 from pipeline.errors import UserError
 from pipeline.models.adapters import modified_base, unsupported_setting
 from pipeline.ppo.backbone_compat import modifies_base
@@ -19,21 +23,69 @@ from pipeline.reward.coercion import REWARDS
 
 
 def check_arguments(
-    policy: Any, reward: Any, args: Any, processing_class: Any, functions: dict[str, Any]
+    policy: Any,
+    reward: Any,
+    args: Any,
+    processing_class: Any,
+    functions: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Raise `UserError` if an argument is of another kind than `PPOTrainer` takes, before one is loaded.
 
-    `functions` are the optional rewards by name.
+    `functions` are the optional rewards by name, and `options` are other arguments.
     """
-    is_policy = isinstance(policy, str | Path | nn.Module)
+    is_model = isinstance(policy, nn.Module) and hasattr(policy, "config")
+    is_policy = is_model or (isinstance(policy, str | Path) and policy != "")
     _expect("policy", policy, is_policy, "a causal language model, its path or its hub id")
-    _expect("reward", reward, reward is not None, REWARDS)
+    _expect("reward", reward, reward is not None and reward != "", REWARDS)
     _expect("args", args, isinstance(args, PPOConfig), "a PPOConfig")
     for name in ("eos_token_id", "pad_token_id"):
         has_token = processing_class is None or getattr(processing_class, name, None) is not None
         _expect("processing_class", processing_class, has_token, f"the policy's tokenizer, with its {name}")
     for name, function in functions.items():
         _expect(name, function, function is None or callable(function), "a reward function, or None")
+    _check_options(**options)
+
+
+def _check_options(keep: Any, max_prompt_tokens: Any, overlong: Any, generate: Any) -> None:
+    _expect("keep", keep, isinstance(keep, bool), "True or False")
+    check_count("ppo: max_prompt_tokens", max_prompt_tokens)
+    if overlong not in get_args(Overlong):
+        raise UserError(f"ppo: overlong={overlong!r}: expected {' or '.join(get_args(Overlong))}")
+    signature = "a function with the signature of pipeline.models.generation.generate"
+    _expect("generate", generate, callable(generate), signature)
+
+
+def check_trainer_arguments(
+    callbacks: Any = None, optimizers: Any = (None, None), optimizer_cls_and_kwargs: Any = None, **_: Any
+) -> None:
+    """Raise `UserError` if an argument of the Trainer that `PPOTrainer` hands on is of another kind."""
+    is_list = callbacks is None or isinstance(callbacks, list)
+    _expect("callbacks", callbacks, is_list, "a list of TrainerCallbacks")
+    for number, callback in enumerate(callbacks or []):
+        is_callback = isinstance(callback, TrainerCallback) or (
+            isinstance(callback, type) and issubclass(callback, TrainerCallback)
+        )
+        _expect(f"callbacks[{number}]", callback, is_callback, "a TrainerCallback")
+
+    pair = "(an optimizer or None, its scheduler or None)"
+    is_pair = isinstance(optimizers, tuple | list) and len(optimizers) == 2
+    _expect("optimizers", optimizers, is_pair, pair)
+    for number, part in enumerate(optimizers):
+        # Accelerate's stand-ins for DeepSpeed's have params and optimizer.
+        is_part = part is None or any(hasattr(part, name) for name in ("step", "params", "optimizer"))
+        _expect(f"optimizers[{number}]", part, is_part, pair)
+
+    if optimizer_cls_and_kwargs is not None:
+        match optimizer_cls_and_kwargs:
+            case (cls, dict()) if callable(cls):
+                return
+        _expect(
+            "optimizer_cls_and_kwargs",
+            optimizer_cls_and_kwargs,
+            False,
+            "(the class, a dict of its arguments)",
+        )
 
 
 def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> None:
@@ -46,8 +98,10 @@ def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> N
             "ppo: value_init: reward gives the value head on the policy's trunk the reward model's weights, "
             "but the critic has a source or a trunk of its own; use value_init: zero"
         )
+    _check_critic_fields(critic)
     if critic.on == "model":
-        _expect("critic.model", critic.model, isinstance(critic.model, nn.Module), "a language model")
+        is_model = hasattr(critic.model, "get_input_embeddings")
+        _expect("critic.model", critic.model, is_model, "a language model")
         rows = critic.model.get_input_embeddings().weight.shape[0]
         if rows < len(tokenizer):
             raise UserError(
@@ -63,6 +117,21 @@ def check_critic(critic: Any, policy: Any, args: PPOConfig, tokenizer: Any) -> N
         if CRITIC in policy.peft_config:
             raise UserError(f"ppo: policy: has an adapter named {CRITIC!r} already; give it another name")
         check_shared_base(policy.peft_config[str(policy.active_adapter)], critic_lora(policy, critic))
+
+
+def _check_critic_fields(critic: Critic) -> None:
+    for name, kind in (("lora", LoraConfig), ("weights", dict), ("value_head", dict), ("origin", dict)):
+        value = getattr(critic, name)
+        is_kind = value is None or isinstance(value, kind)
+        _expect(f"critic.{name}", value, is_kind, f"a {kind.__name__}, or None")
+    head = critic.value_head
+    if head is not None and head.keys() != {"weight", "bias"}:
+        found = ", ".join(map(str, head)) or "no key"
+        raise UserError(f"ppo: critic.value_head: expected the keys weight and bias, found {found}")
+    rate = critic.learning_rate
+    is_rate = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < math.inf
+    if rate is not None and not is_rate:
+        raise UserError(f"ppo: critic.learning_rate={rate!r}: expected a finite number above 0, or None")
 
 
 def check_shared_base(policy: Any, critic: Any) -> None:
@@ -93,6 +162,8 @@ def check_datasets(args: PPOConfig, train_dataset: Any, eval_dataset: Any, demon
     for name, rows in prompts.items():
         _check_rows(name, rows, "prompt")
         check_names(f"ppo: {name}", rows.column_names, "rename or remove it")
+    if demonstrations is not None:
+        _expect_dataset("demonstrations", demonstrations)
     if args.ptx_coef and not demonstrations:
         raise UserError(
             f"ppo: ptx_coef={args.ptx_coef:g} needs demonstrations to learn from, and there are none"
@@ -115,13 +186,19 @@ def warn_of_biased_penalty(args: PPOConfig) -> None:
 
 
 def _check_rows(name: str, rows: Any, *columns: str) -> None:
-    """Raise `UserError` unless the argument `name` is a dataset with at least one row and these columns."""
-    _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset, a list of dicts, a path or a name")
+    """Raise `UserError` unless the argument `name` is a dataset with rows, and texts in these columns."""
+    _expect_dataset(name, rows)
     if not len(rows):
         raise UserError(f"ppo: {name}: has no rows; expected at least one")
     for column in columns:
         if column not in rows.column_names:
             raise UserError(f"ppo: {name}: has no column {column!r}; found {', '.join(rows.column_names)}")
+        for number, text in enumerate(rows[column]):
+            check_text(f"ppo: {name}: row {number}: {column}", text)
+
+
+def _expect_dataset(name: str, rows: Any) -> None:
+    _expect(name, rows, isinstance(rows, Dataset), "a datasets.Dataset, a list of dicts, a path or a name")
 
 
 def check_adapters(policy: PeftModel) -> None:

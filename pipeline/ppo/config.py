@@ -7,8 +7,11 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from pipeline.errors import UserError
 from pipeline.ppo.functional import KLKind
 from pipeline.ppo.trl_names import CONFIG_NAMES
+from pipeline.training.field_types import check_types
+from pipeline.training.ranges import check_ranges
 from pipeline.training.reserved import default_of, suggest_name
 
 CHOICES = {
@@ -315,6 +318,7 @@ class PPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for argument in fields(self):
             self._check_supported(argument)
+        check_types(self)
         if self.save_strategy == "best":
             raise ValueError(
                 "save_strategy='best' is not for PPO, which keeps best/ anyway and resumes from checkpoints; "
@@ -349,6 +353,20 @@ class PPOConfig(TrainingArguments):
             self._expect("vf_coef", learns, "more than 0, with critic_warmup_patience")
         in_range = 0 <= self.min_response_tokens <= self.response_tokens
         self._expect("min_response_tokens", in_range, "at most response_tokens")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """Raise `ValueError` for a value outside of the range or the choices that `training:` has for it."""
+        values = {
+            argument.name: value
+            for argument in fields(self)
+            if (value := getattr(self, argument.name)) != default_of(argument)
+            and (isinstance(value, int | float) or argument.metadata.get("choices"))
+        }
+        try:
+            check_ranges("", values, type(self))
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(".")) from None
 
     def _check_supported(self, argument: Field[Any]) -> None:
         name, value = argument.name, getattr(self, argument.name)

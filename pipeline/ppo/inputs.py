@@ -23,19 +23,20 @@ from pipeline.models.loading import load_policy, load_tokenizer
 from pipeline.models.probing import unwrap
 from pipeline.models.templates import settle_template
 from pipeline.ppo.actor_critic import REFERENCE
-from pipeline.ppo.arguments import check_adapters, check_datasets
+from pipeline.ppo.arguments import check_adapters, check_datasets, check_trainer_arguments
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trl_names import TRAINER_NAMES
 from pipeline.training.reserved import suggest_name
 
 
 def check_keywords(cls: type[Trainer], kwargs: dict[str, Any]) -> None:
-    """Raise `UserError` for a keyword argument that neither `cls` nor `Trainer` takes, or nothing reads."""
+    """Raise `UserError` for a keyword argument that nothing reads, or that is of another kind."""
     known = {name for owner in (cls, Trainer) for name in inspect.signature(owner).parameters}
     for name in kwargs:
         if name in TRAINER_NAMES or name not in known:
             hint = suggest_name(name, known - TRAINER_NAMES.keys(), TRAINER_NAMES)
             raise UserError(f"ppo: {cls.__name__} has no {name!r}{hint}")
+    check_trainer_arguments(**kwargs)
 
 
 def choose_one(name: str, value: Any, other_name: str, other: Any) -> Any:

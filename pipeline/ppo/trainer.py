@@ -138,10 +138,12 @@ class PPOTrainer(PolicyTrainer):
         policy = choose_one("policy", policy, "model", model)
         reward = choose_one("reward", reward, "reward_funcs", reward_funcs)
         args = default_arguments(policy) if args is None else args
-        check_arguments(policy, reward, args, processing_class, {"gold": gold, "scorer": scorer})
+        options = {"keep": keep, "max_prompt_tokens": max_prompt_tokens, "overlong": overlong}
+        functions = {"gold": gold, "scorer": scorer}
+        check_arguments(policy, reward, args, processing_class, functions, options | {"generate": generate})
         train, evaluation, shown = prepare_datasets(args, train_dataset, eval_dataset, demonstrations)
         policy, tokenizer = prepare_policy(policy, processing_class, peft_config, args)
-        self.critic = critic or Critic()
+        self.critic = Critic() if critic is None else critic
         check_critic(self.critic, policy, args, tokenizer)
         self.reward = sum_rewards(reward, reward_weights, reward_processing_classes, tokenizer, args.device)
         self.gold, self.scorer, self.keep = gold, scorer, keep

@@ -26,6 +26,7 @@ TRAINER_NAMES = {
     "tools": "nothing: a response is one turn",
     "environment_factory": "nothing: a response is one turn",
     "data_collator": DATA,
+    "model_init": "policy",
     "compute_loss_func": LOSS,
     "compute_metrics": "nothing: evaluations sample and score responses",
     "preprocess_logits_for_metrics": "nothing: evaluations sample and score responses",

@@ -4,12 +4,14 @@ The type of a column includes all of its values, as Arrow infers it: whole numbe
 numbers, an object has the keys of all objects, and null fits every type.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
+from pipeline.data.messages import preview
 from pipeline.data.readers import ParsedRecord
 from pipeline.data.schema import KINDS
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, as_line
 
 ITEMS = "[]"  # the part of a list that has the type of its items
 WORDS = {  # for Arrow's types; others are shown as Arrow writes them
@@ -22,6 +24,8 @@ WORDS = {  # for Arrow's types; others are shown as Arrow writes them
     "struct<>": "an object",
 }
 NUMBERS = ["int64", "uint64", "double"]  # each includes those before it
+# What numbers may be, and beside which other ones no type of number holds them.
+CONFLICTS = {"negative": "huge", "huge": "negative", "inexact": "fraction", "fraction": "inexact"}
 
 
 def column_types(items: Iterable[ParsedRecord]) -> dict[str, Any]:
@@ -38,11 +42,10 @@ def column_types(items: Iterable[ParsedRecord]) -> dict[str, Any]:
     return {name: column.to_arrow() for name, column in columns.items()}
 
 
-def values_error(column: str, problem: str) -> UserError:
-    """Build the error for values that no column can hold together."""
-    return UserError(
-        f"{problem}; make the values of {column!r} one type, or pass the column over with ignore: [{column}]"
-    )
+def values_error(column: str, problem: str, remedy: str = "make the values of {} one type") -> UserError:
+    """Build the error for values that a column cannot hold; `{}` in the remedy stands for its name."""
+    remedy = remedy.replace("{}", repr(column))
+    return UserError(f"{problem}; {remedy}, or pass the column over with ignore: [{column}]")
 
 
 class _ColumnType:
@@ -53,6 +56,7 @@ class _ColumnType:
         self.type: Any = None  # of lists and objects it is that of empty ones
         self.place = ""
         self.parts: dict[str, _ColumnType] = {}
+        self.numbers: dict[str, tuple[str, str]] = {}  # trait -> the first number with it, and its place
 
     def include(self, value: Any, place: str) -> None:
         """Widen the type to a value of the row at `place`. Raises `UserError` if they do not fit together."""
@@ -63,6 +67,8 @@ class _ColumnType:
             self.type, self.place = type_, place
         elif self.type != type_:
             self.type = self._unify(type_, place)
+        if str(type_) in NUMBERS:
+            self._include_number(value, place)
         for key, part in _parts(value):
             if key not in self.parts:
                 path = f"{self.path}{key}" if key == ITEMS else f"{self.path}.{key}"
@@ -86,13 +92,41 @@ class _ColumnType:
         if isinstance(value, list | tuple):
             return pyarrow.list_(pyarrow.null())
         if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    self._refuse(f"an object with the key {preview(key)}", key, place)
             return pyarrow.struct([])
         if isinstance(value, int) and 2**63 <= value < 2**64:
             return pyarrow.uint64()
         try:
-            return pyarrow.scalar(value).type
-        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
-            raise values_error(self.column, f"{place}: {self._name()}: {one_line(error)}") from None
+            type_ = pyarrow.scalar(value).type
+        except Exception:  # whatever Arrow, or a method of the value that it calls, raises
+            type_ = None
+        # Sets and arrays are nested, and `datasets` has no types of extensions.
+        if type_ is None or pyarrow.types.is_nested(type_) or isinstance(type_, pyarrow.BaseExtensionType):
+            self._refuse(preview(value), value, place)
+        return type_
+
+    def _refuse(self, what: str, value: Any, place: str) -> None:
+        what = f"{as_line(what)}, of type {type(value).__name__}"
+        raise values_error(
+            self.column,
+            f"{place}: {self._name()} is {what}, which no column holds",
+            "make {} text, numbers, lists, or objects with text as keys",
+        )
+
+    def _include_number(self, value: Any, place: str) -> None:
+        """Raise `UserError` if no type holds a number beside those before it."""
+        for trait in _traits(value):
+            if trait not in self.numbers:
+                self.numbers[trait] = preview(value), place
+            if conflict := self.numbers.get(CONFLICTS[trait]):
+                beside = f"beside {conflict[0]} in {conflict[1]}"
+                raise values_error(
+                    self.column,
+                    f"{place}: {self._name()} is {value}, and no type of number holds it exactly {beside}",
+                    "write the values of {} as text",
+                )
 
     def _unify(self, other: Any, place: str) -> Any:
         import pyarrow
@@ -110,6 +144,20 @@ class _ColumnType:
 
     def _name(self) -> str:
         return f"column {self.column!r}" + (f" at {self.path.removeprefix('.')}" if self.path else "")
+
+
+def _traits(number: Any) -> Iterator[str]:
+    """Yield what decides which type holds a number, as the keys of `CONFLICTS`."""
+    if not isinstance(number, Integral):
+        yield "fraction"
+        return
+    whole = int(number)
+    if whole < 0:
+        yield "negative"
+    if whole >= 2**63:
+        yield "huge"
+    if abs(whole) > 2**53:
+        yield "inexact"
 
 
 def _parts(value: Any) -> Iterable[tuple[str, Any]]:

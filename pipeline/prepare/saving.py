@@ -12,9 +12,9 @@ from pipeline.prepare.column_types import values_error
 
 RecordsByKind = dict[str, Sequence[Record]]
 
-# For rows without the column if others have it, by kind; each changes nothing in the loss.
+# For rows without the column if others have it, by kind; each says the same as no value. Others are null.
 DEFAULTS: dict[str, dict[str, float]] = {
-    "comparisons": {"margin": 0.0, "preference": 1.0, "votes": 1},
+    "comparisons": {"preference": 1.0, "votes": 1},
     "labels": {"votes": 1},
     "ratings": {"votes": 1},
 }

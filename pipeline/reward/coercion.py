@@ -43,6 +43,10 @@ def sum_rewards(
         raise UserError(f"ppo: reward: expected {REWARDS}, found an empty list")
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(rewards)
     _check_count("reward_processing_classes", tokenizers, len(rewards))
+    for tokenizer in tokenizers:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            kind = type(tokenizer).__name__
+            raise UserError(f"ppo: reward_processing_classes: expected tokenizers, found a {kind}")
     if weights is not None:
         _check_weights(weights, len(rewards))
     elif len(rewards) > 1:

@@ -4,12 +4,15 @@ An external classifier has no `reward.json`. Its encoding is then chosen by its 
 """
 
 import dataclasses
+import json
 import logging
 from typing import Any
 
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from pipeline.artifacts.schema import first_fault
 from pipeline.errors import UserError
 from pipeline.models.adapters import is_adapter, read_adapter
 from pipeline.models.load_errors import explain_load_errors
@@ -22,6 +25,8 @@ from pipeline.reward.encoding import Encoding
 from pipeline.reward.settings import RewardSettings
 
 logger = logging.getLogger(__name__)
+
+ENCODING = TypeAdapter(Encoding)
 
 
 def load_reward_tokenizer(
@@ -130,14 +135,16 @@ def override_settings(
     positive_label: str | None,
     encoding: dict[str, Any] | None,
 ) -> RewardSettings:
-    """Return a copy of the settings with the user's label and encoding."""
+    """Return a copy of the settings with the user's label and encoding. Raises `UserError`."""
     try:
-        overridden = dataclasses.replace(
-            settings, encoding=dataclasses.replace(settings.encoding, **encoding or {})
-        )
+        replaced = dataclasses.replace(settings.encoding, **encoding or {})
+        ENCODING.validate_json(json.dumps(dataclasses.asdict(replaced), default=repr))
     except TypeError:
         known = ", ".join(field.name for field in dataclasses.fields(Encoding))
         raise UserError(f"encoding={encoding}: expected a dict with keys of {known}") from None
+    except ValidationError as error:
+        raise UserError(f"encoding.{first_fault(error)}") from None
+    overridden = dataclasses.replace(settings, encoding=replaced)
     if positive_label is not None:
         overridden.logit = _label_index(source, model, positive_label)
     elif settings.logit < 0:

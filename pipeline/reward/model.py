@@ -25,6 +25,7 @@ from pipeline.models.chat import response_text, text_ids
 from pipeline.models.loading import settle_trust
 from pipeline.models.positions import max_positions
 from pipeline.reward import batching, probes
+from pipeline.reward.arguments import check_load, check_parts, check_scale, check_step_scores, move_model
 from pipeline.reward.encoding import CUT, Encoded, check_encoding, encode_response
 from pipeline.reward.loading import (
     external_settings,
@@ -64,6 +65,7 @@ class RewardModel:
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
     ):
+        check_parts(model, tokenizer, settings)
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
@@ -104,13 +106,14 @@ class RewardModel:
 
         Raises `UserError` if `source` is no such checkpoint, or if a label or an encoding field is unknown.
         """
+        check_load(source, precision, model, tokenizer, options)
         options = settle_trust(options)
         settings = RewardSettings.find(str(source), options.get("revision")) if source else None
         tokenizer = tokenizer or load_reward_tokenizer(str(source), settings, **options)
         if model is None:
             model = load_model(str(source), tokenizer, settings, precision, options)
             if settings is None or settings.quantization == "none":
-                model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+                model = move_model(model, device)
 
         settings = settings or external_settings(str(source), model, tokenizer, options)
         overridden = override_settings(str(source), model, settings, positive_label, encoding)
@@ -145,9 +148,11 @@ class RewardModel:
         self, steps: Sequence[Sequence[float]], *, alpha: float | None = None, normalize: bool = False
     ) -> list[float]:
         """Return what `score` returns for responses with these scores of their steps."""
+        check_step_scores(steps)
         return self._scaled([self.settings.aggregated(row) for row in steps], alpha, normalize)
 
     def _scaled(self, raw: list[float], alpha: float | None, normalize: bool) -> list[float]:
+        check_scale(alpha, normalize)
         if normalize:
             if self.settings.reward_mean is None or self.settings.reward_std is None:
                 raise UserError(
@@ -212,8 +217,10 @@ class RewardModel:
     def encode(self, prompt: Text, response: Text) -> Encoded:
         """Return the token ids of a prompt and a response, as the model reads them.
 
-        Raises `UserError` if the chat template refuses the conversation.
+        Raises `UserError` if one of the two is no text, or the chat template refuses the conversation.
         """
+        check_text("prompt", prompt)
+        check_text("response", response)
         return encode_response(self.tokenizer, self.settings.encoding, prompt, response)
 
     def check_prompts(self, prompts: Sequence[Text], name: str) -> None:

@@ -6,7 +6,6 @@ refused before anything is built, because that class would accept some of them.
 
 import dataclasses
 import os
-import typing
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.models.adapters import unsupported_setting
 from pipeline.training import trackers
 from pipeline.training.checkpoints import read_launch
+from pipeline.training.field_types import type_hints
 from pipeline.training.ranges import check_ranges
 from pipeline.training.rehearsal import rehearse
 from pipeline.training.reserved import RESERVED_LORA, check_reserved, suggest_name
@@ -271,7 +271,7 @@ def _convert_section(section: dict[str, Any], cls: type, prefix: str = "training
 
     Raises `UserError` for a value that does not convert.
     """
-    hints = _type_hints(cls)
+    hints = type_hints(cls)
     converted = {}
     for key, value in section.items():
         try:
@@ -302,10 +302,3 @@ def _convert(hint: Any, value: Any, may_be_no: bool = True) -> Any:
             with suppress(ValidationError):
                 return adapter.validate_python(None)
         raise
-
-
-def _type_hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls)
-    except Exception:  # forward references to optional packages
-        return {field.name: Any for field in dataclasses.fields(cls)}

@@ -76,6 +76,23 @@ def test_messages_are_the_same_by_role_and_content() -> None:
     assert canonical_text([{"role": "tool", "content": "Q"}]) != "Q"
 
 
+@pytest.mark.parametrize(
+    ("value", "other", "equal"),
+    [
+        (1, 1.0, True),
+        ({"a": [1, {"b": 2.0}]}, {"a": (1.0, {"b": 2})}, True),
+        (0, -0.0, True),
+        (2**53 + 1, float(2**53), False),
+        (1, True, False),
+        ([1], ["1"], False),
+        ([0.5], [0], False),
+        ({1: "a", "b": 2}, {"b": 2.0, 1: "a"}, True),  # keys of two types have no order
+    ],
+)
+def test_equal_numbers_are_one(value: object, other: object, equal: bool) -> None:
+    assert (canonical_text(value) == canonical_text(other)) == equal
+
+
 def test_what_cannot_be_compared_has_a_reason() -> None:
     deep: list[object] = []
     for _ in range(100_000):

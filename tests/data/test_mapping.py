@@ -23,6 +23,13 @@ def read(row):
         return 3
     if row["verdict"] == "lambda":
         return {"prompt": lambda: 1}
+    if row["verdict"] == "digits":
+        return {"prompt": "Q", "n": [10**5000]}
+    if row["verdict"] == "deep":
+        deep = []
+        for _ in range(200):
+            deep = [deep]
+        return {"prompt": "Q", "n": deep}
     pair = {"prompt": row["ask"], "chosen": row["texts"][0], "rejected": row["texts"][1]}
     row.clear()
     return [pair] * (2 if row.get("verdict") is None and pair["prompt"] == "Q2" else 1)
@@ -81,6 +88,16 @@ def test_a_failure_names_the_function_and_its_line(rows: Any) -> None:
         f"{module}:read: returned a int; expected a row (a dict), a list of rows, or None"
     )
     assert unstorable.fault.reason == "map-failed"
+
+
+def test_a_row_that_cannot_be_written_is_quarantined(rows: Any) -> None:
+    kept, digits, deep = read_source(rows("first", "digits", "deep"))
+    assert kept.fault is None
+    assert digits.fault
+    assert deep.fault
+    assert digits.fault.reason == deep.fault.reason == "map-failed"
+    assert "read: returned a value that no file can hold: Exceeds the limit" in digits.fault.detail
+    assert deep.fault.detail.endswith("read: returned a row that is nested more than 100 deep")
 
 
 def test_every_row_is_counted_once(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,14 @@ def test_serialized_cells_are_what_they_serialize(tmp_path: Path, write: Any) ->
     assert found["prompts"]["prompt"] == [user("Q")]
 
 
+def test_a_rank_is_one_however_it_is_written(tmp_path: Path) -> None:
+    ranks = [1, 1.0, "1", "1.0", 2]
+    rows = [{"prompt": "Q", "response": f"a{rank == 2}", "rank": rank} for rank in ranks]
+    ranking, *repeated = read("rankings", jsonl(tmp_path / "a.jsonl", rows))
+    assert ranking.record == {"prompt": "Q", "responses": ["aFalse", "aTrue"], "ranks": [1, 2]}
+    assert faults(repeated) == [(2, "duplicate"), (3, "duplicate"), (4, "duplicate")]
+
+
 def test_rankings_by_answer_are_grouped_by_what_their_prompts_say(tmp_path: Path) -> None:
     prompts = ["Q", [user("Q")], [{"from": "human", "value": "Q", "id": 1}]]
     rows = [{"prompt": prompt, "response": f"a{n}", "rank": n} for n, prompt in enumerate(prompts, 1)]

@@ -88,6 +88,8 @@ def steps(**changes: Any) -> dict[str, Any]:
         ("ratings", {"prompt": "Q", "completion": "a", "rating": None}, "not-a-number"),
         ("ratings", {"prompt": "Q", "completion": "a", "rating": math.inf}, "not-finite"),
         ("ratings", {"prompt": "Q", "completion": "a", "rating": 10**400}, "not-a-number"),
+        ("ratings", {"prompt": "Q", "completion": "a", "rating": 3.5e38}, "not-finite"),
+        ("comparisons", pair(margin=-1e39), "not-finite"),
         ("rankings", {"prompt": "Q", "responses": "ab", "ranks": [1, 2]}, "not-text"),
         ("rankings", {"prompt": "Q", "responses": ["a", None], "ranks": [1, 2]}, "not-text"),
         ("rankings", {"prompt": "Q", "responses": ["a", "b"], "ranks": 1}, "not-a-rank"),
@@ -208,6 +210,22 @@ def test_two_answers_of_one_prompt_contradict_each_other() -> None:
     assert reasons("prompts", *lists) == ["contradiction"] * 3
 
 
+def test_a_whole_number_and_its_float_are_one_value() -> None:
+    answers = [{"prompt": "Q", "answer": answer} for answer in (7, 7.0, [7], [7.0])]
+    assert reasons("prompts", *answers[:2]) == reasons("prompts", *answers[2:]) == [None, "duplicate"]
+    assert reasons("prompts", *answers) == ["contradiction"] * 4
+    columns = [{"prompt": "Q", "meta": {"n": number}} for number in (1, 1.0, 1.5)]
+    assert reasons("prompts", *columns) == [None, "duplicate", None]
+    assert reasons("ratings", *({"prompt": "Q", "completion": "a", "rating": n} for n in (1, 1.0))) == [
+        None,
+        "merged",
+    ]
+    labels = [{"prompt": "Q", "completion": "a", "label": label} for label in (1, 1.0)]
+    assert reasons("labels", *labels) == [None, "merged"]
+    verdicts = [{"prompt": "Q", "completions": ["a"], "labels": [label]} for label in (1, 1.0)]
+    assert reasons("steps", *verdicts) == [None, "duplicate"]
+
+
 def test_prompts_that_differ_in_another_column_are_all_kept() -> None:
     rows = [{"prompt": "Q", "style": style, "meta": {"a": 1, "b": 2}} for style in ("terse", "long", "terse")]
     rows[2]["meta"] = {"b": 2, "a": 1}
@@ -315,13 +333,8 @@ JUNK = st.recursive(
     max_leaves=6,
 )
 KINDS = {
-    "demonstrations": ("prompt", "completion"),
-    "comparisons": ("prompt", "chosen", "rejected", "margin", "source"),
-    "rankings": ("prompt", "responses", "ranks"),
-    "labels": ("prompt", "completion", "label"),
-    "ratings": ("prompt", "completion", "rating"),
-    "steps": ("prompt", "completions", "labels"),
-    "prompts": ("prompt", "answer"),
+    kind: (*schema.columns, *schema.optional, *(("answer",) if schema.keeps_columns else ()))
+    for kind, schema in KINDS_OF_RECORDS.items()
 }
 RECORDS = st.sampled_from(sorted(KINDS)).flatmap(
     lambda kind: st.tuples(st.just(kind), st.fixed_dictionaries(dict.fromkeys(KINDS[kind], JUNK)))

@@ -69,6 +69,8 @@ def test_only_the_margins_of_those_who_voted_for_the_winner_count():
     (record,), _ = merge("comparisons", *votes)
     assert record["margin"] == 3.0  # (1 + 2 · 4) / 3
     assert record["preference"] == 4 / 5
+    (record,), _ = merge("comparisons", AGAINST | {"margin": 9.0}, FOR, FOR)
+    assert "margin" not in record
 
 
 def test_one_vote_alone_is_left_as_it_is():
@@ -108,6 +110,8 @@ def test_repeated_ratings_become_their_mean():
         ("comparisons", FOR | {"preference": "many"}, "not-a-number"),
         ("comparisons", FOR | {"votes": 0}, "not-a-count"),
         ("comparisons", FOR | {"votes": 1.5}, "not-a-count"),
+        ("comparisons", FOR | {"votes": 9e18}, "not-a-count"),
+        ("ratings", ratings(1, votes=2**31)[0], "not-a-count"),
         ("labels", labels("yes", label_shares=[0.5, 0.6])[0], "not-a-share"),
         ("labels", labels("yes", label_shares=[1.0])[0], "not-a-share"),
         ("labels", labels("yes", label_shares=[-1.0, 2.0])[0], "not-a-share"),
@@ -115,6 +119,22 @@ def test_repeated_ratings_become_their_mean():
 )
 def test_wrong_shares_and_counts_are_refused(kind, row, reason):
     assert merge(kind, row) == ([], [reason])
+
+
+def test_the_largest_counts_and_ratings_are_merged():
+    (record,), _ = merge("ratings", *ratings(3.4e38, -3.4e38, 3.4e38, votes=2**31 - 1))
+    assert (record["rating"], record["votes"]) == (pytest.approx(3.4e38 / 3), 3 * (2**31 - 1))
+
+
+def test_a_label_that_its_shares_contradict_is_refused():
+    item = ParsedRecord("labels", labels("yes", label_shares=[0.75, 0.25])[0], [RawRow("a", 1, {})])
+    validate_records([item], ["no", "yes"])
+    assert str(item.fault) == (
+        "invalid-label: label is 'yes', but label_shares has 0.75 for 'no' and 0.25 for 'yes'; "
+        "correct one of the two"
+    )
+    for label in ("no", "yes"):  # a tie contradicts neither
+        assert merge("labels", *labels(label, label_shares=[0.5, 0.5]))[1] == [None]
 
 
 def test_the_record_stays_in_the_split_that_is_held_out():

@@ -5,7 +5,9 @@ import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import numpy
 import pyarrow as pa
 import pytest
 from datasets import List, Value, load_from_disk
@@ -65,7 +67,6 @@ def test_a_type_includes_all_values(values: list[Any], expected: Any) -> None:
             "a.jsonl:3: column 'x' at a.b[] is an object, but a whole number in a.jsonl:1; make",
         ),
         ([1, b"a"], "a.jsonl:2: column 'x' is binary, but a whole number in a.jsonl:1; make"),
-        ([1, 2**64], "a.jsonl:2: column 'x': "),
     ],
 )
 def test_values_of_two_types_are_an_error(values: list[Any], message: str) -> None:
@@ -75,6 +76,67 @@ def test_values_of_two_types_are_an_error(values: list[Any], message: str) -> No
     assert str(caught.value).endswith(
         "make the values of 'x' one type, or pass the column over with ignore: [x]"
     )
+
+
+class Thing:
+    def __repr__(self) -> str:
+        return "a\nthing"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({1: "a", "b": 2}, " is an object with the key 1, of type int, "),
+        ([{}, {"a": {None: 1}}], " at [].a is an object with the key None, of type NoneType, "),
+        ({b"a": 1}, " is an object with the key b'a', of type bytes, "),
+        ({3}, " is {3}, of type set, "),
+        (numpy.array([1, 2]), " is array([1, 2]), of type ndarray, "),
+        (numpy.array([[1], [2]]), " is array([[1], [2]]), of type ndarray, "),
+        ({"a": Thing()}, " at a is a thing, of type Thing, "),
+        (UUID(int=1), " is UUID('00000000-0000-0000-0000-000000000001'), of type UUID, "),
+        (Decimal("1E+100"), " is Decimal('1E+100'), of type Decimal, "),
+        (2**64, " is 18446744073709551616, of type int, "),
+        (-(2**63) - 1, " is -9223372036854775809, of type int, "),
+    ],
+)
+def test_a_value_that_no_column_holds_is_named_with_its_row_and_type(value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        types_of(None, value)
+    assert str(caught.value) == (
+        f"a.jsonl:2: column 'x'{message}which no column holds; make 'x' text, numbers, lists, or objects "
+        "with text as keys, or pass the column over with ignore: [x]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "at"),
+    [
+        ([2**63, -1], ""),
+        ([-1, 2**63], ""),
+        ([2**53 + 1, 0.5], ""),
+        ([0.5, -(2**53) - 1], ""),
+        ([[2**63], [-1]], " at []"),
+        ([{"a": 0.5}, {"a": 2**60}], " at a"),
+    ],
+)
+def test_numbers_that_no_type_holds_together_name_both_rows(values: list[Any], at: str) -> None:
+    first, second = values
+    if at:
+        (first,), (second,) = (value.values() if isinstance(value, dict) else value for value in values)
+    with pytest.raises((pa.ArrowException, OverflowError)):
+        pa.array([first, second], pa.float64() if 0.5 in (first, second) else pa.uint64())
+    with pytest.raises(UserError) as caught:
+        types_of(0, *values) if not at else types_of(None, *values)
+    assert str(caught.value) == (
+        f"a.jsonl:3: column 'x'{at} is {second}, and no type of number holds it exactly beside {first} in "
+        "a.jsonl:2; write the values of 'x' as text, or pass the column over with ignore: [x]"
+    )
+
+
+def test_the_largest_numbers_that_a_type_holds() -> None:
+    for values, type_ in (([2**53, 0.5, -(2**53)], pa.float64()), ([2**64 - 1, 0], pa.uint64())):
+        assert types_of(*values) == type_
+        assert pa.array(values, type_).to_pylist() == values
 
 
 VALUES = st.recursive(
@@ -95,6 +157,20 @@ def test_a_type_is_that_of_arrow(values: list[Any]) -> None:
     except UserError:
         pytest.fail("Arrow has a type for these values")
     assert pa.array(values, found).to_pylist() == expected.to_pylist()
+
+
+NUMBERS = st.integers(-(2**65), 2**65) | st.sampled_from([2**53, 2**53 + 1, 2**63, 2**64, -1, 0.5])
+
+
+@given(
+    st.lists(VALUES | st.lists(NUMBERS, max_size=3), max_size=4) | st.lists(NUMBERS, min_size=1, max_size=4)
+)
+def test_a_type_holds_every_value(values: list[Any]) -> None:
+    try:
+        type_ = types_of(None, *values)
+    except UserError:
+        return
+    assert len(pa.array(values, type_)) == len(values)
 
 
 ROWS: list[Any] = [
@@ -159,12 +235,23 @@ def test_a_column_of_two_types_leaves_the_published_records_alone(tmp_path: Path
     assert sorted(row["x"] or 0 for row in rows_of(ignored, "prompts")) == [0, 1]
 
 
-def test_a_number_that_its_column_cannot_hold_is_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "x": 2**60 + 1}, {"prompt": "b", "x": 0.5}])
-    with pytest.raises(
-        UserError, match=r"^prepare: column 'x': Integer value 1152921504606846977 is .*ignore: "
+def test_a_value_of_a_map_that_no_column_holds_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map_to_values.py").write_text(
+        "import numpy\n\n\n"
+        "def to_array(row):\n    return {'prompt': row['prompt'], 'x': numpy.arange(row['n'])}\n\n\n"
+        "def to_keys(row):\n    return {'prompt': row['prompt'], 'x': {row['n']: 1, 'a': 2}}\n"
+    )
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "n": 2}, {"prompt": "a", "n": 2}])
+    for name, problem in (
+        ("to_array", r"array\(\[0, 1\]\), of type nd"),
+        ("to_keys", "an object with the key 2"),
     ):
-        prepare(tmp_path, {"format": "prompts", "path": path})
+        source: dict[str, Any] = {"format": "prompts", "path": path, "map": f"map_to_values:{name}"}
+        with pytest.raises(UserError, match=rf"^{path}:1: column 'x' is {problem}.*ignore: \[x\]$"):
+            prepare(tmp_path, source)
 
 
 def test_the_count_of_rows_with_one_prompt(tmp_path: Path) -> None:

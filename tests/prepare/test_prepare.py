@@ -129,14 +129,20 @@ def test_labels_carry_their_names_and_an_empty_prompt(tmp_path: Path) -> None:
     assert kinds(published) == ["labels"]
 
 
-def test_a_missing_margin_is_zero_where_others_have_one(tmp_path: Path) -> None:
+def test_a_missing_margin_is_missing_when_the_records_are_read_again(tmp_path: Path) -> None:
     rows = [
         {"prompt": "P", "chosen": "a", "rejected": "b", "margin": 2},
         {"prompt": "Q", "chosen": "a", "rejected": "b", "source": "web"},
     ]
     published = prepare(tmp_path, {"format": "comparisons", "path": write(tmp_path / "a.jsonl", rows)})
     found = {row["prompt"]: (row["margin"], row["source"]) for row in rows_of(published, "comparisons")}
-    assert found == {"P": (2.0, None), "Q": (0.0, "web")}
+    assert found == {"P": (2.0, None), "Q": (None, "web")}
+
+    saved = str(published / "comparisons")
+    votes = write(tmp_path / "b.jsonl", [row | {"margin": 4} for row in rows])
+    sources = [{"format": "comparisons", "path": path} for path in (saved, votes)]
+    merged = prepare(tmp_path / "again", *sources)
+    assert {row["prompt"]: row["margin"] for row in rows_of(merged, "comparisons")} == {"P": 3.0, "Q": 4.0}
 
 
 def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(

@@ -213,6 +213,14 @@ def test_a_number_that_is_none_would_ruin_the_weights(tiny_tokenizer, kind, fiel
         tokenize_records(rows, kind, tiny_tokenizer, CHAT, drop=False)
 
 
+def test_a_missing_margin_trains_as_zero(tiny_tokenizer):
+    rows = Dataset.from_dict(
+        {"prompt": ["p", "q"], "chosen": ["a", "a"], "rejected": ["b", "b"], "margin": [0.5, None]}
+    )
+    kept, _ = tokenize_records(rows, "comparisons", tiny_tokenizer, CHAT, drop=False)
+    assert kept["margin"][:] == [0.5, 0.0]
+
+
 def test_a_preference_that_is_no_share_is_refused(tiny_tokenizer):
     rows = Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"], "preference": [1.5]})
     with pytest.raises(

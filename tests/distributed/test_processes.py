@@ -38,6 +38,7 @@ STAGES = (
     "stepwise",
     "ppo",
     "ppo-engine",
+    "ppo-shaped",
     *CRITICS,
 )
 

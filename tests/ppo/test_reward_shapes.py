@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import UserError
+from pipeline.ppo import reward_shapes
 from pipeline.ppo import stage as ppo
 from pipeline.ppo.policy_trainer import PolicyTrainer
 from pipeline.ppo.reward_shapes import SampleReferences
@@ -58,6 +59,8 @@ def run(tiny_records, tiny_gpt2, tmp_path, monkeypatch):
 
         def watch(trainer, data, indices, rollout, rows):
             if str(rollout).startswith("references"):
+                if len(references) == STOP.get("references"):
+                    raise KeyboardInterrupt
                 references.extend((rollout, row) for row in rows)
             return sample(trainer, data, indices, rollout, rows)
 
@@ -65,6 +68,7 @@ def run(tiny_records, tiny_gpt2, tmp_path, monkeypatch):
             parts.extend(sources)
             write(folder, sections, sources)
 
+        monkeypatch.setattr(reward_shapes, "CHUNK", 6)
         monkeypatch.setattr(PolicyTrainer, "sample", watch)
         monkeypatch.setattr(ppo, "write_rewards", keep)
         common = {"run": name, "runs": str(tmp_path), "records": str(tiny_records), "policy": str(tiny_gpt2)}
@@ -113,6 +117,17 @@ def test_a_resumed_run_has_the_statistics_and_references_to_the_bit(run, interru
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_an_interrupted_sampling_of_references_goes_on_with_the_next_prompts(run, monkeypatch):
+    _, parts, whole = run("alone", "ppo")
+    monkeypatch.setitem(STOP, "references", 12)  # two for each of six prompts
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", "ppo")
+    monkeypatch.delitem(STOP, "references")
+    _, resumed, rest = run("killed", "ppo")
+    assert rest == whole[12:]
+    assert resumed[1].shape.references.scores == parts[1].shape.references.scores
+
+
 def test_rloo_resumes_with_the_statistics_of_its_checkpoint(run, interrupted):
     folder, parts, references = run("alone", "rloo")
     count = parts[0].shape.running.count
@@ -149,4 +164,4 @@ def test_references_that_are_lost_are_not_sampled_from_a_trained_policy(run, int
         UserError, match=r"train-0000000.json: absent or damaged, and the policy is no longer"
     ):
         run("lost", "ppo")
-    assert len(lost) == 1
+    assert len(lost) == 3  # of 16 prompts

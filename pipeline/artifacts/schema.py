@@ -34,6 +34,7 @@ NOT_IDENTITY = {
     "metrics.json",
     "quarantine.jsonl",
     "merged_rows.jsonl",
+    "rewards.json",
     "training_args.bin",
 }
 

@@ -10,6 +10,7 @@ from pipeline.config.reward import (
     FunctionSection,
     Reward,
     as_rewards,
+    check_scorer_keys,
     check_sum,
     from_source_string,
     reward_input,
@@ -155,4 +156,6 @@ class EvaluateStage(StageConfig):
         if not self.reward and not self.reads("ppo"):
             self.reward = [Reward(source=self.upstream("reward"))]
         check_sum(self.reward, self.uncertainty_penalty)
+        if self.scorer:
+            check_scorer_keys("scorer", self.scorer)
         return self

@@ -168,11 +168,19 @@ class Reward(StrictModel):
     name: str | None = Field(None, min_length=1, exclude=True)  # does not change a score
     """Name in the log, beside other rewards; null is that of the function, or the source."""
 
-    normalize: Literal["none", "reference"] = Field("none", exclude_if=lambda how: how == "none")
-    """With `reference`, centre and scale the reward by its reference sample, before its weight."""
+    normalize: Literal["none", "reference", "running"] = Field("none", exclude_if=lambda how: how == "none")
+    """Centre and scale the reward before its weight: by its reference sample, or by all its rewards in
+    training so far."""
 
     clip: float | None = Field(None, gt=0, exclude_if=lambda clip: clip is None)
     """Clip the reward, if it is normalized then afterwards, to ± this, before its weight; null does not."""
+
+    transform: Literal["none", "sigmoid"] = Field("none", exclude_if=lambda how: how == "none")
+    """With `sigmoid`, the normalized reward r becomes σ(r − r_ref) before its weight; r_ref is that of a
+    reference response to the same prompt."""
+
+    references: int = Field(1, gt=0, exclude_if=lambda count: count == 1)
+    """Reference responses to each prompt, over which σ is averaged; only read with `transform: sigmoid`."""
 
     positive_label: str | None = None
     """Label whose logit is the reward, for a classifier with several labels that no reward stage trained."""
@@ -209,8 +217,16 @@ class Reward(StrictModel):
         if self.normalize == "reference" and self.is_function:
             raise ValueError(
                 f"normalize: {self.source} is a function, which has no reference sample; "
-                "scale it by its weight"
+                "set normalize: running, or scale it by its weight"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_transform(self) -> "Reward":
+        if self.transform == "none" and self.references != 1:
+            raise ValueError("'references' is only read with transform: sigmoid; set that, or remove it")
+        if self.transform == "sigmoid" and self.clip is not None:
+            raise ValueError("clip: transform: sigmoid is between 0 and 1 already; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -231,8 +247,8 @@ class Reward(StrictModel):
 
     @property
     def is_shaped(self) -> bool:
-        """Whether the reward is normalized or clipped before its weight."""
-        return self.normalize != "none" or self.clip is not None
+        """Whether the reward is normalized, clipped or transformed before its weight."""
+        return (self.normalize, self.transform, self.clip) != ("none", "none", None)
 
     @property
     def is_loaded(self) -> bool:
@@ -271,7 +287,7 @@ def name_rewards(rewards: Sequence[Reward]) -> list[str]:
 
 def check_scorer_keys(key: str, scorer: Reward) -> None:
     """Refuse keys of a held-out scorer that belong to rewards of a sum. Raises `ValueError`."""
-    for name in ("weight", "name", "normalize", "clip"):
+    for name in ("weight", "name", "normalize", "clip", "transform"):
         if getattr(scorer, name) not in (None, "none"):
             raise ValueError(f"{key}.{name} is not read: there is one scorer; remove it")
 

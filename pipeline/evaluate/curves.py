@@ -22,6 +22,7 @@ from pipeline.evaluate.plots import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TRL_REWARD = "rewards/reward_function/"  # mean and deviation of the sum, as TRL's trainers log it
 FEW_POINTS = 30  # a curve of fewer points marks each of them
 
 
@@ -151,8 +152,23 @@ def draw_curves(stage: str, entries: Sequence[dict[str, Any]]) -> list[Plot]:
     is_policy = any(
         key.startswith("objective/") or key in ("eval_kl", "raw_reward") for entry in entries for key in entry
     )
-    curves = POLICY if is_policy else SUPERVISED
+    curves = (*POLICY, *_curves_of_parts(entries)) if is_policy else SUPERVISED
     return [plot for curve in curves for plot in draw_curve(stage, curve, entries)]
+
+
+def _curves_of_parts(entries: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Return a curve for each of several rewards that the log names; TRL logs their sum under such names."""
+    keys = dict.fromkeys(key.removeprefix("eval_") for entry in entries for key in entry)
+    parts = [key for key in keys if key.startswith("rewards/") and not key.startswith(TRL_REWARD)]
+    return [
+        Curve(
+            f"Reward {key.removeprefix('rewards/')}",
+            "reward",
+            {"training": (key,), "evaluation": (f"eval_{key}",)},
+            "One of the rewards, as it was before its weight. A part that falls is given up for the others.",
+        )
+        for key in parts
+    ]
 
 
 def draw_curve(stage: str, curve: Curve, entries: Sequence[dict[str, Any]]) -> list[Plot]:

@@ -1,6 +1,8 @@
 """The reward that evaluate compares policies by: a model, a server, a function, or a sum of these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -8,10 +10,10 @@ from datasets import Dataset
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import EvaluateStage, Reward, validate
-from pipeline.config.reward import as_rewards
-from pipeline.evaluate.sampling import score_samples
+from pipeline.config.reward import as_rewards, name_rewards
+from pipeline.evaluate.sampling import map_samples, score_columns
 from pipeline.formatting.numbers import format_number
-from pipeline.reward.combining import combine_rewards, shape_source
+from pipeline.reward.combining import combine_rewards
 from pipeline.reward.functions import (
     RewardSource,
     load_reward,
@@ -21,8 +23,12 @@ from pipeline.reward.functions import (
 from pipeline.reward.importing import open_function
 from pipeline.reward.model import DistributedRewardModel, RewardModel
 from pipeline.reward.named import explain_reward, label_reward
+from pipeline.reward.parts import read_rewards, restore_scale
+from pipeline.reward.references import record_keys
+from pipeline.reward.shaping import score_references, shape_source, split_referring
 
-Scorer = Callable[[dict[str, list[Any]], Dataset], list[float]]  # (columns of samples, prompts) -> rewards
+# (columns of samples, prompts) -> the column `reward`, and `rewards/NAME` for each part of a sum
+Scorer = Callable[[dict[str, list[Any]], Dataset], dict[str, list[float]]]
 
 
 def complete_reward(config: EvaluateStage) -> EvaluateStage:
@@ -36,6 +42,11 @@ def complete_reward(config: EvaluateStage) -> EvaluateStage:
     trained = ppo.manifest.get("fingerprint", {}).get("config", {})
     sections = as_rewards(trained.get("reward") or config.upstream("reward"))
     rewards = [validate(Reward, section, f"{ppo.path}: reward") for section in sections]
+    names = [row["name"] for row in read_rewards(ppo.path)]  # a name is no part of the fingerprint
+    if len(names) == len(rewards):
+        rewards = [
+            reward.model_copy(update={"name": name}) for reward, name in zip(rewards, names, strict=True)
+        ]
     penalty = trained.get("uncertainty_penalty", 0.0)
     return config.model_copy(update={"reward": rewards, "uncertainty_penalty": penalty})
 
@@ -70,10 +81,13 @@ def open_rewards(config: EvaluateStage) -> dict[str, Artifact]:
     return opened
 
 
-def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Scorer, dict[str, RewardModel]]:
-    """Return the reward of samples, and the reward models in it by their names as inputs.
+def load_rewards(
+    config: EvaluateStage, inputs: dict[str, Artifact]
+) -> tuple[Scorer, dict[str, RewardModel], list[RewardSource]]:
+    """Return the reward of samples, the reward models in it by their names as inputs, and its parts.
 
-    A model alone scores as `RewardModel.score` does. Others are combined as PPO combines them.
+    A model alone scores as `RewardModel.score` does, and has no parts. Others are combined as PPO combines
+    them. Raises `UserError` for running statistics that PPO's artifact does not have.
     """
     rewards = named_rewards(config)
     is_alone = len(rewards) == 1 and not any(
@@ -86,7 +100,7 @@ def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Sc
     }
     if is_alone and models:
         (model,) = models.values()
-        return lambda columns, prompts: model.score(columns["prompt"], columns["text"]), models
+        return lambda columns, _: {"reward": model.score(columns["prompt"], columns["text"])}, models, []
 
     sources = [
         reward_from_model(models[name], reward.length_penalty)
@@ -94,13 +108,36 @@ def load_rewards(config: EvaluateStage, inputs: dict[str, Artifact]) -> tuple[Sc
         else RewardSource(open_function(reward_key(config, name), reward))
         for name, reward in rewards.items()
     ]
-    sources = [
-        shape_source(source, reward, label_reward(reward_key(config, name), reward.source), "")
-        for source, (name, reward) in zip(sources, rewards.items(), strict=True)
+    parts = [
+        shape_source(source, reward, label_reward(reward_key(config, name), reward.source), logged)
+        for source, (name, reward), logged in zip(
+            sources, rewards.items(), name_rewards(config.reward), strict=True
+        )
     ]
+    # A folder `best/` or `policies/step-N/` of the run's own artifact has no parts.
+    scales = [row for ppo in (config.ppo, config.upstream("ppo")) for row in read_rewards(Path(ppo or ""))]
+    for part, (name, reward) in zip(parts, rewards.items(), strict=True):
+        restore_scale(part, reward, scales, label_reward(reward_key(config, name), reward.source))
     weights = [reward.weight for reward in rewards.values() if reward.weight is not None]
-    combined = combine_rewards(sources, weights or None, config.uncertainty_penalty)
-    return lambda columns, prompts: score_samples(combined.score, columns, prompts), models
+    combined = combine_rewards(parts, weights or None, config.uncertainty_penalty)
+    names = [f"rewards/{part.name}" for part in parts if combined.parts]
+    return lambda columns, prompts: score_columns(combined.score, columns, prompts, names), models, parts
+
+
+def count_references(config: EvaluateStage) -> int:
+    """Return how many reference responses to each prompt the rewards need."""
+    return max((reward.references for reward in config.reward if reward.transform == "sigmoid"), default=0)
+
+
+def add_references(parts: Sequence[RewardSource], columns: dict[str, list[Any]], prompts: Dataset) -> None:
+    """Score SFT's reference responses to each of `prompts`, the rows of `columns` in order, for the parts."""
+    referring, references = split_referring(parts)
+    table = map_samples(partial(score_references, referring), columns, prompts)
+    repeats, records = len(table) // len(prompts), prompts[:]
+    for number, key in enumerate(record_keys(records.pop("prompt"), records)):
+        by_source = zip(*table[number * repeats : (number + 1) * repeats], strict=True)
+        for scores, values in zip(references, by_source, strict=True):
+            scores.scores[key] = list(values)[: scores.count]
 
 
 def _load_model(config: EvaluateStage, reward: Reward, opened: Artifact, is_alone: bool) -> RewardModel:
@@ -131,4 +168,5 @@ def _describe_reward(reward: Reward) -> str:
     """Return the source of a reward, and how it is changed before its weight."""
     shapes = ["normalized"] if reward.normalize != "none" else []
     shapes += [f"clipped to ±{format_number(reward.clip)}"] if reward.clip is not None else []
+    shapes += [f"σ against {reward.references} of SFT's responses"] if reward.transform != "none" else []
     return f"{reward.source} ({', '.join(shapes)})" if shapes else reward.source

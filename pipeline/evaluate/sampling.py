@@ -52,12 +52,13 @@ def load_test_prompts(
 
 
 def sample_policies(
-    config: EvaluateStage, inputs: dict[str, Artifact], prompts: Dataset
+    config: EvaluateStage, inputs: dict[str, Artifact], prompts: Dataset, references: int = 0
 ) -> dict[str, dict[str, list[Any]]]:
     """Sample responses from SFT, from each policy that ppo kept, and from the final one.
 
     Returns the columns of `sample_policy` by policy: `sft`, `ppo_N` after N steps, then `ppo`. SFT gives
-    `best_of` responses to each prompt; the others give `samples_per_prompt`, with their KL to SFT.
+    `best_of` responses to each prompt; the others give `samples_per_prompt`, with their KL to SFT. With
+    `references`, so many more responses of SFT to each prompt are under this name.
     """
     ppo, texts = inputs["ppo"], prompts["prompt"][:]
     # PPO may have a stop token, which SFT's policy does not declare: both are sampled in the same way.
@@ -70,7 +71,11 @@ def sample_policies(
     if sampler is not None:
         bring_policy(sampler, str(inputs["sft"].path), "sft", scratch)
     options: dict[str, Any] = {"ends": ends, "sampler": sampler}
-    samples = {"sft": sample_policy(config, "sft", sft, tokenizer, texts, config.best_of, **options)}
+    per_prompt = config.best_of + references
+    sampled = sample_policy(config, "sft", sft, tokenizer, texts, per_prompt, **options)
+    samples = {"sft": _pick(sampled, per_prompt, range(config.best_of))}
+    if references:
+        samples["references"] = _pick(sampled, per_prompt, range(config.best_of, per_prompt))
 
     folders = {
         f"ppo_{int(folder.name.removeprefix('step-'))}": folder
@@ -85,6 +90,14 @@ def sample_policies(
         )
         del policy  # frees its memory before the next one is loaded
     return samples
+
+
+def _pick(columns: dict[str, list[Any]], per_prompt: int, places: range) -> dict[str, list[Any]]:
+    """Return the rows at these places among the rows of each prompt."""
+    return {
+        name: [value for row, value in enumerate(column) if row % per_prompt in places]
+        for name, column in columns.items()
+    }
 
 
 def sample_policy(
@@ -161,16 +174,44 @@ def response_kl(policy: Any, reference: Any, responses: Responses, temperature: 
 
 
 def score_samples(scorer: RewardFunction, columns: dict[str, list[Any]], prompts: Dataset) -> list[float]:
+    """Return the scores of the responses in `columns`, as `score_columns` does."""
+    return score_columns(scorer, columns, prompts)["reward"]
+
+
+def score_columns(
+    scorer: RewardFunction, columns: dict[str, list[Any]], prompts: Dataset, names: Sequence[str] = ()
+) -> dict[str, list[float]]:
     """Score the responses in `columns` as PPO does: with the other columns of each prompt's record.
 
-    The rows of `columns` are the same number of responses to each of `prompts`, in order.
+    Returns the column `reward`, and those of `names`, which the scorer passes to `log_extra`. No reward,
+    None, counts 0.
+    """
+
+    def score_batch(*batch: Any) -> list[tuple[float, ...]]:
+        logged: dict[str, list[float | None]] = {}
+        if names:
+            batch[-1]["log_extra"] = logged.__setitem__
+        rewards = call_reward_function(scorer, *batch)
+        parts = ([value or 0.0 for value in logged[name]] for name in names)
+        return list(zip(map(total_reward, rewards), *parts, strict=True))
+
+    table = map_samples(score_batch, columns, prompts)
+    return dict(zip(("reward", *names), map(list, zip(*table, strict=True)), strict=True))
+
+
+def map_samples(
+    score: Callable[..., list[Any]], columns: dict[str, list[Any]], prompts: Dataset
+) -> list[Any]:
+    """Return what `score` returns for the responses in `columns`; each process scores its share.
+
+    The rows of `columns` are the same number of responses to each of `prompts`, in order. `score` gets the
+    prompts, the texts, their ids, whether each ended, and the other columns of the prompts' records.
     """
     repeats = len(columns["text"]) // len(prompts)
 
-    def score_rows(rows: Sequence[int]) -> list[float]:
+    def score_rows(rows: Sequence[int]) -> list[Any]:
         records = prompts.select([row // repeats for row in rows])[:]
         texts, ids, ended = ([columns[name][row] for row in rows] for name in ("text", "ids", "ended"))
-        rewards = call_reward_function(scorer, records.pop("prompt"), texts, ids, ended, records)
-        return list(map(total_reward, rewards))
+        return score(records.pop("prompt"), texts, ids, ended, records)
 
     return map_across_processes(score_rows, range(len(columns["text"])))

@@ -19,8 +19,10 @@ from pipeline.distributed.processes import is_main_process
 from pipeline.evaluate.metrics import policy_metrics, reward_metrics
 from pipeline.evaluate.report import collect_report, write_report
 from pipeline.evaluate.rewards import (
+    add_references,
     check_functions,
     complete_reward,
+    count_references,
     describe_rewards,
     load_rewards,
     open_rewards,
@@ -79,7 +81,7 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
     """Compute all metrics, write both files to `output`, and return the headline metrics."""
     if is_main_process():
         print(f"  reward: {describe_rewards(config)}", flush=True)
-    score, models = load_rewards(config, inputs)
+    score, models, parts = load_rewards(config, inputs)
     tokenizer = load_tokenizer(
         str(inputs["sft"].path),
         revision=inputs["sft"].revision,
@@ -90,10 +92,12 @@ def evaluate(config: EvaluateStage, inputs: dict[str, Artifact], output: Path) -
         model.check_prompts(prompts["prompt"], f"{config.records}: test prompts")
     scorers = load_scorers(config, inputs.get("scorer"))
 
-    samples = sample_policies(config, inputs, prompts)
+    samples = sample_policies(config, inputs, prompts, count_references(config))
+    if "references" in samples:
+        add_references(parts, samples.pop("references"), prompts)
     for columns in samples.values():
         columns |= {name: score_samples(scorer, columns, prompts) for name, scorer in scorers.items()}
-        columns["reward"] = score(columns, prompts)
+        columns |= score(columns, prompts)
 
     metrics: dict[str, Any] = {"reward": reward_metrics(models, inputs, scorers.get("gold_reward"))}
     reliability = metrics["reward"].get("comparisons", {}).pop("calibration", [])

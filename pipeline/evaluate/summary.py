@@ -44,7 +44,7 @@ def summary_rows(metrics: dict[str, Any]) -> list[Row]:
 
 
 def measure_names(metrics: dict[str, Any]) -> list[str]:
-    """Return the metrics of SFT's policy that come from the config's `measures`."""
+    """Return the metrics of SFT's policy that are of the config's `measures`, or of parts of the reward."""
     sft = metrics["sft"]
     return [name for name in sft if name not in POLICY_METRICS and isinstance(sft[name], int | float)]
 
@@ -109,7 +109,10 @@ def _bounds(metrics: dict[str, Any], metric: str, prompts: int) -> str:
 
 
 def _policy_rows(metrics: dict[str, Any]) -> list[Row]:
-    measures = {name: (name.replace("_", " "), 3) for name in measure_names(metrics)}
+    measures = {
+        name: (name if name.startswith("rewards/") else name.replace("_", " "), 3)
+        for name in measure_names(metrics)
+    }
     titles = {"gold_reward": POLICY_ROWS["gold_reward"]} | measures | POLICY_ROWS
     return [
         _row(

@@ -3,6 +3,7 @@
 import math
 import shutil
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.models.positions import max_positions
 from pipeline.models.prompts import prepare_prompts, truncation_side
 from pipeline.ppo.actor_critic import ActorCritic
 from pipeline.ppo.evaluation import kl_and_values, overoptimization_warning, share_rows
+from pipeline.ppo.metrics import mean_over_processes
 from pipeline.ppo.samples import MAX_SAMPLES, TOKEN_COLUMNS, token_columns, write_samples
 from pipeline.reward.calls import ResponseReward, RewardFunction, call_reward_function
 from pipeline.reward.functions import RewardSource
@@ -73,10 +75,11 @@ class PolicyTrainer(Trainer):
         self.model.eval()  # TRL's trainers log metrics as those of evaluation if the model is in this mode
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         total = len(data) * self.generation.samples
+        logged: dict[str, list[float]] = defaultdict(list)  # by the rewards' `log_metric`
         self.update_sampler()
 
         def evaluate_all() -> list[dict[str, Any]]:
-            return share_rows(partial(self._evaluate_rows, data), total, self.args)
+            return share_rows(partial(self._evaluate_rows, data, logged), total, self.args)
 
         table = with_full_params(self, self.actor, self.actor.policy, evaluate_all)
         names = [name for name in table[0] if name not in NO_METRICS]
@@ -89,6 +92,8 @@ class PolicyTrainer(Trainer):
                     f"ppo: step {self.state.global_step}: {name} is {value}, not finite; "
                     f"nothing is published; {REMEDY}"
                 )
+        more = {f"{metric_key_prefix}_{name}": value for name, value in mean_over_processes(logged).items()}
+        metrics |= {name: value for name, value in more.items() if name not in metrics}
         self.log(dict(metrics))
 
         selection = next(name for name in SELECTION_METRICS if name in names)
@@ -99,6 +104,10 @@ class PolicyTrainer(Trainer):
         self._keep_policy(metrics[f"{metric_key_prefix}_{selection}"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def prompts_in_training(self) -> Dataset:
+        """Return the rows of the prompts to which training samples responses."""
+        raise NotImplementedError
 
     def update_sampler(self) -> None:
         """Bring the servers of an engine's sampler to the policy of this step; all ranks call it."""
@@ -160,15 +169,25 @@ class PolicyTrainer(Trainer):
         self.actor.policy.save_pretrained(folder, state_dict=submodule_state(weights, "policy"), **options)
         self.processing_class.save_pretrained(folder)
 
-    def _evaluate_rows(self, data: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
-        """Sample and score the responses of these numbers; return rows of prompt, response and metrics."""
+    def _evaluate_rows(
+        self, data: Dataset, logged: dict[str, list[float]], numbers: list[int]
+    ) -> list[dict[str, Any]]:
+        """Sample and score the responses of these numbers; return rows of prompt, response and metrics.
+
+        What the rewards log goes to `logged`, once for each response.
+        """
         indices = [number % len(data) for number in numbers]
         responses = self.sample(data, indices, EVALUATION, numbers)
         scorers = {"reward": self.reward.score, "scorer_reward": self.scorer, "gold_reward": self.gold}
 
+        def log_metric(name: str, value: float) -> None:
+            logged[name] += [float(value)] * len(numbers)
+
         columns: dict[str, Any] = {"prompt": data[indices]["prompt"], "answer": responses.texts}
         rewards = {
-            name: self.score(scorer, responses, data, indices) for name, scorer in scorers.items() if scorer
+            name: self.score(scorer, responses, data, indices, log_metric=log_metric)
+            for name, scorer in scorers.items()
+            if scorer
         }
         columns |= {name: list(map(total_reward, scores)) for name, scores in rewards.items()}
         with self.accelerator.autocast():

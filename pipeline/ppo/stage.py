@@ -6,7 +6,7 @@ backbone and tokenizer, the URL of a server, or a `module:function`.
 Out: a causal language model with its tokenizer (under LoRA the adapter, or with `merge` the whole model). PPO
 adds the critic in `critic/`. `best/` has the same of the best evaluation; with
 `evaluation.keep`, `policies/step-N/` has those of all evaluations before the last. `samples.jsonl` has
-responses of each evaluation, `log.jsonl` the metrics.
+responses of each evaluation, `log.jsonl` the metrics, and `rewards.json` the parts of a sum of rewards.
 
 Raises one `UserError` for a wrong input.
 """
@@ -39,10 +39,11 @@ from pipeline.ppo.critic_source import check_critic_section, load_critic, open_c
 from pipeline.ppo.engines import open_sampler
 from pipeline.ppo.inputs import add_reference
 from pipeline.ppo.policy_trainer import POLICIES, PolicyTrainer
+from pipeline.ppo.reward_shapes import add_shape_callbacks
 from pipeline.ppo.samples import read_samples
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.reward.calls import reward_name
-from pipeline.reward.combining import combine_rewards, shape_source
+from pipeline.reward.combining import combine_rewards
 from pipeline.reward.functions import (
     RewardSource,
     load_reward,
@@ -51,6 +52,8 @@ from pipeline.reward.functions import (
 )
 from pipeline.reward.importing import open_function
 from pipeline.reward.named import explain_reward, label_reward, name_reward
+from pipeline.reward.parts import write_rewards
+from pipeline.reward.shaping import shape_source
 from pipeline.training.arguments import build_arguments, build_lora_config, check_training
 from pipeline.training.callbacks import PrintProgress, StopAtNonFinite
 from pipeline.training.checkpoints import train_with_resume, write_log
@@ -133,6 +136,7 @@ def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Pat
     args = build_arguments(config, arguments_class(config), work, logging_steps=1)
     set_seed(config.seed)
     trainer = build_trainer(config, inputs, args)
+    add_shape_callbacks(trainer)
     train_with_resume(trainer, work)
     metrics = trainer.evaluate()
     trainer.publish(output)
@@ -142,6 +146,7 @@ def train(config: PPOStage, inputs: dict[str, Artifact], output: Path, work: Pat
     _copy_policies(config, trainer, output, work)
     (output / "samples.jsonl").write_text(read_samples(work), encoding="utf-8")
     write_log(trainer, output)
+    write_rewards(output, config.reward, trainer.reward.parts)
     return {"metrics": metrics | {"best_step": trainer.state.best_global_step}}
 
 

@@ -61,9 +61,9 @@ class PPOTrainer(PolicyTrainer):
     - `policy`, or `model`: a causal language model, a `PeftModel` around one, or the path or hub id of
       either, which is loaded in fp32. The reference of a `PeftModel` is its adapter named `reference`, or
       else the bare base; that of an adapter's path is the adapter as it was.
-    - `reward`, or `reward_funcs`: a `RewardModel`, a sequence classifier, the path or hub id of one, a
-      function of TRL's signature, a `RewardSource`, or a list of these. A list is summed with
-      `reward_weights`, 1 by default.
+    - `reward`, or `reward_funcs`: a `RewardModel`, a sequence classifier, the path or hub id of one, the URL
+      of a server, a function of TRL's signature or its `module:function`, a `RewardSource`, or a list of
+      these. A list is summed with `reward_weights`, 1 by default.
     - `reward_processing_classes`: the tokenizers of classifiers that are in memory; by default those of the
       folders or hub ids that they were loaded from.
     - `train_dataset`, `eval_dataset`: rows with a `prompt` (text or messages); their other columns go to the
@@ -249,6 +249,11 @@ class PPOTrainer(PolicyTrainer):
         size, seed = len(self.train_dataset), self.args.seed
         return [permuted_index(size, seed, "prompts", row) for row in rows]
 
+    def prompts_in_training(self) -> Dataset:
+        """Return the rows of the prompts that the rollouts take, each once."""
+        rows = range(self.args.num_rollouts * self.args.rollout_rows * self.args.world_size)
+        return self.train_dataset.select(dict.fromkeys(self._prompt_indices(list(rows))))
+
     def _sample_rows(self, number: int, rows: list[int]) -> Responses:
         with self._timed("generate"):
             return self.sample(self.train_dataset, self._prompt_indices(rows), number, rows)
@@ -258,7 +263,7 @@ class PPOTrainer(PolicyTrainer):
         with self._timed("score"):
             indices = self._prompt_indices(rows)
             named = {"log_metric": lambda name, value: self.function_metrics[name].append(float(value))}
-            rewards = self.score(self.reward.score, responses, self.train_dataset, indices, **named)
+            rewards = self.score(self.reward.for_training, responses, self.train_dataset, indices, **named)
             mask = responses.response_mask.bool().cpu()
             scores = normalize_scores(
                 stack_rewards(rewards, mask),

@@ -70,12 +70,21 @@ class _GRPOConfig(GRPOConfig):
     RESERVED: ClassVar[dict[str, str]] = SET_BY_STAGE
 
 
-class _RLOO(PolicyTrainer, RLOOTrainer):
-    """TRL's trainer, evaluated as PPO is."""
+class _TRLTrainer(PolicyTrainer):
+    """What the trainers below share: TRL's trainer, evaluated as PPO is."""
+
+    def prompts_in_training(self) -> Dataset:
+        """Return the rows of the prompts that TRL samples from, as they were."""
+        rows: Any = self.train_dataset
+        return Dataset.from_list(rows[RECORD][:], Features(rows.features[RECORD]))
 
 
-class _GRPO(PolicyTrainer, GRPOTrainer):
-    """TRL's trainer, evaluated as PPO is."""
+class _RLOO(_TRLTrainer, RLOOTrainer):
+    """TRL's RLOO."""
+
+
+class _GRPO(_TRLTrainer, GRPOTrainer):
+    """TRL's GRPO."""
 
 
 ARGUMENTS: dict[str, type[TrainingArguments]] = {"ppo": PPOConfig, "rloo": _RLOOConfig, "grpo": _GRPOConfig}
@@ -223,7 +232,7 @@ def as_reward_func(
         original_prompts = original.pop("prompt")
         original |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
         batch = (original_prompts, texts, completion_ids, ended, original)
-        [rewards] = call_reward_functions([reward.score], *batch, tokenizer=tokenizer)
+        [rewards] = call_reward_functions([reward.for_training], *batch, tokenizer=tokenizer)
         if not printed and any(isinstance(entry, list) for entry in rewards):
             printed.append("  rewards of tokens and steps are summed: RLOO and GRPO have one per response")
             if is_main_process():

@@ -12,17 +12,23 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config import Reward, validate
 from pipeline.errors import UserError
 from pipeline.models.loading import match_tokenizer
 from pipeline.models.probing import unwrap
 from pipeline.models.templates import settle_template
 from pipeline.reward.combining import combine_rewards
-from pipeline.reward.functions import RewardSource, reward_from_model
+from pipeline.reward.functions import RewardSource, load_reward, require_reward, reward_from_model
+from pipeline.reward.importing import open_function
 from pipeline.reward.loading import load_reward_tokenizer
 from pipeline.reward.model import RewardModel
+from pipeline.reward.named import explain_reward, label_reward, name_reward
 from pipeline.reward.settings import RewardSettings
 
-REWARDS = "a RewardModel, a sequence classifier, the path or hub id of one, a function or a RewardSource"
+REWARDS = (
+    "a RewardModel, a sequence classifier, the path or hub id of one, the URL of a server, a "
+    "module:function, a function or a RewardSource"
+)
 
 
 def sum_rewards(
@@ -51,17 +57,27 @@ def sum_rewards(
         _check_weights(weights, len(rewards))
     elif len(rewards) > 1:
         weights = [1.0] * len(rewards)
-    sources = [coerce_reward(*pair, device) for pair in zip(rewards, tokenizers, strict=True)]
+    keys = [f"reward[{i}]" if len(rewards) > 1 else "reward" for i in range(len(rewards))]
+    sources = [coerce_reward(*row, device) for row in zip(keys, rewards, tokenizers, strict=True)]
     combined = combine_rewards(sources, weights, tokenizer=policy_tokenizer)
     if all((source.mean, source.std) == (0.0, 1.0) for source in sources):
         return combined._replace(mean=0.0, std=1.0)  # no reward has a reference sample, so the sum has none
     return combined
 
 
-def coerce_reward(reward: Any, tokenizer: Any, device: torch.device) -> RewardSource:
-    """Return one reward as a source. Raises `UserError` if it is of another kind, or cannot be loaded."""
+def coerce_reward(key: str, reward: Any, tokenizer: Any, device: torch.device) -> RewardSource:
+    """Return one reward as a source; errors of a server or a `module:function` begin with `key`.
+
+    Raises `UserError` if it is of another kind, or cannot be loaded.
+    """
     if isinstance(reward, RewardSource) and callable(reward.score):
         return reward
+    if isinstance(reward, str) and reward:
+        section = validate(Reward, {"source": reward}, f"ppo: {key}")
+        if section.is_function:
+            return RewardSource(open_function(key, section))
+        if section.is_url:
+            return _open_server(key, section)
     if isinstance(reward, str | Path):
         reward = RewardModel.load(str(reward), device=device)
     elif isinstance(reward, PreTrainedModel | PeftModel):
@@ -72,6 +88,14 @@ def coerce_reward(reward: Any, tokenizer: Any, device: torch.device) -> RewardSo
         return RewardSource(reward)
     kind = "None" if reward is None else f"a {type(reward).__name__}"
     raise UserError(f"ppo: reward: expected {REWARDS}, found {kind}")
+
+
+def _open_server(key: str, section: Reward) -> RewardSource:
+    label = label_reward(key, section.source)
+    with explain_reward(label):
+        model = load_reward(section, require_reward(section, "rlhf reward"))
+    source = reward_from_model(model)
+    return source._replace(score=name_reward(source.score, label), model=None)
 
 
 def wrap_classifier(

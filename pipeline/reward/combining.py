@@ -1,4 +1,4 @@
-"""Combine several rewards into one: each is named, normalized and clipped, and then weighted and summed."""
+"""Combine several rewards into one: each is logged by its name, shaped, and then weighted and summed."""
 
 import operator
 import statistics
@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import Reward
-from pipeline.errors import UserError
 from pipeline.reward.calls import ResponseReward, call_reward_functions
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import spread_reward, total_reward
@@ -30,8 +28,9 @@ def combine_rewards(
     A reward of None adds nothing to the sum and does not enter the standard deviation. If all are None, so is
     the sum. `async` functions run concurrently.
 
-    Each source's `shape` is applied first. Its mean over the responses is logged by `log_metric`, which TRL's
-    trainers and PPO pass.
+    Each source's `shape` is applied first; running statistics learn from `for_training` alone. A source with
+    a name is logged as it was before: its mean over the responses by `log_metric`, and all of it by
+    `log_extra`, where these are passed.
 
     If a source gives rewards inside a response, the sum is per token, and the penalty, of the sums over
     tokens, is on the last token. The policy's `tokenizer` places the rewards of steps; without one they count
@@ -42,12 +41,15 @@ def combine_rewards(
     weights = weights or [1 / len(sources)] * len(sources)
 
     def score(
-        prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any
+        is_training: bool, /, prompts: Any, completions: Any, completion_ids: Any, ended: Any, **columns: Any
     ) -> list[ResponseReward | None]:
         batch = (prompts, completions, completion_ids, ended, columns, tokenizer)
         scores = call_reward_functions([source.score for source in sources], *batch)
-        _log_means(sources, scores, columns.get("log_metric"))
-        rewards = [_shape_all(source, values) for source, values in zip(sources, scores, strict=True)]
+        _log_rewards(sources, scores, columns.get("log_metric"), columns.get("log_extra"))
+        rewards = [
+            values if source.shape is None else source.shape.apply(values, prompts, columns, is_training)
+            for source, values in zip(sources, scores, strict=True)
+        ]
         combined: list[ResponseReward | None] = []
         for row, ids in zip(zip(*rewards, strict=True), completion_ids, strict=True):
             valid = [
@@ -67,61 +69,26 @@ def combine_rewards(
     mean = sum(weight * source.mean for weight, source in zip(weights, sources, strict=True))
     # An upper bound: the standard deviation of the sum of perfectly correlated rewards.
     std = sum(abs(weight) * source.std for weight, source in zip(weights, sources, strict=True))
-    return RewardSource(score, mean, std)
+    source = RewardSource(partial(score, False), mean, std)
+    return source._replace(parts=tuple(sources), training_score=partial(score, True))
 
 
-def shape_source(source: RewardSource, reward: Reward, label: str, name: str) -> RewardSource:
-    """Return a source for a sum: with its name, and normalized and clipped as its section says.
-
-    Raises `UserError` if it is to be normalized and has no reference sample.
-    """
-    if not reward.is_shaped:
-        return source._replace(name=name)
-    mean, std = 0.0, 1.0
-    if reward.normalize == "reference":
-        mean, std = source.mean, source.std
-        if (mean, std) == (0.0, 1.0):
-            raise UserError(
-                f"{label}: normalize: reference needs the reference sample of a reward stage, and this model "
-                "has none; remove it, and scale the reward by its weight"
-            )
-        source = source._replace(mean=0.0, std=1.0)
-    return source._replace(name=name, shape=partial(shape_reward, mean=mean, std=std, clip=reward.clip))
-
-
-def shape_reward(reward: ResponseReward, mean: float, std: float, clip: float | None) -> ResponseReward:
-    """Return (reward − mean) / std, clipped to ± `clip`.
-
-    Of the rewards of tokens, all are divided, the mean is subtracted on the last one, and each is clipped.
-    """
-    is_list = isinstance(reward, list)
-    values = list(reward) if isinstance(reward, list) else [reward]
-    if values:
-        values[-1] -= mean
-    values = [value / std for value in values]
-    if clip is not None:
-        values = [min(max(value, -clip), clip) for value in values]
-    return values if is_list else values[0]
-
-
-def _shape_all(
-    source: RewardSource, rewards: Sequence[ResponseReward | None]
-) -> Sequence[ResponseReward | None]:
-    if source.shape is None:
-        return rewards
-    return [None if reward is None else source.shape(reward) for reward in rewards]
-
-
-def _log_means(
+def _log_rewards(
     sources: Sequence[RewardSource],
     rewards: Sequence[Sequence[ResponseReward | None]],
     log_metric: Callable[[str, float], Any] | None,
+    log_extra: Callable[[str, list[float | None]], Any] | None,
 ) -> None:
-    """Log the mean of each named source's rewards, without those that are None."""
+    """Log each named source's rewards, and their mean without those that are None."""
     for source, column in zip(sources, rewards, strict=True):
-        values = [total_reward(reward) for reward in column if reward is not None]
-        if log_metric and source.name and values:
+        if not source.name:
+            continue
+        totals = [None if reward is None else total_reward(reward) for reward in column]
+        values = [total for total in totals if total is not None]
+        if log_metric and values:
             log_metric(f"rewards/{source.name}", statistics.fmean(values))
+        if log_extra:
+            log_extra(f"rewards/{source.name}", totals)
 
 
 def _weighted_sum(

@@ -11,17 +11,20 @@ Each entry of the list is the reward of a response: a number, which counts on it
 token of its `completion_ids`, `StepRewards`, or None for no reward.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.artifacts.inputs import require_artifact
 from pipeline.artifacts.manifest import Artifact
 from pipeline.config import Reward
 from pipeline.errors import UserError
-from pipeline.reward.calls import ResponseReward, RewardFunction
+from pipeline.reward.calls import RewardFunction
 from pipeline.reward.model import RewardModel
 from pipeline.reward.remote import load_remote, require_remote
 from pipeline.reward.token_rewards import StepRewards
+
+if TYPE_CHECKING:
+    from pipeline.reward.shaping import Shape
 
 
 class RewardSource(NamedTuple):
@@ -29,7 +32,8 @@ class RewardSource(NamedTuple):
 
     `mean` and `std` are those of the reward on a reference sample, 0 and 1 if unknown. `model` is None for a
     function without one. In a sum, `shape` changes each reward before its weight, and the mean of the reward
-    as it was is logged by its `name`, if it has one.
+    as it was is logged by its `name`, if it has one. A sum has its sources in `parts`, and its score in
+    training, which running statistics learn from, in `training_score`.
     """
 
     score: RewardFunction
@@ -37,7 +41,14 @@ class RewardSource(NamedTuple):
     std: float = 1.0
     model: RewardModel | None = None
     name: str = ""
-    shape: Callable[[ResponseReward], ResponseReward] | None = None
+    shape: "Shape | None" = None
+    parts: "tuple[RewardSource, ...]" = ()
+    training_score: RewardFunction | None = None
+
+    @property
+    def for_training(self) -> RewardFunction:
+        """The score in training."""
+        return self.training_score or self.score
 
 
 def require_reward(reward: Reward, make_command: str, trust_remote_code: bool = False) -> Artifact:

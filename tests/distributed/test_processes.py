@@ -38,6 +38,7 @@ STAGES = (
     "stepwise",
     "ppo",
     "ppo-engine",
+    "ppo-shaped",
     *CRITICS,
 )
 
@@ -236,7 +237,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(
     trained, tiny_feedback, tiny_llama, tmp_path
 ):
     """FSDP2, which needs no GPU but accelerate's leave: see sharded.py."""
-    stages = ("sft", "ranking", "stepwise", "ppo", *CRITICS)
+    stages = ("sft", "ranking", "stepwise", "ppo", "ppo-shaped", *CRITICS)
     write_steps(tmp_path)
     launch(
         2,

@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 
 from pipeline import Critic, PPOConfig, PPOTrainer, cli
 from pipeline.artifacts import files
+from pipeline.config import Reward
 from pipeline.distributed.processes import (
     destroy_process_group,
     init_process_group,
@@ -31,6 +32,10 @@ from pipeline.distributed.sharding import disable_zero3_init
 from pipeline.models.chat import pad_rows
 from pipeline.models.generation import Responses
 from pipeline.models.loading import load_policy, load_tokenizer
+from pipeline.ppo.reward_shapes import add_shape_callbacks
+from pipeline.reward.combining import combine_rewards
+from pipeline.reward.functions import RewardSource
+from pipeline.reward.shaping import shape_source
 from pipeline.training.checkpoints import write_log
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -45,6 +50,7 @@ OBJECTIVES = {
 PPO = {
     "ppo": {},
     "ppo-bf16": {"bf16": True},
+    "ppo-shaped": {"shapes": ({"normalize": "running"}, {"transform": "sigmoid", "references": 3})},
     "ppo-engine": {"generate": "served", "importance_cap": 1.5},
     "ppo-adapter": {"critic": "adapter", "critic_warmup_rollouts": 1, "gradient_checkpointing": True},
     "ppo-critic": {
@@ -132,7 +138,14 @@ def start_of(model: str, tokenizer, critic: str) -> tuple[Any, Critic]:
     return policy, Critic(critic, model=trunk, learning_rate=learning_rate)
 
 
-def ppo(folder: Path, model: str, critic: str = "trunk", generate: str = "recorded", **more: object) -> None:
+def ppo(
+    folder: Path,
+    model: str,
+    critic: str = "trunk",
+    generate: str = "recorded",
+    shapes: tuple[dict[str, Any], ...] = (),
+    **more: object,
+) -> None:
     init_process_group()
     tokenizer = load_tokenizer(model)
     prompts = Dataset.from_list([{"prompt": f"Name {number} fruits."} for number in range(1, 20)])
@@ -165,9 +178,10 @@ def ppo(folder: Path, model: str, critic: str = "trunk", generate: str = "record
         ]
 
     policy, start = start_of(model, tokenizer, critic)
+    parts = [shape_source(RewardSource(evenness), Reward(source="a", **shape), "a", "") for shape in shapes]
     trainer = PPOTrainer(
         policy,
-        evenness,
+        combine_rewards(parts, tokenizer=tokenizer) if parts else evenness,
         args,
         prompts,
         tokenizer,
@@ -175,6 +189,7 @@ def ppo(folder: Path, model: str, critic: str = "trunk", generate: str = "record
         generate=globals()[generate],
         critic=start,
     )
+    add_shape_callbacks(trainer)
     trainer.train()
     trainer.evaluate()
     trainer.publish(folder)

@@ -49,6 +49,16 @@ def test_what_an_objective_is_evaluated_by_is_drawn(
     assert [plot.title for plot in draw_curves("reward", log)] == ["Loss", title]
 
 
+def test_each_of_several_rewards_has_a_curve_of_its_name() -> None:
+    log = [
+        {"step": 0, "eval_kl": 0.0, "eval_rewards/runs/a": 1.0},
+        {"step": 1, "rewards/runs/a": 2.0, "rewards/b": 0.5, "rewards/reward_function/mean": 9.0},
+        {"step": 2, "rewards/runs/a": 3.0, "rewards/b": 0.25, "rewards/reward_function/std": 9.0},
+    ]
+    titles = [plot.title for plot in draw_curves("ppo", log)]
+    assert titles == ["KL", "Reward runs/a", "Reward b"]
+
+
 def test_a_plot_in_a_notebook_brings_its_colours() -> None:
     shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
     assert set(re.findall(r"(--[\w-]+):", shown)) >= set(THEME.values())

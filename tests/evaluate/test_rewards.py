@@ -63,8 +63,8 @@ def test_functions_are_summed_as_ppo_sums_them(
     reward: Any, penalty: float, expected: list[float], text: str
 ) -> None:
     stage = config.EvaluateStage(run="t", reward=reward, uncertainty_penalty=penalty)
-    score, models = load_rewards(stage, {})
-    assert (score(SAMPLES, PROMPTS), models) == (expected, {})
+    score, models, _ = load_rewards(stage, {})
+    assert (score(SAMPLES, PROMPTS)["reward"], models) == (expected, {})
     assert describe_rewards(stage) == text
 
 
@@ -116,6 +116,44 @@ def test_a_run_without_a_reward_model_is_whole(recipe: Path, capsys: pytest.Capt
     assert states == {
         "prepare": "skipped", "sft": "skipped", "reward": "skipped", "ppo": "done", "evaluate": "done"
     }  # fmt: skip
+
+
+def test_parts_of_a_sum_are_named_and_have_the_scale_that_ppo_found(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ppo = yaml.safe_load((recipe / "ppo.yaml").read_text())
+    ppo["reward"] = [
+        {"source": LENGTH, "weight": 2.0, "normalize": "running", "name": "long"},
+        {"source": ENDED, "weight": -1.0, "transform": "sigmoid", "references": 2},
+    ]
+    (recipe / "ppo.yaml").write_text(yaml.safe_dump(ppo))
+    assert main(["run", "--recipe", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    summed = f"2 × {LENGTH} (normalized) + -1 × {ENDED} (σ against 2 of SFT's responses)"
+    assert f"  reward: {summed}\n" in said
+
+    folder = Path("runs/brief/evaluate")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    long, ended = json.loads(Path("runs/brief/ppo/rewards.json").read_text())["rewards"]
+    assert [long["name"], ended["name"], ended["mean"]] == ["long", "ended_itself", None]
+    for policy in ("sft", "best_of_2", "ppo"):
+        section = metrics[policy]
+        assert section["rewards/long"] == section["response_tokens"]
+        assert section["rewards/ended_itself"] == section["ended_fraction"]
+        # σ of −1, 0 or 1 is between 0.26 and 0.74
+        scaled = 2 * (section["response_tokens"] - long["mean"]) / long["std"]
+        assert scaled - 0.74 < section["reward"] < scaled - 0.26
+    table = " ".join(summary_table(folder).split())
+    assert f"rewards/long, ppo {metrics['ppo']['rewards/long']:.3f}" in table
+    page = (folder / "report.html").read_text()
+    assert "Reward long" in page
+    assert "Reward ended_itself" in page
+    assert main(["show", "runs/brief"]) == 0
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("ppo  ") and "KL" in line
+    ]
+    assert "long " in line
+    assert "ended_itself " in line
 
 
 def test_doctor_counts_no_reward_model(

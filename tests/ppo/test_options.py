@@ -11,7 +11,7 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.reward.combining import combine_rewards
 from pipeline.reward.functions import RewardSource
 from pipeline.reward.token_rewards import StepRewards, place_rewards
-from tests.ppo.making import SHOWN, changed, scripted, weights
+from tests.ppo.making import PROMPTS, SHOWN, changed, scripted, weights
 
 
 def test_scores_are_normalised_clipped_and_then_penalised(make):
@@ -294,6 +294,22 @@ def test_what_a_reward_logs_is_in_the_log_as_the_mean_over_rollouts(make):
     assert all(abs(entry["loss"]) < 100 for entry in logs)
 
 
+def test_what_a_reward_logs_in_an_evaluation_is_a_metric_of_it(make):
+    """Three responses in batches of two and one: each response counts once."""
+
+    def reward(completion_ids, log_metric, **columns):
+        log_metric("mine/rows", float(len(completion_ids)))
+        log_metric("reward", 1e6)  # a name that is taken
+        return [0.5] * len(completion_ids)
+
+    trainer = make(reward, data=PROMPTS.select(range(3)), per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    assert metrics["eval_mine/rows"] == pytest.approx((2 + 2 + 1) / 3)
+    assert metrics["eval_reward"] == 0.5
+    assert trainer.state.log_history[-1]["eval_mine/rows"] == metrics["eval_mine/rows"]
+    assert trainer.function_metrics == {}
+
+
 def test_each_of_several_rewards_is_in_the_log_by_its_name(make):
     def lengths(completion_ids, **columns):
         return [float(len(ids)) for ids in completion_ids]
@@ -310,3 +326,5 @@ def test_each_of_several_rewards_is_in_the_log_by_its_name(make):
         assert entry["rewards/constant"] == 2.0
         assert entry["rewards/lengths"] == pytest.approx(entry["response/tokens"])
         assert entry["objective/raw_scores"] == pytest.approx(entry["rewards/lengths"] + 20.0)
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/lengths"] == pytest.approx(metrics["eval_response_tokens"])

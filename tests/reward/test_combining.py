@@ -5,8 +5,9 @@ import pytest
 from pipeline.config import PPOStage, Reward
 from pipeline.config.reward import name_rewards
 from pipeline.errors import UserError
-from pipeline.reward.combining import combine_rewards, shape_reward, shape_source
+from pipeline.reward.combining import combine_rewards
 from pipeline.reward.functions import RewardSource
+from pipeline.reward.shaping import shape_reward, shape_source
 from pipeline.reward.token_rewards import StepRewards
 
 ANSWERS = {

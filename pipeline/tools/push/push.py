@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.tools.push.policy_card import policy_card_text
 
 # They contain paths of this machine, or people's prompts.
-NOT_PUSHED = {"config.yaml", "samples.jsonl"}
+NOT_PUSHED = {"config.yaml", "samples.jsonl", "rewards.json"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 # Models inside the artifact, each pushed from its own folder: the intermediate policies, and the adapter that
 # was merged, which names its base.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.artifacts.manifest import flatten_keys
+from pipeline.config.evaluate import INTERVAL
 
 # By stage: the dotted key in the manifest -> its name in a line of text.
 HEADLINES = {
@@ -42,6 +43,9 @@ LENGTHS = {
     "evaluate": {"metrics.ppo.response_tokens": "tokens"},
 }
 
+# Each of several rewards has its own name behind such a key.
+PARTS = {"ppo": "metrics.eval_rewards/", "evaluate": "metrics.ppo.rewards/"}
+
 
 def headline_metrics(stage: str, manifest: dict[str, Any], with_length: bool = False) -> dict[str, float]:
     """Return by name the headline metrics that the manifest of a stage contains.
@@ -50,4 +54,7 @@ def headline_metrics(stage: str, manifest: dict[str, Any], with_length: bool = F
     """
     names = HEADLINES[stage] | (LENGTHS.get(stage, {}) if with_length else {})
     metrics = flatten_keys({key: manifest.get(key, {}) for key in ("rows", "metrics")})
+    if prefix := PARTS.get(stage):
+        keys = [key for key in metrics if key.startswith(prefix) and INTERVAL not in key]
+        names |= {key: key.removeprefix(prefix) for key in keys}
     return {name: metrics[key] for key, name in names.items() if isinstance(metrics.get(key), int | float)}

@@ -14,7 +14,7 @@ RUN = $(if $(LAUNCH),$(LAUNCHED),$(BIN)/rlhf) run --recipe $(RECIPE) $(if $(TINY
 STAGE = $(LAUNCHED) $@ --config configs/$(RECIPE)/$@.yaml $(SEEDED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run $(STAGES) test test-gpu faults oracle notebooks engines lint docs bench-reward bench-ppo study clean
+.PHONY: help setup run $(STAGES) test test-gpu faults oracle notebooks write-notebooks engines lint docs bench-reward bench-ppo study clean
 
 help:  ## list the targets and variables
 	@grep -hE '^[a-z$$()A-Z/0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/$$(STAGES)/prepare|sft|reward|ppo|evaluate/; s/:.*## /\t/' | expand -t 36
@@ -55,6 +55,9 @@ oracle: setup build/trl-1.12  ## compare PPO with TRL 1.12, its last release wit
 
 notebooks: setup  ## run every notebook in a scratch folder (minutes)
 	$(BIN)/python -m pytest -m notebooks --durations=0 tests/test_notebooks.py $(ARGS)
+
+write-notebooks: setup  ## run every notebook and keep what it shows in notebooks/ (minutes)
+	$(BIN)/python scripts/notebooks.py --run $(ARGS)
 
 engines: setup build/engines/ready  ## run the tests against vLLM itself, on the CPU (minutes)
 	VLLM_PYTHON=$(CURDIR)/build/engines/bin/python $(BIN)/python -m pytest -m engines --durations=0 tests/engines $(ARGS)

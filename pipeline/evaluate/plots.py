@@ -14,6 +14,7 @@ from pipeline.formatting.numbers import as_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # matplotlib writes these colours; they become variables that the page's style sheet sets for light and dark
 # themes.
@@ -66,19 +67,22 @@ REWARD_KEYS = {  # the last names are those of TRL's trainers
 
 
 class Plot(NamedTuple):
-    """A drawn plot: its title and caption as text, and the image as an `<svg>` element."""
+    """A drawn plot: its title and caption as text, the image as an `<svg>` element, and what was drawn."""
 
     title: str
     caption: str
     svg: str
+    figure: Figure | None = None
 
-    def _repr_html_(self) -> str:
-        """Return the figure for a notebook, on a light background whatever the notebook's theme."""
-        style = f"{LIGHT} max-width: 30rem; padding: 1rem; background: var(--page); color: var(--ink)"
-        return (
-            f'<figure style="{style}"><b>{self.title}</b>{self.svg}'
-            f"<figcaption>{self.caption}</figcaption></figure>"
-        )
+    def _repr_png_(self) -> bytes | None:
+        """Return the image for a notebook, on a light background whatever the notebook's theme."""
+        from pipeline.evaluate.images import render_png
+
+        return render_png(self.figure, self.title, self.caption) if self.figure else None
+
+    def __repr__(self) -> str:
+        """Return what a terminal shows, without the image."""
+        return f"Plot({self.title!r}, {self.caption!r})"
 
 
 REWARD_KL = (
@@ -161,7 +165,7 @@ def draw_plot(
     svg = re.sub(r"<defs>\s*<style[^<]*</style>\s*</defs>", "", svg, count=1)
     svg = svg.replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" ', 1)
     svg = re.sub("|".join(THEME), lambda match: f"var({THEME[match[0]]})", svg)
-    return [Plot(title, caption, svg)]
+    return [Plot(title, caption, svg, figure)]
 
 
 def draw_reward_kl(points: Sequence[dict[str, Any]], fits: Mapping[str, Any]) -> list[Plot]:

@@ -1,14 +1,23 @@
 """Plots: what is drawn of a log or of metrics, and the values of a curve."""
 
-import re
+import io
 from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.evaluate import curves, plots
 from pipeline.evaluate.curves import SUPERVISED, draw_curve, draw_curves
-from pipeline.evaluate.plots import THEME, Plot, draw_rewards, fitted_curve, metric_column, root_kl
+from pipeline.evaluate.plots import (
+    Plot,
+    draw_lengths,
+    draw_reward_kl,
+    draw_rewards,
+    fitted_curve,
+    metric_column,
+    root_kl,
+)
 from tests.evaluate.pages import NAN
 
 
@@ -59,10 +68,27 @@ def test_each_of_several_rewards_has_a_curve_of_its_name() -> None:
     assert titles == ["KL", "Reward runs/a", "Reward b"]
 
 
-def test_a_plot_in_a_notebook_brings_its_colours() -> None:
-    shown = Plot("Loss", "Should fall.", "<svg/>")._repr_html_()
-    assert set(re.findall(r"(--[\w-]+):", shown)) >= set(THEME.values())
-    assert "<b>Loss</b><svg/><figcaption>Should fall.</figcaption>" in shown
+def test_a_plot_in_a_notebook_is_an_image_in_the_light_colours() -> None:
+    points = [{"name": "SFT", "kl": 0, "reward": 0}, {"name": "PPO", "kl": 1, "reward": 1, "bound": True}]
+    plot = draw_reward_kl(points, {})[0]
+    png = plot._repr_png_()
+    assert png == plot._repr_png_()
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    assert image.getpixel((0, 0)) == (0xFC, 0xFC, 0xFA)  # --page
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {(0x1D, 0x1F, 0x22), (0x60, 0x65, 0x6D), (0xDD, 0xDC, 0xD5), (0x2A, 0x63, 0xA5)} <= colours
+    assert not {colour for colour in colours if max(colour) <= 7}  # none of THEME is left
+
+
+def test_the_image_of_a_plot_has_its_title_and_caption() -> None:
+    plot = draw_lengths({"SFT": [3, 4]})[0]
+    assert plot.figure is not None
+    height = Image.open(io.BytesIO(plot._replace(caption="Short.")._repr_png_())).height
+    assert Image.open(io.BytesIO(plot._repr_png_())).height > height
+    assert plot.figure.axes[0].get_title(loc="left") == plot.title
+    assert " ".join(plot.figure.get_supxlabel().split()) == plot.caption
+    assert Plot("Loss", "Should fall.", "<svg/>")._repr_png_() is None
+    assert repr(plot) == f"Plot({plot.title!r}, {plot.caption!r})"
 
 
 def test_a_policy_of_trl_s_trainers_has_a_policy_s_plots() -> None:

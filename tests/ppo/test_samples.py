@@ -92,7 +92,7 @@ def test_a_number_is_the_reward_of_the_last_token_and_other_rows_have_no_lists(
 ):
     policy = load_policy(str(tiny_gpt2), tiny_tokenizer)
     trainer = trainer_of(policy, tiny_tokenizer, tmp_path, reward=evenness)
-    row, other = trainer._evaluate_rows(PROMPTS, [MAX_SAMPLES - 1, MAX_SAMPLES])
+    row, other = trainer._evaluate_rows(PROMPTS, {}, [MAX_SAMPLES - 1, MAX_SAMPLES])
     assert row["token_rewards"] == [0.0] * (row["response_tokens"] - 1) + [row["reward"]]
     assert row.keys() - other.keys() == {"tokens", "token_rewards", "token_values"}
 

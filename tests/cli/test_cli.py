@@ -1,6 +1,7 @@
 """Exit codes, and one line instead of a traceback."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -8,7 +9,9 @@ import re
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +211,22 @@ def test_the_stage_of_a_run_is_named(capsys: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(prepare, "build_artifact", lambda *_, **__: json.loads(""))
     assert fail(capsys, "run", code=1).startswith("error: prepare: JSONDecodeError: ")
+
+
+def test_a_stage_s_memory_is_free_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.callbacks = [self]  # a cycle, which counting references never frees
+
+    trainers: list[weakref.ref[Trainer]] = []
+    stage_module = SimpleNamespace(run=lambda loaded: trainers.append(weakref.ref(Trainer())))
+    monkeypatch.setattr(commands, "import_module", lambda name: stage_module)
+    gc.disable()
+    try:
+        commands._run(config.load("sft", DEMO / "sft.yaml"))
+    finally:
+        gc.enable()
+    assert [trainer() for trainer in trainers] == [None]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB")])

@@ -5,13 +5,16 @@ best.
 import json
 
 import pytest
+import torch
 
 from pipeline import config
 from pipeline.errors import UserError
+from pipeline.evaluate.sampling import response_kl
+from pipeline.models import logprobs
 from pipeline.models.loading import load_policy
 from pipeline.ppo import stage as ppo
 from pipeline.ppo.callbacks import EarlyStopping
-from pipeline.ppo.evaluation import overoptimization_warning
+from pipeline.ppo.evaluation import kl_and_values, overoptimization_warning
 from pipeline.reward import stage as reward
 
 from .test_trainer import PROMPTS, evenness, trainer_of
@@ -157,3 +160,33 @@ def _copy(source, target):
     import shutil
 
     return str(shutil.copytree(source, target))
+
+
+def test_kl_and_values_do_not_depend_on_how_many_responses_are_read_together(
+    policy, tiny_tokenizer, tmp_path, monkeypatch
+):
+    trainer = trainer_of(policy, tiny_tokenizer, tmp_path)
+    with torch.no_grad():
+        policy.lm_head.weight.add_(0.1 * torch.randn(policy.lm_head.weight.shape))
+    responses = trainer.sample(PROMPTS, [0, 1, 2], 0, [0, 1, 2])
+    reads = []
+    monkeypatch.setattr(trainer.actor, "forward", count_rows(reads, trainer.actor.forward))
+    kl, values = kl_and_values(trainer.actor, responses, 1.0, 8)
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 2 * 8 * policy.config.vocab_size)
+    parts, values_of_parts = kl_and_values(trainer.actor, responses, 1.0, 8)
+    assert reads == [3, 2, 1]
+    assert parts == pytest.approx(kl, abs=1e-5)
+    assert any(abs(value) > 1e-3 for value in kl)
+    assert values_of_parts == [pytest.approx(row, abs=1e-5) for row in values]
+    assert [len(row) for row in values] == responses.response_mask.sum(1).tolist()
+
+    rows = response_kl(trainer.actor.policy, trainer.actor.reference, responses, 1.0)
+    assert rows == pytest.approx(kl, abs=1e-5)
+
+
+def count_rows(reads, forward):
+    def read(query_ids, *tensors, **options):
+        reads.append(len(query_ids))
+        return forward(query_ids, *tensors, **options)
+
+    return read

@@ -1,7 +1,7 @@
 """Estimate the memory of a stage from the architectures of its models; nothing is loaded.
 
-The peak is the permanent part (weights, adapters, optimizer) plus the larger of the temporary parts: a
-training step or generation.
+The peak is the permanent part (weights, adapters, optimizer) plus the largest of the temporary parts: a
+training step, generation, or the reading of responses without gradients.
 """
 
 import re
@@ -29,7 +29,7 @@ BUFFERS = 64e6
 # In the name of a weight that belongs to one of many layers.
 LAYER = re.compile(r"\.\d+\.")
 PERMANENT = ("weights", "adapters", "optimizer", "buffers")
-TEMPORARY = ("gradients", "activations", "KV cache")
+TEMPORARY = ("gradients", "activations", "KV cache", "logits read")
 
 
 class ModelFootprint(NamedTuple):
@@ -71,7 +71,7 @@ class StepFootprint(NamedTuple):
 
 
 class GenerationFootprint(NamedTuple):
-    """Responses that are generated together: `rows` of at most `width` tokens with their prompts.
+    """Responses that are generated together: `rows` of at most `width` tokens, 0 if servers generate.
 
     They are read afterwards without gradients: the logits of `read_rows` responses of `read_tokens` tokens
     together. `cache` is the precision of the keys and values.
@@ -118,10 +118,12 @@ def estimate(
         if footprint is models[0] and generation:
             parts["KV cache"] = cache_bytes(footprint.config, generation)
             weights = sum(p.numel() for p in base.values())
-            gathered = DTYPES[generation.precision].itemsize * weights if split > 1 else 0
+            is_gathered = split > 1 and generation.rows
+            gathered = DTYPES[generation.precision].itemsize * weights if is_gathered else 0
             logits = 3 * 4 * generation.rows * footprint.config.get_text_config().vocab_size
             temporary.append(parts["KV cache"] + logits + gathered)
-            temporary.append(read_bytes(footprint.config, generation) + gathered)
+            parts["logits read"] = read_bytes(footprint.config, generation)
+            temporary.append(parts["logits read"] + gathered)
     if step:
         temporary.append(_step_peak(parts, step) + step_bytes)
     return parts | {"peak": sum(parts[name] for name in PERMANENT) + max(temporary)}
@@ -221,8 +223,8 @@ def cache_bytes(config: PreTrainedConfig, generation: GenerationFootprint) -> fl
 def read_bytes(config: PreTrainedConfig, generation: GenerationFootprint) -> float:
     """Return the bytes of the logits of responses that are read without gradients, and of an fp32 copy."""
     size = DTYPES[generation.precision].itemsize + 4
-    rows = min(generation.rows, generation.read_rows)
-    return size * rows * generation.read_tokens * config.get_text_config().vocab_size
+    tokens = generation.read_rows * generation.read_tokens
+    return size * tokens * config.get_text_config().vocab_size
 
 
 def rows_per_forward(device: str, rows: int) -> int:

@@ -101,8 +101,8 @@ def _plan_ppo(config: PPOStage, recipe: Recipe, args: Any, longest: int | None) 
     rows, logit_tokens = args.per_device_train_batch_size, tokens if is_ppo else 0
     step = _training_step(config, args, rows, width, logit_tokens)
     if config.rollouts is not None:  # the keys and values are in the servers' memory
-        return models, step, None
-    if is_ppo:
+        generated = 0
+    elif is_ppo:
         generated = min(args.generation_batch_size, args.rollout_rows)
     else:
         generated = args.generation_batch_size // args.world_size
